@@ -1,0 +1,45 @@
+# Everything runs in .venv, which the targets make for themselves. PYTHON picks the interpreter (3.10 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test check docs clean
+
+help:
+	@echo "make demo   install, get a model, fine-tune it on bundled data, show answers before and after"
+	@echo "make test   install what tests need, check and test everything"
+	@echo "make check  format, lint, types, import order, generated docs"
+	@echo "make docs   write the generated docs anew"
+	@echo "make clean  remove .venv and caches"
+
+.venv/made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qingtune needs Python 3.10 or newer; name one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/stable: requirements_stable.txt pyproject.toml .venv/made
+	$(BIN)/python -m pip install --quiet -r requirements_stable.txt
+	@touch $@
+
+.venv/dev: requirements_dev.txt .venv/stable
+	$(BIN)/python -m pip install --quiet -r requirements_dev.txt
+	@touch $@
+
+demo: .venv/stable
+	@$(BIN)/python tools/demo.py
+
+check: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --level error
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/generate_docs.py --check
+	$(BIN)/python tools/check_samples.py
+
+test: check
+	$(BIN)/python -m pytest
+
+docs: .venv/dev
+	$(BIN)/python tools/generate_docs.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""Adapters: which layers, the LoRA layer itself, and files that PEFT reads."""

@@ -1,0 +1,90 @@
+"""The commands. Imports are lazy: --help and the checks of settings never load torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from qingtune import __version__
+from qingtune.config import InferConfig, MergeConfig, TrainConfig
+from qingtune.config_load import check_flags, load_train_config
+from qingtune.errors import UserError
+from qingtune.flags import parse_flags
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+USAGE = """usage: qingtune COMMAND [--name value ...]
+
+commands:
+  train   fine-tune a model by full training, LoRA or QLoRA
+  infer   answer prompts with a model, with or without an adapter
+  chat    talk to a model
+  merge   write base model and adapter as one model
+
+`qingtune COMMAND --help` lists a command's settings."""
+
+
+def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+    Args:
+        argv: the command and its flags; sys.argv's by default.
+        program: the name to show in help and hints, where it is not `qingtune COMMAND`.
+    """
+    command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    program = program or f"qingtune {command}"
+    commands = {"train": _train, "infer": _infer, "chat": _chat, "merge": _merge}
+    try:
+        if command in ("-h", "--help", "help"):
+            print(USAGE)
+        elif command in ("-V", "--version"):
+            print(f"qingtune {__version__}")
+        elif command not in commands:
+            raise UserError(f'"{command}" is not a command', fix=f"The commands are {', '.join(commands)}.")
+        else:
+            return commands[command](rest, program)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return DONE
+
+
+def _train(argv: Sequence[str], program: str) -> int:
+    config_file, flags = parse_flags(
+        TrainConfig, program, "Fine-tune a model by full training, LoRA or QLoRA.", argv, config_file=True
+    )
+    loaded = load_train_config(config_file, flags)
+    from qingtune.finetune import finetune
+
+    again = f"{'python ' * program.endswith('.py')}{program} {' '.join(argv)}"
+    chat = "python inference_lora.py --chat" if program.endswith(".py") else "qingtune chat"
+    finished = finetune(loaded.config, notices=loaded.notices, command=again, chat_command=chat)
+    return DONE if finished else INTERRUPTED
+
+
+def _infer(argv: Sequence[str], program: str) -> int:
+    _, flags = parse_flags(InferConfig, program, "Answer prompts with a model, with or without an adapter.", argv)
+    config = check_flags(InferConfig, flags)
+    from qingtune.inference import infer
+
+    infer(config)
+    return DONE
+
+
+def _chat(argv: Sequence[str], program: str) -> int:
+    return _infer(["--chat", *argv], program)
+
+
+def _merge(argv: Sequence[str], program: str) -> int:
+    _, flags = parse_flags(MergeConfig, program, "Write base model and adapter as one model.", argv)
+    config = check_flags(MergeConfig, flags)
+    from qingtune.merge import merge
+
+    merge(config)
+    return DONE

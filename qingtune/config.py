@@ -1,0 +1,289 @@
+"""THE schema: every setting's name, default, help and check, once. Files, flags, docs and JSON Schema come from it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+Method = Literal["full", "lora", "qlora"]
+
+# --- Kinds of values -------------------------------------------------------------------------------------------------
+
+
+def _number_not_bool(value: object) -> object:
+    """Refuse true and false where a number is asked for: pydantic would read them as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
+
+
+def _whole_number(value: object) -> object:
+    """Let a flag's text "4" pass for the number 4 where the choices are numbers."""
+    return int(value) if isinstance(value, str) and value.strip().isdigit() else _number_not_bool(value)
+
+
+def _split_commas(value: object) -> object:
+    """Let "a,b" and ["a", "b"] mean the same; an empty text means nothing given."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    return value or None
+
+
+def _no_if_false(value: object) -> object:
+    """YAML-minded files write `no` as false; TrainingArguments calls it "no"."""
+    return "no" if value is False else value
+
+
+Integer = Annotated[int, BeforeValidator(_number_not_bool)]
+Number = Annotated[float, BeforeValidator(_number_not_bool)]
+_TEXT_OR_LIST = WithJsonSchema(
+    {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
+)
+CommaList = Annotated[list[str] | None, BeforeValidator(_split_commas), _TEXT_OR_LIST]
+Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_no_if_false)]
+
+
+class Settings(BaseModel):
+    """What all commands share: unknown names are refused, and a value cannot change once it is checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _setting(default: Any, group: str, description: str, **checks: Any) -> Any:
+    """A field with its help text and the heading under which --help and the docs list it."""
+    return Field(default, description=description, json_schema_extra={"group": group}, **checks)
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+class TrainConfig(Settings):
+    """Settings of `qingtune train`. Names and meanings follow Transformers' TrainingArguments where it has them."""
+
+    model_name_or_path: str = _setting(
+        DEFAULT_MODEL, "Model", "A model folder, a .gguf file, or a name on a model hub.", min_length=1
+    )
+    cache_dir: str | None = _setting(
+        None, "Model", "Where downloaded and converted models are kept (default: ~/.cache/qingtune)."
+    )
+    hub: Literal["auto", "hf", "modelscope"] = _setting(
+        "auto", "Model", "Where names are looked up: hf, modelscope, or auto (hf, then modelscope)."
+    )
+
+    use_lora: bool = _setting(False, "Method", "Train low-rank adapters on frozen weights (LoRA).")
+    use_qlora: bool = _setting(False, "Method", "LoRA on quantised weights (QLoRA); see quantization_bit.")
+    quantization_bit: Annotated[Literal[4, 8], BeforeValidator(_whole_number)] = _setting(
+        4, "Method", "Bits a weight in QLoRA: 4 (NF4, double quantisation) or 8 (int8, a scale a row)."
+    )
+    lora_r: Integer = _setting(16, "Method", "Rank of the adapters.", ge=1)
+    lora_alpha: Number | None = _setting(
+        None, "Method", "Adapters are scaled by lora_alpha / lora_r (default: twice lora_r).", gt=0
+    )
+    lora_dropout: Number = _setting(0.0, "Method", "Dropout on the adapters' input.", ge=0, lt=1)
+    lora_target_modules: CommaList = _setting(
+        None,
+        "Method",
+        'Layers to adapt: a comma list of names; "all" or null finds every linear layer but the head.',
+    )
+
+    data_path: CommaList = _setting(
+        None, "Data", "Training data: one file or several, comma-separated (.jsonl .json .csv .parquet, also .gz)."
+    )
+    eval_data_path: CommaList = _setting(None, "Data", "Evaluation data, in the same forms.")
+    val_size: Number = _setting(
+        0.0, "Data", "Without eval_data_path: the share (below 1) or number of rows held out for evaluation.", ge=0
+    )
+    max_seq_length: Integer = _setting(2048, "Data", "The longest sample, in tokens.", ge=8)
+    on_long: Literal["drop", "truncate", "raise"] = _setting(
+        "drop", "Data", "What happens to longer samples: dropped, cut at the end, or an error."
+    )
+    on_bad_row: Literal["raise", "skip"] = _setting(
+        "raise", "Data", "What happens to rows that cannot be used: an error, or left out and counted."
+    )
+    system_prompt: str | None = _setting(
+        None, "Data", "System message for rows that have none (default: what the model's template does)."
+    )
+
+    output_dir: str = _setting("./output", "Run", "Where the result is written.", min_length=1)
+    overwrite_output_dir: bool = _setting(False, "Run", "Replace an earlier run's result in output_dir.")
+    resume_from_checkpoint: bool | str = _setting(
+        "auto", "Run", "auto: go on where output_dir's run stopped; false: start anew; or a checkpoint folder."
+    )
+    seed: Integer = _setting(42, "Run", "Seed of data order, adapter initialisation and dropout.", ge=0, lt=2**32)
+
+    per_device_train_batch_size: Integer = _setting(8, "Batches", "Samples a device and micro-batch.", ge=1)
+    per_device_eval_batch_size: Integer = _setting(8, "Batches", "The same in evaluation.", ge=1)
+    gradient_accumulation_steps: Integer = _setting(1, "Batches", "Micro-batches an optimizer step.", ge=1)
+    num_train_epochs: Number = _setting(3.0, "Batches", "Passes over the data.", gt=0)
+    max_steps: Integer = _setting(-1, "Batches", "Optimizer steps; overrides num_train_epochs when above 0.", ge=-1)
+
+    learning_rate: Number | None = _setting(
+        None, "Optimizer", "Peak learning rate (default: 1e-5 full, 1e-4 LoRA, 2e-4 QLoRA).", gt=0
+    )
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
+        _setting("linear", "Optimizer", "How the learning rate falls after the warm-up.")
+    )
+    warmup_steps: Number = _setting(0, "Optimizer", "Warm-up steps; below 1, a share of all steps.", ge=0)
+    warmup_ratio: Number = _setting(
+        0.0, "Optimizer", "Warm-up as a share of all steps, where warmup_steps is 0.", ge=0, le=1
+    )
+    weight_decay: Number = _setting(0.0, "Optimizer", "Decoupled weight decay (not on biases and norms).", ge=0)
+    max_grad_norm: Number = _setting(1.0, "Optimizer", "Clip the gradient's norm to this; 0: do not clip.", ge=0)
+    optim: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "adamw_bnb_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "sgd",
+    ] = _setting("adamw_torch_fused", "Optimizer", "Optimizer. 8-bit and paged ones need an NVIDIA GPU.")
+    adam_beta1: Number = _setting(0.9, "Optimizer", "AdamW's first decay rate.", ge=0, lt=1)
+    adam_beta2: Number = _setting(0.999, "Optimizer", "AdamW's second decay rate.", ge=0, lt=1)
+    adam_epsilon: Number = _setting(1e-8, "Optimizer", "AdamW's epsilon.", gt=0)
+
+    logging_steps: Integer = _setting(10, "Log, evaluate, save", "Steps from one logged line to the next.", ge=1)
+    eval_strategy: Strategy | None = _setting(
+        None, "Log, evaluate, save", "When to evaluate (default: each epoch if there is evaluation data)."
+    )
+    eval_steps: Integer | None = _setting(
+        None, "Log, evaluate, save", "Steps between evaluations (default: logging_steps).", ge=1
+    )
+    save_strategy: Strategy = _setting("steps", "Log, evaluate, save", "When to save a checkpoint.")
+    save_steps: Integer = _setting(500, "Log, evaluate, save", "Steps between checkpoints.", ge=1)
+    save_total_limit: Integer | None = _setting(
+        None, "Log, evaluate, save", "Checkpoints to keep; the best one is kept besides.", ge=1
+    )
+    load_best_model_at_end: bool = _setting(
+        False, "Log, evaluate, save", "Keep the weights of the best evaluation as the result."
+    )
+    metric_for_best_model: Literal["eval_loss", "loss"] | None = _setting(
+        None, "Log, evaluate, save", "What best means: eval_loss."
+    )
+    greater_is_better: bool | None = _setting(
+        None, "Log, evaluate, save", "Whether a greater metric is better; a loss is better when it is smaller."
+    )
+    report_to: CommaList = _setting(
+        ["tensorboard"],
+        "Log, evaluate, save",
+        "Trackers, comma-separated: tensorboard, wandb, swanlab, mlflow, trackio, comet_ml, clearml, ...; or none.",
+    )
+
+    gradient_checkpointing: bool = _setting(
+        False, "Hardware", "Recompute activations in the backward pass: less memory, about 1.4 times the work."
+    )
+    bf16: bool | None = _setting(None, "Hardware", "true: bfloat16; false: not (default: where the hardware has it).")
+    fp16: bool | None = _setting(None, "Hardware", "true: float16, on GPUs only.")
+
+    dataloader_num_workers: Integer = _setting(0, "No effect here", "Samples are tokenised before training.", ge=0)
+    deepspeed: dict[str, Any] | str | None = _setting(
+        None, "No effect here", "Several devices: start the command with `accelerate launch`."
+    )
+    remove_unused_columns: bool = _setting(True, "No effect here", "Columns that a format does not use are left out.")
+
+    @property
+    def method(self) -> Method:
+        """full, lora or qlora; use_qlora wins over use_lora, as scripts set both."""
+        return "qlora" if self.use_qlora else "lora" if self.use_lora else "full"
+
+
+# Names by which older scripts call a setting.
+ALIASES = {
+    "evaluation_strategy": "eval_strategy",
+    "activation_checkpointing": "gradient_checkpointing",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+}
+
+# TrainingArguments that cannot change a result here, each with the reason told to the user. Names that would change
+# a result (label_smoothing_factor, neftune_noise_alpha, ...) are not among them: they are refused like any unknown.
+_NO_EFFECT_GROUPS = {
+    "the command says what is done": "do_train do_eval do_predict prediction_loss_only",
+    "samples are tokenised before training, so no workers are needed": (
+        "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+        "dataloader_multiprocessing_context dataloader_in_order"
+    ),
+    "a row's format decides which columns are used": "remove_unused_columns label_names length_column_name",
+    "to use several devices, start the command with `accelerate launch`": (
+        "deepspeed fsdp fsdp_config accelerator_config parallelism_config local_rank ddp_find_unused_parameters "
+        "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout"
+    ),
+    "samples are laid end to end, so no padding has to be saved": "group_by_length train_sampling_strategy",
+    "the log goes to output_dir, one line every logging_steps": (
+        "logging_dir logging_strategy logging_first_step log_level log_level_replica log_on_each_node run_name project "
+        "logging_nan_inf_filter disable_tqdm include_num_input_tokens_seen skip_memory_metrics"
+    ),
+    "checkpoints are safetensors, written by one process": (
+        "save_safetensors save_on_each_node save_only_model enable_jit_checkpoint"
+    ),
+    "the training loop decides this itself": (
+        "gradient_checkpointing_kwargs activation_checkpointing_kwargs use_cache use_liger_kernel liger_kernel_config "
+        "torch_compile torch_compile_backend torch_compile_mode tf32 torch_empty_cache_steps auto_find_batch_size "
+        "average_tokens_across_devices bf16_full_eval fp16_full_eval fp16_opt_level eval_accumulation_steps "
+        "eval_do_concat_batches eval_use_gather_object batch_eval_metrics include_for_metrics ignore_data_skip debug "
+        "restore_callback_states_from_checkpoint"
+    ),
+}
+NO_EFFECT = {name: reason for reason, names in _NO_EFFECT_GROUPS.items() for name in names.split()}
+
+# --- Inference and merging -------------------------------------------------------------------------------------------
+
+
+class ModelSettings(Settings):
+    """The settings by which infer, chat and merge find a base model and an adapter."""
+
+    base_model: str | None = _setting(
+        None,
+        "Model",
+        f"A model folder, a .gguf file, or a hub name (default: the adapter's own base, else {DEFAULT_MODEL}).",
+    )
+    cache_dir: str | None = _setting(None, "Model", "Where downloaded and converted models are kept.")
+    hub: Literal["auto", "hf", "modelscope"] = _setting("auto", "Model", "Where names are looked up.")
+    allow_other_base: bool = _setting(
+        False, "Model", "Use the adapter even if the base model's weights are not those it was trained on."
+    )
+
+
+class InferConfig(ModelSettings):
+    """Settings of `qingtune infer` and `qingtune chat`."""
+
+    lora_model: str | None = _setting(None, "Model", "Folder of the adapter; without it the base model answers.")
+    load_in_4bit: bool = _setting(False, "Model", "Hold the base model's linear layers in 4 bits (NF4).")
+    load_in_8bit: bool = _setting(False, "Model", "Hold the base model's linear layers in 8 bits.")
+
+    chat: bool = _setting(False, "What to answer", "Talk to the model.")
+    prompt: str | None = _setting(None, "What to answer", "A prompt (default: a few bundled samples).")
+    prompt_file: str | None = _setting(
+        None, "What to answer", "A JSONL file of prompts; each row comes out again with an answer."
+    )
+    output_file: str | None = _setting(None, "What to answer", "Where prompt_file's answers go (default: stdout).")
+    system_prompt: str | None = _setting(None, "What to answer", "System message (default: the one used in training).")
+
+    max_new_tokens: Integer = _setting(512, "Decoding", "The longest answer, in tokens.", ge=1)
+    temperature: Number | None = _setting(
+        None, "Decoding", "0: always the likeliest token (default: the model's own setting, else 0.7).", ge=0
+    )
+    top_p: Number | None = _setting(
+        None,
+        "Decoding",
+        "Sample from the likeliest tokens that make up this share (model's own, else 0.8).",
+        gt=0,
+        le=1,
+    )
+    top_k: Integer | None = _setting(
+        None, "Decoding", "Sample from this many likeliest tokens; 0: all (model's own, else 20).", ge=0
+    )
+    repetition_penalty: Number | None = _setting(
+        None, "Decoding", "Above 1: tokens that were there already get less likely (model's own, else 1).", gt=0
+    )
+    seed: Integer = _setting(42, "Decoding", "Seed of the sampling.", ge=0, lt=2**32)
+
+
+class MergeConfig(ModelSettings):
+    """Settings of `qingtune merge`."""
+
+    lora_model: str = _setting(..., "Model", "Folder of the adapter.")
+    output_dir: str = _setting(..., "Result", "Where the merged model is written.")
+    overwrite_output_dir: bool = _setting(False, "Result", "Replace an earlier merge in output_dir.")

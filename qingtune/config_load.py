@@ -1,0 +1,241 @@
+"""Read settings from a file and flags, and check them; every problem is reported at once, before anything loads."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import ValidationError
+
+from qingtune.config import ALIASES, NO_EFFECT, Method, Settings, TrainConfig
+from qingtune.errors import UserError, raise_all
+
+# Values of these names that ask for nothing, so that nothing needs saying.
+_INERT = (None, "", False, 0, [], {})
+
+_LEARNING_RATES: dict[Method, float] = {"full": 1e-5, "lora": 1e-4, "qlora": 2e-4}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checked configuration, with what the user should be told about it."""
+
+    config: TrainConfig
+    notices: tuple[str, ...]
+
+
+def load_train_config(config_file: str | None, flags: Mapping[str, str]) -> Loaded:
+    """Read the file, lay the flags over it and check everything.
+
+    Args:
+        config_file: path of a JSON file, or None for flags alone.
+        flags: name -> text as typed on the command line.
+
+    Raises:
+        UserError: names every problem of the configuration, a line each.
+    """
+    values = read_json_object(config_file) if config_file else {}
+    origin = dict.fromkeys(values, config_file or "") | {name: f"--{name}" for name in flags}
+    values |= flags
+    notices, problems = _tidy(values, origin)
+    config, faulty = _validate(TrainConfig, values, origin, problems)
+    if config is not None:
+        for names, what, fix in _conflicts(config):
+            if not faulty & set(names):
+                where = next((origin[name] for name in names if name in origin), config_file)
+                problems.append(UserError(what, where=where, fix=fix))
+    raise_all(problems)
+    assert config is not None
+    resolved, reasons = _resolve(config)
+    return Loaded(resolved, (*notices, *reasons))
+
+
+def read_json_object(path: str) -> dict[str, Any]:
+    """Read a JSON object; a repeated key or a broken file is a UserError that names the place."""
+
+    def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise UserError(f'"{repeated[0]}" stands there twice', where=path, fix="Remove one of them.")
+        return dict(pairs)
+
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=no_repeats)
+    except FileNotFoundError:
+        raise UserError("there is no such file", where=path, fix="Check the path.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text ({error.reason} at byte {error.start})", where=path) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"not valid JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}") from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=path) from None
+    if not isinstance(content, dict):
+        raise UserError('a JSON object is wanted, such as {"use_lora": true}', where=path)
+    return cast("dict[str, Any]", content)
+
+
+def _tidy(values: dict[str, Any], origin: dict[str, str]) -> tuple[list[str], list[UserError]]:
+    """Drop comments, rename older names, take out names without effect; all in place."""
+    notices: list[str] = []
+    problems: list[UserError] = []
+    for name in list(values):
+        if name.startswith(("_", "$")):
+            del values[name]
+        elif name in ALIASES:
+            newer = ALIASES[name]
+            if newer in values:
+                problems.append(
+                    UserError(f'"{name}" is the older name of "{newer}"; both are given', where=origin[name])
+                )
+                continue
+            values[newer] = values.pop(name)
+            origin[newer] = origin[name]
+        elif name in NO_EFFECT:
+            if values[name] not in _INERT and not (name == "remove_unused_columns" and values[name] is True):
+                notices.append(f"{name} has no effect here: {NO_EFFECT[name]}.")
+            if name not in TrainConfig.model_fields:
+                del values[name]
+    return notices, problems
+
+
+Checked = TypeVar("Checked", bound=Settings)
+
+
+def _validate(
+    schema: type[Checked], values: Mapping[str, Any], origin: Mapping[str, str], problems: list[UserError]
+) -> tuple[Checked | None, set[str]]:
+    """Check values against a schema, adding a problem for each fault.
+
+    Returns the settings with faulty ones left at their defaults, so that further checks can go on, and the faulty
+    names.
+    """
+    try:
+        return schema.model_validate(dict(values)), set()
+    except ValidationError as error:
+        faults = {str(fault["loc"][0]): fault for fault in reversed(error.errors())}
+    for name, fault in faults.items():
+        if fault["type"] == "missing":
+            problems.append(UserError(f"--{name} is missing", fix=schema.model_fields[name].description))
+        else:
+            problems.append(_problem(schema, name, values[name], fault["msg"], fault["type"], origin[name]))
+    if any(fault["type"] == "missing" for fault in faults.values()):
+        return None, set(faults)
+    return schema.model_validate({k: v for k, v in values.items() if k not in faults}), set(faults)
+
+
+def _problem(schema: type[Settings], name: str, value: Any, message: str, kind: str, origin: str) -> UserError:
+    if kind == "extra_forbidden":
+        known = [*schema.model_fields, *(ALIASES if schema is TrainConfig else ())]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        fix = f'Did you mean "{near[0]}"?' if near else "See --help for all settings."
+        return UserError(f'"{name}" is not a setting', where=origin, fix=fix)
+    message = message.removeprefix("Value error, ").replace("Input should be", "should be")
+    shown = json.dumps(value, ensure_ascii=False)
+    return UserError(f'"{name}" is {shown}: {message[0].lower()}{message[1:]}', where=origin)
+
+
+def check_flags(schema: type[Checked], flags: Mapping[str, str]) -> Checked:
+    """Check the flags of a command that has no configuration file.
+
+    Raises:
+        UserError: names every problem, a line each.
+    """
+    problems: list[UserError] = []
+    settings, _ = _validate(schema, flags, {name: f"--{name}" for name in flags}, problems)
+    raise_all(problems)
+    assert settings is not None
+    return settings
+
+
+def _conflicts(config: TrainConfig) -> list[tuple[tuple[str, ...], str, str]]:
+    """Problems between settings that are each right by themselves: the names they rest on, what is wrong, the fix."""
+    checks: list[tuple[bool, tuple[str, ...], str, str]] = [
+        (
+            not config.data_path,
+            ("data_path",),
+            "data_path is missing",
+            "Name a data file, for example --data_path data/store_xhs_sft_samples.jsonl.",
+        ),
+        (
+            bool(config.bf16 and config.fp16),
+            ("bf16", "fp16"),
+            "bf16 and fp16 are both true",
+            "Choose one, or leave both out to have it chosen by the hardware.",
+        ),
+        (
+            bool(config.eval_data_path) and config.val_size > 0,
+            ("eval_data_path", "val_size"),
+            "eval_data_path and val_size are both given",
+            "Choose one: a file of its own, or a part of the training data.",
+        ),
+        (
+            config.val_size >= 1 and config.val_size != int(config.val_size),
+            ("val_size",),
+            f"val_size {config.val_size} is neither a share below 1 nor a whole number of rows",
+            "For example 0.1 or 50.",
+        ),
+        (
+            config.eval_strategy in ("steps", "epoch") and not _has_evaluation(config),
+            ("eval_strategy", "eval_data_path", "val_size"),
+            f'eval_strategy is "{config.eval_strategy}", but there is nothing to evaluate on',
+            'Give eval_data_path or val_size, or set eval_strategy to "no".',
+        ),
+        (
+            config.load_best_model_at_end and not _has_evaluation(config),
+            ("load_best_model_at_end", "eval_data_path", "val_size"),
+            "load_best_model_at_end needs evaluations to choose by",
+            "Give eval_data_path or val_size.",
+        ),
+        (
+            config.load_best_model_at_end and config.eval_strategy == "no",
+            ("load_best_model_at_end", "eval_strategy"),
+            'load_best_model_at_end needs evaluations, but eval_strategy is "no"',
+            'Set eval_strategy to "steps" or "epoch".',
+        ),
+        (
+            config.greater_is_better is True,
+            ("greater_is_better",),
+            "greater_is_better is true, but eval_loss is better when it is smaller",
+            "Leave it out.",
+        ),
+        (
+            config.max_steps == 0,
+            ("max_steps",),
+            "max_steps is 0",
+            "Give a number of steps, or -1 to go by num_train_epochs.",
+        ),
+    ]
+    return [(names, what, fix) for wrong, names, what, fix in checks if wrong]
+
+
+def _has_evaluation(config: TrainConfig) -> bool:
+    return bool(config.eval_data_path) or config.val_size > 0
+
+
+def _resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Fill in the settings whose defaults depend on others; each choice comes with its reason."""
+    chosen: dict[str, Any] = {}
+    reasons: list[str] = []
+    if config.learning_rate is None:
+        chosen["learning_rate"] = _LEARNING_RATES[config.method]
+        reasons.append(f"learning_rate = {chosen['learning_rate']:g}, the default of {config.method} training.")
+    if config.method != "full" and config.lora_alpha is None:
+        chosen["lora_alpha"] = float(2 * config.lora_r)
+        reasons.append(f"lora_alpha = {2 * config.lora_r}, twice lora_r, so that adapters are scaled by 2 at any rank.")
+    if config.eval_strategy is None:
+        chosen["eval_strategy"] = "epoch" if _has_evaluation(config) else "no"
+    if config.eval_steps is None:
+        chosen["eval_steps"] = config.logging_steps
+    if config.use_lora and config.use_qlora:
+        reasons.append("use_lora and use_qlora are both true: QLoRA is LoRA on quantised weights, so QLoRA it is.")
+    if config.lora_target_modules == ["all"]:
+        chosen["lora_target_modules"] = None
+    if config.report_to and "none" in [name.lower() for name in config.report_to]:
+        chosen["report_to"] = None
+    return config.model_copy(update=chosen), reasons

@@ -1,0 +1,292 @@
+"""Rows -> conversations. The format is detected per file; every fault is reported with its origin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qingtune.data.read import Fault, Row, read_rows
+from qingtune.errors import UserError
+
+Role = Literal["system", "user", "assistant", "tool"]
+SHOWN_FAULTS = 10
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row, ready for the chat template; or, where `text` is given, plain text without a template."""
+
+    messages: tuple[Message, ...]
+    origin: str
+    text: str | None = None
+
+
+@dataclass
+class Reading:
+    """What was read from a list of files."""
+
+    conversations: list[Conversation] = field(default_factory=list)
+    formats: dict[str, str] = field(default_factory=dict)
+    ignored_columns: dict[str, list[str]] = field(default_factory=dict)
+    rows: int = 0
+    faults: list[Fault] = field(default_factory=list)
+
+
+class RowError(Exception):
+    """A row that does not hold what its format needs."""
+
+
+def read_conversations(paths: Sequence[str], system_prompt: str | None, on_bad_row: str) -> Reading:
+    """Read files into conversations.
+
+    Args:
+        paths: the files, in order.
+        system_prompt: system message for rows that have none; None leaves them without.
+        on_bad_row: "raise" or "skip".
+
+    Raises:
+        UserError: a file is of no known format, rows are faulty and on_bad_row is "raise", or no row is left.
+    """
+    reading = Reading()
+    for path in paths:
+        _read_file(path, system_prompt, reading)
+    if reading.faults and on_bad_row == "raise":
+        raise faulty_rows(reading.faults, reading.rows)
+    if not reading.conversations:
+        shown = "".join(f"\n{fault}" for fault in reading.faults[:SHOWN_FAULTS])
+        raise UserError(
+            f"no usable row ({reading.rows:,} read, {len(reading.faults):,} refused){shown}", where=", ".join(paths)
+        )
+    return reading
+
+
+def faulty_rows(faults: Sequence[Fault], rows: int) -> UserError:
+    """The error that lists the first faults and says what can be done."""
+    shown = "\n".join(str(fault) for fault in faults[:SHOWN_FAULTS])
+    more = f"\n... and {len(faults) - SHOWN_FAULTS:,} more" if len(faults) > SHOWN_FAULTS else ""
+    fix = f"({len(faults):,} of {rows:,} rows.) Fix the rows or pass --on_bad_row skip."
+    return UserError(f"{shown}{more}\n{fix}")
+
+
+def _read_file(path: str, system_prompt: str | None, reading: Reading) -> None:
+    waiting: list[Row] = []
+    name = ""
+    for row in read_rows(path):
+        reading.rows += 1
+        if isinstance(row, Fault):
+            reading.faults.append(row)
+            continue
+        if not name:
+            name = _detect(row.values)
+            if not name:
+                waiting.append(row)
+                continue
+            reading.formats[path] = name
+            reading.ignored_columns[path] = sorted(set(row.values) - set(FORMATS[name].columns))
+        _convert(row, name, system_prompt, reading)
+    if name:
+        for row in waiting:
+            _convert(row, name, system_prompt, reading)
+    elif waiting:
+        known = "; ".join(" + ".join(format_.needed) for format_ in FORMATS.values())
+        columns = ", ".join(f'"{column}"' for column in waiting[0].values) or "none"
+        raise UserError(
+            f"the columns ({columns}) fit no known format", where=waiting[0].origin, fix=f"Known are: {known}."
+        )
+
+
+def _detect(values: dict[str, Any]) -> str:
+    for name, format_ in FORMATS.items():
+        if all(column in values for column in format_.needed):
+            return name
+    return ""
+
+
+def _convert(row: Row, name: str, system_prompt: str | None, reading: Reading) -> None:
+    try:
+        conversation = FORMATS[name].convert(row)
+        if conversation.text is None:
+            conversation = _checked(conversation, system_prompt)
+        reading.conversations.append(conversation)
+    except RowError as error:
+        reading.faults.append(Fault(row.origin, str(error)))
+
+
+def _checked(conversation: Conversation, system_prompt: str | None) -> Conversation:
+    """Check the order of roles and put the system prompt in front where the row has none."""
+    messages = conversation.messages
+    if not any(message.role == "assistant" for message in messages):
+        raise RowError("no assistant turn, so nothing to train on")
+    for place, message in enumerate(messages):
+        before = messages[place - 1].role if place else None
+        if message.role == "system" and place:
+            raise RowError("a system message that is not the first")
+        if message.role == "assistant" and before in (None, "system", "assistant"):
+            raise RowError("an assistant turn without a user turn before it")
+    if messages[-1].role != "assistant":
+        raise RowError("the last turn is not the assistant's")
+    if system_prompt is not None and messages[0].role != "system":
+        messages = (Message("system", system_prompt), *messages)
+    return Conversation(messages, conversation.origin)
+
+
+# --- The formats -----------------------------------------------------------------------------------------------------
+
+
+def _text_of(values: dict[str, Any], name: str, *, empty: bool = False) -> str:
+    """A column's text; RowError where it is missing, not text, empty (unless allowed) or not encodable."""
+    value = values.get(name)
+    if value is None:
+        if empty:
+            return ""
+        raise RowError(f'"{name}" is missing')
+    if not isinstance(value, str):
+        raise RowError(f'"{name}" is {type(value).__name__}; text is wanted')
+    if not value.strip() and not empty:
+        raise RowError(f'"{name}" is empty')
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(f'"{name}" holds half of a surrogate pair, which is no character') from None
+    return value
+
+
+def _instruction(row: Row) -> Conversation:
+    values = row.values
+    prompt = _text_of(values, "instruction")
+    if extra := _text_of(values, "input", empty=True):
+        prompt = f"{prompt}\n\n{extra}"
+    messages: list[Message] = []
+    if system := _text_of(values, "system", empty=True):
+        messages.append(Message("system", system))
+    for pair in values.get("history") or []:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
+            raise RowError('"history" is not a list of [question, answer] pairs')
+        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
+    messages += [Message("user", prompt), Message("assistant", _text_of(values, "output"))]
+    return Conversation(tuple(messages), row.origin)
+
+
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def _turns(turns: object, column: str, role_key: str, content_key: str) -> tuple[Message, ...]:
+    if not isinstance(turns, list) or not turns:
+        raise RowError(f'"{column}" is not a list of turns')
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict):
+            raise RowError(f'turn {number} of "{column}" is not an object')
+        role = _ROLES.get(str(turn.get(role_key)))
+        if role is None:
+            raise RowError(f'turn {number} has the unknown role {turn.get(role_key)!r} under "{role_key}"')
+        if turn.get("tool_calls"):
+            raise RowError(f"turn {number} has tool_calls, which cannot be trained on yet")
+        try:
+            messages.append(Message(role, _text_of(turn, content_key, empty=role == "system")))
+        except RowError as error:
+            raise RowError(f"turn {number}: {error}") from None
+    return tuple(messages)
+
+
+def _messages(row: Row) -> Conversation:
+    return Conversation(_turns(row.values["messages"], "messages", "role", "content"), row.origin)
+
+
+def _sharegpt(row: Row) -> Conversation:
+    turns = row.values["conversations"]
+    first = turns[0] if isinstance(turns, list) and turns else None
+    keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
+    messages = _turns(turns, "conversations", *keys)
+    if system := _text_of(row.values, "system", empty=True):
+        messages = (Message("system", system), *messages)
+    return Conversation(messages, row.origin)
+
+
+def _completion(row: Row) -> Conversation:
+    prompt, completion = row.values["prompt"], row.values["completion"]
+    if isinstance(prompt, list) or isinstance(completion, list):
+        before = _turns(prompt, "prompt", "role", "content")
+        return Conversation(before + _turns(completion, "completion", "role", "content"), row.origin)
+    messages = (
+        Message("user", _text_of(row.values, "prompt")),
+        Message("assistant", _text_of(row.values, "completion")),
+    )
+    return Conversation(messages, row.origin)
+
+
+def _text(row: Row) -> Conversation:
+    return Conversation((), row.origin, text=_text_of(row.values, "text"))
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form of rows: the columns it needs, all that it reads, and how it becomes a conversation."""
+
+    needed: tuple[str, ...]
+    columns: tuple[str, ...]
+    convert: Callable[[Row], Conversation]
+
+
+FORMATS = {
+    "messages": Format(("messages",), ("messages",), _messages),
+    "sharegpt": Format(("conversations",), ("conversations", "system"), _sharegpt),
+    "instruction": Format(
+        ("instruction", "output"), ("instruction", "input", "output", "system", "history"), _instruction
+    ),
+    "completion": Format(("prompt", "completion"), ("prompt", "completion"), _completion),
+    "text": Format(("text",), ("text",), _text),
+}
+
+
+def prompt_of(conversation: Conversation) -> tuple[Message, ...]:
+    """The turns before the last answer: what the model is shown at inference."""
+    return conversation.messages[:-1]
+
+
+def rows_with_prompts(path: str) -> Iterable[tuple[dict[str, Any], tuple[Message, ...] | str]]:
+    """Read a file of prompts: each row with its prompt, whether or not the row has an answer.
+
+    A row is of any training format, its answer left out or not, or has just a "prompt". Plain "text" rows give a str.
+
+    Raises:
+        UserError: a row has no prompt.
+    """
+    for row in read_rows(path):
+        if isinstance(row, Fault):
+            raise UserError(row.reason, where=row.origin)
+        try:
+            yield row.values, _prompt_of_row(row)
+        except RowError as error:
+            raise UserError(str(error), where=row.origin, fix='A row needs a "prompt", for example.') from None
+
+
+def _prompt_of_row(row: Row) -> tuple[Message, ...] | str:
+    values = row.values
+    if "text" in values:
+        return _text_of(values, "text")
+    if "messages" in values or "conversations" in values:
+        turns = (_messages if "messages" in values else _sharegpt)(row).messages
+        return turns[:-1] if turns[-1].role == "assistant" else turns
+    if "instruction" in values:
+        return prompt_of(_instruction(Row({**values, "output": "-"}, row.origin)))
+    return prompt_of(_completion(Row({"prompt": values.get("prompt"), "completion": "-"}, row.origin)))

@@ -1,0 +1,113 @@
+"""Files -> training and evaluation samples, with the report on what is trained."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from qingtune.config import TrainConfig
+from qingtune.data.format import Conversation, faulty_rows, read_conversations
+from qingtune.data.tokenize import Sample, Template, describe, show_example, tokenize
+from qingtune.errors import UserError
+
+PromptStyle = Literal["chat", "plain"]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised training and evaluation data."""
+
+    train: list[Sample]
+    evaluation: list[Sample]
+    style: PromptStyle
+
+    @property
+    def hash(self) -> str:
+        """By which a later start of the run knows that its data is the same."""
+        digest = hashlib.sha256()
+        for sample in self.train:
+            digest.update(sample.token_ids.tobytes() + sample.trained.tobytes() + b"|")
+        return digest.hexdigest()[:16]
+
+
+def load_data(config: TrainConfig, template: Template, context: int | None, say: Say) -> Data:
+    """Read, check and tokenise the data, and tell what is trained.
+
+    Args:
+        context: the longest sequence the model can read, in tokens.
+
+    Raises:
+        UserError: rows are faulty and on_bad_row is raise, or nothing is left to train on.
+    """
+    limit = config.max_seq_length
+    if context is not None and context < limit:
+        say(f"max_seq_length = {context:,}: the model reads no more (the setting is {limit:,}).")
+        limit = context
+    assert config.data_path is not None
+    conversations = _read("Training data", config.data_path, config, say)
+    if config.eval_data_path:
+        evaluation = _read("Evaluation data", config.eval_data_path, config, say)
+    else:
+        conversations, evaluation = _hold_out(conversations, config.val_size, config.seed)
+    styles: set[PromptStyle] = {"chat" if c.text is None else "plain" for c in conversations}
+    train_samples = _tokenize("Training data", config, template, conversations, limit, say)
+    eval_samples = _tokenize("Evaluation data", config, template, evaluation, limit, say) if evaluation else []
+    twice = {s.token_ids.tobytes() for s in train_samples} & {s.token_ids.tobytes() for s in eval_samples}
+    if twice:
+        say(f"Warning: {len(twice):,} evaluation samples stand in the training data too; eval_loss is too good.")
+    say(f"An example, its trained part between >>> and <<<:\n{show_example(template.tokenizer, train_samples[0])}")
+    return Data(train_samples, eval_samples, "plain" if styles == {"plain"} else "chat")
+
+
+def _read(name: str, paths: Sequence[str], config: TrainConfig, say: Say) -> list[Conversation]:
+    reading = read_conversations(paths, config.system_prompt, config.on_bad_row)
+    for path, kind in reading.formats.items():
+        unused = reading.ignored_columns[path]
+        say(f"{name}: {path} holds {kind} rows" + (f"; not used: {', '.join(unused)}" if unused else ""))
+    for fault in reading.faults[:5]:
+        say(f"refused: {fault}")
+    if reading.faults:
+        say(f"{name}: {len(reading.faults):,} of {reading.rows:,} rows refused")
+    return reading.conversations
+
+
+def _hold_out(
+    conversations: list[Conversation], val_size: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Set rows aside for evaluation: a share below 1, or a number."""
+    count = round(val_size * len(conversations)) if val_size < 1 else int(val_size)
+    if val_size > 0:
+        count = max(1, count)
+    if count >= len(conversations):
+        raise UserError(f"val_size sets all {len(conversations):,} rows aside", fix="Make it smaller.")
+    order = np.random.default_rng(seed).permutation(len(conversations))
+    aside = set(order[:count].tolist())
+    return (
+        [row for number, row in enumerate(conversations) if number not in aside],
+        [row for number, row in enumerate(conversations) if number in aside],
+    )
+
+
+def _tokenize(
+    name: str, config: TrainConfig, template: Template, conversations: Sequence[Conversation], limit: int, say: Say
+) -> list[Sample]:
+    tokenized = tokenize(template, conversations, limit, config.on_long)
+    if tokenized.faults and config.on_bad_row == "raise":
+        raise faulty_rows(tokenized.faults, len(conversations))
+    for fault in tokenized.faults[:5]:
+        say(f"refused: {fault}")
+    if not tokenized.samples:
+        raise UserError(
+            f"no sample is left: {len(tokenized.faults):,} refused, {len(tokenized.too_long):,} longer than "
+            f"{limit:,} tokens, {len(tokenized.untrained):,} without a trained token",
+            where=name,
+            fix="Raise max_seq_length or look at the data.",
+        )
+    for line in describe(name, len(conversations), len(tokenized.faults), tokenized):
+        say(line)
+    return tokenized.samples

@@ -1,0 +1,293 @@
+"""Conversation -> token ids and trained mask, with the model's own chat template; and the data report.
+
+The prompt of a turn is rendered and tokenised by `prompt_ids`, which inference uses too. A sample is that prompt's ids
+followed by the answer's: training sees, token for token, what inference will give the model. Nothing is searched for in
+text; where a template does not keep to this shape, the row is refused or the conversation is split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import jinja2
+import numpy as np
+
+from qingtune.data.format import Conversation, Message
+from qingtune.data.read import Fault
+from qingtune.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+# For models that bring no chat template: turns as headed paragraphs, an answer closed by the end-of-text token.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}### Assistant:\n{{ message.content }}{{ eos_token }}\n\n"
+    "{% else %}### {{ message.role | capitalize }}:\n{{ message.content }}\n\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids (int32, [T]) and which of them are trained (bool, [T]): True where the loss predicts that token."""
+
+    token_ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+    origin: str
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that count in the loss; the first token is never predicted."""
+        return int(self.trained[1:].sum())
+
+
+@dataclass(frozen=True)
+class Template:
+    """A tokenizer with its chat template, and what closes an assistant's turn.
+
+    Attributes:
+        end_of_turn: id of the token that ends an answer; always trained.
+        appended: whether the template does not write that token itself, so that it is put after the answer.
+        stop_ids: ids at which generation stops.
+        notices: what the user should know about the template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    end_of_turn: int
+    appended: bool
+    stop_ids: frozenset[int]
+    notices: tuple[str, ...] = ()
+
+
+def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Template:
+    """Find out how the tokenizer's chat template ends an assistant's turn.
+
+    Args:
+        tokenizer: gets PLAIN_TEMPLATE if it has no chat template.
+        stop_ids: the ids at which the model's own configuration stops generating.
+
+    Raises:
+        UserError: the template cannot be used, or there is no token to end a turn with.
+    """
+    notices: list[str] = []
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        notices.append("The model brings no chat template; a plain one is used and saved with the result.")
+    eos = cast("int | None", tokenizer.eos_token_id)
+    probe = [Message("user", "a"), Message("assistant", "b")]
+    try:
+        prompt, whole = _render(tokenizer, probe[:1], True), _render(tokenizer, probe, False)
+    except jinja2.TemplateError as error:
+        raise UserError(
+            f"the model's chat template fails: {error}", fix="Use a model with a working template."
+        ) from None
+    special = set(tokenizer.all_special_ids) | {
+        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    after = [token for token in _encode(tokenizer, whole.removeprefix(prompt)) if token in special]
+    if not after and eos is None:
+        raise UserError("the model's tokenizer has no token that could end an answer")
+    end = after[-1] if after else cast("int", eos)
+    name = cast("str", tokenizer.convert_ids_to_tokens(end))
+    if not after:
+        notices.append(f"The chat template does not end the assistant's turn; {name} is put after each answer.")
+    elif stop_ids and end not in stop_ids:
+        notices.append(
+            f"The template ends a turn with {name}, at which this model does not stop: it looks like a base model, "
+            "which never learned that token. LoRA leaves embeddings as they are and may not teach it to stop; "
+            "prefer the Instruct model or full training."
+        )
+    return Template(
+        tokenizer, end, not after, frozenset({*stop_ids, end, *([] if eos is None else [eos])}), tuple(notices)
+    )
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    return cast(
+        "str", tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def prompt_ids(template: Template, messages: Sequence[Message] | str) -> list[int]:
+    """The ids that stand before an answer, in training and at inference alike.
+
+    Args:
+        messages: the turns so far, the last one not the assistant's; or plain text, for models trained on plain text.
+    """
+    if isinstance(messages, str):
+        return _plain_ids(template, messages)
+    return _encode(template.tokenizer, _render(template.tokenizer, messages, True))
+
+
+def _plain_ids(template: Template, text: str) -> list[int]:
+    ids = cast("list[int]", template.tokenizer(text)["input_ids"])
+    return ids[:-1] if len(ids) > 1 and ids[-1] == template.tokenizer.eos_token_id else ids
+
+
+class _TemplateFault(Exception):
+    """A row that the template cannot express."""
+
+
+@dataclass
+class Tokenized:
+    """Samples of a data set, and what became of the rows."""
+
+    samples: list[Sample] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    too_long: list[str] = field(default_factory=list)
+    untrained: list[str] = field(default_factory=list)
+    truncated: int = 0
+    split_conversations: int = 0
+
+
+def tokenize(template: Template, conversations: Sequence[Conversation], max_seq_length: int, on_long: str) -> Tokenized:
+    """Turn conversations into samples.
+
+    Args:
+        max_seq_length: the longest sample, in tokens.
+        on_long: "drop", "truncate" or "raise".
+
+    Raises:
+        UserError: on_long is "raise" and a sample is longer.
+    """
+    result = Tokenized()
+    markers = [token.content for token in template.tokenizer.added_tokens_decoder.values() if token.special]
+    for conversation in conversations:
+        try:
+            samples = _samples(template, conversation, markers)
+        except _TemplateFault as fault:
+            result.faults.append(Fault(conversation.origin, str(fault)))
+            continue
+        result.split_conversations += len(samples) > 1
+        for sample in samples:
+            _keep(sample, max_seq_length, on_long, result)
+    return result
+
+
+def _keep(sample: Sample, max_seq_length: int, on_long: str, result: Tokenized) -> None:
+    if len(sample.token_ids) > max_seq_length:
+        if on_long == "raise":
+            raise UserError(
+                f"{len(sample.token_ids):,} tokens, over max_seq_length {max_seq_length:,}",
+                where=sample.origin,
+                fix="Raise max_seq_length, or pass --on_long drop or --on_long truncate.",
+            )
+        if on_long == "drop":
+            result.too_long.append(sample.origin)
+            return
+        result.truncated += 1
+        sample = Sample(sample.token_ids[:max_seq_length], sample.trained[:max_seq_length], sample.origin)
+    if sample.trained_tokens:
+        result.samples.append(sample)
+    else:
+        result.untrained.append(sample.origin)
+
+
+def _samples(template: Template, conversation: Conversation, markers: Sequence[str]) -> list[Sample]:
+    texts = [message.content for message in conversation.messages] if conversation.text is None else [conversation.text]
+    for marker in markers:
+        if any(marker in text for text in texts):
+            raise _TemplateFault(f"holds {marker}, which the model reads as a control token")
+    if conversation.text is not None:
+        ids = [*_plain_ids(template, conversation.text), template.end_of_turn]
+        return [_sample(ids, [(0, len(ids))], conversation.origin)]
+    try:
+        whole = _one_sample(template, conversation)
+        return [whole] if whole else _sample_per_turn(template, conversation)
+    except jinja2.TemplateError as error:
+        raise _TemplateFault(f"the chat template refuses it: {error}") from None
+
+
+def _one_sample(template: Template, conversation: Conversation) -> Sample | None:
+    """All turns in one sample; None if the template writes earlier turns otherwise once later ones follow."""
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    messages = conversation.messages
+    for place in (place for place, message in enumerate(messages) if message.role == "assistant"):
+        before = prompt_ids(template, messages[:place])
+        if before[: len(ids)] != ids:
+            return None
+        answer, trained = _answer_ids(template, messages[: place + 1])
+        spans.append((len(before), len(before) + trained))
+        ids = before + answer
+    return _sample(ids[: spans[-1][1]], spans, conversation.origin)
+
+
+def _sample_per_turn(template: Template, conversation: Conversation) -> list[Sample]:
+    """A sample for each answer, each with the prompt that inference would show for it."""
+    samples: list[Sample] = []
+    messages = conversation.messages
+    for place in (place for place, message in enumerate(messages) if message.role == "assistant"):
+        before = prompt_ids(template, messages[:place])
+        answer, trained = _answer_ids(template, messages[: place + 1])
+        samples.append(
+            _sample([*before, *answer[:trained]], [(len(before), len(before) + trained)], conversation.origin)
+        )
+    return samples
+
+
+def _answer_ids(template: Template, messages: Sequence[Message]) -> tuple[list[int], int]:
+    """Ids of the last turn after its prompt, and how many of them, up to the end of turn, are trained."""
+    prompt = _render(template.tokenizer, messages[:-1], True)
+    whole = _render(template.tokenizer, messages, False)
+    if not whole.startswith(prompt):
+        raise _TemplateFault("the chat template does not write the answer right after its prompt")
+    ids = _encode(template.tokenizer, whole[len(prompt) :])
+    if template.appended:
+        return [*ids, template.end_of_turn], len(ids) + 1
+    if template.end_of_turn not in ids:
+        raise _TemplateFault("the chat template does not end the assistant's turn")
+    return ids, len(ids) - ids[::-1].index(template.end_of_turn)
+
+
+def _sample(ids: list[int], spans: Sequence[tuple[int, int]], origin: str) -> Sample:
+    trained = np.zeros(len(ids), dtype=np.bool_)
+    for start, end in spans:
+        trained[start:end] = True
+    return Sample(np.asarray(ids, dtype=np.int32), trained, origin)
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+def describe(name: str, rows: int, faults: int, tokenized: Tokenized) -> list[str]:
+    """The data report: a few lines on what is trained and what is not."""
+    lengths = np.array([len(sample.token_ids) for sample in tokenized.samples])
+    trained = sum(sample.trained_tokens for sample in tokenized.samples)
+    half, most, nearly_all = (int(np.percentile(lengths, share)) for share in (50, 90, 99))
+    lines = [
+        f"{name}: {rows:,} rows read, {len(tokenized.samples):,} samples, {faults:,} refused, "
+        f"{len(tokenized.too_long):,} too long, {len(tokenized.untrained):,} without a trained token",
+        f"{name}: {lengths.sum():,} tokens, {trained:,} of them trained ({trained / lengths.sum():.0%}); "
+        f"length p50 {half:,}, p90 {most:,}, p99 {nearly_all:,}, longest {lengths.max():,}",
+    ]
+    if tokenized.truncated:
+        lines.append(f"{name}: {tokenized.truncated:,} samples cut at the end; these do not teach the model to stop")
+    if tokenized.split_conversations:
+        lines.append(
+            f"{name}: {tokenized.split_conversations:,} conversations trained turn by turn, "
+            "as the template writes earlier turns otherwise once later ones follow"
+        )
+    if tokenized.too_long:
+        lines.append(f"{name}: too long: {', '.join(tokenized.too_long[:5])}{' ...' * (len(tokenized.too_long) > 5)}")
+    return lines
+
+
+def show_example(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
+    """A sample as text, its trained parts between >>> and <<<."""
+    parts: list[str] = []
+    edges = np.flatnonzero(np.diff(sample.trained.astype(np.int8))) + 1
+    for ids, trained in zip(np.split(sample.token_ids, edges), np.split(sample.trained, edges), strict=True):
+        text = cast("str", cast("Any", tokenizer).decode(ids.tolist()))
+        parts.append(f">>>{text}<<<" if trained[0] else text)
+    return "".join(parts)

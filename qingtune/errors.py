@@ -1,0 +1,26 @@
+"""The error of users: a fault that the person at the keyboard can mend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """Says what is wrong, where, and how to mend it. The command line shows it without a traceback and exits with 2.
+
+    The message reads `where: what. fix`, for example
+    `data/train.jsonl:118: "output" is empty. Fix the row or pass --on_bad_row skip.`
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        self.what, self.where, self.fix = what, where, fix
+        sentence = what if what.endswith((".", "?", "!")) or fix is None else f"{what}."
+        super().__init__(f"{where}: " * (where is not None) + sentence + (f" {fix}" if fix else ""))
+
+
+def raise_all(problems: Sequence[UserError]) -> None:
+    """Raise every problem of the list as one UserError, a line each; do nothing for an empty list."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise UserError("\n".join(str(problem) for problem in problems))

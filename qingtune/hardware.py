@@ -1,0 +1,90 @@
+"""Device and number format, chosen by what the machine has; each choice comes with its reason."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where a run computes and in which dtype, and why."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+
+def choose_hardware(bf16: bool | None = None, fp16: bool | None = None, local_process: int = 0) -> Hardware:
+    """Choose CUDA, MPS or CPU, and bf16, fp16 or fp32.
+
+    Args:
+        bf16: true asks for bfloat16, false rules it out, None leaves it to the hardware.
+        fp16: the same for float16.
+        local_process: this process's number on this machine, which picks its GPU.
+    """
+    device, name = _device(local_process)
+    has_bf16, has_fp16 = _formats(device)
+    if bf16 and not has_bf16:
+        wanted = "bf16 was asked for, but this hardware computes it only by slow emulation"
+    elif fp16 and not has_fp16:
+        wanted = "fp16 was asked for, but training in it needs a GPU"
+    else:
+        wanted = ""
+    if (bf16 and has_bf16) or (not fp16 and bf16 is None and has_bf16 and fp16 is None):
+        dtype, why = torch.bfloat16, "asked for" if bf16 else "the hardware has it"
+    elif fp16 and has_bf16 and not has_fp16:
+        dtype, why = torch.bfloat16, f"{wanted}; bf16 is there and needs no loss scaling"
+    elif has_fp16 and (fp16 or (fp16 is None and not has_bf16)):
+        dtype, why = torch.float16, "asked for" if fp16 else "the GPU is too old for bf16"
+    else:
+        both_off = bf16 is False or fp16 is False
+        dtype, why = torch.float32, wanted or ("bf16 and fp16 are off" if both_off else "no fast 16-bit format here")
+    return Hardware(device, dtype, f"{name}, {str(dtype).removeprefix('torch.')}: {why}")
+
+
+def _device(local_process: int) -> tuple[torch.device, str]:
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_process % torch.cuda.device_count())
+        return device, f"GPU {torch.cuda.get_device_name(device)}"
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), "Apple GPU"
+    return torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads (no GPU that torch can use)"
+
+
+def _formats(device: torch.device) -> tuple[bool, bool]:
+    """Whether bf16 and fp16 are fast and sound for training on a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0), True
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0), False
+    return _cpu_has_bf16(), False
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 natively; else it can be tens of times slower than fp32 (pytorch #146508)."""
+    if sys.platform != "linux":
+        return False
+    wanted = {"avx512_bf16", "amx_bf16"} if platform.machine() in ("x86_64", "AMD64") else {"bf16"}
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return bool(wanted & set(flags.split()))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory held so far: allocated on a GPU, else this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,241 @@
+"""The recipe of inference: load base and adapter, then answer a prompt, a file of prompts, bundled samples, or chat."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from qingtune.adapters.files import load_adapter, read_adapter_config
+from qingtune.adapters.quantize import quantize_model
+from qingtune.chat import chat
+from qingtune.config import DEFAULT_MODEL, InferConfig, ModelSettings
+from qingtune.data.format import Message, rows_with_prompts
+from qingtune.data.tokenize import Template, make_template, prompt_ids
+from qingtune.errors import UserError
+from qingtune.generation import Answer, ChatSession, Decoding, generate
+from qingtune.hardware import choose_hardware
+from qingtune.models.load import load_model, load_tokenizer, local_folder, stop_ids
+from qingtune.models.source import context_length, find_model, fingerprint
+from qingtune.quiet import quieten
+from qingtune.record import Record, read_record
+
+BUNDLED_SHOWN = 3
+# A tokenizer that needs more tokens than this for a Chinese character was hardly trained on Chinese.
+TOKENS_PER_CHINESE_CHARACTER = 1.3
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model ready to answer."""
+
+    model: Any
+    template: Template
+    decoding: Decoding
+    system_prompt: str | None
+    plain: bool
+    context_length: int
+
+    def answer(self, prompt: Sequence[Message] | str) -> Answer:
+        """Start an answer; iterate it for the text."""
+        messages = prompt
+        if not isinstance(prompt, str) and self.plain:
+            messages = prompt[-1].content
+        elif not isinstance(prompt, str) and self.system_prompt and prompt[0].role != "system":
+            messages = (Message("system", self.system_prompt), *prompt)
+        return self.continue_from(prompt_ids(self.template, messages))
+
+    def continue_from(self, ids: Sequence[int], attempt: int = 0) -> Answer:
+        """Start an answer to a prompt given as ids; each attempt draws otherwise, and the same each time.
+
+        Raises:
+            UserError: the prompt leaves no room in the model's context.
+        """
+        room = self.context_length - len(ids)
+        if room < 1:
+            raise UserError(
+                f"the prompt has {len(ids):,} tokens, the model reads {self.context_length:,}", fix="Shorten it."
+            )
+        decoding = replace(
+            self.decoding,
+            max_new_tokens=min(self.decoding.max_new_tokens, room),
+            seed=self.decoding.seed + attempt,
+        )
+        return Answer(self.template, generate(self.model, ids, decoding, self.template.stop_ids))
+
+
+def infer(config: InferConfig) -> None:
+    """Answer what the settings ask for; text goes to stdout, everything else to stderr.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    quieten()
+    if config.load_in_4bit and config.load_in_8bit:
+        raise UserError("load_in_4bit and load_in_8bit are both given", fix="Choose one.")
+    if config.prompt_file and not Path(config.prompt_file).is_file():
+        raise UserError("there is no such file", where=config.prompt_file, fix="Check --prompt_file.")
+    speaker = load_speaker(config)
+    if config.chat:
+        session = ChatSession(speaker.template, speaker.context_length, speaker.system_prompt)
+        chat(speaker.continue_from, session, speaker.decoding.max_new_tokens)
+    elif config.prompt is not None:
+        _stream(speaker.answer((Message("user", config.prompt),)))
+    elif config.prompt_file:
+        _answer_file(speaker, config.prompt_file, config.output_file)
+    else:
+        _answer_bundled(speaker)
+
+
+# --- Loading ---------------------------------------------------------------------------------------------------------
+
+
+def find_base(config: ModelSettings, adapter: Path | None) -> tuple[Path, Record | None]:
+    """The base model's folder and the record of the adapter, or of the base if it came out of full training.
+
+    Raises:
+        UserError: not found, or the adapter was trained on other weights.
+    """
+    record = read_record(adapter) if adapter else None
+    name = config.base_model
+    if name is None and adapter:
+        name = record.base_model if record else read_adapter_config(adapter).get("base_model_name_or_path")
+    source = find_model(name or DEFAULT_MODEL, config.cache_dir, config.hub)
+    folder = local_folder(source, config.cache_dir, _say)
+    if adapter is None:
+        return folder, read_record(folder)
+    if record is None:
+        _say("The adapter brings no record of its base (it was not written by qingtune); only shapes are checked.")
+    elif record.base_fingerprint != fingerprint(folder):
+        problem = UserError(
+            f"the adapter was trained on other weights than this base ({record.base_model})",
+            where=str(adapter),
+            fix="Name that model as --base_model, or pass --allow_other_base.",
+        )
+        if not config.allow_other_base:
+            raise problem
+        _say(f"Warning: {problem.what}.")
+    return folder, record
+
+
+def load_speaker(config: InferConfig) -> Speaker:
+    """Load what the settings name.
+
+    Raises:
+        UserError: something is missing, broken, or does not fit.
+    """
+    adapter = Path(config.lora_model) if config.lora_model else None
+    if adapter:
+        read_adapter_config(adapter)
+    base, record = find_base(config, adapter)
+    hardware = choose_hardware()
+    _say(f"Device: {hardware.reason}.")
+    model = load_model(base, hardware.dtype)
+    if config.load_in_4bit or config.load_in_8bit:
+        quantize_model(model, 4 if config.load_in_4bit else 8, hardware.device)
+    model.to(hardware.device)  # pyright: ignore[reportArgumentType]
+    if adapter:
+        load_adapter(model, adapter)
+    model.eval()
+    own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(adapter if own_tokenizer and adapter else base)
+    template = make_template(tokenizer, record.stop_ids if record else stop_ids(base))
+    system = config.system_prompt if config.system_prompt is not None else record.system_prompt if record else None
+    return Speaker(
+        model=model,
+        template=template,
+        decoding=choose_decoding(config, base),
+        system_prompt=system,
+        plain=record is not None and record.prompt_style == "plain",
+        context_length=context_length(base) or 2048,
+    )
+
+
+def choose_decoding(config: InferConfig, folder: Path) -> Decoding:
+    """The decoding settings: the flags, else the model's own generation_config.json, else the defaults."""
+    path = folder / "generation_config.json"
+    own = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    default = Decoding()
+    chosen: dict[str, Any] = {}
+    for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+        flag, of_model = getattr(config, name), own.get(name)
+        chosen[name] = flag if flag is not None else of_model if of_model is not None else getattr(default, name)
+    return Decoding(max_new_tokens=config.max_new_tokens, seed=config.seed, **chosen)
+
+
+# --- Answering -------------------------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _stream(answer: Answer) -> None:
+    """Print an answer as it is made, then its speed."""
+    began = time.perf_counter()
+    for piece in answer:
+        print(piece, end="", flush=True)
+    print(flush=True)
+    seconds = time.perf_counter() - began
+    cut = "" if answer.ended else ", cut at max_new_tokens"
+    _say(f"[{len(answer.tokens)} tokens, {len(answer.tokens) / seconds:.1f} tok/s{cut}]")
+
+
+def _answer_file(speaker: Speaker, prompt_file: str, output_file: str | None) -> None:
+    """Answer every row of a file; each row is written with its answer as soon as it is there."""
+    rows = list(rows_with_prompts(prompt_file))
+    with ExitStack() as stack:
+        out: TextIO = sys.stdout
+        if output_file:
+            try:
+                out = stack.enter_context(open(output_file, "w", encoding="utf-8"))
+            except OSError as error:
+                raise UserError(f"cannot be written: {error.strerror}", where=output_file) from None
+        for number, (values, prompt) in enumerate(rows, start=1):
+            answer = speaker.answer(prompt)
+            text = "".join(answer)
+            row = {**values, "answer": text, "answer_ended": answer.ended}
+            print(json.dumps(row, ensure_ascii=False, default=str), file=out, flush=True)
+            if out is not sys.stdout or not os.isatty(1):
+                _say(f"{number}/{len(rows)}")
+
+
+def _answer_bundled(speaker: Speaker) -> None:
+    """Answer a few held-out samples, in Chinese if the model's tokenizer was made for it."""
+    text = "店铺信息：草莓蛋糕，营业时间"
+    ids = speaker.template.tokenizer(text, add_special_tokens=False)["input_ids"]
+    chinese = len(ids) / len(text) < TOKENS_PER_CHINESE_CHARACTER
+    _say(f"No prompt given: answering {BUNDLED_SHOWN} bundled samples ({'Chinese' if chinese else 'English'}).")
+    for _, prompt in bundled_prompts(chinese=chinese):
+        print(f"\n{prompt[-1].content}\n---")
+        _stream(speaker.answer(prompt))
+
+
+def bundled_prompts(*, chinese: bool) -> Iterable[tuple[dict[str, Any], Sequence[Message]]]:
+    """The first bundled held-out rows, with their prompts."""
+    path = bundled_data() / ("store_xhs_heldout.jsonl" if chinese else "store_posts_en_heldout.jsonl")
+    for _, (values, prompt) in zip(range(BUNDLED_SHOWN), rows_with_prompts(str(path)), strict=False):
+        assert not isinstance(prompt, str)
+        yield values, prompt
+
+
+def bundled_data() -> Path:
+    """The folder of bundled samples: data/ of a checkout, or the copy inside an installed package."""
+    package = Path(__file__).parent
+    checkout = package.parent / "data"
+    return checkout if (checkout / "store_xhs_heldout.jsonl").exists() else package / "bundled"
+
+
+def logits_of(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """Logits of every place of a prompt, fp32 [T, V] on the CPU."""
+    with torch.inference_mode():
+        device = next(model.parameters()).device
+        return model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0].float().cpu()

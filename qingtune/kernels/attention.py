@@ -1,0 +1,87 @@
+"""Causal attention over samples laid end to end: each sample sees itself alone, and no mask is ever built.
+
+Registered with Transformers as an attention implementation; the model's forward gets `sample_starts` as a keyword,
+which reaches the function here. Without that keyword (generation) it is Transformers' own SDPA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+NAME = "qingtune_end_to_end"
+
+# Architectures checked (tests/invariant) to give, laid end to end, what they give one by one.
+CHECKED_MODEL_TYPES = frozenset({"qwen2", "qwen3", "llama", "gpt2"})
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sample_starts: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each sample.
+
+    Args:
+        module: the calling layer; unused, part of Transformers' interface.
+        query: [1, heads, T, head_dim].
+        key: [1, key-value heads, T, head_dim].
+        value: like key.
+        attention_mask: None for samples laid end to end.
+        dropout: probability on attention weights.
+        scaling: factor on the scores; 1 / sqrt(head_dim) by default.
+        sample_starts: where each sample starts, and T at the end.
+        kwargs: what else Transformers passes.
+
+    Returns:
+        [1, T, heads, head_dim], and None for the weights, which are not kept.
+    """
+    if sample_starts is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    grouped = query.shape[1] != key.shape[1]
+    parts = [
+        F.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        for start, end in pairwise(sample_starts)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def use_end_to_end(model: Any) -> str | None:
+    """Switch a model to this attention.
+
+    Returns:
+        None if done; otherwise the reason why its samples must go one by one instead.
+    """
+    config = model.config
+    if config.model_type not in CHECKED_MODEL_TYPES:
+        return f'laying samples end to end is not checked for "{config.model_type}" models'
+    kinds = set(config.to_dict().get("layer_types") or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"this model has layers of other kinds than full attention ({', '.join(sorted(kinds))})"
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attention)
+    model.set_attn_implementation(NAME)
+    return None

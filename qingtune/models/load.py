@@ -1,0 +1,176 @@
+"""Source -> tokenizer and model, in the right dtype on the right device, quantised layer by layer if asked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from qingtune.errors import UserError
+from qingtune.files import move_into_place, staging_folder
+from qingtune.models.source import ModelSource, default_cache, read_model_config
+from qingtune.quiet import quieten_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# A GGUF file may hold the head apart from the embedding although the model ties them: the same matrix, quantised twice,
+# differs by a few per cent (Qwen2.5-0.5B Q4_K_M: 4.5 %); two matrices trained apart differ by more than their size.
+TIED_BELOW = 0.15
+
+
+def local_folder(source: ModelSource, cache_dir: str | None, say: Callable[[str], None]) -> Path:
+    """The folder with the model's safetensors; a .gguf file is converted once and kept by its hash.
+
+    Raises:
+        UserError: the model's architecture is unknown, or its code would have to be run.
+    """
+    if not source.is_gguf:
+        _check_architecture(source.path)
+        return source.path
+    cache = (Path(cache_dir).expanduser() if cache_dir else default_cache()) / "gguf"
+    digest = _file_hash(source.path)
+    folder = cache / f"{source.path.stem}-{digest[:12]}"
+    if not (folder / "config.json").exists():
+        say(f"Converting {source.path.name} to safetensors, once (half a minute or so) ...")
+        _convert_gguf(source.path, folder)
+    return folder
+
+
+def _check_architecture(folder: Path) -> None:
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = read_model_config(folder)
+    kind = config["model_type"]
+    if kind in CONFIG_MAPPING and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return
+    if "auto_map" in config:
+        raise UserError(
+            f"this model ({kind}) needs code of its own (auto_map), which is never run here: it could do anything",
+            where=str(folder),
+            fix="Use a model whose architecture is part of Transformers.",
+        )
+    reason = "has no causal language model in" if kind in CONFIG_MAPPING else "is not known to"
+    raise UserError(f'the architecture "{kind}" {reason} the installed Transformers', where=str(folder))
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    """Write a dequantised copy of a GGUF model in bf16, tied where head and embedding are the same matrix."""
+    quieten_transformers()
+    try:
+        with staging_folder(folder) as half_done:
+            _write_dequantised(path, half_done)
+            if not folder.exists():  # another process may have been faster
+                move_into_place(half_done, folder)
+    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"Transformers cannot read this GGUF file: {error}", where=str(path)) from error
+
+
+def _write_dequantised(path: Path, folder: Path) -> None:
+    import transformers
+
+    with contextlib.redirect_stderr(io.StringIO()):  # the converter's bars; its errors are exceptions
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.bfloat16,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+        )
+    _tie_if_same(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tie_if_same(model: PreTrainedModel) -> None:
+    """Tie head and embedding if they differ by quantisation alone."""
+    embedding, head = (
+        cast("Any", layer).weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    if head is embedding or head.shape != embedding.shape:
+        return
+    with torch.no_grad():
+        apart = (head.float() - embedding.float()).norm() / embedding.float().norm()
+    if apart < TIED_BELOW:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or adapter folder.
+
+    Raises:
+        UserError: the folder holds none that works without running its code.
+    """
+    import transformers
+
+    quieten_transformers()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"no tokenizer can be loaded: {str(error).splitlines()[0]}",
+            where=str(folder),
+            fix="Is the folder complete?",
+        ) from error
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """The ids at which the model's own configuration stops generating."""
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.exists():
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found += value if isinstance(value, list) else [] if value is None else [value]
+    return sorted(set(found))
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the CPU in a dtype; weights come from safetensors only, and no code of the model's is run.
+
+    Raises:
+        UserError: the weights do not fit the configuration.
+    """
+    import transformers
+
+    quieten_transformers()
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"the model cannot be loaded: {str(error).splitlines()[0]}", where=str(folder)) from error
+    model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    if missing := sorted(cast("list[str]", info["missing_keys"])):
+        raise UserError(
+            f"{len(missing)} weights are missing, for example {missing[0]}", where=str(folder), fix="Fetch it again."
+        )
+    return model
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype in which the model's weights are kept on disk."""
+    config = read_model_config(folder)
+    return getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+
+
+def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write a model as a folder of Transformers' layout, its weights in a dtype; the model is left in it."""
+    cast("Any", model).set_attn_implementation("sdpa")  # ours is no name that others know
+    cast("Any", model).to(dtype).save_pretrained(folder)

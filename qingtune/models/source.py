@@ -1,0 +1,217 @@
+"""Name | folder | .gguf file -> where the weights are. Looks at names and headers only, without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from qingtune.errors import UserError
+
+ANSWER_WITHIN_S = 4.0
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this machine: `path` is a folder of Transformers' layout or a .gguf file; `name` was asked for."""
+
+    name: str
+    path: Path
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights are in a .gguf file, to be converted before use."""
+        return self.path.is_file()
+
+
+def default_cache() -> Path:
+    """Where downloads and conversions go unless `cache_dir` says otherwise."""
+    return Path(os.environ.get("QINGTUNE_CACHE") or Path.home() / ".cache" / "qingtune")
+
+
+def find_model(name: str, cache_dir: str | None, hub: str) -> ModelSource:
+    """Find a model: as a path, under models/ and the cache by its last part, then on a hub.
+
+    Args:
+        name: a folder, a .gguf file or `owner/model`.
+        cache_dir: the setting; None for the default cache.
+        hub: "auto", "hf" or "modelscope".
+
+    Raises:
+        UserError: nothing found (says what was tried and three ways on), or what was found cannot be used.
+    """
+    tried: list[str] = []
+    last = Path(name).name
+    cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
+    for place in (Path(name).expanduser(), Path("models") / last, cache / last):
+        if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
+            return _checked(ModelSource(name, place))
+        if place.is_file():
+            raise UserError("a model is a folder or a .gguf file, not this", where=str(place))
+        tried.append(str(place))
+    if _is_hub_name(name):
+        hubs: dict[str, Callable[[str, str | None], Path | str]] = {
+            "hf": _from_hugging_face,
+            "modelscope": _from_modelscope,
+        }
+        for hub_name, fetch in hubs.items():
+            if hub in ("auto", hub_name):
+                found = fetch(name, cache_dir)
+                if isinstance(found, Path):
+                    return _checked(ModelSource(name, found))
+                tried.append(found)
+    listing = "".join(f"\n  {place}" for place in tried)
+    raise UserError(
+        f"the model was not found. Tried:{listing}\n"
+        f"Three ways on: download it elsewhere and put the folder at models/{last}; "
+        "pass a .gguf file or a folder as the model; or set HF_ENDPOINT to a mirror, or --hub modelscope.",
+        where=name,
+    )
+
+
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
+
+
+def _from_hugging_face(name: str, cache_dir: str | None) -> Path | str:
+    """The folder of the model, downloaded if need be; or a line on why it could not be had."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    def fetch(local: bool) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, cache_dir=cache_dir, allow_patterns=list(_MODEL_FILES), local_files_only=local
+            )
+        )
+
+    try:
+        return fetch(local=True)
+    except (LocalEntryNotFoundError, FileNotFoundError, ValueError):
+        pass  # not downloaded before: ask the hub
+    endpoint = os.environ.get("HF_ENDPOINT") or "Hugging Face"
+    if any(os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE") for variable in _OFFLINE):
+        return f"{endpoint}: not in its local cache, and HF_HUB_OFFLINE forbids to ask"
+    answer = _within(ANSWER_WITHIN_S, lambda: huggingface_hub.HfApi().model_info(name, timeout=ANSWER_WITHIN_S))
+    if isinstance(answer, GatedRepoError):
+        return f"{endpoint}: {name} needs you to accept its licence and log in (`hf auth login`)"
+    if isinstance(answer, RepositoryNotFoundError):
+        return f"{endpoint}: no model of this name, or it is private"
+    if isinstance(answer, Exception):
+        return f"{endpoint}: no answer ({type(answer).__name__})"
+    try:
+        return fetch(local=False)
+    except (HfHubHTTPError, OSError) as error:
+        return f"{endpoint}: the download broke off ({type(error).__name__})"
+
+
+def _from_modelscope(name: str, cache_dir: str | None) -> Path | str:
+    try:
+        import modelscope  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return "ModelScope: its package is not installed (`pip install modelscope`)"
+    answer = _within(ANSWER_WITHIN_S, lambda: modelscope.HubApi().get_model(name))
+    if isinstance(answer, Exception):
+        return f"ModelScope: no answer or no such model ({type(answer).__name__})"
+    try:
+        return Path(modelscope.snapshot_download(name, cache_dir=cache_dir))
+    except (OSError, ValueError, RuntimeError) as error:
+        return f"ModelScope: the download broke off ({type(error).__name__})"
+
+
+def _within(seconds: float, ask: Callable[[], object]) -> object:
+    """What `ask` returns or raises; TimeoutError if it takes longer (name look-ups have no time limit of their own)."""
+    answer: list[object] = [TimeoutError()]
+
+    def run() -> None:
+        try:
+            answer[0] = ask()
+        except Exception as error:  # any failure of the network or the hub is an answer here, and is told to the user
+            answer[0] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answer[0]
+
+
+def _checked(source: ModelSource) -> ModelSource:
+    """Refuse what cannot be loaded safely, before anything heavy is done."""
+    if source.is_gguf:
+        with source.path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError("not a GGUF file", where=str(source.path), fix="Fetch it again.")
+        return source
+    folder = source.path
+    config = read_model_config(folder)
+    if not isinstance(config.get("model_type"), str):
+        raise UserError("config.json names no model_type", where=str(folder))
+    if not any(folder.glob("*.safetensors")):
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        raise UserError(
+            "no .safetensors weights here" + pickled * "; .bin and .pt weights are pickles, which can run code",
+            where=str(folder),
+            fix="Use a safetensors version of the model." if pickled else "Is the download complete?",
+        )
+    return source
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json.
+
+    Raises:
+        UserError: there is none, or it is broken.
+    """
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        adapter = (folder / "adapter_config.json").exists()
+        raise UserError(
+            "this folder holds an adapter, not a model"
+            if adapter
+            else "no config.json here, so this is no model folder",
+            where=str(folder),
+            fix="Name its base model here and the adapter as --lora_model." if adapter else "Check the path.",
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"not valid JSON: {error}", where=str(path)) from None
+    if not isinstance(content, dict):
+        raise UserError("a JSON object is wanted", where=str(path))
+    return cast("dict[str, Any]", content)
+
+
+def context_length(folder: Path) -> int | None:
+    """The longest sequence the model knows positions for, in tokens; None if its configuration does not say."""
+    config = read_model_config(folder)
+    for name in ("max_position_embeddings", "n_positions"):
+        if isinstance(config.get(name), int):
+            return config[name]
+    return None
+
+
+def fingerprint(folder: Path) -> str:
+    """A short hash by which the weights are known again: every tensor's name, type, shape and 64 of its bytes.
+
+    It does not depend on how the tensors are spread over files. Reads a few kilobytes of each file.
+    """
+    pieces: list[bytes] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                start, end = entry["data_offsets"]
+                file.seek(8 + size + (start + end) // 2)
+                some = file.read(min(64, end - (start + end) // 2))
+                pieces.append(f"{name} {entry['dtype']} {entry['shape']} ".encode() + some)
+    return hashlib.sha256(b"\n".join(sorted(pieces))).hexdigest()[:16]

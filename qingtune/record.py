@@ -1,0 +1,114 @@
+"""The record of a run, kept beside its result: what inference, merging and a later run of the same command need."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from qingtune.config import TrainConfig
+from qingtune.errors import UserError
+from qingtune.files import write_json
+
+# What a run writes besides the model's or adapter's own files; SETTINGS is the first, RECORD the last.
+RECORD, SETTINGS, METRICS, CURVE = "qingtune.json", "train_config.json", "metrics.jsonl", "loss_curve.png"
+
+# Settings that may change from one start of a run to the next without changing what it computes.
+_MAY_CHANGE = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "hub", "logging_steps", "report_to",
+    "eval_strategy", "eval_steps", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "gradient_checkpointing",
+    "dataloader_num_workers", "deepspeed", "remove_unused_columns",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished run says of itself.
+
+    Attributes:
+        method: full, lora or qlora.
+        base_model: name of the base, as it was given.
+        base_fingerprint: by which the base's weights are known again.
+        system_prompt: the system message of training, None if the rows' own or the template's.
+        prompt_style: chat (template) or plain text.
+        stop_ids: token ids that end an answer.
+        results: losses, steps, seconds, peak memory.
+        versions: of this tool and the libraries it computed with.
+    """
+
+    method: str
+    base_model: str
+    base_fingerprint: str
+    system_prompt: str | None
+    prompt_style: Literal["chat", "plain"]
+    stop_ids: list[int]
+    results: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write the record; its presence says that the run is finished."""
+    write_json(folder / RECORD, asdict(record))
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record in a folder; None if there is none, as with adapters that PEFT wrote.
+
+    Raises:
+        UserError: it is broken.
+    """
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the record is broken ({error})", where=str(path)) from None
+
+
+def settings_to_compare(config: TrainConfig, processes: int, data_hash: str) -> dict[str, Any]:
+    """The settings that decide what a run computes, as JSON values."""
+    values = config.model_dump(mode="json", exclude=_MAY_CHANGE)
+    values["samples a step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    values["data"] = data_hash
+    return values
+
+
+def check_output_folder(output_dir: Path, *, overwrite: bool) -> None:
+    """Make sure before anything is loaded that the result may and can be written.
+
+    Raises:
+        UserError: the folder holds something else, is no folder, or cannot be written.
+    """
+    existing = next(place for place in (output_dir, *output_dir.absolute().parents) if place.exists())
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError("output_dir is a file", where=str(output_dir), fix="Choose another output_dir.")
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError("output_dir cannot be written", where=str(existing), fix="Choose another output_dir.")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / SETTINGS).exists():
+        raise UserError(
+            "output_dir holds files that are not of a training run; they are left alone" + overwrite * ", all the same",
+            where=str(output_dir),
+            fix="Choose another output_dir.",
+        )
+
+
+def clear_output_folder(output_dir: Path) -> None:
+    """Remove an earlier run; the folder was checked to be one."""
+    if output_dir.exists():
+        shutil.rmtree(output_dir)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two runs' settings, a line each."""
+    return [
+        f"{name} was {json.dumps(before.get(name), ensure_ascii=False)}, "
+        f"is {json.dumps(now.get(name), ensure_ascii=False)}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]

@@ -1,0 +1,194 @@
+"""What happens in a run, as frozen records, and where these go: console, metrics.jsonl, trackers.
+
+A sink is a function of an event. It cannot change the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """An optimizer step, or several taken together for a logged line.
+
+    Attributes:
+        step: the last step, counted from 1.
+        epoch: passes over the data so far.
+        loss: mean over the trained tokens, in nats.
+        learning_rate: of the last step.
+        grad_norm: of the last step, before clipping.
+        tokens: all tokens read, over all processes.
+        trained_tokens: those that count in the loss.
+        seconds: time taken.
+        peak_bytes: the most memory held so far.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation after a step; eval_loss is the mean over the trained tokens of the evaluation data."""
+
+    step: int
+    epoch: float
+    eval_loss: float
+    eval_tokens: int
+    eval_seconds: float
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Something to tell the user."""
+
+    text: str
+
+
+Event = Stepped | Evaluated | Noted
+Sink = Callable[[Event], None]
+
+
+def to_all(sinks: Sequence[Sink]) -> Sink:
+    """A sink that passes events on to several."""
+
+    def emit(event: Event) -> None:
+        for sink in sinks:
+            sink(event)
+
+    return emit
+
+
+class EverySteps:
+    """Passes steps on in groups: one record for each `count` steps, aligned to multiples of `count`."""
+
+    def __init__(self, count: int, last_step: int, sink: Sink) -> None:
+        self.count, self.last_step, self.sink = count, last_step, sink
+        self.group: list[Stepped] = []
+
+    def __call__(self, event: Event) -> None:
+        """Take an event; whatever is not a step goes on at once."""
+        if not isinstance(event, Stepped):
+            self.sink(event)
+            return
+        self.group.append(event)
+        if event.step % self.count == 0 or event.step == self.last_step:
+            self.sink(together(self.group))
+            self.group = []
+
+
+def together(steps: Sequence[Stepped]) -> Stepped:
+    """Steps as one record; the loss is weighted by trained tokens."""
+    trained = sum(step.trained_tokens for step in steps)
+    return dataclasses.replace(
+        steps[-1],
+        loss=sum(step.loss * step.trained_tokens for step in steps) / trained,
+        tokens=sum(step.tokens for step in steps),
+        trained_tokens=trained,
+        seconds=sum(step.seconds for step in steps),
+    )
+
+
+def as_metrics(event: Event) -> dict[str, Any] | None:
+    """An event as the object that is written to metrics.jsonl; None if it is not a measurement."""
+    if isinstance(event, Noted):
+        return None
+    return {
+        name: round(value, 9) if isinstance(value, float) else value
+        for name, value in dataclasses.asdict(event).items()
+    }
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, written through at once."""
+
+    def __init__(self, path: Path, keep_to_step: int) -> None:
+        """Start anew, or keep the lines up to the step from which a run goes on."""
+        lines = path.read_text(encoding="utf-8").splitlines() if keep_to_step and path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= keep_to_step]
+        self.file = path.open("w", encoding="utf-8")
+        self.file.write("".join(f"{line}\n" for line in kept))
+        self.file.flush()
+
+    def __call__(self, event: Event) -> None:
+        """Write an event."""
+        metrics = as_metrics(event)
+        if metrics is not None:
+            self.file.write(json.dumps(metrics) + "\n")
+            self.file.flush()
+
+
+class ConsoleSink:
+    """Progress on stderr: a bar on a terminal, plain lines elsewhere. Use as a context manager."""
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.total_steps = total_steps
+        self.done = first_step
+        self.seconds: list[float] = []
+        self.bar: Progress | None = None
+        if self.console.is_terminal:
+            self.bar = Progress(
+                BarColumn(bar_width=16),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("", total=total_steps, completed=first_step)
+
+    def __enter__(self) -> ConsoleSink:
+        """Show the bar."""
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the bar away."""
+        if self.bar:
+            self.bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        if isinstance(event, Noted):
+            self.console.print(event.text, markup=False)
+        elif isinstance(event, Evaluated):
+            self.console.print(f"step {event.step}: eval_loss {event.eval_loss:.4f}", markup=False)
+        elif self.bar:
+            self.bar.update(self.task, completed=event.step, description=self._line(event))
+
+    def log(self, event: Event) -> None:
+        """Show a logged step as a line, where there is no bar."""
+        if isinstance(event, Stepped) and not self.bar:
+            self.seconds.append(event.seconds / max(1, event.step - self.done))
+            self.done = event.step
+            left = (self.total_steps - event.step) * sorted(self.seconds)[len(self.seconds) // 2]
+            print(
+                f"step {event.step}/{self.total_steps}  {self._line(event)}  {left:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    @staticmethod
+    def _line(event: Stepped) -> str:
+        return (
+            f"loss {event.loss:.4f}  lr {event.learning_rate:.2e}  "
+            f"{event.tokens / max(event.seconds, 1e-9):,.0f} tok/s  {event.peak_bytes / 1e9:.2f} GB"
+        )

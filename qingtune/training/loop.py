@@ -1,0 +1,230 @@
+"""The training loop: the only optimizer.step in the project.
+
+A window is the samples of one optimizer step. Its gradient is that of the summed loss divided by the window's trained
+tokens, over all micro-batches and processes: never a mean of means. Order, dropout and learning rate are functions of
+the seed and the step number alone, so a run that goes on from a checkpoint does what it would have done uninterrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from qingtune.data.batch import Batch
+from qingtune.errors import UserError
+from qingtune.training.events import Evaluated, Noted, Sink, Stepped
+from qingtune.training.optim import Schedule
+
+MOST_BAD_STEPS_IN_A_ROW = 5
+
+
+class Processes(Protocol):
+    """The processes of a run, as the loop sees them."""
+
+    index: int
+    count: int
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained, by what; the recipe makes it.
+
+    Attributes:
+        parameters: the trained parameters.
+        loss: summed loss of a micro-batch, with a graph for its gradient.
+        fetch: step, counted from 0 -> this process's micro-batches, on the device.
+        optimizer: over the parameters.
+        learning_rate: step, counted from 0 -> learning rate.
+        evaluate: -> mean loss and trained tokens of the evaluation data.
+        save: step done, whether it is the best so far -> nothing; writes a checkpoint.
+        peak_bytes: -> the most memory held so far.
+        scaler: loss scaling for fp16; disabled otherwise.
+    """
+
+    parameters: Sequence[torch.nn.Parameter]
+    loss: Callable[[Batch], torch.Tensor]
+    fetch: Callable[[int], Sequence[Batch]]
+    optimizer: torch.optim.Optimizer
+    learning_rate: Schedule
+    evaluate: Callable[[], tuple[float, int]]
+    save: Callable[[Progress], None]
+    peak_bytes: Callable[[], int]
+    scaler: torch.amp.GradScaler
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When things happen; `every` values are in steps, None for never."""
+
+    total_steps: int
+    steps_per_epoch: int
+    max_grad_norm: float
+    seed: int
+    evaluate_every: int | None
+    save_every: int | None
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all that a checkpoint needs beside weights and optimizer."""
+
+    step: int = 0
+    best_loss: float = math.inf
+    best_step: int | None = None
+    last_eval_step: int | None = None
+    bad_steps: int = 0
+    saved_step: int | None = field(default=None, compare=False)
+
+
+def train(work: Work, limits: Limits, processes: Processes, emit: Sink, progress: Progress) -> bool:
+    """Train from where `progress` stands to the last step.
+
+    Returns:
+        True if all steps are done, False if a signal ended the run early; the state is saved then.
+
+    Raises:
+        UserError: a window has no trained token, or loss or gradient are not finite several steps in a row.
+    """
+    with _signals() as asked_to_stop:
+        while progress.step < limits.total_steps:
+            emit(_step(work, limits, processes, emit, progress))
+            last = progress.step == limits.total_steps
+            if _due(limits.evaluate_every, progress.step, last):
+                _evaluate(work, limits, emit, progress)
+            stopping = asked_to_stop(processes)
+            if _due(limits.save_every, progress.step, last) or (stopping and not last):
+                work.save(progress)
+            if stopping and not last:
+                return False
+    return True
+
+
+def _due(every: int | None, step: int, last: bool) -> bool:
+    return every is not None and (step % every == 0 or last)
+
+
+def _step(work: Work, limits: Limits, processes: Processes, emit: Sink, progress: Progress) -> Stepped:
+    """One window: gradient, checks, update."""
+    began = time.perf_counter()
+    step = progress.step
+    batches = work.fetch(step)
+    counts = [sum(len(batch.targets) for batch in batches), sum(len(batch.token_ids) for batch in batches)]
+    trained, tokens = (int(count) for count in processes.sum(torch.tensor(counts, device=work.parameters[0].device)))
+    if not trained:
+        origins = ", ".join(origin for batch in batches for origin in batch.origins)
+        raise UserError("no trained token in all the samples of a step", where=origins)
+    loss = processes.sum(_backward(work, batches, trained, [limits.seed, step, processes.index]))
+    _sum_gradients(work.parameters, processes)
+    work.scaler.unscale_(work.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(work.parameters, limits.max_grad_norm or math.inf)
+    mean_loss, grad_norm = (float(value) for value in torch.stack([loss / trained, norm]))
+    rate = work.learning_rate(step)
+    _update(work, rate, math.isfinite(mean_loss) and math.isfinite(grad_norm), progress)
+    progress.step += 1
+    if progress.bad_steps:
+        emit(Noted(f"step {progress.step}: loss {mean_loss}, gradient norm {grad_norm}: no update"))
+    return Stepped(
+        step=progress.step,
+        epoch=progress.step / limits.steps_per_epoch,
+        loss=mean_loss,
+        learning_rate=rate,
+        grad_norm=grad_norm,
+        tokens=tokens,
+        trained_tokens=trained,
+        seconds=time.perf_counter() - began,
+        peak_bytes=work.peak_bytes(),
+    )
+
+
+def _backward(work: Work, batches: Sequence[Batch], trained: int, seed: list[int]) -> torch.Tensor:
+    """Gradients of this process's micro-batches; returns their summed loss."""
+    total = torch.zeros((), device=work.parameters[0].device)
+    for number, batch in enumerate(batches):
+        torch.manual_seed(hash((*seed, number)) % 2**63)  # dropout: the same whether or not the run was interrupted
+        if not len(batch.targets):
+            continue
+        loss = work.loss(batch)
+        work.scaler.scale(loss / trained).backward()
+        total += loss.detach()
+    return total
+
+
+def _sum_gradients(parameters: Sequence[torch.nn.Parameter], processes: Processes) -> None:
+    """Sum gradients over processes, each dtype as one flat tensor; a process without samples adds zeros."""
+    if processes.count == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for dtype in {parameter.dtype for parameter in parameters}:
+        grads = [parameter.grad for parameter in parameters if parameter.dtype == dtype and parameter.grad is not None]
+        flat = processes.sum(torch.cat([grad.reshape(-1) for grad in grads]))
+        for grad, piece in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(piece.view_as(grad))
+
+
+def _update(work: Work, rate: float, finite: bool, progress: Progress) -> None:
+    """Step if everything is finite. In fp16 the scaler lowers its scale instead, which is normal at the start."""
+    for group in work.optimizer.param_groups:
+        group["lr"] = rate
+    if finite:
+        work.scaler.step(work.optimizer)
+        progress.bad_steps = 0
+    else:
+        progress.bad_steps += 1
+        limit = MOST_BAD_STEPS_IN_A_ROW * (4 if work.scaler.is_enabled() else 1)
+        if progress.bad_steps >= limit:
+            raise UserError(
+                f"loss or gradient was not finite {limit} steps in a row",
+                where=f"step {progress.step + 1}",
+                fix="Lower learning_rate; the last checkpoint is as it was before.",
+            )
+    work.scaler.update()
+    work.optimizer.zero_grad(set_to_none=True)
+
+
+def _evaluate(work: Work, limits: Limits, emit: Sink, progress: Progress) -> None:
+    began = time.perf_counter()
+    loss, tokens = work.evaluate()
+    progress.last_eval_step = progress.step
+    if loss < progress.best_loss:
+        progress.best_loss, progress.best_step = loss, progress.step
+    epoch = progress.step / limits.steps_per_epoch
+    emit(Evaluated(progress.step, epoch, loss, tokens, time.perf_counter() - began))
+
+
+@contextmanager
+def _signals() -> Generator[Callable[[Processes], bool]]:
+    """Let SIGINT and SIGTERM end the run after the step in progress; a second signal ends it at once."""
+    received: list[int] = []
+    before: dict[int, object] = {}
+
+    def note(number: int, _frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    def asked(processes: Processes) -> bool:
+        return bool(processes.sum(torch.tensor(len(received))))
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: signals are somebody else's
+        before.clear()
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
