@@ -26,7 +26,8 @@ def settings_page() -> str:
         "",
         "Made from `qingtune/config.py` by `make docs`; do not edit.",
         "Each name is a key of the JSON file and a flag (`--name value`); a flag overrides the file.",
-        "Keys that start with `_` are comments. `docs/train_config.schema.json` is the schema for editors: name it as `$schema` in a file.",
+        "Keys that start with `_` are comments. `docs/train_config.schema.json` is the schema for editors:",
+        "name it as `$schema` in a file.",
     ]
     for command, schema in COMMANDS.items():
         lines += ["", f"## {command}"]

@@ -1,0 +1,172 @@
+"""Shared by all tests: no network, tiny models and tokenizers made on the fly, small data files."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXTS = [
+    "Write a social post for this shop.",
+    "Name: Blue Door\nCategory: Bakery\nAddress: 4 Mill Lane",
+    "Fresh bread at seven. #bakery #bread",
+    "店名：蓝门\n品类：面包房\n地址：磨坊巷4号",
+    "七点出炉，热的 🥖 #面包",
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse every connection that leaves this machine, except in tests marked `network`."""
+    if request.node.get_closest_marker("network"):
+        return
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        if self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost"):
+            return connect(self, address)
+        raise OSError(f"tests do not use the network: {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Leave the user's cache alone, here and in subprocesses, and let no hub be asked."""
+    kept = {name: os.environ.get(name) for name in ("QINGTUNE_CACHE", "HF_HUB_OFFLINE")}
+    os.environ["QINGTUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    yield
+    for name, value in kept.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def make_tokenizer(chat_template: str | None = CHATML) -> Any:
+    """A byte-level BPE tokenizer with ChatML's special tokens, trained on a few lines; any text round-trips."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(TEXTS, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def make_model(kind: str, *, seed: int = 0, **changes: Any) -> Any:
+    """A random model of a real architecture with two layers: qwen2, qwen3, llama or gpt2 (no dropout of its own)."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    if kind == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+        config: Any = transformers.GPT2Config(
+            vocab_size=320, **sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=2, eos_token_id=2
+        )
+    else:
+        settings: dict[str, Any] = {
+            "vocab_size": 320,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "tie_word_embeddings": kind != "llama",
+        }
+        names = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "LlamaConfig"}
+        if kind == "qwen3":
+            settings["head_dim"] = 8
+        config = getattr(transformers, names[kind])(**(settings | changes))
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that gives the folder of a tiny model by its kind; made once a session."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def folder_of(kind: str = "qwen2", seed: int = 0) -> Path:
+        if (kind, seed) not in made:
+            folder = tmp_path_factory.mktemp(f"tiny-{kind}-{seed}")
+            make_model(kind, seed=seed).save_pretrained(folder)
+            make_tokenizer().save_pretrained(folder)
+            made[kind, seed] = folder
+        return made[kind, seed]
+
+    return folder_of
+
+
+def instruction_rows(count: int) -> list[dict[str, str]]:
+    """Rows of different lengths, no two alike."""
+    return [
+        {
+            "instruction": TEXTS[0] if number % 2 else "写一条笔记。",
+            "input": f"Name: Shop {number}" if number % 3 else "",
+            "output": f"{TEXTS[2 if number % 2 else 4]} {number} " + "very fresh " * (number % 5),
+        }
+        for number in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> Path:
+    """Twenty instruction rows."""
+    return write_jsonl(tmp_path / "train.jsonl", instruction_rows(20))
+
+
+@pytest.fixture
+def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function that runs Python with arguments in the repository, without a terminal."""
+
+    def run_python(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+
+    return run_python
