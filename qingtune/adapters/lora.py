@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qingtune.adapters.targets import dense_weight, match_layers, replace_layer
+from qingtune.kernels.dropout import dropout
 from qingtune.kernels.linear import QuantizedLinear
 
 
@@ -22,7 +23,9 @@ class LoRALinear(nn.Module):
         lora_B: fp32 [out, r], zero at the start, so that training begins at the base model.
     """
 
-    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, base: nn.Module, r: int, alpha: float, dropout_probability: float, generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.base = base
         self.r, self.scaling = r, alpha / r
@@ -31,11 +34,12 @@ class LoRALinear(nn.Module):
         start = nn.init.kaiming_uniform_(torch.empty(r, in_features), a=math.sqrt(5), generator=generator)
         self.lora_A = nn.Parameter(start.to(device))  # drawn on the CPU, so that every device starts alike
         self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout_probability = dropout_probability
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] -> [..., out]; the adapter is computed in x's dtype, its gradients are fp32."""
-        low = self.dropout(x) @ self.lora_A.to(x.dtype).t()
+        dropped = dropout(x, self.dropout_probability) if self.training else x
+        low = dropped @ self.lora_A.to(x.dtype).t()
         return self.base(x) + (low @ self.lora_B.to(x.dtype).t()) * self.scaling
 
     def delta(self) -> torch.Tensor:
