@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,14 +19,13 @@ from qingtune.adapters.files import save_adapter
 from qingtune.adapters.lora import add_lora
 from qingtune.adapters.quantize import quantize_model
 from qingtune.config import TrainConfig
-from qingtune.data.batch import Batch, Plan, collate
-from qingtune.data.prepare import Data, Say, load_data
+from qingtune.continuation import is_finished, load_best, where_to_go_on
+from qingtune.data.prepare import Say, load_data
 from qingtune.data.tokenize import Template, make_template
 from qingtune.errors import UserError
 from qingtune.files import staging_folder, usual_permissions, write_json
-from qingtune.hardware import Hardware, choose_hardware, peak_bytes
-from qingtune.kernels.attention import use_end_to_end
-from qingtune.kernels.loss import summed_loss
+from qingtune.hardware import Hardware, choose_hardware
+from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models.load import load_model, load_tokenizer, local_folder, save_model, stop_ids, stored_dtype
 from qingtune.models.source import context_length, find_model, fingerprint
 from qingtune.plots import plot_losses
@@ -37,22 +36,31 @@ from qingtune.record import (
     SETTINGS,
     Record,
     check_output_folder,
-    clear_output_folder,
-    differences,
-    read_record,
+    prepare_output_folder,
     settings_to_compare,
     write_record,
-)  # fmt: skip
-from qingtune.training.checkpoint import checkpoints, load_checkpoint, prune, read_state, save_checkpoint
-from qingtune.training.events import ConsoleSink, Evaluated, Event, EverySteps, MetricsFile, to_all
+)
+from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, MetricsFile, Sink, to_all
 from qingtune.training.loop import Limits, Progress, Work, train
-from qingtune.training.optim import make_optimizer, make_schedule, warmup_steps
 from qingtune.training.processes import AcceleratedProcesses
+from qingtune.work import make_work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ANEW = "Pass --overwrite_output_dir to train anew, or choose another output_dir."
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to; losses are means over trained tokens, None where nothing was evaluated."""
+
+    finished: bool
+    steps: int
+    seconds: float
+    peak_bytes: int
+    eval_loss_before: float | None
+    eval_loss: float | None
+    best_eval_loss: float | None
+    best_step: int | None
 
 
 def finetune(
@@ -92,24 +100,23 @@ def finetune(
     data = load_data(config, template, context_length(folder), say)
 
     settings = settings_to_compare(config, processes.count, data.hash)
-    if _is_finished(config, settings, say):
+    if is_finished(config, settings, say):
         return True
-    resume_from = _where_to_go_on(config, settings, say)
-    torch.manual_seed(config.seed)
+    resume_from = where_to_go_on(config, settings, say)
     model = load_adapted_model(config, folder, hardware, say)
-    if len(template.tokenizer) > cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings:
-        raise UserError("the tokenizer knows more tokens than the model has embeddings", where=str(folder))
-
+    _check_vocabulary(model, template, folder)
     if processes.index == 0:
-        if config.overwrite_output_dir and resume_from is None:
-            clear_output_folder(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
+        prepare_output_folder(output_dir, anew=resume_from is None and config.overwrite_output_dir)
         write_json(output_dir / SETTINGS, config.model_dump(mode="json"))
     processes.wait()
-    finished, results = _train(config, model, data, hardware, processes, settings, resume_from, say)
-    if not finished:
-        say(f"Stopped and saved after step {results['steps']}. To go on: {command or 'run the same command again'}")
+
+    work, limits, progress = make_work(config, model, data, hardware, processes, settings, resume_from, say)
+    result = _train(config, work, limits, progress, processes)
+    if not result.finished:
+        say(f"Stopped and saved after step {result.steps}. To go on: {command or 'run the same command again'}")
         return False
+    if config.load_best_model_at_end:
+        load_best(output_dir, model, progress, say)
     if processes.index == 0:
         record = Record(
             method=config.method,
@@ -118,14 +125,20 @@ def finetune(
             system_prompt=config.system_prompt,
             prompt_style=data.style,
             stop_ids=sorted(template.stop_ids),
-            results=results,
+            settings=settings,
+            results=asdict(result),
             versions=_versions(),
         )
         save_result(config, model, template, folder, record)
         plot_losses(output_dir / METRICS, output_dir / CURVE)
-        print(_summary(config, results, chat_command))
+        print(_summary(config, result, chat_command))
     processes.finish()
     return True
+
+
+def _check_vocabulary(model: PreTrainedModel, template: Template, folder: Path) -> None:
+    if len(template.tokenizer) > cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings:
+        raise UserError("the tokenizer knows more tokens than the model has embeddings", where=str(folder))
 
 
 def _say(text: str) -> None:
@@ -168,8 +181,6 @@ def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware, sa
 
 def _parameters_of_base(model: PreTrainedModel) -> int:
     """Parameters that are not trained, packed weights counted as what they stand for."""
-    from qingtune.kernels.linear import QuantizedLinear
-
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
     return packed + sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
@@ -177,179 +188,37 @@ def _parameters_of_base(model: PreTrainedModel) -> int:
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def _is_finished(config: TrainConfig, settings: dict[str, Any], say: Say) -> bool:
-    """Whether output_dir holds the result of this very run, so that nothing is left to do.
-
-    Raises:
-        UserError: it holds another run's result, which must not be replaced unasked.
-    """
-    output_dir = Path(config.output_dir)
-    if config.overwrite_output_dir or not output_dir.is_dir() or read_record(output_dir) is None:
-        return False
-    found = checkpoints(output_dir)
-    if config.resume_from_checkpoint is False or not found:
-        raise UserError("output_dir holds a finished run", where=str(output_dir), fix=ANEW)
-    _same_settings(found[-1].folder, settings)
-    say(f"This run is finished already; its result is in {output_dir}. {ANEW}")
-    return True
-
-
-def _where_to_go_on(config: TrainConfig, settings: dict[str, Any], say: Say) -> Path | None:
-    """The checkpoint to go on from; None to start anew.
-
-    Raises:
-        UserError: the checkpoint is none, or of a run with other settings, or must not be passed over unasked.
-    """
-    wish = config.resume_from_checkpoint
-    if isinstance(wish, str) and wish not in ("auto", "last"):
-        checkpoint = Path(wish)
-    else:
-        found = [] if config.overwrite_output_dir else checkpoints(Path(config.output_dir))
-        if not found:
-            return None
-        if wish is False:
-            raise UserError("output_dir holds a run that can go on", where=config.output_dir, fix=ANEW)
-        checkpoint = found[-1].folder
-    _same_settings(checkpoint, settings)
-    say(f"Going on from {checkpoint}.")
-    return checkpoint
-
-
-def _same_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
-    changed = differences(read_state(checkpoint)[1], settings)
-    if changed:
-        raise UserError(
-            "this run was started with other settings:\n  " + "\n  ".join(changed) + f"\n{ANEW}",
-            where=str(checkpoint),
-        )
-
-
 def _train(
-    config: TrainConfig, model: PreTrainedModel, data: Data, hardware: Hardware, processes: AcceleratedProcesses,
-    settings: dict[str, Any], resume_from: Path | None, say: Say,
-) -> tuple[bool, dict[str, Any]]:  # fmt: skip
-    """Set the loop up and run it; returns whether it was finished, and its results."""
+    config: TrainConfig, work: Work, limits: Limits, progress: Progress, processes: AcceleratedProcesses
+) -> Result:
+    """Run the loop with its sinks, evaluating before the first step too, so that what training gained can be told."""
     output_dir = Path(config.output_dir)
-    plan = Plan(
-        len(data.train), config.per_device_train_batch_size, config.gradient_accumulation_steps, processes.count,
-        config.seed,
-    )  # fmt: skip
-    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * plan.steps_per_epoch)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer, notice = make_optimizer(config, trained.items(), hardware.device)
-    if notice:
-        say(notice)
-    reason = use_end_to_end(model)
-    if reason:
-        say(f"Samples go through the model one by one: {reason}.")
-    progress = Progress()
-    if resume_from:
-        load_checkpoint(resume_from, trained, optimizer)
-        progress = read_state(resume_from)[0]
-    assert config.learning_rate is not None
-
-    def loss_of(batch: Batch) -> torch.Tensor:
-        mixed = config.method == "full" and hardware.dtype != torch.float32
-        with torch.autocast(hardware.device.type, hardware.dtype, enabled=mixed):
-            return summed_loss(model, batch, end_to_end=reason is None)
-
-    def fetch(step: int) -> list[Batch]:
-        shares = plan.micro_batches(step, processes.index)
-        return [collate([data.train[i] for i in share]).to(hardware.device) for share in shares]
-
-    def save(now: Progress) -> None:
-        if processes.index == 0:
-            save_checkpoint(output_dir, trained, optimizer, now, settings)
-            prune(output_dir, config.save_total_limit, now.best_step)
-        processes.wait()
-
-    work = Work(
-        parameters=list(trained.values()),
-        loss=loss_of,
-        fetch=fetch,
-        optimizer=optimizer,
-        learning_rate=make_schedule(config.lr_scheduler_type, config.learning_rate, warmup_steps(config, total), total),
-        evaluate=_evaluator(config, model, data, hardware, processes, loss_of),
-        save=save,
-        peak_bytes=lambda: peak_bytes(hardware.device),
-        scaler=torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16),
-    )
-    limits = Limits(
-        total_steps=total,
-        steps_per_epoch=plan.steps_per_epoch,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        evaluate_every=_every(config.eval_strategy, config.eval_steps, plan.steps_per_epoch),
-        save_every=_every(config.save_strategy, config.save_steps, plan.steps_per_epoch),
-    )
-    say(
-        f"Training: {total:,} steps of {plan.window_size} samples ({total / plan.steps_per_epoch:.3g} epochs), "
-        f"{config.optim}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}."
-    )
     evaluations: list[Evaluated] = []
     began = time.perf_counter()
     with ExitStack() as stack:
-        sinks: list[Callable[[Event], None]] = []
+        sinks: list[Sink] = [lambda event: evaluations.append(event) if isinstance(event, Evaluated) else None]
         if processes.index == 0:
-            console = stack.enter_context(ConsoleSink(total, progress.step))
-            metrics = MetricsFile(output_dir / METRICS, progress.step)
+            console = stack.enter_context(ConsoleSink(limits.total_steps, progress.step))
+            metrics = stack.enter_context(MetricsFile(output_dir / METRICS, progress.step))
             logged = to_all([metrics, processes.track, console.log])
-            sinks = [console, EverySteps(config.logging_steps, total, logged)]
-        emit = to_all([*sinks, lambda event: evaluations.append(event) if isinstance(event, Evaluated) else None])
-        model.train()
+            sinks += [console, EverySteps(config.logging_steps, limits.total_steps, logged)]
+        emit = to_all(sinks)
         if limits.evaluate_every and not progress.step:
             loss, tokens = work.evaluate()
             emit(Evaluated(0, 0.0, loss, tokens, time.perf_counter() - began))
         finished = train(work, limits, processes, emit, progress)
-    if finished and config.load_best_model_at_end and progress.best_step not in (None, progress.step):
-        _load_best(output_dir, progress, trained, say)
-    results = {
-        "steps": progress.step,
-        "seconds": round(time.perf_counter() - began, 1),
-        "peak_bytes": peak_bytes(hardware.device),
-        "eval_loss_before": evaluations[0].eval_loss if evaluations and not evaluations[0].step else None,
-        "eval_loss": evaluations[-1].eval_loss if evaluations and evaluations[-1].step else None,
-        "best_eval_loss": progress.best_loss if progress.best_step else None,
-        "best_step": progress.best_step,
-    }
-    return finished, results
-
-
-def _every(strategy: str | None, steps: int | None, steps_per_epoch: int) -> int | None:
-    return {"steps": steps, "epoch": steps_per_epoch}.get(strategy or "no")
-
-
-def _load_best(output_dir: Path, progress: Progress, trained: dict[str, torch.nn.Parameter], say: Say) -> None:
-    best = [c for c in checkpoints(output_dir) if c.step == progress.best_step]
-    if not best:
-        say(f"Step {progress.best_step} evaluated best but was not saved; the result is the last step.")
-        return
-    load_checkpoint(best[0].folder, trained, None)
-    say(f"The result is step {progress.best_step}, the best evaluation ({progress.best_loss:.4f}).")
-
-
-def _evaluator(
-    config: TrainConfig, model: PreTrainedModel, data: Data, hardware: Hardware, processes: AcceleratedProcesses,
-    loss_of: Callable[[Batch], torch.Tensor],
-) -> Callable[[], tuple[float, int]]:  # fmt: skip
-    """A function that gives the mean loss over the trained tokens of the evaluation data, and their number."""
-    size = config.per_device_eval_batch_size
-    groups = [data.evaluation[start : start + size] for start in range(0, len(data.evaluation), size)]
-
-    @torch.no_grad()
-    def evaluate() -> tuple[float, int]:
-        model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
-        for group in groups[processes.index :: processes.count]:
-            batch = collate(group).to(hardware.device)
-            sums += torch.tensor([float(loss_of(batch)), len(batch.targets)], dtype=torch.float64)
-        model.train()
-        loss, tokens = processes.sum(
-            sums.to(torch.float32 if hardware.device.type == "mps" else torch.float64)
-        ).tolist()
-        return loss / tokens, int(tokens)
-
-    return evaluate
+    before = [event.eval_loss for event in evaluations if event.step == 0]
+    after = [event.eval_loss for event in evaluations if event.step > 0]
+    return Result(
+        finished=finished,
+        steps=progress.step,
+        seconds=round(time.perf_counter() - began, 1),
+        peak_bytes=work.peak_bytes(),
+        eval_loss_before=before[0] if before else None,
+        eval_loss=after[-1] if after else None,
+        best_eval_loss=progress.best_loss if progress.best_step else None,
+        best_step=progress.best_step,
+    )
 
 
 # --- The result ------------------------------------------------------------------------------------------------------
@@ -375,17 +244,13 @@ def _versions() -> dict[str, str]:
     return {"qingtune": __version__, **{name: importlib.metadata.version(name) for name in libraries}}
 
 
-def _summary(config: TrainConfig, results: dict[str, Any], chat_command: str) -> str:
+def _summary(config: TrainConfig, result: Result, chat_command: str) -> str:
     """The closing lines: what came out, and how to talk to it."""
-    lines = [
-        f"{results['steps']} steps in {results['seconds']:,.0f} s, peak memory {results['peak_bytes'] / 1e9:.2f} GB",
-        f"Result: {config.output_dir}",
-    ]
-    if results["eval_loss"] is not None:
-        before = results["eval_loss_before"]
-        start = f"{before:.4f} -> " if before is not None else ""
-        lines.insert(1, f"eval_loss {start}{results['eval_loss']:.4f}")
+    lines = [f"{result.steps} steps in {result.seconds:,.0f} s, peak memory {result.peak_bytes / 1e9:.2f} GB"]
+    if result.eval_loss is not None:
+        start = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f} -> "
+        lines.append(f"eval_loss {start}{result.eval_loss:.4f}")
     base = config.output_dir if config.method == "full" else config.model_name_or_path
     adapter = "" if config.method == "full" else f" --lora_model {config.output_dir}"
-    lines.append(f"Talk to it: {chat_command} --base_model {base}{adapter}")
+    lines += [f"Result: {config.output_dir}", f"Talk to it: {chat_command} --base_model {base}{adapter}"]
     return "\n".join(lines)

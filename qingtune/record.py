@@ -37,6 +37,7 @@ class Record:
         system_prompt: the system message of training, None if the rows' own or the template's.
         prompt_style: chat (template) or plain text.
         stop_ids: token ids that end an answer.
+        settings: what decided the result, from settings_to_compare.
         results: losses, steps, seconds, peak memory.
         versions: of this tool and the libraries it computed with.
     """
@@ -47,6 +48,7 @@ class Record:
     system_prompt: str | None
     prompt_style: Literal["chat", "plain"]
     stop_ids: list[int]
+    settings: dict[str, Any]
     results: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -98,10 +100,11 @@ def check_output_folder(output_dir: Path, *, overwrite: bool) -> None:
         )
 
 
-def clear_output_folder(output_dir: Path) -> None:
-    """Remove an earlier run; the folder was checked to be one."""
-    if output_dir.exists():
+def prepare_output_folder(output_dir: Path, *, anew: bool) -> None:
+    """Make the folder; `anew` removes an earlier run from it, which it was checked to be."""
+    if anew and output_dir.exists():
         shutil.rmtree(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -60,7 +60,8 @@ def load_data(config: TrainConfig, template: Template, context: int | None, say:
     twice = {s.token_ids.tobytes() for s in train_samples} & {s.token_ids.tobytes() for s in eval_samples}
     if twice:
         say(f"Warning: {len(twice):,} evaluation samples stand in the training data too; eval_loss is too good.")
-    say(f"An example, its trained part between >>> and <<<:\n{show_example(template.tokenizer, train_samples[0])}")
+    short = min(train_samples[:100], key=lambda sample: len(sample.token_ids))
+    say(f"An example, its trained part between >>> and <<<:\n{show_example(template.tokenizer, short)}")
     return Data(train_samples, eval_samples, "plain" if styles == {"plain"} else "chat")
 
 

@@ -127,6 +127,14 @@ class MetricsFile:
         self.file.write("".join(f"{line}\n" for line in kept))
         self.file.flush()
 
+    def __enter__(self) -> MetricsFile:
+        """The file is open already."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.file.close()
+
     def __call__(self, event: Event) -> None:
         """Write an event."""
         metrics = as_metrics(event)

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -35,6 +35,10 @@ class Processes(Protocol):
         """The sum of a tensor over all processes."""
         ...
 
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        ...
+
 
 @dataclass(frozen=True)
 class Work:
@@ -47,7 +51,7 @@ class Work:
         optimizer: over the parameters.
         learning_rate: step, counted from 0 -> learning rate.
         evaluate: -> mean loss and trained tokens of the evaluation data.
-        save: step done, whether it is the best so far -> nothing; writes a checkpoint.
+        save: writes a checkpoint.
         peak_bytes: -> the most memory held so far.
         scaler: loss scaling for fp16; disabled otherwise.
     """
@@ -65,7 +69,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Limits:
-    """When things happen; `every` values are in steps, None for never."""
+    """When things happen; `every` values are in steps, None for never; save_best saves each best evaluation too."""
 
     total_steps: int
     steps_per_epoch: int
@@ -73,6 +77,7 @@ class Limits:
     seed: int
     evaluate_every: int | None
     save_every: int | None
+    save_best: bool = False
 
 
 @dataclass
@@ -82,9 +87,7 @@ class Progress:
     step: int = 0
     best_loss: float = math.inf
     best_step: int | None = None
-    last_eval_step: int | None = None
     bad_steps: int = 0
-    saved_step: int | None = field(default=None, compare=False)
 
 
 def train(work: Work, limits: Limits, processes: Processes, emit: Sink, progress: Progress) -> bool:
@@ -103,7 +106,8 @@ def train(work: Work, limits: Limits, processes: Processes, emit: Sink, progress
             if _due(limits.evaluate_every, progress.step, last):
                 _evaluate(work, limits, emit, progress)
             stopping = asked_to_stop(processes)
-            if _due(limits.save_every, progress.step, last) or (stopping and not last):
+            best = limits.save_best and progress.best_step == progress.step
+            if _due(limits.save_every, progress.step, last) or best or (stopping and not last):
                 work.save(progress)
             if stopping and not last:
                 return False
@@ -197,7 +201,6 @@ def _update(work: Work, rate: float, finite: bool, progress: Progress) -> None:
 def _evaluate(work: Work, limits: Limits, emit: Sink, progress: Progress) -> None:
     began = time.perf_counter()
     loss, tokens = work.evaluate()
-    progress.last_eval_step = progress.step
     if loss < progress.best_loss:
         progress.best_loss, progress.best_step = loss, progress.step
     epoch = progress.step / limits.steps_per_epoch

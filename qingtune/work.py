@@ -1,0 +1,150 @@
+"""Configuration, model and data -> what the training loop needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qingtune.config import TrainConfig
+from qingtune.data.batch import Batch, Plan, collate
+from qingtune.data.prepare import Data, Say
+from qingtune.data.tokenize import Sample
+from qingtune.hardware import Hardware, peak_bytes
+from qingtune.kernels.attention import use_end_to_end
+from qingtune.kernels.loss import summed_loss
+from qingtune.training.checkpoint import load_checkpoint, prune, read_state, save_checkpoint
+from qingtune.training.loop import Limits, Processes, Progress, Work
+from qingtune.training.optim import make_optimizer, make_schedule, warmup_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Loss = Callable[[Batch], torch.Tensor]
+
+
+def make_work(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    data: Data,
+    hardware: Hardware,
+    processes: Processes,
+    settings: dict[str, Any],
+    resume_from: Path | None,
+    say: Say,
+) -> tuple[Work, Limits, Progress]:
+    """Set a run up.
+
+    Args:
+        settings: kept in each checkpoint, so that a later run can tell whether it may go on.
+        resume_from: a checkpoint of a run with the same settings; None to start anew.
+    """
+    plan = Plan(
+        sample_count=len(data.train),
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        processes=processes.count,
+        seed=config.seed,
+    )
+    limits = _limits(config, plan)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer, notice = make_optimizer(config, trained.items(), hardware.device)
+    if notice:
+        say(notice)
+    progress = Progress()
+    if resume_from:
+        load_checkpoint(resume_from, trained, optimizer)
+        progress = read_state(resume_from)[0]
+    loss = _loss(config, model, hardware, say)
+    model.train()
+
+    def fetch(step: int) -> list[Batch]:
+        shares = plan.micro_batches(step, processes.index)
+        return [collate([data.train[i] for i in share]).to(hardware.device) for share in shares]
+
+    def save(now: Progress) -> None:
+        if processes.index == 0:
+            save_checkpoint(Path(config.output_dir), trained, optimizer, now, settings)
+            prune(Path(config.output_dir), config.save_total_limit, now.best_step)
+        processes.wait()
+
+    assert config.learning_rate is not None
+    total = limits.total_steps
+    work = Work(
+        parameters=list(trained.values()),
+        loss=loss,
+        fetch=fetch,
+        optimizer=optimizer,
+        learning_rate=make_schedule(config.lr_scheduler_type, config.learning_rate, warmup_steps(config, total), total),
+        evaluate=_evaluator(
+            data.evaluation, config.per_device_eval_batch_size, model, hardware.device, processes, loss
+        ),
+        save=save,
+        peak_bytes=lambda: peak_bytes(hardware.device),
+        scaler=torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16),
+    )
+    say(
+        f"Training: {total:,} steps of {plan.window_size} samples ({total / plan.steps_per_epoch:.3g} epochs), "
+        f"{config.optim}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}."
+    )
+    return work, limits, progress
+
+
+def _limits(config: TrainConfig, plan: Plan) -> Limits:
+    by_epochs = math.ceil(config.num_train_epochs * plan.steps_per_epoch)
+
+    def every(strategy: str | None, steps: int | None) -> int | None:
+        return {"steps": steps, "epoch": plan.steps_per_epoch}.get(strategy or "no")
+
+    return Limits(
+        total_steps=config.max_steps if config.max_steps > 0 else by_epochs,
+        steps_per_epoch=plan.steps_per_epoch,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        evaluate_every=every(config.eval_strategy, config.eval_steps),
+        save_every=every(config.save_strategy, config.save_steps),
+        save_best=config.load_best_model_at_end,
+    )
+
+
+def _loss(config: TrainConfig, model: PreTrainedModel, hardware: Hardware, say: Say) -> Loss:
+    """The summed loss of a micro-batch; full training multiplies its fp32 weights in the hardware's dtype."""
+    reason = use_end_to_end(model)
+    if reason:
+        say(f"Samples go through the model one by one: {reason}.")
+    mixed = config.method == "full" and hardware.dtype != torch.float32
+
+    def loss(batch: Batch) -> torch.Tensor:
+        with torch.autocast(hardware.device.type, hardware.dtype, enabled=mixed):
+            return summed_loss(model, batch, end_to_end=reason is None)
+
+    return loss
+
+
+def _evaluator(
+    samples: list[Sample],
+    batch_size: int,
+    model: PreTrainedModel,
+    device: torch.device,
+    processes: Processes,
+    loss: Loss,
+) -> Callable[[], tuple[float, int]]:
+    """A function that gives the mean loss over the trained tokens of the evaluation data, and their number."""
+    groups = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no fp64
+
+    @torch.no_grad()
+    def evaluate() -> tuple[float, int]:
+        model.eval()
+        sums = torch.zeros(2, dtype=dtype)
+        for group in groups[processes.index :: processes.count]:
+            batch = collate(group).to(device)
+            sums += torch.tensor([float(loss(batch)), len(batch.targets)], dtype=dtype)
+        model.train()
+        total, tokens = processes.sum(sums).tolist()
+        return total / tokens, int(tokens)
+
+    return evaluate
