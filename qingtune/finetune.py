@@ -20,7 +20,7 @@ from qingtune.adapters.lora import add_lora
 from qingtune.adapters.quantize import quantize_model
 from qingtune.config import TrainConfig
 from qingtune.continuation import is_finished, load_best, where_to_go_on
-from qingtune.data.prepare import Say, load_data
+from qingtune.data.prepare import Say, check_files_exist, load_data
 from qingtune.data.tokenize import Template, make_template
 from qingtune.errors import UserError
 from qingtune.files import staging_folder, usual_permissions, write_json
@@ -83,6 +83,7 @@ def finetune(
     quieten()
     output_dir = Path(config.output_dir)
     check_output_folder(output_dir, overwrite=config.overwrite_output_dir)
+    check_files_exist([*(config.data_path or []), *(config.eval_data_path or [])])
     processes = AcceleratedProcesses(config.report_to, output_dir)
     say = _say if processes.index == 0 else _say_nothing
     for notice in notices:

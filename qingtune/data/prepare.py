@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from qingtune.config import TrainConfig
 from qingtune.data.format import Conversation, faulty_rows, read_conversations
 from qingtune.data.tokenize import Sample, Template, describe, show_example, tokenize
-from qingtune.errors import UserError
+from qingtune.errors import UserError, raise_all
 
 PromptStyle = Literal["chat", "plain"]
 Say = Callable[[str], None]
@@ -33,6 +34,16 @@ class Data:
         for sample in self.train:
             digest.update(sample.token_ids.tobytes() + sample.trained.tobytes() + b"|")
         return digest.hexdigest()[:16]
+
+
+def check_files_exist(paths: Sequence[str]) -> None:
+    """Look for the data before anything is loaded.
+
+    Raises:
+        UserError: names every file that is not there.
+    """
+    missing = [path for path in paths if not Path(path).is_file()]
+    raise_all([UserError("there is no such file", where=path, fix="Check the path of the data.") for path in missing])
 
 
 def load_data(config: TrainConfig, template: Template, context: int | None, say: Say) -> Data:

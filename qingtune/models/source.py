@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from qingtune.config import DEFAULT_MODEL
 from qingtune.errors import UserError
 
 ANSWER_WITHIN_S = 4.0
@@ -56,17 +57,21 @@ def find_model(name: str, cache_dir: str | None, hub: str) -> ModelSource:
         if place.is_file():
             raise UserError("a model is a folder or a .gguf file, not this", where=str(place))
         tried.append(str(place))
-    if _is_hub_name(name):
-        hubs: dict[str, Callable[[str, str | None], Path | str]] = {
-            "hf": _from_hugging_face,
-            "modelscope": _from_modelscope,
-        }
-        for hub_name, fetch in hubs.items():
-            if hub in ("auto", hub_name):
-                found = fetch(name, cache_dir)
-                if isinstance(found, Path):
-                    return _checked(ModelSource(name, found))
-                tried.append(found)
+    if not _is_hub_name(name):
+        raise UserError(
+            f"no model folder or .gguf file here (nor at {tried[1]} or {tried[2]})",
+            where=name,
+            fix=f"Check the path. A name such as {DEFAULT_MODEL} is looked up on a hub.",
+        )
+    hubs: dict[str, Callable[[str, str | None], Path | str]] = {
+        "hf": _from_hugging_face,
+        "modelscope": _from_modelscope,
+    }
+    for hub_name in hubs if hub == "auto" else [hub]:
+        found = hubs[hub_name](name, cache_dir)
+        if isinstance(found, Path):
+            return _checked(ModelSource(name, found))
+        tried.append(found)
     listing = "".join(f"\n  {place}" for place in tried)
     raise UserError(
         f"the model was not found. Tried:{listing}\n"

@@ -8,6 +8,7 @@ the seed and the step number alone, so a run that goes on from a checkpoint does
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -217,6 +218,7 @@ def _signals() -> Generator[Callable[[Processes], bool]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        os.write(2, b"\nFinishing the step, then saving. Once more to leave at once.\n")
 
     def asked(processes: Processes) -> bool:
         return bool(processes.sum(torch.tensor(len(received))))

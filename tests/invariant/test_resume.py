@@ -1,0 +1,191 @@
+"""A run that was stopped and goes on equals one that was not: weights and metrics bit for bit, in fp32 on the CPU."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import instruction_rows, write_jsonl
+from safetensors.torch import load_file
+from tiny_runs import LORA, METHODS, QLORA4, QLORA8, assert_close, assert_equal, metrics, save_model, train, weights
+
+from qingtune import finetune as recipe
+from qingtune.errors import UserError
+
+STEPS = 6
+# 14 rows to train on make windows of 4, 4, 4 and 2: the six steps end in the second epoch.
+COMMON: dict[str, Any] = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "val_size": 4,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_steps": 2,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 2,
+    "weight_decay": 0.1,
+}
+DROPOUT = {"lora_dropout": 0.3}
+Runs = Callable[..., bool]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Runs:
+    """A function that starts a run in a folder of this name."""
+    data = write_jsonl(tmp_path / "rows.jsonl", instruction_rows(18))
+    model = save_model(tmp_path / "model")
+
+    def start_run(name: str, **settings: Any) -> bool:
+        return train(tmp_path / name, model, data, **COMMON | settings)
+
+    return start_run
+
+
+def raise_at_call(monkeypatch: pytest.MonkeyPatch, number: int, signals: list[signal.Signals]) -> None:
+    """Have signals come in the middle of the work: at this call of the loss, in training or evaluation."""
+    calls: list[int] = []
+    plain = recipe.summed_loss
+
+    def interrupted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == number:
+            for one in signals:
+                signal.raise_signal(one)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(recipe, "summed_loss", interrupted)
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert_equal(weights(one), weights(two))
+    assert metrics(one) == metrics(two)
+    last = f"checkpoint-{STEPS}"
+    assert_equal(load_file(one / last / "optimizer.safetensors"), load_file(two / last / "optimizer.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "call", "kind"),
+    [
+        ({}, 6, signal.SIGTERM),  # in step 3: one evaluation and two micro-batches a step came before
+        (LORA | DROPOUT, 7, signal.SIGINT),  # in the evaluation after step 2
+        (QLORA4 | DROPOUT, 6, signal.SIGTERM),
+        (QLORA8 | DROPOUT, 2, signal.SIGTERM),  # in the first step
+        ({"save_strategy": "no", "optim": "sgd"}, 10, signal.SIGTERM),  # in the last window of the epoch
+    ],
+    ids=["full", "lora", "qlora4", "qlora8", "full, nothing saved unasked"],
+)
+def test_interrupted_run_equals_whole(
+    settings: dict[str, Any],
+    call: int,
+    kind: signal.Signals,
+    start: Runs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"save_strategy": "steps"} | settings
+    assert start("whole", **settings | {"save_strategy": "steps"})
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as context:
+        raise_at_call(context, call, [kind])
+        assert not start("stopped", **settings)
+    assert not (tmp_path / "stopped" / "qingtune.json").exists()
+    assert len(metrics(tmp_path / "stopped")) < len(metrics(tmp_path / "whole"))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert start("stopped", **settings | {"save_strategy": "steps"})
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_any_checkpoint_leads_to_the_same_end(start: Runs, tmp_path: Path) -> None:
+    settings = LORA | DROPOUT | {"save_steps": 1}
+    start("whole", **settings)
+    for step in range(1, STEPS):
+        # As after a power cut: the newest checkpoint is older than the log, and a half-written one lies about.
+        copy = tmp_path / f"from{step}"
+        checkpoint = f"checkpoint-{step}"
+        shutil.copytree(tmp_path / "whole" / checkpoint, copy / checkpoint)
+        for name in ("metrics.jsonl", "train_config.json"):
+            shutil.copy(tmp_path / "whole" / name, copy)
+        with (copy / "metrics.jsonl").open("a") as log:
+            log.write('{"step": 7, "lo')
+        (copy / f"checkpoint-{step + 1}").mkdir()
+        assert start(copy.name, **settings)
+        assert_same_run(copy, tmp_path / "whole")
+
+
+def test_second_signal_ends_at_once_and_costs_only_the_steps_since_the_checkpoint(
+    start: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start("whole", **LORA)
+    with monkeypatch.context() as context:
+        raise_at_call(context, 10, [signal.SIGINT, signal.SIGINT])
+        with pytest.raises(KeyboardInterrupt):
+            start("killed", **LORA)
+    assert start("killed", **LORA)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_other_split_of_the_same_window_goes_on(start: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start("whole", optim="sgd")
+    with monkeypatch.context() as context:
+        raise_at_call(context, 6, [signal.SIGTERM])
+        start("stopped", optim="sgd")
+    assert start("stopped", optim="sgd", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert_close(weights(tmp_path / "stopped"), weights(tmp_path / "whole"), share=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.02}, r"learning_rate was 0\.01, is 0\.02"),
+        ({"gradient_accumulation_steps": 4}, "samples a step was 4, is 8"),
+        ({"seed": 1}, "seed was 42, is 1"),
+        ({"lora_r": 2}, "lora_r was 4, is 2"),
+        ({"val_size": 2}, "data was"),
+    ],
+)
+def test_other_settings_are_refused(
+    change: dict[str, Any], message: str, start: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as context:
+        raise_at_call(context, 2, [signal.SIGTERM])
+        start("stopped", **LORA)
+    before = (tmp_path / "stopped" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=message) as refusal:
+        start("stopped", **LORA | change)
+    assert "--overwrite_output_dir" in str(refusal.value)
+    assert (tmp_path / "stopped" / "metrics.jsonl").read_bytes() == before
+    assert start("stopped", **LORA | change | {"overwrite_output_dir": True})  # the way out that the message names
+
+
+def test_finished_run_is_not_done_again(start: Runs, tmp_path: Path) -> None:
+    start("run", **LORA)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert start("run", **LORA)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_best_step_is_kept_and_becomes_the_result(method: str, start: Runs, tmp_path: Path) -> None:
+    # The learning rate rises until the weights run away: some step before the last evaluates best.
+    start(
+        "run", **METHODS[method], eval_steps=1, save_steps=1, save_total_limit=1, load_best_model_at_end=True,
+        optim="sgd", warmup_steps=STEPS, learning_rate=20.0,
+    )  # fmt: skip
+    evaluations = {line["step"]: line["eval_loss"] for line in metrics(tmp_path / "run") if "eval_loss" in line}
+    best = min(range(1, STEPS + 1), key=lambda step: evaluations[step])
+    assert best < STEPS
+    kept = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{best}", f"checkpoint-{STEPS}"}
+    saved = load_file(tmp_path / "run" / f"checkpoint-{best}" / "weights.safetensors")
+    assert_equal({plain_name(name): tensor for name, tensor in saved.items()}, weights(tmp_path / "run"))
+
+
+def plain_name(name: str) -> str:
+    """A trained parameter's name as the result's file has it."""
+    return f"base_model.model.{name}.weight" if "lora_" in name else name

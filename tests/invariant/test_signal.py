@@ -1,0 +1,53 @@
+"""SIGTERM to the command itself: exit code 130, a checkpoint, and the same command finishes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import ROOT
+from tiny_runs import assert_equal, metrics, save_model, train, weights
+
+STEPS = 150
+
+
+def test_terminated_command_goes_on_where_it_stopped(
+    tmp_path: Path, data_file: Path, run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    model, output = save_model(tmp_path / "model"), tmp_path / "output"
+    settings = {"use_lora": True, "lora_dropout": 0.2, "max_steps": STEPS, "save_total_limit": 1}
+    values = {
+        "model_name_or_path": model, "data_path": data_file, "output_dir": output, "learning_rate": 0.01,
+        "bf16": False, "report_to": "none", "logging_steps": 1, **settings,
+    }  # fmt: skip
+    flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    process = subprocess.Popen(
+        [sys.executable, "fine_tune_qwen.py", *flags],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not ((output / "metrics.jsonl").exists() and metrics(output)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    stopped = re.search(r"Stopped and saved after step (\d+)\. To go on: python fine_tune_qwen\.py --model", told)
+    assert stopped, told
+    assert 0 < int(stopped[1]) < STEPS
+    assert (output / f"checkpoint-{stopped[1]}" / "state.json").exists()
+
+    again = run("fine_tune_qwen.py", *flags, CUDA_VISIBLE_DEVICES="")
+    assert again.returncode == 0, again.stderr
+    train(tmp_path / "whole", model, data_file, **settings)
+    assert metrics(output) == metrics(tmp_path / "whole")
+    assert_equal(weights(output), weights(tmp_path / "whole"))

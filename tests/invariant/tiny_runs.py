@@ -1,0 +1,116 @@
+"""Tiny models whose every part matters, and runs of the recipe on them: in fp32, on the CPU, a logged line a step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from conftest import make_model, make_tokenizer
+from safetensors.torch import load_file
+
+LORA = {"use_lora": True, "lora_r": 4, "lora_alpha": 8}
+QLORA4 = {**LORA, "use_qlora": True, "quantization_bit": 4}
+QLORA8 = {**LORA, "use_qlora": True, "quantization_bit": 8}
+METHODS: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA, "qlora4": QLORA4, "qlora8": QLORA8}
+MEASURED = ("seconds", "peak_bytes", "eval_seconds")  # what no two runs have in common
+
+
+def lively(model: Any, seed: int = 1) -> Any:
+    """Weights so large that attention, positions, biases and norms show in the loss, as a fresh model's hardly do."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            size = 0.25 if parameter.ndim > 1 else 0.1
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+    return model.eval()
+
+
+def other_model(kind: str) -> Any:
+    """A tiny model of an architecture that is not checked for samples laid end to end."""
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "sliding_window": 4,
+        "eos_token_id": 2,
+    }
+    config = {"mistral": "MistralConfig", "gemma2": "Gemma2Config"}[kind]
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
+
+
+def lively_model(kind: str, **changes: Any) -> Any:
+    """A lively model of any of the architectures used here."""
+    return lively(other_model(kind) if kind in ("mistral", "gemma2") else make_model(kind, **changes))
+
+
+def save_model(folder: Path, kind: str = "qwen2", **changes: Any) -> Path:
+    """The folder of a lively model with its tokenizer; `changes` go into its config.json."""
+    lively_model(kind).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def train(output: Path, model: Path, data: Path, **settings: Any) -> bool:
+    """Run the recipe from a configuration file; returns whether it came to its end."""
+    from qingtune.config_load import load_train_config
+    from qingtune.finetune import finetune
+
+    values = {
+        "model_name_or_path": str(model),
+        "data_path": str(data),
+        "output_dir": str(output),
+        "bf16": False,
+        "report_to": "none",
+        "logging_steps": 1,
+        "learning_rate": 0.01,
+        **settings,
+    }
+    file = output.with_name(f"{output.name}.config.json")
+    file.write_text(json.dumps(values))
+    no_gpu = [mock.patch(f"torch.{kind}.is_available", return_value=False) for kind in ("cuda", "backends.mps")]
+    with no_gpu[0], no_gpu[1]:
+        return finetune(load_train_config(str(file), {}).config)
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what was measured by clock and memory."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+
+
+def losses(output: Path) -> list[float]:
+    """The loss of each step."""
+    return [line["loss"] for line in metrics(output) if "loss" in line]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """What was trained, as the result holds it."""
+    adapter = output / "adapter_model.safetensors"
+    return load_file(adapter if adapter.exists() else output / "model.safetensors")
+
+
+def assert_close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], share: float) -> None:
+    """Each tensor differs from its twin by no more than a share of its largest value."""
+    assert one.keys() == two.keys()
+    for name in one:
+        apart, size = float((one[name] - two[name]).abs().max()), float(two[name].abs().max())
+        assert apart <= share * size, f"{name}: {apart} apart, {size} large"
+
+
+def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    """Each tensor equals its twin bit for bit."""
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []

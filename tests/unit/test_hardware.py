@@ -1,0 +1,127 @@
+"""The number format obeys the wishes as far as the device can, and the reason names what was not obeyed."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from qingtune import hardware
+from qingtune.hardware import choose_hardware
+
+WISHES = list(product([None, True, False], repeat=2))
+DEVICES = {
+    "new GPU": ("cuda", True, True),
+    "old GPU": ("cuda", False, True),
+    "new CPU": ("cpu", True, False),
+    "old CPU": ("cpu", False, False),
+}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# What comes of each pair of wishes (bf16, fp16): a true wish where the device has it; a format that is ruled out never;
+# else bf16, else fp16 on a GPU that is too old for bf16, else fp32.
+EXPECTED = {
+    "new GPU": {(None, None): BF16, (None, True): FP16, (None, False): BF16, (True, None): BF16, (True, True): BF16,
+                (True, False): BF16, (False, None): FP32, (False, True): FP16, (False, False): FP32},
+    "old GPU": {(None, None): FP16, (None, True): FP16, (None, False): FP32, (True, None): FP16, (True, True): FP16,
+                (True, False): FP32, (False, None): FP16, (False, True): FP16, (False, False): FP32},
+    "new CPU": {(None, None): BF16, (None, True): BF16, (None, False): BF16, (True, None): BF16, (True, True): BF16,
+                (True, False): BF16, (False, None): FP32, (False, True): FP32, (False, False): FP32},
+    "old CPU": dict.fromkeys(WISHES, FP32),
+}  # fmt: skip
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, device: str, bf16: bool | None, fp16: bool | None) -> hardware.Hardware:
+    kind, has_bf16, has_fp16 = DEVICES[device]
+    monkeypatch.setattr(hardware, "_device", lambda _: (torch.device(kind), device))
+    monkeypatch.setattr(hardware, "_formats", lambda _: (has_bf16, has_fp16))
+    return choose_hardware(bf16, fp16)
+
+
+@pytest.mark.parametrize(("bf16", "fp16"), WISHES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_pair_of_wishes_on_every_device(
+    device: str, bf16: bool | None, fp16: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = choose(monkeypatch, device, bf16, fp16)
+    assert chosen.dtype == EXPECTED[device][bf16, fp16]
+    assert chosen.reason.startswith(f"{device}, {str(chosen.dtype).removeprefix('torch.')}: ")
+    why = chosen.reason.split(": ", 1)[1]
+    if (bf16 and chosen.dtype == BF16) or (fp16 and chosen.dtype == FP16):
+        assert why == "asked for"
+    if bf16 and chosen.dtype != BF16:
+        assert "bf16 was asked for" in why or "for bf16" in why
+    if fp16 and chosen.dtype == FP32:
+        assert "fp16" in why or bf16  # both wishes at once are refused by the configuration
+
+
+@pytest.mark.parametrize(("bf16", "fp16"), WISHES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_reason_calls_off_only_what_was_ruled_out(
+    device: str, bf16: bool | None, fp16: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = choose(monkeypatch, device, bf16, fp16).reason
+    assert "bf16 and fp16 are off" not in reason or (bf16 is False and fp16 is False)
+
+
+def test_each_process_gets_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    devices = [choose_hardware(local_process=number) for number in range(3)]
+    assert [one.device for one in devices] == [torch.device("cuda", number) for number in (0, 1, 0)]
+    assert devices[1].reason == "GPU Card 1, float16: the GPU is too old for bf16"
+
+
+@pytest.mark.parametrize(
+    ("capability", "formats"), [((7, 5), (False, True)), ((8, 0), (True, True)), ((9, 0), (True, True))]
+)
+def test_formats_of_gpus(
+    capability: tuple[int, int], formats: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert hardware._formats(torch.device("cuda", 0)) == formats
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_this_cpu(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: has_it)
+    chosen = choose_hardware()
+    assert chosen.device == torch.device("cpu")
+    assert chosen.dtype == (BF16 if has_it else FP32)
+    assert "no GPU that torch can use" in chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("machine", "cpuinfo", "has_it"),
+    [
+        ("x86_64", "processor : 0\nflags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("x86_64", "flags : fpu amx_bf16 amx_tile", True),
+        ("x86_64", "flags : fpu avx2 avx512f\n", False),
+        ("aarch64", "Features\t: fp asimd bf16 i8mm", True),
+        ("aarch64", "Features : fp asimd", False),
+        ("x86_64", "", False),
+    ],
+)  # fmt: skip
+def test_cpus_are_known_by_their_flags(
+    machine: str, cpuinfo: str, has_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware.sys, "platform", "linux")
+    monkeypatch.setattr(hardware.platform, "machine", lambda: machine)
+    monkeypatch.setattr(hardware.Path, "read_text", lambda _, encoding: cpuinfo)
+    assert hardware._cpu_has_bf16() is has_it
+
+
+def test_other_systems_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware.sys, "platform", "win32")
+    assert hardware._cpu_has_bf16() is False
+
+
+def test_peak_memory_is_that_of_this_process() -> None:
+    peak = hardware.peak_bytes(torch.device("cpu"))
+    assert 50e6 < peak < 50e9
+    block = torch.ones(int(peak / 4) + 25_000_000)
+    assert hardware.peak_bytes(torch.device("cpu")) >= 4 * block.numel()
