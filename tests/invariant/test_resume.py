@@ -14,7 +14,7 @@ from conftest import instruction_rows, write_jsonl
 from safetensors.torch import load_file
 from tiny_runs import LORA, METHODS, QLORA4, QLORA8, assert_close, assert_equal, metrics, save_model, train, weights
 
-from qingtune import finetune as recipe
+from qingtune import work
 from qingtune.errors import UserError
 
 STEPS = 6
@@ -50,7 +50,7 @@ def start(tmp_path: Path) -> Runs:
 def raise_at_call(monkeypatch: pytest.MonkeyPatch, number: int, signals: list[signal.Signals]) -> None:
     """Have signals come in the middle of the work: at this call of the loss, in training or evaluation."""
     calls: list[int] = []
-    plain = recipe.summed_loss
+    plain = work.summed_loss
 
     def interrupted(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(1)
@@ -59,7 +59,7 @@ def raise_at_call(monkeypatch: pytest.MonkeyPatch, number: int, signals: list[si
                 signal.raise_signal(one)
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(recipe, "summed_loss", interrupted)
+    monkeypatch.setattr(work, "summed_loss", interrupted)
 
 
 def assert_same_run(one: Path, two: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import product
-
+import psutil
 import pytest
 import torch
 
 from qingtune import hardware
 from qingtune.hardware import choose_hardware
 
-WISHES = list(product([None, True, False], repeat=2))
 DEVICES = {
     "new GPU": ("cuda", True, True),
     "old GPU": ("cuda", False, True),
@@ -18,17 +16,18 @@ DEVICES = {
     "old CPU": ("cpu", False, False),
 }
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# What comes of each pair of wishes (bf16, fp16): a true wish where the device has it; a format that is ruled out never;
-# else bf16, else fp16 on a GPU that is too old for bf16, else fp32.
+# What comes of each pair of wishes: a format asked for, where the device has it; never one that is ruled out; else bf16,
+# else fp16 on a GPU too old for bf16, else fp32. Columns: new GPU, old GPU, new CPU, old CPU.
 EXPECTED = {
-    "new GPU": {(None, None): BF16, (None, True): FP16, (None, False): BF16, (True, None): BF16, (True, True): BF16,
-                (True, False): BF16, (False, None): FP32, (False, True): FP16, (False, False): FP32},
-    "old GPU": {(None, None): FP16, (None, True): FP16, (None, False): FP32, (True, None): FP16, (True, True): FP16,
-                (True, False): FP32, (False, None): FP16, (False, True): FP16, (False, False): FP32},
-    "new CPU": {(None, None): BF16, (None, True): BF16, (None, False): BF16, (True, None): BF16, (True, True): BF16,
-                (True, False): BF16, (False, None): FP32, (False, True): FP32, (False, False): FP32},
-    "old CPU": dict.fromkeys(WISHES, FP32),
-}  # fmt: skip
+    (None, None): (BF16, FP16, BF16, FP32),
+    (None, True): (FP16, FP16, BF16, FP32),
+    (None, False): (BF16, FP32, BF16, FP32),
+    (True, None): (BF16, FP16, BF16, FP32),
+    (True, False): (BF16, FP32, BF16, FP32),
+    (False, None): (FP32, FP16, FP32, FP32),
+    (False, True): (FP16, FP16, FP32, FP32),
+    (False, False): (FP32, FP32, FP32, FP32),
+}  # true and true is refused by the configuration
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, device: str, bf16: bool | None, fp16: bool | None) -> hardware.Hardware:
@@ -38,24 +37,24 @@ def choose(monkeypatch: pytest.MonkeyPatch, device: str, bf16: bool | None, fp16
     return choose_hardware(bf16, fp16)
 
 
-@pytest.mark.parametrize(("bf16", "fp16"), WISHES)
+@pytest.mark.parametrize(("bf16", "fp16"), EXPECTED)
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_pair_of_wishes_on_every_device(
     device: str, bf16: bool | None, fp16: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = choose(monkeypatch, device, bf16, fp16)
-    assert chosen.dtype == EXPECTED[device][bf16, fp16]
+    assert chosen.dtype == EXPECTED[bf16, fp16][list(DEVICES).index(device)]
     assert chosen.reason.startswith(f"{device}, {str(chosen.dtype).removeprefix('torch.')}: ")
     why = chosen.reason.split(": ", 1)[1]
     if (bf16 and chosen.dtype == BF16) or (fp16 and chosen.dtype == FP16):
         assert why == "asked for"
     if bf16 and chosen.dtype != BF16:
         assert "bf16 was asked for" in why or "for bf16" in why
-    if fp16 and chosen.dtype == FP32:
-        assert "fp16" in why or bf16  # both wishes at once are refused by the configuration
+    if fp16 and chosen.dtype != FP16:
+        assert "fp16 was asked for" in why
 
 
-@pytest.mark.parametrize(("bf16", "fp16"), WISHES)
+@pytest.mark.parametrize(("bf16", "fp16"), EXPECTED)
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_reason_calls_off_only_what_was_ruled_out(
     device: str, bf16: bool | None, fp16: bool | None, monkeypatch: pytest.MonkeyPatch
@@ -121,7 +120,5 @@ def test_other_systems_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_peak_memory_is_that_of_this_process() -> None:
-    peak = hardware.peak_bytes(torch.device("cpu"))
-    assert 50e6 < peak < 50e9
-    block = torch.ones(int(peak / 4) + 25_000_000)
-    assert hardware.peak_bytes(torch.device("cpu")) >= 4 * block.numel()
+    held = psutil.Process().memory_info().rss
+    assert 0.99 * held <= hardware.peak_bytes(torch.device("cpu")) <= 100 * held
