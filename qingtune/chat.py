@@ -107,7 +107,7 @@ def _command(line: str, session: ChatSession) -> Message | str | None:
         if rest:
             session.system_prompt = rest
             session.turns.clear()
-        _note(f"[system: {session.system_prompt or 'none, as the template has it'}]")
+        _note(f"[system: {'none, as the template has it' if session.system_prompt is None else session.system_prompt}]")
     elif name == "/clear":
         session.turns.clear()
         _note("[cleared]")

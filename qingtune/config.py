@@ -36,6 +36,11 @@ def _no_if_false(value: object) -> object:
     return "no" if value is False else value
 
 
+def _auto_or_switch(value: object) -> object:
+    """resume_from_checkpoint is a switch, a word or a path; a flag's "true" is the switch, and null the default."""
+    return {"true": True, "false": False, "None": "auto"}.get(str(value), value)
+
+
 Integer = Annotated[int, BeforeValidator(_number_not_bool)]
 Number = Annotated[float, BeforeValidator(_number_not_bool)]
 _TEXT_OR_LIST = WithJsonSchema(
@@ -108,7 +113,7 @@ class TrainConfig(Settings):
 
     output_dir: str = _setting("./output", "Run", "Where the result is written.", min_length=1)
     overwrite_output_dir: bool = _setting(False, "Run", "Replace an earlier run's result in output_dir.")
-    resume_from_checkpoint: bool | str = _setting(
+    resume_from_checkpoint: Annotated[bool | str, BeforeValidator(_auto_or_switch)] = _setting(
         "auto", "Run", "auto: go on where output_dir's run stopped; false: start anew; or a checkpoint folder."
     )
     seed: Integer = _setting(42, "Run", "Seed of data order, adapter initialisation and dropout.", ge=0, lt=2**32)
@@ -226,6 +231,15 @@ _NO_EFFECT_GROUPS = {
         "restore_callback_states_from_checkpoint"
     ),
 }
+# TrainingArguments that would change a result and are not supported: passed over where they ask for nothing, as in a
+# dump of all arguments, and refused like any unknown name where they ask for something.
+_ONLY_IDLE_NAMES = (
+    "label_smoothing_factor neftune_noise_alpha push_to_hub push_to_hub_token push_to_hub_model_id hub_model_id no_cuda "
+    "push_to_hub_organization hub_token hub_private_repo hub_always_push hub_revision use_cpu use_mps_device data_seed "
+    "dataloader_drop_last eval_delay eval_on_start lr_scheduler_kwargs optim_args optim_target_modules adafactor "
+    "full_determinism jit_mode_eval use_ipex past_index sharded_ddp mp_parameters torchdynamo ray_scope"
+)
+ONLY_IDLE = frozenset(_ONLY_IDLE_NAMES.split())
 NO_EFFECT = {name: reason for reason, names in _NO_EFFECT_GROUPS.items() for name in names.split()}
 
 # --- Inference and merging -------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
-from qingtune.config import ALIASES, NO_EFFECT, Method, Settings, TrainConfig
+from qingtune.config import ALIASES, NO_EFFECT, ONLY_IDLE, Method, Settings, TrainConfig
 from qingtune.errors import UserError, raise_all
 
 # Values of these names that ask for nothing, so that nothing needs saying.
-_INERT = (None, "", False, 0, [], {})
+_INERT = ("none", "", "false", "0", "0.0", "no")
 
 _LEARNING_RATES: dict[Method, float] = {"full": 1e-5, "lora": 1e-4, "qlora": 2e-4}
 
@@ -38,10 +38,13 @@ def load_train_config(config_file: str | None, flags: Mapping[str, str]) -> Load
     Raises:
         UserError: names every problem of the configuration, a line each.
     """
-    values = read_json_object(config_file) if config_file else {}
-    origin = dict.fromkeys(values, config_file or "") | {name: f"--{name}" for name in flags}
-    values |= flags
-    notices, problems = _tidy(values, origin)
+    problems: list[UserError] = []
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for given, where in ((read_json_object(config_file) if config_file else {}, config_file or ""), (flags, "")):
+        for name, value in _without_older_names(given, where, problems).items():
+            values[name], origin[name] = value, where or f"--{name}"
+    notices = _take_out_idle(values)
     config, faulty = _validate(TrainConfig, values, origin, problems)
     if config is not None:
         for names, what, fix in _conflicts(config):
@@ -73,6 +76,8 @@ def read_json_object(path: str) -> dict[str, Any]:
         raise UserError(f"not UTF-8 text ({error.reason} at byte {error.start})", where=path) from None
     except json.JSONDecodeError as error:
         raise UserError(f"not valid JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise UserError(f"not valid JSON: {error}", where=path) from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=path) from None
     if not isinstance(content, dict):
@@ -80,28 +85,35 @@ def read_json_object(path: str) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
-def _tidy(values: dict[str, Any], origin: dict[str, str]) -> tuple[list[str], list[UserError]]:
-    """Drop comments, rename older names, take out names without effect; all in place."""
+def _without_older_names(given: Mapping[str, Any], where: str, problems: list[UserError]) -> dict[str, Any]:
+    """The settings of one source by today's names, comments left out; a setting given by both names is a problem."""
+    settings: dict[str, Any] = {}
+    for name, value in given.items():
+        today = ALIASES.get(name, name)
+        if name != today and today in given:
+            problems.append(
+                UserError(f'"{name}" is the older name of "{today}"; both are given', where=where or f"--{name}")
+            )
+        elif not name.startswith(("_", "$")):
+            settings[today] = value
+    return settings
+
+
+def _take_out_idle(values: dict[str, Any]) -> list[str]:
+    """Take out names without effect, in place; returns a line for each that asks for something."""
     notices: list[str] = []
-    problems: list[UserError] = []
-    for name in list(values):
-        if name.startswith(("_", "$")):
+    for name, value in list(values.items()):
+        idle = _asks_nothing(name, value)
+        if name in NO_EFFECT and not idle:
+            notices.append(f"{name} has no effect here: {NO_EFFECT[name]}.")
+        if (name in NO_EFFECT and name not in TrainConfig.model_fields) or (name in ONLY_IDLE and idle):
             del values[name]
-        elif name in ALIASES:
-            newer = ALIASES[name]
-            if newer in values:
-                problems.append(
-                    UserError(f'"{name}" is the older name of "{newer}"; both are given', where=origin[name])
-                )
-                continue
-            values[newer] = values.pop(name)
-            origin[newer] = origin[name]
-        elif name in NO_EFFECT:
-            if values[name] not in _INERT and not (name == "remove_unused_columns" and values[name] is True):
-                notices.append(f"{name} has no effect here: {NO_EFFECT[name]}.")
-            if name not in TrainConfig.model_fields:
-                del values[name]
-    return notices, problems
+    return notices
+
+
+def _asks_nothing(name: str, value: object) -> bool:
+    text = str(value).lower()  # flags are text
+    return value in ([], {}) or text in _INERT or (name == "remove_unused_columns" and text == "true")
 
 
 Checked = TypeVar("Checked", bound=Settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin
@@ -11,6 +12,8 @@ from pydantic.fields import FieldInfo
 
 from qingtune.config import Settings
 from qingtune.errors import UserError
+
+LONGEST_VALUE = 40  # characters of a value's choices that stand beside the flag in --help
 
 
 def parse_flags(
@@ -35,13 +38,16 @@ def parse_flags(
         if heading not in headings:
             headings[heading] = parser.add_argument_group(heading)
         switch = bool in kinds_of(field)
+        value, choices = value_of(field), ""
+        if len(value) > LONGEST_VALUE:
+            value, choices = "NAME", f"One of {value.replace('|', ', ')}."
         headings[heading].add_argument(
             f"--{name}",
             nargs="?" if switch else None,
             const="true" if switch else None,
             default=argparse.SUPPRESS,
-            metavar=value_of(field),
-            help=f"{field.description} {default_of(field)}".strip().replace("%", "%%"),
+            metavar=value,
+            help=f"{field.description} {choices} {default_of(field)}".strip().replace("%", "%%"),
         )
     known, unknown = parser.parse_known_args([_with_underscores(word) for word in argv])
     flags: dict[str, str] = vars(known)
@@ -49,9 +55,9 @@ def parse_flags(
 
 
 def _with_underscores(word: str) -> str:
-    """Let --lora-r pass for --lora_r."""
-    name, equals, value = word.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else word
+    """Let --lora-r pass for --lora_r; other words stay as they are."""
+    flag = re.match(r"--[a-z][a-z0-9_-]*(?==|$)", word)
+    return "--" + flag[0][2:].replace("-", "_") + word[flag.end() :] if flag else word
 
 
 def _pair(words: Sequence[str]) -> dict[str, str]:

@@ -129,7 +129,8 @@ class ChatSession:
 
     def messages(self) -> list[Message]:
         """All turns, the system message first."""
-        return [*([Message("system", self.system_prompt)] if self.system_prompt else []), *self.turns]
+        system = [] if self.system_prompt is None else [Message("system", self.system_prompt)]
+        return [*system, *self.turns]
 
     def prompt(self, room_for_answer: int) -> list[int]:
         """Ids for the next answer; the oldest turns are dropped for good until it fits, the last one never."""

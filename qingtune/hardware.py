@@ -31,20 +31,26 @@ def choose_hardware(bf16: bool | None = None, fp16: bool | None = None, local_pr
     device, name = _device(local_process)
     has_bf16, has_fp16 = _formats(device)
     if bf16 and not has_bf16:
-        wanted = "bf16 was asked for, but this hardware computes it only by slow emulation"
+        unmet = "bf16 was asked for, but this hardware computes it only by slow emulation"
     elif fp16 and not has_fp16:
-        wanted = "fp16 was asked for, but training in it needs a GPU"
+        unmet = "fp16 was asked for, but training in it needs an NVIDIA GPU"
     else:
-        wanted = ""
-    if (bf16 and has_bf16) or (not fp16 and bf16 is None and has_bf16 and fp16 is None):
-        dtype, why = torch.bfloat16, "asked for" if bf16 else "the hardware has it"
-    elif fp16 and has_bf16 and not has_fp16:
-        dtype, why = torch.bfloat16, f"{wanted}; bf16 is there and needs no loss scaling"
-    elif has_fp16 and (fp16 or (fp16 is None and not has_bf16)):
-        dtype, why = torch.float16, "asked for" if fp16 else "the GPU is too old for bf16"
+        unmet = ""
+    if bf16 and has_bf16:
+        dtype, why = torch.bfloat16, "asked for"
+    elif fp16 and has_fp16:
+        dtype, why = torch.float16, "asked for"
+    elif bf16 is None and has_bf16:
+        dtype = torch.bfloat16
+        why = f"{unmet}; bf16 is there and needs no loss scaling" if unmet else "the hardware has it"
+    elif fp16 is None and has_fp16 and not has_bf16:
+        dtype, why = torch.float16, unmet or "the GPU is too old for bf16"
     else:
-        both_off = bf16 is False or fp16 is False
-        dtype, why = torch.float32, wanted or ("bf16 and fp16 are off" if both_off else "no fast 16-bit format here")
+        off = [
+            name for name, wish, has in (("bf16", bf16, has_bf16), ("fp16", fp16, has_fp16)) if wish is False and has
+        ]
+        off_reason = f"{' and '.join(off)} {'are' if len(off) > 1 else 'is'} off"
+        dtype, why = torch.float32, unmet or (off_reason if off else "no fast 16-bit format here")
     return Hardware(device, dtype, f"{name}, {str(dtype).removeprefix('torch.')}: {why}")
 
 

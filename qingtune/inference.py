@@ -49,7 +49,7 @@ class Speaker:
         messages = prompt
         if not isinstance(prompt, str) and self.plain:
             messages = prompt[-1].content
-        elif not isinstance(prompt, str) and self.system_prompt and prompt[0].role != "system":
+        elif not isinstance(prompt, str) and self.system_prompt is not None and prompt[0].role != "system":
             messages = (Message("system", self.system_prompt), *prompt)
         return self.continue_from(prompt_ids(self.template, messages))
 

@@ -16,7 +16,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
     for key, label, marker in (("loss", "training", ""), ("eval_loss", "evaluation", "o")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
             few = len(points) < 3
             axes.plot(*zip(*points, strict=True), label=label, marker=marker or ("o" if few else ""), markersize=4)

@@ -78,29 +78,24 @@ def faulty_rows(faults: Sequence[Fault], rows: int) -> UserError:
 
 
 def _read_file(path: str, system_prompt: str | None, reading: Reading) -> None:
-    waiting: list[Row] = []
+    waiting: list[Row | Fault] = []
     name = ""
     for row in read_rows(path):
         reading.rows += 1
-        if isinstance(row, Fault):
-            reading.faults.append(row)
-            continue
-        if not name:
-            name = _detect(row.values)
-            if not name:
-                waiting.append(row)
-                continue
+        waiting.append(row)
+        if not name and isinstance(row, Row) and (name := _detect(row.values)):
             reading.formats[path] = name
             reading.ignored_columns[path] = sorted(set(row.values) - set(FORMATS[name].columns))
-        _convert(row, name, system_prompt, reading)
-    if name:
-        for row in waiting:
-            _convert(row, name, system_prompt, reading)
-    elif waiting:
+        if name:
+            for waited in waiting:
+                _convert(waited, name, system_prompt, reading)
+            waiting.clear()
+    reading.faults += [row for row in waiting if isinstance(row, Fault)]
+    if unknown := [row for row in waiting if isinstance(row, Row)]:
         known = "; ".join(" + ".join(format_.needed) for format_ in FORMATS.values())
-        columns = ", ".join(f'"{column}"' for column in waiting[0].values) or "none"
+        columns = ", ".join(f'"{column}"' for column in unknown[0].values) or "none"
         raise UserError(
-            f"the columns ({columns}) fit no known format", where=waiting[0].origin, fix=f"Known are: {known}."
+            f"the columns ({columns}) fit no known format", where=unknown[0].origin, fix=f"Known are: {known}."
         )
 
 
@@ -111,7 +106,10 @@ def _detect(values: dict[str, Any]) -> str:
     return ""
 
 
-def _convert(row: Row, name: str, system_prompt: str | None, reading: Reading) -> None:
+def _convert(row: Row | Fault, name: str, system_prompt: str | None, reading: Reading) -> None:
+    if isinstance(row, Fault):
+        reading.faults.append(row)
+        return
     try:
         conversation = FORMATS[name].convert(row)
         if conversation.text is None:
@@ -168,10 +166,12 @@ def _instruction(row: Row) -> Conversation:
     messages: list[Message] = []
     if system := _text_of(values, "system", empty=True):
         messages.append(Message("system", system))
-    for pair in values.get("history") or []:
+    history = values.get("history") or []
+    for pair in history if isinstance(history, list) else [None]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
             raise RowError('"history" is not a list of [question, answer] pairs')
-        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
+        question, answer = (_text_of({"history": part}, "history") for part in pair)
+        messages += [Message("user", question), Message("assistant", answer)]
     messages += [Message("user", prompt), Message("assistant", _text_of(values, "output"))]
     return Conversation(tuple(messages), row.origin)
 
@@ -190,6 +190,8 @@ _ROLES: dict[str, Role] = {
 
 
 def _turns(turns: object, column: str, role_key: str, content_key: str) -> tuple[Message, ...]:
+    if turns is None:
+        raise RowError(f'"{column}" is missing')
     if not isinstance(turns, list) or not turns:
         raise RowError(f'"{column}" is not a list of turns')
     messages: list[Message] = []
@@ -209,11 +211,11 @@ def _turns(turns: object, column: str, role_key: str, content_key: str) -> tuple
 
 
 def _messages(row: Row) -> Conversation:
-    return Conversation(_turns(row.values["messages"], "messages", "role", "content"), row.origin)
+    return Conversation(_turns(row.values.get("messages"), "messages", "role", "content"), row.origin)
 
 
 def _sharegpt(row: Row) -> Conversation:
-    turns = row.values["conversations"]
+    turns = row.values.get("conversations")
     first = turns[0] if isinstance(turns, list) and turns else None
     keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
     messages = _turns(turns, "conversations", *keys)
@@ -223,7 +225,7 @@ def _sharegpt(row: Row) -> Conversation:
 
 
 def _completion(row: Row) -> Conversation:
-    prompt, completion = row.values["prompt"], row.values["completion"]
+    prompt, completion = row.values.get("prompt"), row.values.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):
         before = _turns(prompt, "prompt", "role", "content")
         return Conversation(before + _turns(completion, "completion", "role", "content"), row.origin)
@@ -275,18 +277,23 @@ def rows_with_prompts(path: str) -> Iterable[tuple[dict[str, Any], tuple[Message
         if isinstance(row, Fault):
             raise UserError(row.reason, where=row.origin)
         try:
-            yield row.values, _prompt_of_row(row)
+            prompt = _prompt_of_row(row)
+            if not isinstance(prompt, str) and not any(message.role == "user" for message in prompt):
+                raise RowError("no user turn, so nothing to answer")
+            yield row.values, prompt
         except RowError as error:
             raise UserError(str(error), where=row.origin, fix='A row needs a "prompt", for example.') from None
 
 
 def _prompt_of_row(row: Row) -> tuple[Message, ...] | str:
     values = row.values
-    if "text" in values:
-        return _text_of(values, "text")
     if "messages" in values or "conversations" in values:
         turns = (_messages if "messages" in values else _sharegpt)(row).messages
         return turns[:-1] if turns[-1].role == "assistant" else turns
     if "instruction" in values:
         return prompt_of(_instruction(Row({**values, "output": "-"}, row.origin)))
+    if isinstance(values.get("prompt"), list):
+        return _turns(values["prompt"], "prompt", "role", "content")
+    if "prompt" not in values and "text" in values:
+        return _text_of(values, "text")
     return prompt_of(_completion(Row({"prompt": values.get("prompt"), "completion": "-"}, row.origin)))

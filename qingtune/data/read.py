@@ -95,6 +95,8 @@ def _read_jsonl(file: io.BufferedIOBase, path: str) -> Iterator[Row | Fault]:
             yield Fault(origin, _WRONG_ENCODING)
         except json.JSONDecodeError as error:
             yield Fault(origin, f"not valid JSON: {error.msg} (column {error.colno})")
+        except ValueError as error:  # a number of thousands of digits
+            yield Fault(origin, f"not valid JSON: {error}")
         except RecursionError:
             yield Fault(origin, "not valid JSON: nested too deeply")
 
@@ -114,16 +116,25 @@ def _read_json(file: io.BufferedIOBase, path: str) -> Iterator[Row | Fault]:
         line, counted = line + text.count("\n", counted, place), place
         try:
             value, place = decoder.raw_decode(text, place)
-        except (json.JSONDecodeError, RecursionError) as error:
-            where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else f"{path}:{line}"
-            raise UserError(f"not valid JSON: {getattr(error, 'msg', 'nested too deeply')}", where=where) from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"not valid JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets
+            what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise UserError(f"not valid JSON: {what}", where=f"{path}:{line}") from None
         yield _row(value, f"{path}:{line}")
         place = _skip_space(text, place)
         if text.startswith(",", place):
             place = _skip_space(text, place + 1)
+            if text.startswith("]", place):
+                line += text.count("\n", counted, place)
+                raise UserError('not valid JSON: an object is wanted after ","', where=f"{path}:{line}")
         elif not text.startswith("]", place):
             line += text.count("\n", counted, place)
             raise UserError('not valid JSON: "," or "]" is wanted after an object', where=f"{path}:{line}")
+    rest = _skip_space(text, place + 1)
+    if rest < len(text):
+        line += text.count("\n", counted, rest)
+        raise UserError("not valid JSON: the list has ended, but more follows", where=f"{path}:{line}")
 
 
 def _skip_space(text: str, place: int) -> int:
@@ -138,6 +149,8 @@ def _read_csv(file: io.BufferedIOBase, path: str) -> Iterator[Row | Fault]:
     try:
         names = next(reader, [])
         start = reader.line_num + 1
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f'the first line names the column "{repeated[0]}" twice', where=f"{path}:1")
         for cells in reader:
             origin, start = f"{path}:{start}", reader.line_num + 1
             if not cells:

@@ -118,6 +118,15 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def _encode_after(tokenizer: PreTrainedTokenizerBase, prompt: str, whole: str) -> list[int]:
+    """Ids of what follows a prompt: as in the text in one go, unless the two melt into one token at the seam.
+
+    Alone, the rest would get a space of its own from a SentencePiece tokenizer.
+    """
+    before, ids = _encode(tokenizer, prompt), _encode(tokenizer, whole)
+    return ids[len(before) :] if ids[: len(before)] == before else _encode(tokenizer, whole[len(prompt) :])
+
+
 def prompt_ids(template: Template, messages: Sequence[Message] | str) -> list[int]:
     """The ids that stand before an answer, in training and at inference alike.
 
@@ -242,7 +251,7 @@ def _answer_ids(template: Template, messages: Sequence[Message]) -> tuple[list[i
     whole = _render(template.tokenizer, messages, False)
     if not whole.startswith(prompt):
         raise _TemplateFault("the chat template does not write the answer right after its prompt")
-    ids = _encode(template.tokenizer, whole[len(prompt) :])
+    ids = _encode_after(template.tokenizer, prompt, whole)
     if template.appended:
         return [*ids, template.end_of_turn], len(ids) + 1
     if template.end_of_turn not in ids:

@@ -6,11 +6,14 @@ import contextlib
 import hashlib
 import io
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from qingtune.errors import UserError
 from qingtune.files import move_into_place, staging_folder
@@ -77,7 +80,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
             _write_dequantised(path, half_done)
             if not folder.exists():  # another process may have been faster
                 move_into_place(half_done, folder)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, KeyError, NotImplementedError, RuntimeError, struct.error) as error:
         raise UserError(f"Transformers cannot read this GGUF file: {error}", where=str(path)) from error
 
 
@@ -136,7 +139,10 @@ def stop_ids(folder: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if path.exists():
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            try:
+                value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            except ValueError as error:
+                raise UserError(f"not valid JSON: {error}", where=str(path)) from None
             found += value if isinstance(value, list) else [] if value is None else [value]
     return sorted(set(found))
 
@@ -152,14 +158,30 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     quieten_transformers()
     try:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except SafetensorError as error:
+        raise UserError(
+            f"the weights are broken or not all there: {error}", where=str(folder), fix="Fetch them again."
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
         raise UserError(f"the model cannot be loaded: {str(error).splitlines()[0]}", where=str(folder)) from error
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     if missing := sorted(cast("list[str]", info["missing_keys"])):
         raise UserError(
             f"{len(missing)} weights are missing, for example {missing[0]}", where=str(folder), fix="Fetch it again."
+        )
+    if wrong := sorted(cast("list[tuple[str, Any, Any]]", info["mismatched_keys"])):
+        name, stored, wanted = wrong[0]
+        raise UserError(
+            f"{len(wrong)} weights have another shape than config.json says, for example {name}: "
+            f"{list(stored)}, not {list(wanted)}",
+            where=str(folder),
         )
     return model
 

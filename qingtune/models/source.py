@@ -88,7 +88,7 @@ def _is_hub_name(name: str) -> bool:
 def _from_hugging_face(name: str, cache_dir: str | None) -> Path | str:
     """The folder of the model, downloaded if need be; or a line on why it could not be had."""
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     def fetch(local: bool) -> Path:
         return Path(
@@ -105,15 +105,18 @@ def _from_hugging_face(name: str, cache_dir: str | None) -> Path | str:
     if any(os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE") for variable in _OFFLINE):
         return f"{endpoint}: not in its local cache, and HF_HUB_OFFLINE forbids to ask"
     answer = _within(ANSWER_WITHIN_S, lambda: huggingface_hub.HfApi().model_info(name, timeout=ANSWER_WITHIN_S))
+    gated = f"{endpoint}: {name} needs you to accept its licence and log in (`hf auth login`)"
     if isinstance(answer, GatedRepoError):
-        return f"{endpoint}: {name} needs you to accept its licence and log in (`hf auth login`)"
+        return gated
     if isinstance(answer, RepositoryNotFoundError):
         return f"{endpoint}: no model of this name, or it is private"
     if isinstance(answer, Exception):
         return f"{endpoint}: no answer ({type(answer).__name__})"
     try:
         return fetch(local=False)
-    except (HfHubHTTPError, OSError) as error:
+    except GatedRepoError:  # the page of such a model is public, its files are not
+        return gated
+    except Exception as error:  # the transport's errors are of many kinds; each is told
         return f"{endpoint}: the download broke off ({type(error).__name__})"
 
 
@@ -127,7 +130,7 @@ def _from_modelscope(name: str, cache_dir: str | None) -> Path | str:
         return f"ModelScope: no answer or no such model ({type(answer).__name__})"
     try:
         return Path(modelscope.snapshot_download(name, cache_dir=cache_dir))
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # its errors have no common class
         return f"ModelScope: the download broke off ({type(error).__name__})"
 
 
@@ -211,7 +214,12 @@ def fingerprint(folder: Path) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+            try:
+                if size > path.stat().st_size:
+                    raise ValueError
+                header = json.loads(file.read(size))
+            except ValueError:
+                raise UserError("not a whole safetensors file", where=str(path), fix="Fetch it again.") from None
             for name, entry in header.items():
                 if name == "__metadata__":
                     continue

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def as_metrics(event: Event) -> dict[str, Any] | None:
     if isinstance(event, Noted):
         return None
     return {
-        name: round(value, 9) if isinstance(value, float) else value
+        name: float(f"{value:.9g}") if isinstance(value, float) else value
         for name, value in dataclasses.asdict(event).items()
     }
 
@@ -139,7 +140,9 @@ class MetricsFile:
         """Write an event."""
         metrics = as_metrics(event)
         if metrics is not None:
-            self.file.write(json.dumps(metrics) + "\n")
+            # JSON has no word for a number that is not finite.
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+            self.file.write(json.dumps(finite) + "\n")
             self.file.flush()
 
 

@@ -6,32 +6,17 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model
-from tiny_runs import assert_close, lively, lively_model
+from tiny_runs import assert_close, lively, lively_model, make_samples
 
 from qingtune.data.batch import collate
 from qingtune.data.tokenize import Sample
 from qingtune.kernels import loss
 from qingtune.kernels.attention import use_end_to_end
 from qingtune.kernels.loss import summed_loss
-
-# Length and trained places. Among them single tokens, samples that train nothing, and first tokens marked as trained,
-# which nothing before them can predict: neither their own sample nor the one that lies in front of it.
-SHAPES = ((9, range(4, 9)), (1, [0]), (17, range(17)), (6, []), (1, []), (12, [0, 5, 11]), (2, [1]), (1, [0]))
-
-
-def make_samples() -> list[Sample]:
-    draw = np.random.default_rng(3)
-    samples: list[Sample] = []
-    for length, places in SHAPES:
-        trained = np.zeros(length, dtype=np.bool_)
-        trained[list(places)] = True
-        samples.append(Sample(draw.integers(3, 320, length).astype(np.int32), trained, f"row {len(samples)}"))
-    return samples
 
 
 def plain_loss(model: Any, samples: Sequence[Sample]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model
-from tiny_runs import assert_close, assert_equal, lively_model
+from tiny_runs import assert_close, assert_equal, lively_model, make_samples, move_adapters
 
 from qingtune.adapters.lora import LoRALinear, add_lora, lora_layers
 from qingtune.adapters.quantize import quantize_model
@@ -98,20 +98,6 @@ def qlora_model(bits: int, kind: str) -> Any:
     return model
 
 
-def move_adapters(model: Any) -> None:
-    """Give the adapters weights of their own: at their start, half of the gradients are zero."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for adapter in lora_layers(model).values():
-            adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator) * 0.1)
-
-
-def make_batch() -> Batch:
-    from test_end_to_end import make_samples
-
-    return collate(make_samples())
-
-
 def gradients(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
     model.zero_grad()
     summed_loss(model, batch, end_to_end=True).backward()
@@ -123,7 +109,7 @@ def gradients(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gradients_after_evaluations_are_those_before(bits: int, kind: str) -> None:
-    model, batch = qlora_model(bits, kind), make_batch()
+    model, batch = qlora_model(bits, kind), collate(make_samples())
     before = gradients(model, batch)
     model.eval()
     with torch.no_grad():
@@ -138,7 +124,7 @@ def test_gradients_after_evaluations_are_those_before(bits: int, kind: str) -> N
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_qlora_equals_lora_on_dequantised_model(bits: int, kind: str) -> None:
-    model, batch = qlora_model(bits, kind), make_batch()
+    model, batch = qlora_model(bits, kind), collate(make_samples())
     dense = copy.deepcopy(model)
     for name, adapter in lora_layers(dense).items():
         base = adapter.base

@@ -186,6 +186,17 @@ def test_best_step_is_kept_and_becomes_the_result(method: str, start: Runs, tmp_
     assert_equal({plain_name(name): tensor for name, tensor in saved.items()}, weights(tmp_path / "run"))
 
 
+def test_asking_for_the_best_step_when_it_was_not_saved_ends_well(
+    start: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"eval_steps": 1, "save_strategy": "no", "optim": "sgd", "warmup_steps": STEPS, "learning_rate": 20.0}
+    with monkeypatch.context() as context:
+        raise_at_call(context, 13, [signal.SIGTERM])  # in step 5, past the best one
+        assert not start("run", **settings)
+    assert start("run", **settings, load_best_model_at_end=True)
+    assert weights(tmp_path / "run")
+
+
 def plain_name(name: str) -> str:
     """A trained parameter's name as the result's file has it."""
     return f"base_model.model.{name}.weight" if "lora_" in name else name

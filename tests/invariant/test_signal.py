@@ -14,7 +14,7 @@ from pathlib import Path
 from conftest import ROOT
 from tiny_runs import assert_equal, metrics, save_model, train, weights
 
-STEPS = 150
+STEPS = 80
 
 
 def test_terminated_command_goes_on_where_it_stopped(

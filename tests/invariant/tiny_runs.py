@@ -7,14 +7,23 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
+
+from qingtune.adapters.lora import lora_layers
+from qingtune.config_load import load_train_config
+from qingtune.data.tokenize import Sample
+from qingtune.finetune import finetune
 
 LORA = {"use_lora": True, "lora_r": 4, "lora_alpha": 8}
 QLORA4 = {**LORA, "use_qlora": True, "quantization_bit": 4}
 QLORA8 = {**LORA, "use_qlora": True, "quantization_bit": 8}
 METHODS: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA, "qlora4": QLORA4, "qlora8": QLORA8}
+# Length and trained places. Among them single tokens, samples that train nothing, and first tokens marked as trained,
+# which nothing before them can predict: neither their own sample nor the one that lies in front of it.
+SHAPES = ((9, range(4, 9)), (1, [0]), (17, range(17)), (6, []), (1, []), (12, [0, 5, 11]), (2, [1]), (1, [0]))
 MEASURED = ("seconds", "peak_bytes", "eval_seconds")  # what no two runs have in common
 
 
@@ -63,11 +72,33 @@ def save_model(folder: Path, kind: str = "qwen2", **changes: Any) -> Path:
     return folder
 
 
+def make_samples() -> list[Sample]:
+    """One sample for each of SHAPES."""
+    draw = np.random.default_rng(3)
+    samples: list[Sample] = []
+    for length, places in SHAPES:
+        trained = np.zeros(length, dtype=np.bool_)
+        trained[list(places)] = True
+        samples.append(Sample(draw.integers(3, 320, length).astype(np.int32), trained, f"row {len(samples)}"))
+    return samples
+
+
+def move_adapters(model: Any) -> None:
+    """Give the adapters weights of their own: at their start, half of the gradients are zero."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for adapter in lora_layers(model).values():
+            adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator) * 0.1)
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    """What a model says of a fixed prompt."""
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 60)[None], use_cache=False).logits
+
+
 def train(output: Path, model: Path, data: Path, **settings: Any) -> bool:
     """Run the recipe from a configuration file; returns whether it came to its end."""
-    from qingtune.config_load import load_train_config
-    from qingtune.finetune import finetune
-
     values = {
         "model_name_or_path": str(model),
         "data_path": str(data),
@@ -113,4 +144,5 @@ def assert_close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], sha
 def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
     """Each tensor equals its twin bit for bit."""
     assert one.keys() == two.keys()
-    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    different = [name for name in one if not torch.equal(one[name], two[name])]
+    assert not different, f"{len(different)} of {len(one)} differ: {different[:3]}"

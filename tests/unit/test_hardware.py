@@ -16,7 +16,7 @@ DEVICES = {
     "old CPU": ("cpu", False, False),
 }
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# What comes of each pair of wishes: a format asked for, where the device has it; never one that is ruled out; else bf16,
+# What comes of each pair of wishes: a format asked for where the device has it; never one that is ruled out; else bf16,
 # else fp16 on a GPU too old for bf16, else fp32. Columns: new GPU, old GPU, new CPU, old CPU.
 EXPECTED = {
     (None, None): (BF16, FP16, BF16, FP32),

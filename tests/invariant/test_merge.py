@@ -1,0 +1,140 @@
+"""A merged model gives the logits of base and adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_runs import LORA, lively_model, logits_of, move_adapters, save_model, train
+
+from qingtune import merge as recipe
+from qingtune.adapters.lora import add_lora, lora_layers, merge_lora
+from qingtune.adapters.quantize import quantize_model
+from qingtune.adapters.targets import replace_layer
+from qingtune.config import MergeConfig
+from qingtune.errors import UserError
+
+Merge = Callable[..., None]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "gpt2", "mistral"])
+def test_merged_logits_equal_adapter_logits(kind: str) -> None:
+    model = lively_model(kind)
+    base = logits_of(model)
+    add_lora(model, None, r=3, alpha=5, dropout=0.5)
+    move_adapters(model)
+    adapted = logits_of(model)
+    merge_lora(model)
+    merged = logits_of(model)
+    assert not lora_layers(model)
+    assert float((adapted - base).abs().max()) > 0.5  # the adapter matters
+    assert float((merged - adapted).abs().max()) < 1e-4  # of logits as large as 30: fp32 rounding
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_layers_are_refused_untouched(bits: int) -> None:
+    model = lively_model("qwen2")
+    quantize_model(model, bits, torch.device("cpu"))
+    add_lora(model, ["q_proj"], r=3, alpha=5, dropout=0.0)
+    move_adapters(model)
+    before = logits_of(model)
+    with pytest.raises(TypeError, match=r"q_proj is quantised"):
+        merge_lora(model)
+    assert torch.equal(logits_of(model), before)
+
+
+@pytest.fixture
+def trained(tmp_path: Path, data_file: Path) -> Callable[[str], Path]:
+    """A function that trains an adapter on a model of this kind, far enough to matter; returns its folder."""
+
+    def train_adapter(kind: str, **settings: Any) -> Path:
+        model = save_model(tmp_path / "model", kind)
+        train(tmp_path / "adapter", model, data_file, max_steps=3, learning_rate=0.05, **LORA | settings)
+        return tmp_path / "adapter"
+
+    return train_adapter
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> Merge:
+    """A function that runs the recipe into `merged`."""
+
+    def run_merge(adapter: Path, **settings: Any) -> None:
+        recipe.merge(MergeConfig(lora_model=str(adapter), output_dir=str(tmp_path / "merged"), **settings))
+
+    return run_merge
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("qwen2", {}), ("qwen2", {"use_qlora": True}), ("llama", {}), ("gpt2", {})],  # GPT-2's positions end at 256
+    ids=["tied", "qlora", "untied", "short context"],
+)
+def test_recipe_writes_a_model_equal_to_base_and_adapter(
+    kind: str, settings: dict[str, Any], trained: Callable[..., Path], merge: Merge, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = trained(kind, **settings)
+    merge(adapter)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    before = logits_of(base)
+    adapted = logits_of(PeftModel.from_pretrained(base, str(adapter)))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert float((adapted - before).abs().max()) > 0.1
+    assert float((logits_of(merged) - adapted).abs().max()) < 1e-4
+
+    tied = kind != "llama"
+    assert merged.config.tie_word_embeddings is tied
+    assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) is tied
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+    assert json.loads((tmp_path / "merged" / "qingtune.json").read_text())["method"] == (
+        "qlora" if settings else "lora"
+    )
+
+
+def forget_adapters(model: Any) -> None:
+    for name, adapter in lora_layers(model).items():
+        replace_layer(model, name, adapter.base)
+
+
+def test_wrong_merge_is_found_out_and_nothing_is_written(
+    trained: Callable[..., Path], merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = trained("qwen2")
+    before = sorted(tmp_path.iterdir())
+    with monkeypatch.context() as context:
+        context.setattr(recipe, "merge_lora", forget_adapters)
+        with pytest.raises(UserError, match="nothing was written"):
+            merge(adapter)
+    assert sorted(tmp_path.iterdir()) == before
+    with monkeypatch.context() as context:
+        context.setattr(recipe, "MOST_MEAN_DIFFERENCE", -1.0)
+        with pytest.raises(UserError, match="nothing was written"):
+            merge(adapter)
+    assert sorted(tmp_path.iterdir()) == before
+    merge(adapter)
+    weights = (tmp_path / "merged" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="--overwrite_output_dir"):
+        merge(adapter)
+    monkeypatch.setattr(recipe, "MOST_MEAN_DIFFERENCE", -1.0)
+    with pytest.raises(UserError, match="nothing was written"):
+        merge(adapter, overwrite_output_dir=True)
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == weights  # the earlier merge is still there
+
+
+def test_other_base_is_refused(trained: Callable[..., Path], merge: Merge, tmp_path: Path) -> None:
+    adapter = trained("qwen2")
+    other = lively_model("qwen2", seed=7)
+    other.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="other weights"):
+        merge(adapter)
+    assert not (tmp_path / "merged").exists()

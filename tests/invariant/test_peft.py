@@ -1,0 +1,152 @@
+"""Adapter files go both ways: ours open in PEFT, PEFT's open here, with the same logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tiny_runs import LORA, lively_model, logits_of, move_adapters, save_model, train
+from transformers import AutoModelForCausalLM
+
+from qingtune.adapters.files import load_adapter, read_adapter_config, save_adapter
+from qingtune.adapters.lora import add_lora, lora_layers
+from qingtune.errors import UserError
+
+BOUND = 1e-5  # of the logits' largest value, in fp32
+ATTENTION = "model.layers.1.self_attn"
+CASES = [
+    ("qwen2", None),
+    ("qwen2", ["q_proj", "v_proj"]),
+    ("qwen2", [f"{ATTENTION}.q_proj", "model.layers.0.mlp.up_proj"]),
+    ("qwen2", ["layers.1.self_attn.o_proj"]),
+    ("qwen3", None),
+    ("qwen3", ["k_proj", "down_proj"]),
+    ("qwen3", [f"{ATTENTION}.k_proj"]),
+    ("llama", None),
+    ("llama", ["gate_proj"]),
+    ("llama", [f"{ATTENTION}.v_proj"]),
+    ("gpt2", None),
+    ("gpt2", ["c_attn"]),
+    ("gpt2", ["c_proj"]),
+    ("gpt2", ["transformer.h.1.mlp.c_proj"]),
+    ("mistral", None),
+]
+
+
+def assert_same_logits(one: torch.Tensor, two: torch.Tensor) -> None:
+    assert float((one - two).abs().max()) < BOUND * float(two.abs().max())
+
+
+@pytest.mark.parametrize(("kind", "names"), CASES, ids=str)
+def test_ours_opens_in_peft(kind: str, names: list[str] | None, tmp_path: Path) -> None:
+    model = lively_model(kind)
+    base = logits_of(model)
+    add_lora(model, names, r=3, alpha=5, dropout=0.1)
+    move_adapters(model)
+    save_adapter(model, tmp_path, "the base", 0.1)
+    ours = logits_of(model)
+    assert float((ours - base).abs().max()) > 1e-2  # the adapter matters
+
+    opened = PeftModel.from_pretrained(lively_model(kind), str(tmp_path))
+    assert_same_logits(logits_of(opened), ours)
+    wrapped = {name.removeprefix("base_model.model.") for name, x in opened.named_modules() if isinstance(x, LoraLayer)}
+    assert wrapped == set(lora_layers(model))  # no layer more: PEFT would train it along
+    config = opened.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 5, 0.1)
+    assert config.base_model_name_or_path == "the base"
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is (kind == "gpt2")
+    assert_same_logits(logits_of(opened.merge_and_unload()), ours)
+
+    again = lively_model(kind)
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits_of(again), ours)
+
+
+@pytest.mark.parametrize(("kind", "names"), CASES, ids=str)
+def test_peft_s_opens_here(kind: str, names: list[str] | None, tmp_path: Path) -> None:
+    peft = get_peft_model(
+        lively_model(kind),
+        LoraConfig(
+            r=3, lora_alpha=5, lora_dropout=0.1, target_modules=names or "all-linear", init_lora_weights=False,
+            fan_in_fan_out=kind == "gpt2", task_type="CAUSAL_LM",
+        ),
+    )  # fmt: skip
+    peft.save_pretrained(str(tmp_path))
+    model = lively_model(kind)
+    base = logits_of(model)
+    load_adapter(model, tmp_path)
+    assert_same_logits(logits_of(model), logits_of(peft))
+    assert float((logits_of(model) - base).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("settings", [LORA, LORA | {"use_qlora": True, "lora_target_modules": "q_proj,down_proj"}])
+def test_result_of_a_run_opens_in_peft(settings: dict[str, Any], tmp_path: Path, data_file: Path) -> None:
+    base = save_model(tmp_path / "model")
+    train(tmp_path / "out", base, data_file, max_steps=2, **settings)
+    opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "out"))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    load_adapter(model, tmp_path / "out")
+    assert_same_logits(logits_of(opened), logits_of(model))
+    assert opened.peft_config["default"].base_model_name_or_path == str(base)
+
+
+# Settings that change what an adapter computes. PEFT writes each; loading one as plain LoRA would be wrong in silence.
+UNSUPPORTED = {
+    "use_dora": True,
+    "use_rslora": True,
+    "modules_to_save": ["lm_head"],
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"q_proj": 1},
+    "bias": "all",
+    "lora_bias": True,
+    "trainable_token_indices": [1, 2],
+    "alora_invocation_tokens": [5, 6],
+    "init_lora_weights": "pissa",
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_adapters_that_compute_otherwise_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"r": 3, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", name: UNSUPPORTED[name]}
+    get_peft_model(lively_model("llama"), LoraConfig(**settings)).save_pretrained(str(tmp_path))
+    model = lively_model("llama")
+    with pytest.raises(UserError, match=name):
+        load_adapter(model, tmp_path)
+    assert not lora_layers(model)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_ways_to_start_that_leave_the_base_alone_are_fine(start: bool | str, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=start)  # type: ignore
+    peft = get_peft_model(lively_model("llama"), config)
+    peft.save_pretrained(str(tmp_path))
+    model = lively_model("llama")
+    load_adapter(model, tmp_path)
+    assert_same_logits(logits_of(model), logits_of(peft))
+
+
+def test_other_kinds_and_other_models_are_refused(tmp_path: Path) -> None:
+    model = lively_model("qwen2")
+    add_lora(model, ["q_proj"], r=3, alpha=5, dropout=0.0)
+    save_adapter(model, tmp_path, "base", 0.0)
+    with pytest.raises(UserError, match="another model: this one has no layer"):
+        load_adapter(lively_model("gpt2"), tmp_path)
+    with pytest.raises(UserError, match=r"q_proj.*is \[3, 32\], \[3, 48\] is wanted"):
+        load_adapter(lively_model("qwen2", hidden_size=48, num_attention_heads=4), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "IA3"}))
+    with pytest.raises(UserError, match="IA3"):
+        read_adapter_config(tmp_path)
+
+
+def test_adapter_of_the_head_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    config = LoraConfig(r=3, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(lively_model("llama"), config).save_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match="lm_head") as refusal:
+        load_adapter(lively_model("llama"), tmp_path)
+    assert "another model" not in str(refusal.value)  # it is for this very model
