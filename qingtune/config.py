@@ -234,10 +234,10 @@ _NO_EFFECT_GROUPS = {
 # TrainingArguments that would change a result and are not supported: passed over where they ask for nothing, as in a
 # dump of all arguments, and refused like any unknown name where they ask for something.
 _ONLY_IDLE_NAMES = (
-    "label_smoothing_factor neftune_noise_alpha push_to_hub push_to_hub_token push_to_hub_model_id hub_model_id no_cuda "
-    "push_to_hub_organization hub_token hub_private_repo hub_always_push hub_revision use_cpu use_mps_device data_seed "
-    "dataloader_drop_last eval_delay eval_on_start lr_scheduler_kwargs optim_args optim_target_modules adafactor "
-    "full_determinism jit_mode_eval use_ipex past_index sharded_ddp mp_parameters torchdynamo ray_scope"
+    "label_smoothing_factor neftune_noise_alpha push_to_hub push_to_hub_token push_to_hub_model_id hub_model_id "
+    "no_cuda push_to_hub_organization hub_token hub_private_repo hub_always_push hub_revision use_cpu use_mps_device "
+    "data_seed dataloader_drop_last eval_delay eval_on_start lr_scheduler_kwargs optim_args optim_target_modules "
+    "adafactor full_determinism jit_mode_eval use_ipex past_index sharded_ddp mp_parameters torchdynamo ray_scope"
 )
 ONLY_IDLE = frozenset(_ONLY_IDLE_NAMES.split())
 NO_EFFECT = {name: reason for reason, names in _NO_EFFECT_GROUPS.items() for name in names.split()}

@@ -69,6 +69,9 @@ def load_best(output_dir: Path, model: PreTrainedModel, progress: Progress, say:
     """Give the model the weights of its best evaluation; the loop saved them when they came."""
     if progress.best_step in (None, progress.step):
         return
-    best = next(checkpoint for checkpoint in checkpoints(output_dir) if checkpoint.step == progress.best_step)
+    best = next((checkpoint for checkpoint in checkpoints(output_dir) if checkpoint.step == progress.best_step), None)
+    if best is None:  # the run began without load_best_model_at_end
+        say(f"Step {progress.best_step} evaluated best but was not saved then; the result is the last step.")
+        return
     load_checkpoint(best.folder, {name: p for name, p in model.named_parameters() if p.requires_grad}, None)
     say(f"The result is step {progress.best_step}, the best evaluation ({progress.best_loss:.4f}).")

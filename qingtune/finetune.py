@@ -100,7 +100,7 @@ def finetune(
         say(notice)
     data = load_data(config, template, context_length(folder), say)
 
-    settings = settings_to_compare(config, processes.count, data.hash)
+    settings = settings_to_compare(config, processes.count, data.hash, fingerprint(folder))
     if is_finished(config, settings, say):
         return True
     resume_from = where_to_go_on(config, settings, say)
@@ -173,7 +173,7 @@ def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware, sa
         kinds = sorted({name.rsplit(".", 1)[-1] for name in adapters})
         say(f"LoRA: rank {config.lora_r}, alpha {config.lora_alpha:g}, on {len(adapters)} layers ({', '.join(kinds)}).")
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = trained if full else trained + _parameters_of_base(model)
     say(f"Trainable: {trained:,} of {everything:,} parameters ({trained / everything:.2%}).")

@@ -16,6 +16,7 @@ from qingtune.errors import UserError
 from qingtune.files import move_into_place, staging_folder
 from qingtune.inference import bundled_prompts, find_base, logits_of
 from qingtune.models.load import load_model, load_tokenizer, save_model, stop_ids, stored_dtype
+from qingtune.models.source import context_length
 from qingtune.quiet import quieten
 from qingtune.record import write_record
 
@@ -40,7 +41,9 @@ def merge(config: MergeConfig) -> None:
     tokenizer = load_tokenizer(adapter if own else base)
     template = make_template(tokenizer, record.stop_ids if record else stop_ids(base))
     prompts = [
-        prompt_ids(template, prompt) for chinese in (True, False) for _, prompt in bundled_prompts(chinese=chinese)
+        prompt_ids(template, prompt)[: context_length(base)]
+        for chinese in (True, False)
+        for _, prompt in bundled_prompts(chinese=chinese)
     ]
 
     with staging_folder(output_dir) as half_done:

@@ -73,11 +73,12 @@ def read_record(folder: Path) -> Record | None:
         raise UserError(f"the record is broken ({error})", where=str(path)) from None
 
 
-def settings_to_compare(config: TrainConfig, processes: int, data_hash: str) -> dict[str, Any]:
+def settings_to_compare(config: TrainConfig, processes: int, data_hash: str, base_fingerprint: str) -> dict[str, Any]:
     """The settings that decide what a run computes, as JSON values."""
     values = config.model_dump(mode="json", exclude=_MAY_CHANGE)
     values["samples a step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     values["data"] = data_hash
+    values["weights of the base model"] = base_fingerprint
     return values
 
 

@@ -30,7 +30,20 @@ _UNSUPPORTED = {
     "target_parameters": None,
     "exclude_modules": None,
     "lora_bias": False,
+    "layer_replication": None,
+    "megatron_config": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "velora_config": None,
 }
+
+# Values of init_lora_weights that leave the base's weights alone. The others (pissa, olora, corda, loftq, lora_ga) take
+# something out of them first, which the adapter's file alone does not tell.
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(model: Any, folder: Path, base_model: str, dropout: float) -> None:
@@ -94,6 +107,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise UserError(f"an adapter of kind {config.get('peft_type')!r}; LoRA is supported", where=str(path))
     used = [name for name, value in _UNSUPPORTED.items() if config.get(name, value) not in (value, None, [], {})]
+    if config.get("init_lora_weights") not in _STARTS:
+        used.append(f"init_lora_weights {config['init_lora_weights']!r}")
     if used:
         raise UserError(f"the adapter uses {', '.join(used)}, which is not supported here", where=str(path))
     return config
@@ -115,6 +130,12 @@ def load_adapter(model: Any, folder: Path) -> dict[str, LoRALinear]:
         raise UserError(f"broken safetensors file ({error})", where=str(path), fix="Copy it again.") from None
     names = {key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
     unknown = sorted(names - set(linear_layers(model)))
+    modules = dict(model.named_modules())
+    if other := [name for name in unknown if name.split(".base_layer")[0] in modules]:
+        raise UserError(
+            f"the adapter changes {other[0].split('.base_layer')[0]}, which is no layer that LoRA is put on here",
+            where=str(folder),
+        )
     if unknown:
         raise UserError(
             f"the adapter is for another model: this one has no layer {unknown[0]}",

@@ -193,7 +193,7 @@ def _update(work: Work, rate: float, finite: bool, progress: Progress) -> None:
             raise UserError(
                 f"loss or gradient was not finite {limit} steps in a row",
                 where=f"step {progress.step + 1}",
-                fix="Lower learning_rate; the last checkpoint is as it was before.",
+                fix="Start anew with a lower learning_rate (--overwrite_output_dir).",
             )
     work.scaler.update()
     work.optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ import pytest
 
 from qingtune.config import ALIASES, NO_EFFECT, TrainConfig
 from qingtune.config_load import Loaded, load_train_config
+from qingtune.errors import UserError
 
 DATA = {"data_path": "train.jsonl"}
 
