@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -62,7 +63,7 @@ def _train(argv: Sequence[str], program: str) -> int:
     loaded = load_train_config(config_file, flags)
     from qingtune.finetune import finetune
 
-    again = f"{'python ' * program.endswith('.py')}{program} {' '.join(argv)}"
+    again = f"{'python ' * program.endswith('.py')}{program} {shlex.join(argv)}"
     chat = "python inference_lora.py --chat" if program.endswith(".py") else "qingtune chat"
     finished = finetune(loaded.config, notices=loaded.notices, command=again, chat_command=chat)
     return DONE if finished else INTERRUPTED

@@ -16,6 +16,14 @@ from qingtune.files import write_json
 # What a run writes besides the model's or adapter's own files; SETTINGS is the first, RECORD the last.
 RECORD, SETTINGS, METRICS, CURVE = "qingtune.json", "train_config.json", "metrics.jsonl", "loss_curve.png"
 
+# All that a run leaves in its folder.
+_WRITTEN = (
+    SETTINGS, RECORD, METRICS, CURVE, "checkpoint-*", "trackers", "adapter_config.json", "adapter_model.safetensors",
+    "README.md", "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
+    "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json",
+    "demo_answers.json",
+)  # fmt: skip
+
 # Settings that may change from one start of a run to the next without changing what it computes.
 _MAY_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "hub", "logging_steps", "report_to",
@@ -102,9 +110,12 @@ def check_output_folder(output_dir: Path, *, overwrite: bool) -> None:
 
 
 def prepare_output_folder(output_dir: Path, *, anew: bool) -> None:
-    """Make the folder; `anew` removes an earlier run from it, which it was checked to be."""
-    if anew and output_dir.exists():
-        shutil.rmtree(output_dir)
+    """Make the folder; `anew` removes an earlier run's files from it, and no others."""
+    for path in [path for pattern in _WRITTEN for path in output_dir.glob(pattern)] if anew else []:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     output_dir.mkdir(parents=True, exist_ok=True)
 
 

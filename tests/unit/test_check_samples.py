@@ -1,26 +1,12 @@
 """The sample checker must find each kind of fault, and must stay silent on sound rows."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from conftest import load_tool
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_checker() -> ModuleType:
-    """tools/ is no package, so the script is loaded from its file."""
-    spec = importlib.util.spec_from_file_location("check_samples", ROOT / "tools" / "check_samples.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-check_samples = load_checker()
+check_samples = load_tool("check_samples")
 Sample = dict[str, str]
 
 BAKERY = {

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_tool
 from pydantic import ValidationError
 
 from qingtune.config import ALIASES, NO_EFFECT, InferConfig, MergeConfig, Settings, TrainConfig
@@ -154,19 +152,9 @@ def test_names_without_effect_and_older_names_do_not_overlap_with_others() -> No
     assert set(ALIASES.values()) <= set(TrainConfig.model_fields)
 
 
-def load_generator() -> ModuleType:
-    """tools/ is no package, so the script is loaded from its file."""
-    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "tools" / "generate_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def schema() -> dict[str, Any]:
-    return json.loads(load_generator().json_schema())
+    return json.loads(load_tool("generate_docs").json_schema())
 
 
 def fits(value: object, rule: dict[str, Any]) -> bool:
