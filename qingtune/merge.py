@@ -20,8 +20,8 @@ from qingtune.models.source import context_length
 from qingtune.quiet import quieten
 from qingtune.record import write_record
 
-# Rounding the merged weights to 16 bits moves logits a little. Measured on SmolLM2-135M and Qwen2.5-0.5B in bf16, the
-# mean difference is well under a hundredth of the logits' spread; a wrong merge is tens of times over this bound.
+# Rounding the merged weights to 16 bits moves logits a little. Mean difference measured in bf16, as a share of the
+# logits' spread: 0.5 % on SmolLM2-135M, 1.8 % on Qwen2.5-0.5B.
 MOST_MEAN_DIFFERENCE = 0.03  # of the logits' standard deviation
 
 
