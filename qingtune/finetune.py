@@ -20,7 +20,7 @@ from qingtune.adapters.lora import add_lora
 from qingtune.adapters.quantize import quantize_model
 from qingtune.config import TrainConfig
 from qingtune.continuation import is_finished, load_best, where_to_go_on
-from qingtune.data.prepare import Say, check_files_exist, load_data
+from qingtune.data.prepare import Data, Say, check_files_exist, load_data
 from qingtune.data.tokenize import Template, make_template
 from qingtune.errors import UserError
 from qingtune.files import staging_folder, usual_permissions, write_json
@@ -119,22 +119,29 @@ def finetune(
     if config.load_best_model_at_end:
         load_best(output_dir, model, progress, say)
     if processes.index == 0:
-        record = Record(
-            method=config.method,
-            base_model=config.model_name_or_path,
-            base_fingerprint=fingerprint(folder),
-            system_prompt=config.system_prompt,
-            prompt_style=data.style,
-            stop_ids=sorted(template.stop_ids),
-            settings=settings,
-            results=asdict(result),
-            versions=_versions(),
-        )
+        record = _record(config, folder, template, data, settings, result)
         save_result(config, model, template, folder, record)
         plot_losses(output_dir / METRICS, output_dir / CURVE)
         print(_summary(config, result, chat_command))
     processes.finish()
     return True
+
+
+def _record(
+    config: TrainConfig, folder: Path, template: Template, data: Data, settings: dict[str, Any], result: Result
+) -> Record:
+    """What the run says of itself; `folder` is the base model's."""
+    return Record(
+        method=config.method,
+        base_model=config.model_name_or_path,
+        base_fingerprint=fingerprint(folder),
+        system_prompt=config.system_prompt,
+        prompt_style=data.style,
+        stop_ids=sorted(template.stop_ids),
+        settings=settings,
+        results=asdict(result),
+        versions=_versions(),
+    )
 
 
 def _check_vocabulary(model: PreTrainedModel, template: Template, folder: Path) -> None:
