@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test check docs clean
+.PHONY: help demo test check docs bench clean
 
 help:
 	@echo "make demo   install, get a model, fine-tune it on bundled data, show answers before and after"
 	@echo "make test   install what tests need, check and test everything"
 	@echo "make check  format, lint, types, import order, generated docs"
 	@echo "make docs   write the generated docs anew"
+	@echo "make bench  train beside TRL, LLaMA-Factory and ms-swift: about an hour, several GB of environments"
 	@echo "make clean  remove .venv and caches"
 
 .venv/made:
@@ -40,6 +41,9 @@ test: check
 
 docs: .venv/dev
 	$(BIN)/python tools/generate_docs.py
+
+bench: .venv/stable
+	$(BIN)/python benchmarks/train.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -144,7 +144,12 @@ class TrainConfig(Settings):
         "paged_adamw_8bit",
         "paged_adamw_32bit",
         "sgd",
-    ] = _setting("adamw_torch_fused", "Optimizer", "Optimizer. 8-bit and paged ones need an NVIDIA GPU.")
+    ] = _setting(
+        "adamw_torch_fused",
+        "Optimizer",
+        "Optimizer. 8-bit ones hold its states in 8 bits, and in full training on a CPU weights and gradients in 16. "
+        "Paging needs an NVIDIA GPU.",
+    )
     adam_beta1: Number = _setting(0.9, "Optimizer", "AdamW's first decay rate.", ge=0, lt=1)
     adam_beta2: Number = _setting(0.999, "Optimizer", "AdamW's second decay rate.", ge=0, lt=1)
     adam_epsilon: Number = _setting(1e-8, "Optimizer", "AdamW's epsilon.", gt=0)
@@ -176,8 +181,11 @@ class TrainConfig(Settings):
         "Trackers, comma-separated: tensorboard, wandb, swanlab, mlflow, trackio, comet_ml, clearml, ...; or none.",
     )
 
-    gradient_checkpointing: bool = _setting(
-        False, "Hardware", "Recompute activations in the backward pass: less memory, about 1.4 times the work."
+    gradient_checkpointing: Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_switch)] = _setting(
+        "auto",
+        "Hardware",
+        "Recompute activations in the backward pass (less memory, about 1.4 times the work): in all layers, in none, "
+        "or auto: in as many as the free memory demands.",
     )
     bf16: bool | None = _setting(None, "Hardware", "true: bfloat16; false: not (default: where the hardware has it).")
     fp16: bool | None = _setting(None, "Hardware", "true: float16, on GPUs only.")

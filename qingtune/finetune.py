@@ -17,7 +17,7 @@ import torch
 from qingtune import __version__
 from qingtune.adapters.files import save_adapter
 from qingtune.adapters.lora import add_lora
-from qingtune.adapters.quantize import quantize_model
+from qingtune.base import load_base
 from qingtune.config import TrainConfig
 from qingtune.continuation import is_finished, load_best, where_to_go_on
 from qingtune.data.prepare import Data, Say, check_files_exist, load_data
@@ -26,7 +26,7 @@ from qingtune.errors import UserError
 from qingtune.files import staging_folder, usual_permissions, write_json
 from qingtune.hardware import Hardware, choose_hardware
 from qingtune.kernels.linear import QuantizedLinear
-from qingtune.models.load import load_model, load_tokenizer, local_folder, save_model, stop_ids, stored_dtype
+from qingtune.models.load import load_tokenizer, local_folder, save_model, stop_ids, stored_dtype
 from qingtune.models.source import context_length, find_model, fingerprint
 from qingtune.plots import plot_losses
 from qingtune.quiet import quieten
@@ -42,6 +42,7 @@ from qingtune.record import (
 )
 from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, MetricsFile, Sink, to_all
 from qingtune.training.loop import Limits, Progress, Work, train
+from qingtune.training.optim import EIGHT_BITS
 from qingtune.training.processes import AcceleratedProcesses
 from qingtune.work import make_work
 
@@ -164,23 +165,24 @@ def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware, sa
     """The model on its device, quantised and with adapters as the method asks; the trained share is told.
 
     Adapters train in fp32 on weights in the hardware's dtype. Full training keeps the weights in fp32, as small steps
-    would be lost in 16 bits, and computes in the hardware's dtype.
+    would be lost in 16 bits, and computes in the hardware's dtype; only our 8-bit optimizer, which rounds at random so
+    that they are not lost on average, works on weights in 16 bits.
     """
     full = config.method == "full"
-    model = load_model(folder, torch.float32 if full else hardware.dtype)
-    if config.method == "qlora":
-        quantize_model(model, config.quantization_bit, hardware.device)
+    bits = config.quantization_bit if config.method == "qlora" else None
+    narrow = config.optim in EIGHT_BITS and hardware.device.type == "cpu" and hardware.dtype == torch.bfloat16
+    dtype = torch.float32 if full and not narrow else hardware.dtype
+    model = load_base(folder, dtype, bits, hardware.device, config.cache_dir, say)
+    if full:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # what is loaded may lie in the file's pages
     else:
-        model.to(hardware.device)  # pyright: ignore[reportArgumentType]
-    if not full:
         assert config.lora_alpha is not None
         adapters = add_lora(
             model, config.lora_target_modules, config.lora_r, config.lora_alpha, config.lora_dropout, seed=config.seed
         )
         kinds = sorted({name.rsplit(".", 1)[-1] for name in adapters})
         say(f"LoRA: rank {config.lora_r}, alpha {config.lora_alpha:g}, on {len(adapters)} layers ({', '.join(kinds)}).")
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = trained if full else trained + _parameters_of_base(model)
     say(f"Trainable: {trained:,} of {everything:,} parameters ({trained / everything:.2%}).")

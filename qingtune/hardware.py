@@ -76,10 +76,46 @@ def _cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 natively; else it can be tens of times slower than fp32 (pytorch #146508)."""
     if sys.platform != "linux":
         return False
-    wanted = {"avx512_bf16", "amx_bf16"} if platform.machine() in ("x86_64", "AMD64") else {"bf16"}
+    return bool(_cpu_flags() & ({"avx512_bf16", "amx_bf16"} if _is_x86() else {"bf16"}))
+
+
+def has_int8_units(device: torch.device) -> bool:
+    """Whether torch multiplies int8 matrices on this device at a multiple of the rate of 16-bit ones."""
+    if device.type != "cpu" or sys.platform != "linux" or not _is_x86():
+        return False
+    return bool(_cpu_flags() & {"avx512_vnni", "amx_int8"})
+
+
+def _is_x86() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+def _cpu_flags() -> set[str]:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return bool(wanted & set(flags.split()))
+    return set(flags.split())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that this process may still take, a container's limit respected; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    free = psutil.virtual_memory().available
+    for limit, used in _CGROUP_FILES:
+        try:
+            most, now = (int(Path(path).read_text(encoding="utf-8")) for path in (limit, used))
+        except (OSError, ValueError):  # no such control group, or its limit is "max"
+            continue
+        free = min(free, most - now)
+    return max(free, 0)
+
+
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 def peak_bytes(device: torch.device) -> int:

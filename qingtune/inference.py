@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import torch
 
 from qingtune.adapters.files import load_adapter, read_adapter_config
-from qingtune.adapters.quantize import quantize_model
+from qingtune.base import load_base
 from qingtune.chat import chat
 from qingtune.config import DEFAULT_MODEL, InferConfig, ModelSettings
 from qingtune.data.format import Message, rows_with_prompts
@@ -23,7 +23,7 @@ from qingtune.data.tokenize import Template, make_template, prompt_ids
 from qingtune.errors import UserError
 from qingtune.generation import Answer, ChatSession, Decoding, generate
 from qingtune.hardware import choose_hardware
-from qingtune.models.load import load_model, load_tokenizer, local_folder, stop_ids
+from qingtune.models.load import load_tokenizer, local_folder, stop_ids
 from qingtune.models.source import context_length, find_model, fingerprint
 from qingtune.quiet import quieten
 from qingtune.record import Record, read_record
@@ -138,10 +138,8 @@ def load_speaker(config: InferConfig) -> Speaker:
     base, record = find_base(config, adapter)
     hardware = choose_hardware()
     _say(f"Device: {hardware.reason}.")
-    model = load_model(base, hardware.dtype)
-    if config.load_in_4bit or config.load_in_8bit:
-        quantize_model(model, 4 if config.load_in_4bit else 8, hardware.device)
-    model.to(hardware.device)  # pyright: ignore[reportArgumentType]
+    bits = 4 if config.load_in_4bit else 8 if config.load_in_8bit else None
+    model = load_base(base, hardware.dtype, bits, hardware.device, config.cache_dir, _say)
     if adapter:
         load_adapter(model, adapter)
     model.eval()

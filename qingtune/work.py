@@ -10,20 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qingtune.config import TrainConfig
-from qingtune.data.batch import Batch, Plan, collate
+from qingtune.data.batch import Batch, Plan, collate, split_evenly
 from qingtune.data.prepare import Data, Say
 from qingtune.data.tokenize import Sample
+from qingtune.engine import Engine, make_engine
 from qingtune.hardware import Hardware, peak_bytes
-from qingtune.kernels.attention import use_end_to_end
-from qingtune.kernels.loss import summed_loss
 from qingtune.training.checkpoint import load_checkpoint, prune, read_state, save_checkpoint
 from qingtune.training.loop import Limits, Processes, Progress, Work
 from qingtune.training.optim import make_optimizer, make_schedule, warmup_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Loss = Callable[[Batch], torch.Tensor]
 
 
 def make_work(
@@ -58,12 +55,16 @@ def make_work(
     if resume_from:
         load_checkpoint(resume_from, trained, optimizer)
         progress = read_state(resume_from)[0]
-    loss = _loss(config, model, hardware, say)
+    longest = max(len(sample.token_ids) for sample in [*data.train, *data.evaluation])
+    engine = make_engine(config, model, hardware, longest, say)
     model.train()
 
     def fetch(step: int) -> list[Batch]:
-        shares = plan.micro_batches(step, processes.index)
-        return [collate([data.train[i] for i in share]).to(hardware.device) for share in shares]
+        return [
+            collate(group).to(hardware.device)
+            for share in plan.micro_batches(step, processes.index)
+            for group in split_evenly([data.train[i] for i in share], engine.most_tokens)
+        ]
 
     def save(now: Progress) -> None:
         if processes.index == 0:
@@ -75,12 +76,12 @@ def make_work(
     total = limits.total_steps
     work = Work(
         parameters=list(trained.values()),
-        loss=loss,
+        add_gradients=engine.add_gradients,
         fetch=fetch,
         optimizer=optimizer,
         learning_rate=make_schedule(config.lr_scheduler_type, config.learning_rate, warmup_steps(config, total), total),
         evaluate=_evaluator(
-            data.evaluation, config.per_device_eval_batch_size, model, hardware.device, processes, loss
+            data.evaluation, config.per_device_eval_batch_size, model, hardware.device, processes, engine
         ),
         save=save,
         peak_bytes=lambda: peak_bytes(hardware.device),
@@ -110,39 +111,25 @@ def _limits(config: TrainConfig, plan: Plan) -> Limits:
     )
 
 
-def _loss(config: TrainConfig, model: PreTrainedModel, hardware: Hardware, say: Say) -> Loss:
-    """The summed loss of a micro-batch; full training multiplies its fp32 weights in the hardware's dtype."""
-    reason = use_end_to_end(model)
-    if reason:
-        say(f"Samples go through the model one by one: {reason}.")
-    mixed = config.method == "full" and hardware.dtype != torch.float32
-
-    def loss(batch: Batch) -> torch.Tensor:
-        with torch.autocast(hardware.device.type, hardware.dtype, enabled=mixed):
-            return summed_loss(model, batch, end_to_end=reason is None)
-
-    return loss
-
-
 def _evaluator(
     samples: list[Sample],
     batch_size: int,
     model: PreTrainedModel,
     device: torch.device,
     processes: Processes,
-    loss: Loss,
+    engine: Engine,
 ) -> Callable[[], tuple[float, int]]:
     """A function that gives the mean loss over the trained tokens of the evaluation data, and their number."""
-    groups = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    groups = [group for batch in batches for group in split_evenly(batch, engine.most_tokens)]
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no fp64
 
-    @torch.no_grad()
     def evaluate() -> tuple[float, int]:
         model.eval()
         sums = torch.zeros(2, dtype=dtype)
         for group in groups[processes.index :: processes.count]:
             batch = collate(group).to(device)
-            sums += torch.tensor([float(loss(batch)), len(batch.targets)], dtype=dtype)
+            sums += torch.tensor([float(engine.loss(batch)), len(batch.targets)], dtype=dtype)
         model.train()
         total, tokens = processes.sum(sums).tolist()
         return total / tokens, int(tokens)

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from qingtune.adapters.targets import dense_weight, match_layers, replace_layer
 from qingtune.kernels.dropout import dropout
 from qingtune.kernels.linear import QuantizedLinear
+from qingtune.kernels.projection import Adapter, Member
 
 
 class LoRALinear(nn.Module):
@@ -92,3 +93,10 @@ def merge_lora(model: Any) -> None:
         weight = cast("torch.Tensor", base.weight)
         weight.copy_((weight.float() + (delta.t() if isinstance(base, Conv1D) else delta)).to(weight.dtype))
         replace_layer(model, name, base)
+
+
+def member(layer: nn.Module) -> Member:
+    """A linear layer, wrapped or not, as the decoder's projections take it."""
+    if isinstance(layer, LoRALinear):
+        return Member(layer.base, Adapter(layer.lora_A, layer.lora_B, layer.scaling))
+    return Member(layer, None)

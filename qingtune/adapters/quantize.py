@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from qingtune.adapters.targets import dense_weight, linear_layers, replace_layer
-from qingtune.kernels.linear import quantize_layer
+from qingtune.kernels.linear import QuantizedLinear, quantize_layer, quantized_class
 
 
 def quantize_model(model: Any, bits: int, device: torch.device) -> None:
@@ -18,8 +19,59 @@ def quantize_model(model: Any, bits: int, device: torch.device) -> None:
     layers = linear_layers(model)
     for name in list(layers):
         layer = layers.pop(name)  # so that its dense weight can go
-        bias: Any = layer.bias
-        weight = dense_weight(layer).detach().to(device)
-        own_bias = None if bias is None else bias.detach().to(device)
-        replace_layer(model, name, quantize_layer(weight, own_bias, bits))
+        replace_layer(model, name, _quantized(layer, dense_weight(layer).detach(), bits, device))
     model.to(device)
+
+
+def fill_quantized(
+    model: Any,
+    bits: int,
+    device: torch.device,
+    read: Callable[[str], torch.Tensor],
+    packed: Callable[[str], dict[str, torch.Tensor]] | None,
+) -> None:
+    """Fill a model whose weights have no value yet, its linear layers but the head quantised, one tensor at a time.
+
+    Args:
+        model: as `models.load.empty_model` makes it.
+        bits: 4 or 8.
+        device: where the model is to live.
+        read: a parameter's name -> the tensor.
+        packed: a layer's name -> its packed tensors if they are at hand; None to quantise what `read` gives.
+    """
+    layers = linear_layers(model)
+    for name in list(layers):
+        layer: Any = layers.pop(name)
+        if layer.bias is not None:
+            layer.bias.data = read(f"{name}.bias").to(layer.bias.dtype)
+        if packed:
+            tensors = {key: tensor.to(device) for key, tensor in packed(name).items()}
+            out_features, in_features = dense_weight(layer).shape
+            mine = quantized_class(bits).restore((out_features, in_features), tensors, _on(layer.bias, device))
+        else:
+            layer.weight.data = read(f"{name}.weight").to(layer.weight.dtype)
+            mine = _quantized(layer, dense_weight(layer).detach(), bits, device)
+        replace_layer(model, name, mine)
+    quantized = tuple(name for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
+    for name, tensor in [*model.named_parameters(), *_stored_buffers(model)]:
+        if name.rpartition(".")[0] not in quantized:
+            tensor.data = read(name).to(tensor.dtype)
+    model.to(device)
+
+
+def names_to_read(model: Any) -> set[str]:
+    """What `fill_quantized` will read of a model without quantised layers."""
+    return {name for name, _ in [*model.named_parameters(), *_stored_buffers(model)]}
+
+
+def _stored_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
+    state = model.state_dict()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in state]
+
+
+def _quantized(layer: Any, weight: torch.Tensor, bits: int, device: torch.device) -> QuantizedLinear:
+    return quantize_layer(weight.to(device), _on(layer.bias, device), bits)
+
+
+def _on(bias: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if bias is None else bias.detach().to(device)

@@ -6,6 +6,7 @@ The order is a function of the seed and the step alone, so that a run can go on 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,6 +62,29 @@ def collate(samples: Sequence[Sample]) -> Batch:
         targets=torch.from_numpy(token_ids[predicting + 1]),
         origins=tuple(sample.origin for sample in samples),
     )
+
+
+def split_evenly(samples: Sequence[Sample], most_tokens: int) -> list[list[Sample]]:
+    """Cut a micro-batch into the fewest groups of about equal length, none above `most_tokens` but single samples.
+
+    The gradient is that of the whole micro-batch, as losses are summed; only the memory is that of one group.
+    """
+    fewest = len(_filled(samples, most_tokens))
+    even = bisect_left(range(most_tokens), -fewest, key=lambda limit: -len(_filled(samples, limit)))
+    return _filled(samples, even)
+
+
+def _filled(samples: Sequence[Sample], limit: int) -> list[list[Sample]]:
+    """Groups filled one after another as far as the limit lets them, which gives the fewest."""
+    groups: list[list[Sample]] = []
+    room = 0
+    for sample in samples:
+        room -= len(sample.token_ids)
+        if room < 0 or not groups:
+            groups.append([])
+            room = limit - len(sample.token_ids)
+        groups[-1].append(sample)
+    return groups
 
 
 @lru_cache(maxsize=2)

@@ -68,6 +68,14 @@ def attention(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
+def depends_on_longest(config: Any) -> str | None:
+    """The reason if a sample's rotary table depends on the longest one beside it; None if it does not."""
+    kind = (config.to_dict().get("rope_parameters") or {}).get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        return f'its rotary embedding ("{kind}") changes with the longest sample'
+    return None
+
+
 def use_end_to_end(model: Any) -> str | None:
     """Switch a model to this attention.
 
@@ -80,6 +88,8 @@ def use_end_to_end(model: Any) -> str | None:
     kinds = set(config.to_dict().get("layer_types") or ["full_attention"])
     if kinds != {"full_attention"}:
         return f"this model has layers of other kinds than full attention ({', '.join(sorted(kinds))})"
+    if reason := depends_on_longest(config):
+        return reason
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention)

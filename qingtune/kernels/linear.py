@@ -8,10 +8,13 @@ place, and training after that gets wrong gradients in silence.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BLOCK_SIZE = 64
 
@@ -46,6 +49,35 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._hold(self.pack(weight.detach()))
+
+    @classmethod
+    def restore(cls, shape: tuple[int, int], packed: dict[str, torch.Tensor], bias: torch.Tensor | None) -> Self:
+        """The layer whose `packed_tensors` these are.
+
+        Args:
+            shape: out and in features.
+            packed: on the device where the layer will live.
+            bias: [out] or None.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = shape
+        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        layer._hold(packed)
+        return layer
+
+    @staticmethod
+    def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Quantise a weight, [out, in]."""
+        raise NotImplementedError
+
+    def _hold(self, packed: dict[str, torch.Tensor]) -> None:
+        raise NotImplementedError
+
+    def packed_tensors(self) -> dict[str, torch.Tensor]:
+        """All that stands for the weight, by name, for `restore`."""
+        raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight, [out, in], as the packed form holds it."""
@@ -66,14 +98,26 @@ class NF4Linear(QuantizedLinear):
 
     bits = 4
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__(weight, bias)
+    @staticmethod
+    def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Quantise a weight, [out, in]."""
         from bitsandbytes import functional
 
-        packed, self.state = functional.quantize_4bit(
-            weight.detach().contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
+        packed, state = functional.quantize_4bit(
+            weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
         )
-        self.register_buffer("packed", packed, persistent=False)
+        return {"packed": packed, **state.as_dict(packed=True)}
+
+    def _hold(self, packed: dict[str, torch.Tensor]) -> None:
+        from bitsandbytes.functional import QuantState
+
+        weight = packed["packed"]
+        self.register_buffer("packed", weight, persistent=False)
+        self.state = QuantState.from_dict({k: v for k, v in packed.items() if k != "packed"}, weight.device)
+
+    def packed_tensors(self) -> dict[str, torch.Tensor]:
+        """All that stands for the weight."""
+        return {"packed": cast("torch.Tensor", self.packed), **self.state.as_dict(packed=True)}
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight, [out, in]."""
@@ -87,19 +131,37 @@ class Int8Linear(QuantizedLinear):
 
     bits = 8
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__(weight, bias)
-        wide = weight.detach().float()
+    @staticmethod
+    def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Quantise a weight, [out, in]."""
+        wide = weight.float()
         scale = wide.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        self.register_buffer("packed", (wide / scale).round().to(torch.int8), persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
+        return {"packed": (wide / scale).round().to(torch.int8), "scale": scale}
+
+    def _hold(self, packed: dict[str, torch.Tensor]) -> None:
+        for name in ("packed", "scale"):
+            self.register_buffer(name, packed[name], persistent=False)
+
+    def packed_tensors(self) -> dict[str, torch.Tensor]:
+        """All that stands for the weight."""
+        packed, scale = self.packed_and_scale()
+        return {"packed": packed, "scale": scale}
+
+    def packed_and_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int8 [out, in] and fp32 [out, 1]."""
+        return cast("torch.Tensor", self.packed), cast("torch.Tensor", self.scale)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight, [out, in]."""
-        packed, scale = cast("torch.Tensor", self.packed), cast("torch.Tensor", self.scale)
+        packed, scale = self.packed_and_scale()
         return (packed * scale).to(dtype)
+
+
+def quantized_class(bits: int) -> type[QuantizedLinear]:
+    """The kind of layer that holds its weight in 4 or 8 bits."""
+    return NF4Linear if bits == 4 else Int8Linear
 
 
 def quantize_layer(weight: torch.Tensor, bias: torch.Tensor | None, bits: int) -> QuantizedLinear:
     """A frozen layer in 4 or 8 bits from a dense weight, [out, in]."""
-    return (NF4Linear if bits == 4 else Int8Linear)(weight, bias)
+    return quantized_class(bits)(weight, bias)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from qingtune.errors import UserError
 from qingtune.files import move_into_place, staging_folder
@@ -184,6 +184,38 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             where=str(folder),
         )
     return model
+
+
+class StoredWeights:
+    """The tensors of a model folder, read one at a time, so that a process never holds the files' pages all at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                self._files.update(dict.fromkeys(file.keys(), path))
+
+    def names(self) -> set[str]:
+        """Of all tensors."""
+        return set(self._files)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in memory of its own."""
+        with safe_open(self._files[name], "pt") as file:
+            return file.get_tensor(name).clone()
+
+
+def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the CPU with weights of no value, for which memory is reserved but not yet taken."""
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    quieten_transformers()
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with no_init_weights():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()
+    return model.eval()
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

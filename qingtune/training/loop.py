@@ -47,7 +47,7 @@ class Work:
 
     Attributes:
         parameters: the trained parameters.
-        loss: summed loss of a micro-batch, with a graph for its gradient.
+        add_gradients: micro-batch, scale -> its summed loss; adds scale times that loss's gradient to the parameters'.
         fetch: step, counted from 0 -> this process's micro-batches, on the device.
         optimizer: over the parameters.
         learning_rate: step, counted from 0 -> learning rate.
@@ -58,7 +58,7 @@ class Work:
     """
 
     parameters: Sequence[torch.nn.Parameter]
-    loss: Callable[[Batch], torch.Tensor]
+    add_gradients: Callable[[Batch, torch.Tensor], torch.Tensor]
     fetch: Callable[[int], Sequence[Batch]]
     optimizer: torch.optim.Optimizer
     learning_rate: Schedule
@@ -155,13 +155,11 @@ def _step(work: Work, limits: Limits, processes: Processes, emit: Sink, progress
 def _backward(work: Work, batches: Sequence[Batch], trained: int, seed: list[int]) -> torch.Tensor:
     """Gradients of this process's micro-batches; returns their summed loss."""
     total = torch.zeros((), device=work.parameters[0].device)
+    scale = work.scaler.scale(total + 1 / trained)
     for number, batch in enumerate(batches):
         torch.manual_seed(hash((*seed, number)) % 2**63)  # dropout: the same whether or not the run was interrupted
-        if not len(batch.targets):
-            continue
-        loss = work.loss(batch)
-        work.scaler.scale(loss / trained).backward()
-        total += loss.detach()
+        if len(batch.targets):
+            total += work.add_gradients(batch, scale)
     return total
 
 
@@ -196,7 +194,7 @@ def _update(work: Work, rate: float, finite: bool, progress: Progress) -> None:
                 fix="Start anew with a lower learning_rate (--overwrite_output_dir).",
             )
     work.scaler.update()
-    work.optimizer.zero_grad(set_to_none=True)
+    work.optimizer.zero_grad(set_to_none=False)  # the memory is needed again at once
 
 
 def _evaluate(work: Work, limits: Limits, emit: Sink, progress: Progress) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from qingtune.config import TrainConfig
+from qingtune.training.adamw8bit import AdamW8bit
 
 Schedule = Callable[[int], float]
+EIGHT_BITS = frozenset({"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"})
 
 
 def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -40,6 +42,8 @@ def make_optimizer(
         fused = config.optim == "adamw_torch_fused" and device.type in ("cpu", "cuda")
         return torch.optim.AdamW(groups, **adam, fused=fused), None
     if device.type != "cuda":
+        if config.optim in EIGHT_BITS:
+            return AdamW8bit(groups, **adam), None
         return torch.optim.AdamW(groups, **adam, fused=device.type == "cpu"), (
             f"optim {config.optim} needs an NVIDIA GPU; AdamW with fp32 states is used instead."
         )

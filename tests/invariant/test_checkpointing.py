@@ -6,41 +6,72 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tiny_runs import LORA, assert_equal, metrics, save_model, train, weights
+from tiny_runs import LORA, QLORA4, QLORA8, assert_equal, metrics, save_model, train, weights
 
-from qingtune.kernels import attention as kernel
+from qingtune import engine
+from qingtune.kernels import attention as general
+from qingtune.kernels.decoder import AttentionBlock, MLPBlock
 
 STEPS, LAYERS = 3, 2
 OWN_DROPOUT = {"attn_pdrop": 0.2, "resid_pdrop": 0.2, "embd_pdrop": 0.2}
+DROPOUT = {"lora_dropout": 0.3}
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
+    """A list that grows by one with each call of a function."""
+    calls: list[int] = []
+    plain = getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "settings"),
+    ("kind", "settings"),
     [
-        ("qwen2", {}, LORA | {"lora_dropout": 0.3}),
-        ("llama", {}, {}),
-        ("gpt2", OWN_DROPOUT, {}),
-        ("gpt2", OWN_DROPOUT, LORA | {"lora_dropout": 0.3}),
+        ("qwen2", LORA | DROPOUT),
+        ("qwen3", LORA),
+        ("llama", {}),
+        ("qwen2", QLORA4 | DROPOUT),
+        ("llama", QLORA8),
     ],
+    ids=["qwen2 lora dropout", "qwen3 lora", "llama full", "qwen2 qlora4 dropout", "llama qlora8"],
 )
-def test_checkpointing_on_equals_off(
-    kind: str,
-    changes: dict[str, float],
-    settings: dict[str, Any],
-    tmp_path: Path,
-    data_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_decoder_gives_the_same_whatever_it_recomputes(
+    kind: str, settings: dict[str, Any], tmp_path: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[int] = []
-    attention = kernel.attention
+    again = count_calls(monkeypatch, MLPBlock, "forward_again")
+    attended = count_calls(monkeypatch, AttentionBlock, "forward")
+    model = save_model(tmp_path / "model", kind)
 
-    def counted(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        calls.append(1)
-        return attention(*args, **kwargs)
+    def counts_of(name: str, on: bool) -> tuple[int, int]:
+        again.clear()
+        attended.clear()
+        train(
+            tmp_path / name, model, data_file, max_steps=STEPS, per_device_train_batch_size=4,
+            gradient_checkpointing=on, **settings,
+        )  # fmt: skip
+        return len(again), len(attended)
 
-    monkeypatch.setattr(kernel, "attention", counted)
-    model = save_model(tmp_path / "model", kind, **changes)
+    assert counts_of("none", False) == (0, STEPS * LAYERS)
+    assert counts_of("all", True) == (STEPS * LAYERS, 2 * STEPS * LAYERS)  # it did recompute
+    monkeypatch.setattr(engine, "_layers_to_recompute", lambda *_: 1)
+    assert counts_of("one", True) == (STEPS, STEPS * (LAYERS + 1))
+    for name in ("all", "one"):
+        assert metrics(tmp_path / name) == metrics(tmp_path / "none")
+        assert_equal(weights(tmp_path / name), weights(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("settings", [{}, LORA | DROPOUT], ids=["full", "lora dropout"])
+def test_checkpointing_of_general_models_on_equals_off(
+    settings: dict[str, Any], tmp_path: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count_calls(monkeypatch, general, "attention")
+    model = save_model(tmp_path / "model", "gpt2", **OWN_DROPOUT)
     attended: list[int] = []
     for name, on in (("off", False), ("on", True)):
         calls.clear()

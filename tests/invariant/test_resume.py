@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_runs import LORA, METHODS, QLORA4, QLORA8, assert_close, assert_equal, metrics, save_model, train, weights
 
 from qingtune import work
+from qingtune.engine import Engine
 from qingtune.errors import UserError
 
 STEPS = 6
@@ -48,18 +51,23 @@ def start(tmp_path: Path) -> Runs:
 
 
 def raise_at_call(monkeypatch: pytest.MonkeyPatch, number: int, signals: list[signal.Signals]) -> None:
-    """Have signals come in the middle of the work: at this call of the loss, in training or evaluation."""
+    """Have signals come in the middle of the work: at this call of the engine, in training or evaluation."""
     calls: list[int] = []
-    plain = work.summed_loss
+    make_engine = work.make_engine
 
-    def interrupted(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def interrupted(compute: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) == number:
             for one in signals:
                 signal.raise_signal(one)
-        return plain(*args, **kwargs)
+        return compute(*args)
 
-    monkeypatch.setattr(work, "summed_loss", interrupted)
+    def make_interrupted(*args: Any) -> Engine:
+        engine = make_engine(*args)
+        loss, add_gradients = partial(interrupted, engine.loss), partial(interrupted, engine.add_gradients)
+        return dataclasses.replace(engine, loss=loss, add_gradients=add_gradients)
+
+    monkeypatch.setattr(work, "make_engine", make_interrupted)
 
 
 def assert_same_run(one: Path, two: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,39 +14,45 @@ from safetensors.torch import load_file
 
 from qingtune import work
 from qingtune.config_load import load_train_config
+from qingtune.data.batch import Batch
+from qingtune.engine import Engine
 from qingtune.errors import UserError
 from qingtune.finetune import finetune
 
 Start = Callable[..., bool]
 
 
-def with_bad_gradient(loss: torch.Tensor) -> torch.Tensor:
-    loss.register_hook(lambda grad: grad * float("nan"))
-    return loss
-
-
-NOT_FINITE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "loss": lambda loss: loss * float("nan"),
-    "infinite loss": lambda loss: loss + float("inf"),
-    "gradient": with_bad_gradient,
+NAN, INF = float("nan"), float("inf")
+# What is added to the loss, and what its gradient is multiplied with.
+NOT_FINITE = {
+    "loss": (NAN, 1.0),
+    "infinite loss": (INF, 1.0),
+    "gradient": (0.0, NAN),
+    "infinite gradient": (0.0, INF),
+    "both": (NAN, NAN),
 }
 
 
 @pytest.fixture
 def start(tmp_path: Path, data_file: Path, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Start:
     """A function that runs eight steps of two micro-batches, in which some steps' second micro-batch is spoiled."""
-    plain = work.summed_loss
+    make_engine = work.make_engine
 
     def start_run(spoiled: set[int], kind: str = "loss", **settings: Any) -> bool:
         calls: list[int] = []
 
-        def loss(*args: Any, **kwargs: Any) -> torch.Tensor:
-            calls.append(1)
-            step, second = (len(calls) + 1) // 2, len(calls) % 2 == 0
-            found = plain(*args, **kwargs)
-            return NOT_FINITE[kind](found) if step in spoiled and second else found
+        def make_spoiling(*args: Any) -> Engine:
+            engine = make_engine(*args)
 
-        monkeypatch.setattr(work, "summed_loss", loss)
+            def add_gradients(batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+                calls.append(1)
+                step, second = (len(calls) + 1) // 2, len(calls) % 2 == 0
+                addend, factor = NOT_FINITE[kind] if step in spoiled and second else (0.0, 1.0)
+                return engine.add_gradients(batch, scale * factor) + addend
+
+            return dataclasses.replace(engine, add_gradients=add_gradients)
+
+        monkeypatch.setattr(work, "make_engine", make_spoiling)
         values = {
             "model_name_or_path": str(tiny()), "data_path": str(data_file), "output_dir": str(tmp_path / "output"),
             "max_steps": 8, "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "save_steps": 1,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from qingtune.data.batch import Plan, collate
+from qingtune.data.batch import Plan, collate, split_evenly
 from qingtune.data.tokenize import Sample
 
 SPLITS = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2)]
@@ -71,6 +73,53 @@ def test_a_batch_predicts_what_its_samples_say_and_leaves_them_as_they_are(count
         assert one.trained.tolist() == trained.tolist()
     batch.token_ids.zero_()
     assert all((one.token_ids == ids).all() for one, (ids, _) in zip(samples, before, strict=True))
+
+
+# --- Splitting a micro-batch -----------------------------------------------------------------------------------------
+
+LENGTHS = st.lists(st.integers(1, 30), max_size=12)
+
+
+def split_lengths(lengths: list[int], most_tokens: int) -> list[list[int]]:
+    """Lengths of the samples of each group; the samples themselves are seen to be the same ones in the same order."""
+    samples = [Sample(np.zeros(length, np.int32), np.zeros(length, np.bool_), "a:1") for length in lengths]
+    groups = split_evenly(samples, most_tokens)
+    whole = [one for group in groups for one in group]
+    assert len(whole) == len(samples)
+    assert all(mine is given_one for mine, given_one in zip(whole, samples, strict=True))
+    return [[len(one.token_ids) for one in group] for group in groups]
+
+
+def fewest_groups(lengths: list[int], most_tokens: int) -> int:
+    """Filling each group as far as it goes is optimal where the order stays."""
+    count, filled = 0, most_tokens + 1
+    for length in lengths:
+        count, filled = (count, filled + length) if filled + length <= most_tokens else (count + 1, length)
+    return count
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=LENGTHS, most_tokens=st.integers(1, 60))
+def test_groups_hold_every_sample_and_stay_within_the_limit(lengths: list[int], most_tokens: int) -> None:
+    for group in split_lengths(lengths, most_tokens):
+        assert len(group) == 1 or (group and sum(group) <= most_tokens)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=LENGTHS, most_tokens=st.integers(1, 60))
+@example([3, 10, 14, 3, 8, 2], 13)
+@example([*[20, 12, 16, 20, 60, 24, 40, 25, 80, 35] * 6], 100)
+def test_groups_are_the_fewest(lengths: list[int], most_tokens: int) -> None:
+    assert len(split_lengths(lengths, most_tokens)) == fewest_groups(lengths, most_tokens)
+
+
+def test_groups_are_about_equally_long() -> None:
+    assert split_lengths([3] * 8, 12) == [[3] * 4] * 2
+    assert split_lengths([3] * 8, 23) == [[3] * 4] * 2  # not seven and one
+    assert split_lengths([3] * 8, 24) == [[3] * 8]
+    assert split_lengths([9, 1, 1, 1], 5) == [[9], [1, 1, 1]]
+    assert split_lengths([], 5) == []
+    assert split_lengths([9, 9], 1) == [[9], [9]]
 
 
 # --- The plan --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import psutil
 import pytest
 import torch
@@ -122,3 +125,68 @@ def test_other_systems_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_peak_memory_is_that_of_this_process() -> None:
     held = psutil.Process().memory_info().rss
     assert 0.99 * held <= hardware.peak_bytes(torch.device("cpu")) <= 100 * held
+
+
+@pytest.mark.parametrize(
+    ("device", "system", "machine", "flags", "has_them"),
+    [
+        ("cpu", "linux", "x86_64", "fpu avx512f avx512_vnni", True),
+        ("cpu", "linux", "AMD64", "amx_tile amx_int8", True),
+        ("cpu", "linux", "x86_64", "fpu avx2 avx_vnni avx512f", False),
+        ("cpu", "linux", "aarch64", "asimd avx512_vnni i8mm", False),
+        ("cpu", "win32", "x86_64", "avx512_vnni", False),
+        ("cuda", "linux", "x86_64", "avx512_vnni", False),
+    ],
+)
+def test_int8_units_are_known_by_their_flags(
+    device: str, system: str, machine: str, flags: str, has_them: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware.sys, "platform", system)
+    monkeypatch.setattr(hardware.platform, "machine", lambda: machine)
+    monkeypatch.setattr(hardware.Path, "read_text", lambda _, encoding: f"processor : 0\nflags : {flags}\n")
+    assert hardware.has_int8_units(torch.device(device)) is has_them
+
+
+AVAILABLE = 1000
+
+
+@pytest.mark.parametrize(
+    ("groups", "free"),
+    [
+        ([], AVAILABLE),
+        ([("900", "200")], 700),
+        ([("900\n", "200\n")], 700),
+        ([("max", "200")], AVAILABLE),
+        ([("5000", "200")], AVAILABLE),
+        ([("900", "950")], 0),
+        ([("900", None)], AVAILABLE),
+        ([("max", "200"), ("800", "300")], 500),
+        ([(None, None), ("800", "300")], 500),
+        ([("800", "300"), ("9223372036854771712", "300")], 500),
+    ],
+)
+def test_free_memory_is_what_the_container_leaves(
+    groups: list[tuple[str | None, str | None]], free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: list[tuple[str, str]] = []
+    for number, texts in enumerate(groups):
+        paths = [tmp_path / f"{number}.{name}" for name in ("limit", "used")]
+        for path, text in zip(paths, texts, strict=True):
+            if text is not None:
+                path.write_text(text)
+        files.append((str(paths[0]), str(paths[1])))
+    monkeypatch.setattr(hardware, "_CGROUP_FILES", tuple(files))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=AVAILABLE))
+    assert hardware.free_bytes(torch.device("cpu")) == free
+
+
+def test_free_memory_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))
+    assert hardware.free_bytes(torch.device("cuda", 0)) == 7
+    assert hardware.free_bytes(torch.device("mps")) is None
+
+
+def test_free_memory_of_this_machine_is_some_of_all() -> None:
+    free = hardware.free_bytes(torch.device("cpu"))
+    assert free is not None
+    assert 0 < free <= psutil.virtual_memory().total

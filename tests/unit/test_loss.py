@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from unittest import mock
+
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qingtune.kernels import loss as kernel
+from qingtune.kernels.workspace import Workspace
 
 
 def both(rows: int, weight_trained: bool, dtype: torch.dtype, autocast: bool = False) -> list[list[torch.Tensor]]:
@@ -43,3 +50,137 @@ def test_bf16_within_its_rounding(autocast: bool) -> None:
 def test_evaluation_keeps_no_gradient() -> None:
     hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
     assert not kernel.head_loss(hidden, weight, torch.tensor([0, 1, 2])).requires_grad
+
+
+# --- chunked_head_loss -----------------------------------------------------------------------------------------------
+
+VOCABULARY = 50
+CHUNKED_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.02}  # of the largest value of a tensor
+
+
+def small_chunks(monkeypatch: pytest.MonkeyPatch, tile: int = 16) -> None:
+    """Several chunks, rows and tiles, none of which divides what it cuts."""
+    monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", VOCABULARY * 5)
+    monkeypatch.setattr(kernel, "ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(kernel, "VOCABULARY_TILE", tile)
+
+
+def check_chunked(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float | None = None,
+    hidden_wanted: bool = True,
+    weight_wanted: bool = False,
+    workspace: Workspace | None = None,
+) -> None:
+    torch.manual_seed(len(hidden))
+    targets = torch.randint(0, len(weight), hidden.shape[:1])
+    h, w = (x.to(torch.float64, copy=True).requires_grad_() for x in (hidden, weight))
+    value = F.cross_entropy(h @ w.t(), targets, reduction="sum")
+    twins = [value.detach(), *torch.autograd.grad(value * (1 if scale is None else scale), (h, w))]
+    grad_hidden = torch.full_like(hidden, torch.nan) if hidden_wanted else None
+    before = torch.randn_like(weight)
+    grad_weight = before.clone() if weight_wanted else None
+    kept = hidden.clone(), weight.clone()
+    loss = kernel.chunked_head_loss(
+        hidden,
+        weight,
+        targets,
+        workspace or Workspace(torch.device("cpu")),
+        scale=None if scale is None else torch.tensor(scale),
+        grad_hidden=grad_hidden,
+        grad_weight=grad_weight,
+    )
+    assert (loss.shape, loss.dtype) == ((), torch.promote_types(hidden.dtype, torch.float32))
+    added = None if grad_weight is None else grad_weight.double() - before.double()
+    for mine, twin in zip((loss, grad_hidden, added), twins, strict=True):
+        if mine is not None:
+            bound = CHUNKED_BOUNDS[hidden.dtype] * max(1.0, float(twin.abs().max()) if twin.numel() else 0.0)
+            torch.testing.assert_close(mine.double(), twin, rtol=0, atol=bound)
+    assert hidden.equal(kept[0])
+    assert weight.equal(kept[1])
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("rows", [0, 13])
+@pytest.mark.parametrize("scale", [None, 2.0**-5])
+@pytest.mark.parametrize("hidden_wanted", [False, True])
+@pytest.mark.parametrize("weight_wanted", [False, True])
+def test_chunks_give_scaled_gradients_and_the_loss_unscaled(
+    monkeypatch: pytest.MonkeyPatch, rows: int, scale: float | None, hidden_wanted: bool, weight_wanted: bool
+) -> None:
+    small_chunks(monkeypatch)
+    torch.manual_seed(rows)
+    check_chunked(normal(rows, 24), normal(VOCABULARY, 24), scale, hidden_wanted, weight_wanted)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(0, 30),
+    vocabulary=st.integers(1, 60),
+    chunk=st.integers(1, 300),
+    at_a_time=st.integers(1, 9),
+    tile=st.integers(1, 70),
+    weight_wanted=st.booleans(),
+)
+def test_any_sizes_of_chunks_and_tiles(
+    rows: int, vocabulary: int, chunk: int, at_a_time: int, tile: int, weight_wanted: bool
+) -> None:
+    torch.manual_seed(rows)
+    sizes = {"CHUNK_ELEMENTS": chunk, "ROWS_AT_A_TIME": at_a_time, "VOCABULARY_TILE": tile}
+    with mock.patch.multiple(kernel, **sizes):
+        check_chunked(normal(rows, 8), normal(vocabulary, 8), 0.5, True, weight_wanted)
+
+
+@pytest.mark.parametrize("tile", [7, 25])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "weight_wanted"),
+    [
+        (torch.float32, torch.float32, True),
+        (torch.float32, torch.bfloat16, False),
+        (torch.bfloat16, torch.float32, False),
+        (torch.bfloat16, torch.float32, True),
+        (torch.bfloat16, torch.bfloat16, True),
+    ],
+    ids=str,
+)
+def test_heads_of_another_format_or_trained_are_taken_in_tiles(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, weight_dtype: torch.dtype, weight_wanted: bool, tile: int
+) -> None:
+    small_chunks(monkeypatch, tile)
+    torch.manual_seed(0)
+    check_chunked(normal(13, 24, dtype=dtype), normal(VOCABULARY, 24, dtype=weight_dtype), 0.5, True, weight_wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_of_ten_thousand_do_not_overflow(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    small_chunks(monkeypatch)
+    torch.manual_seed(0)
+    hidden, weight = normal(13, 24, dtype=dtype) * 100, normal(VOCABULARY, 24, dtype=dtype) * 100
+    assert (hidden @ weight.t()).abs().max() > 1e4
+    check_chunked(hidden, weight)
+
+
+def test_a_loss_near_zero_keeps_its_digits() -> None:
+    hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[8.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
+    grad = torch.empty(1, 2)
+    loss = kernel.chunked_head_loss(hidden, weight, torch.tensor([0]), Workspace(torch.device("cpu")), grad_hidden=grad)
+    torch.testing.assert_close(loss.item(), 2 * math.exp(-8), rtol=1e-3, atol=0)
+    torch.testing.assert_close(grad[0, 0].item(), -16 * math.exp(-8), rtol=1e-3, atol=0)
+
+
+def test_nan_is_not_hidden_and_does_not_stay_in_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_chunks(monkeypatch)
+    torch.manual_seed(0)
+    workspace = Workspace(torch.device("cpu"))
+    hidden, weight = normal(13, 24), normal(VOCABULARY, 24)
+    broken, grad = hidden.clone(), torch.zeros(13, 24, dtype=torch.float64)
+    broken[4, 2] = torch.nan
+    loss = kernel.chunked_head_loss(broken, weight, torch.arange(13), workspace, grad_hidden=grad)
+    assert loss.isnan()
+    assert grad.isnan().all(1).nonzero().tolist() == [[4]]
+    for weight_wanted in (False, True):
+        check_chunked(hidden, weight, 0.5, True, weight_wanted, workspace)

@@ -1,0 +1,111 @@
+"""The base model as a run needs it: dense, or quantised while it is loaded and kept so for the next time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from qingtune.adapters.quantize import fill_quantized, names_to_read, quantize_model
+from qingtune.files import move_into_place, staging_folder
+from qingtune.kernels.linear import QuantizedLinear
+from qingtune.models.load import StoredWeights, empty_model, load_model
+from qingtune.models.source import default_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT = 1  # of the kept files; raise it when they or the quantisation change
+PACKED = "packed.safetensors"
+
+
+def load_base(
+    folder: Path,
+    dtype: torch.dtype,
+    bits: int | None,
+    device: torch.device,
+    cache_dir: str | None,
+    say: Callable[[str], None],
+) -> PreTrainedModel:
+    """Load a model on a device, its linear layers but the head in 4 or 8 bits if `bits` says so.
+
+    Quantised layers are kept in the cache by the content of the model, as making them takes longer than a first step.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    if bits is None:
+        return load_model(folder, dtype).to(device)  # pyright: ignore[reportArgumentType]
+    try:
+        stored, model = StoredWeights(folder), empty_model(folder, dtype)
+    except (SafetensorError, ValueError, RuntimeError):  # broken files: told by name in loading the usual way
+        return _quantize_whole(folder, dtype, bits, device)
+    if not names_to_read(model) <= stored.names():  # names that Transformers translates while it loads
+        return _quantize_whole(folder, dtype, bits, device)
+    kept = _kept_folder(folder, dtype, bits, cache_dir)
+    if (kept / PACKED).exists():
+        with safe_open(kept / PACKED, "pt") as file:
+            names = _by_layer(file.keys())
+            fill_quantized(
+                model, bits, device, stored.read,
+                lambda layer: {part: file.get_tensor(f"{layer}.{part}").clone() for part in names[layer]},
+            )  # fmt: skip
+        return model
+    fill_quantized(model, bits, device, stored.read, None)
+    _keep(model, kept, say)
+    return model
+
+
+def _quantize_whole(folder: Path, dtype: torch.dtype, bits: int, device: torch.device) -> PreTrainedModel:
+    model = load_model(folder, dtype)
+    quantize_model(model, bits, device)
+    return model
+
+
+def _kept_folder(folder: Path, dtype: torch.dtype, bits: int, cache_dir: str | None) -> Path:
+    """Where a model's packed layers are kept: by name, size and time of its files, and how they are quantised."""
+    pieces = [f"{FORMAT} {bits} {dtype}"]
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        status = path.resolve().stat()
+        pieces.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
+    key = hashlib.sha256("\n".join(pieces).encode()).hexdigest()[:12]
+    cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
+    return cache / "quantized" / f"{folder.name}-{bits}bit-{key}"
+
+
+def _keep(model: PreTrainedModel, kept: Path, say: Callable[[str], None]) -> None:
+    """Write the packed layers to the cache; without room there the run goes on."""
+    tensors = {
+        f"{name}.{part}": tensor.contiguous().cpu()
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantizedLinear)
+        for part, tensor in layer.packed_tensors().items()
+    }
+    try:
+        with staging_folder(kept) as half_done:
+            save_file(tensors, half_done / PACKED)
+            if not kept.exists():  # another process may have been faster
+                move_into_place(half_done, kept)
+    except (OSError, SafetensorError) as error:
+        say(f"The quantised model is not kept for the next time: {error}.")
+        return
+    size = os.path.getsize(kept / PACKED)
+    say(f"Quantised; kept for the next time ({size / 1e9:.2f} GB in {kept}).")
+
+
+def _by_layer(names: list[str]) -> dict[str, list[str]]:
+    """Full tensor names -> the parts of each layer; NF4's parts have dots in their own names."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        layer, dot, part = name.partition(".quant_state.")
+        part = f"quant_state.{part}" if dot else ""
+        if not dot:
+            layer, _, part = name.rpartition(".")
+        parts.setdefault(layer, []).append(part)
+    return parts

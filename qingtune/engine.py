@@ -1,0 +1,116 @@
+"""Which code computes losses and gradients: our own kernels, or the model's modules where those do not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from qingtune.adapters.lora import member
+from qingtune.config import TrainConfig
+from qingtune.data.batch import Batch
+from qingtune.data.prepare import Say
+from qingtune.hardware import Hardware, free_bytes, has_int8_units
+from qingtune.kernels.attention import use_end_to_end
+from qingtune.kernels.decoder import Decoder, why_not
+from qingtune.kernels.loss import summed_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Matrix products on a CPU are as fast at 700 tokens as at any more; activations grow with each one.
+TOKENS_PER_PASS_ON_CPU = 768
+ALL = 2**31
+# Share of the free memory that activations may take; the rest is for what a step needs for a moment.
+ACTIVATIONS_OF_FREE = 0.8
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Losses and gradients of micro-batches.
+
+    Attributes:
+        loss: summed loss of a micro-batch, fp32 scalar without a graph.
+        add_gradients: micro-batch, scale -> summed loss; adds scale times its gradient to the parameters'.
+        most_tokens: to be given at a time; longer micro-batches are to be split between samples.
+    """
+
+    loss: Callable[[Batch], torch.Tensor]
+    add_gradients: Callable[[Batch, torch.Tensor], torch.Tensor]
+    most_tokens: int
+
+
+def make_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardware, longest: int, say: Say) -> Engine:
+    """The fastest engine that is right for the model.
+
+    Args:
+        longest: tokens of the longest sample.
+        say: is told the reason where it is not the fastest of all.
+    """
+    most_tokens = TOKENS_PER_PASS_ON_CPU if hardware.device.type == "cpu" else ALL
+    reason = why_not(model)
+    if reason:
+        say(f"General kernels, slower and with more memory: {reason}.")
+        return _general_engine(config, model, hardware, most_tokens, say)
+    decoder = Decoder(
+        model,
+        hardware.dtype,
+        member,
+        dropout=0.0 if config.method == "full" else config.lora_dropout,
+        int8_units=has_int8_units(hardware.device),
+    )
+    tokens = max(longest, most_tokens if most_tokens < ALL else longest * config.per_device_train_batch_size)
+    decoder.most_tokens = tokens if hardware.device.type == "cpu" else 0
+    decoder.recompute = _layers_to_recompute(config, model, decoder, tokens, hardware.device, say)
+    return Engine(decoder.loss, decoder.add_gradients, most_tokens)
+
+
+def _layers_to_recompute(
+    config: TrainConfig, model: PreTrainedModel, decoder: Decoder, tokens: int, device: torch.device, say: Say
+) -> int:
+    """All, none, or as many as the free memory demands beside gradients and optimizer states yet to be made."""
+    layers = len(decoder.mlp)
+    if config.gradient_checkpointing != "auto":
+        return layers if config.gradient_checkpointing else 0
+    free = free_bytes(device)
+    if free is None:
+        return 0
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    room = ACTIVATIONS_OF_FREE * (free - 3 * trained)
+    a_layer = decoder.kept_bytes(tokens)
+    inputs = layers * tokens * decoder.embedding.shape[1] * decoder.dtype.itemsize
+    over = layers * a_layer + inputs - room
+    if over <= 0:
+        return 0
+    recompute = min(layers, math.ceil(over / a_layer) + 1)  # those share one layer's buffers
+    say(
+        f"Memory: {free / 1e9:.1f} GB are free; {recompute} of {layers} layers are computed again in the backward "
+        f"pass, as keeping all of a pass of {tokens:,} tokens would take {(layers * a_layer + inputs) / 1e9:.1f} GB."
+    )
+    return recompute
+
+
+def _general_engine(
+    config: TrainConfig, model: PreTrainedModel, hardware: Hardware, most_tokens: int, say: Say
+) -> Engine:
+    """The model's own modules and autograd; full training multiplies its fp32 weights in the hardware's dtype."""
+    reason = use_end_to_end(model)
+    if reason:
+        say(f"Samples go through the model one by one: {reason}.")
+    if config.gradient_checkpointing is True:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    mixed = config.method == "full" and hardware.dtype != torch.float32
+
+    def loss(batch: Batch) -> torch.Tensor:
+        with torch.autocast(hardware.device.type, hardware.dtype, enabled=mixed):
+            return summed_loss(model, batch, end_to_end=reason is None)
+
+    def add_gradients(batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+        total = loss(batch)
+        (total * scale).backward()
+        return total.detach()
+
+    return Engine(torch.no_grad()(loss), add_gradients, most_tokens)

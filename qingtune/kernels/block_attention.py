@@ -1,0 +1,158 @@
+"""Causal attention over the segments of a layout, a block of query rows at a time, forward and backward.
+
+Query heads that share a key-value head are stacked, so that the products are large ones; scores exist for one block
+at a time and are computed again in the backward pass. At 300 tokens a sample this is three times as fast on a CPU as
+PyTorch's fused attention, at 4,000 it still is faster.
+
+Products of 16-bit numbers are rounded to 16 bits, and scores are large where keys have a large part in common, as
+Qwen2's biases give them. A softmax does not see what is common to all scores of a row, so each segment's mean key is
+taken off its keys (as SageAttention does, Zhang et al. 2024, https://arxiv.org/abs/2410.02367): exact in theory, and
+16-bit scores then are as good as 32-bit ones. Gradients stay the same, as those of a row's scores sum to zero.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from qingtune.kernels.layout import Block, Segment
+from qingtune.kernels.workspace import Workspace
+
+aten = torch.ops.aten
+Blocks = list[tuple[Segment, list[Block]]]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shape of an attention layer: query heads, key-value heads, their size, and the factor on the scores."""
+
+    queries: int
+    keys: int
+    size: int
+    scale: float
+
+    @property
+    def group(self) -> int:
+        """Query heads a key-value head."""
+        return self.queries // self.keys
+
+
+class BlockAttention:
+    """Attention of one layer; the packed queries, keys and values stay in the workspace under the layer's name."""
+
+    def __init__(self, heads: Heads, workspace: Workspace) -> None:
+        self.heads, self.workspace = heads, workspace
+
+    def forward(
+        self, name: str, blocks: Blocks, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Write the attended values.
+
+        Args:
+            name: under which backward finds what it needs.
+            blocks: query rows and the keys they see.
+            q: [N, query heads, d].
+            k: [T, key-value heads, d]; likewise v.
+            out: [N, query heads * d].
+        """
+        packed_q = self._take(name + ".q", len(q) * self.heads.queries, q.dtype)
+        keys, values = (self._pack_segments(name + end, blocks, x) for end, x in ((".k", k), (".v", v)))
+        for key in keys:
+            wide = torch.promote_types(key.dtype, torch.float32)
+            torch.sub(key, key.mean(1, keepdim=True, dtype=wide), out=key)
+        for (_, segment_blocks), key, value in zip(blocks, keys, values, strict=True):
+            for block in segment_blocks:
+                query = self._block(packed_q, block)
+                self._pack(query, q[block.first : block.last])
+                shares = self._shares(query, key, block)
+                attended = self.workspace.take("attention.attended", query.shape, query.dtype)
+                torch.bmm(shares, value[:, : block.keys], out=attended)
+                self._unpack(out[block.first : block.last], attended)
+
+    def backward(
+        self, name: str, blocks: Blocks, grad: torch.Tensor, rows: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of q [N, query heads, d], k and v [rows, key-value heads, d] for the gradient [N, query heads * d].
+
+        Where a segment has several blocks or shares its beginning, gradients of keys and values are added up in fp32.
+        """
+        heads, take = self.heads, self.workspace.take
+        wide = torch.promote_types(dtype, torch.float32)
+        packed_q = self._take(name + ".q", len(grad) * heads.queries, dtype)
+        grad_q = take("attention.grad_q", (len(grad), heads.queries, heads.size), dtype)
+        grad_k, grad_v = (
+            take("attention.grad" + end, (rows, heads.keys, heads.size), wide).zero_() for end in (".k", ".v")
+        )
+        keys, values = (self._segments(name + end, blocks, dtype) for end in (".k", ".v"))
+        for (segment, segment_blocks), key, value in zip(blocks, keys, values, strict=True):
+            for block in segment_blocks:
+                query = self._block(packed_q, block)
+                grad_out = take("attention.attended", query.shape, dtype)
+                self._pack(grad_out, grad[block.first : block.last].view(-1, heads.queries, heads.size))
+                shares = self._shares(query, key, block)
+                self._add_rows(grad_v, segment, torch.bmm(shares.transpose(1, 2), grad_out))
+                grad_shares = take("attention.scores", shares.shape, dtype)
+                torch.bmm(grad_out, value[:, : block.keys].transpose(1, 2), out=grad_shares)
+                grad_scores = take("attention.grad_scores", shares.shape, dtype)
+                aten._softmax_backward_data.out(grad_shares, shares, -1, dtype, grad_input=grad_scores)
+                key_part = torch.bmm(grad_scores.transpose(1, 2), query)
+                self._add_rows(grad_k, segment, key_part, scale=heads.scale)
+                torch.baddbmm(grad_out, grad_scores, key[:, : block.keys], beta=0, alpha=heads.scale, out=grad_out)
+                self._unpack(grad_q[block.first : block.last].view(block.last - block.first, -1), grad_out)
+        return grad_q, grad_k, grad_v
+
+    def _shares(self, query: torch.Tensor, key: torch.Tensor, block: Block) -> torch.Tensor:
+        """Softmax of the scores, [key heads, group * rows, keys]."""
+        shape = (query.shape[0], query.shape[1], block.keys)
+        scores = self.workspace.take("attention.scores", shape, query.dtype)
+        torch.baddbmm(scores, query, key[:, : block.keys].transpose(1, 2), beta=0, alpha=self.heads.scale, out=scores)
+        if block.keys > block.masked_from:
+            apart = scores.view(self.heads.keys, self.heads.group, -1, block.keys)
+            apart[..., block.masked_from :].masked_fill_(block.hidden, -math.inf)
+        shares = self.workspace.take("attention.shares", shape, query.dtype)
+        aten._softmax.out(scores, -1, False, out=shares)
+        return shares
+
+    def _take(self, name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.workspace.take(name, (rows, self.heads.size), dtype)
+
+    def _block(self, packed: torch.Tensor, block: Block) -> torch.Tensor:
+        """A block's queries, [key heads, group * rows, d], in the packed ones."""
+        heads = self.heads
+        rows = packed[block.first * heads.queries : block.last * heads.queries]
+        return rows.view(heads.keys, -1, heads.size)
+
+    def _pack(self, packed: torch.Tensor, rows: torch.Tensor) -> None:
+        """[n, query heads, d] -> [key heads, group * n, d]."""
+        heads = self.heads
+        apart = rows.view(-1, heads.keys, heads.group, heads.size).permute(1, 2, 0, 3)
+        packed.view(heads.keys, heads.group, -1, heads.size).copy_(apart)
+
+    def _unpack(self, rows: torch.Tensor, packed: torch.Tensor) -> None:
+        """[key heads, group * n, d] -> [n, query heads * d]."""
+        heads = self.heads
+        apart = packed.view(heads.keys, heads.group, -1, heads.size).permute(2, 0, 1, 3)
+        rows.view(-1, heads.keys, heads.group, heads.size).copy_(apart)
+
+    def _segments(self, name: str, blocks: Blocks, dtype: torch.dtype) -> list[torch.Tensor]:
+        """The packed keys or values of each segment, [key heads, keys, d]."""
+        heads = self.heads
+        sizes = [segment.keys * heads.keys for segment, _ in blocks]
+        packed = self._take(name, sum(sizes), dtype)
+        return [part.view(heads.keys, -1, heads.size) for part in packed.split(sizes)]
+
+    def _pack_segments(self, name: str, blocks: Blocks, x: torch.Tensor) -> list[torch.Tensor]:
+        parts = self._segments(name, blocks, x.dtype)
+        for (segment, _), part in zip(blocks, parts, strict=True):
+            part[:, : segment.shared].copy_(x[: segment.shared].transpose(0, 1))
+            part[:, segment.shared :].copy_(x[segment.start : segment.end].transpose(0, 1))
+        return parts
+
+    def _add_rows(self, total: torch.Tensor, segment: Segment, part: torch.Tensor, scale: float = 1.0) -> None:
+        """Add [key heads, keys, d] to the rows of the shared beginning and of the segment."""
+        rows = part.transpose(0, 1)
+        total[: segment.shared].add_(rows[: segment.shared], alpha=scale)
+        own = rows[segment.shared :]
+        total[segment.start : segment.start + len(own)].add_(own, alpha=scale)

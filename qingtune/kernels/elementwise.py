@@ -1,0 +1,69 @@
+"""RMSNorm, SwiGLU and rotary positions, forward and backward, written into buffers that the caller gives.
+
+Backward functions take what forward took and compute it again where that is cheaper than keeping it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qingtune.kernels.workspace import Workspace
+
+aten = torch.ops.aten
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension (Zhang & Sennrich 2019), [..., D] -> [..., D].
+
+    The mean is taken in fp32; weight has x's dtype or is cast to it.
+    """
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), epsilon)
+
+
+def rms_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient with respect to x, and the normalised x, [..., D] both, in fp32 (fp64 for fp64).
+
+    The weight's own gradient is the sum of grad * normalised x over all but the last dimension.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normalised = x.to(wide, copy=True)
+    rate = normalised.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    normalised.mul_(rate)
+    scaled = grad * weight.to(wide)
+    shared = (scaled * normalised).mean(-1, keepdim=True)
+    return scaled.addcmul_(normalised, shared, value=-1).mul_(rate), normalised
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (Shazeer 2020), [T, I] all three."""
+    aten.silu.out(gate, out=out)
+    return out.mul_(up)
+
+
+def swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, workspace: Workspace) -> None:
+    """Put the gradients of gate and up in their places, and silu(gate) * up in the place of grad; [T, I] all three."""
+    activated = workspace.take("swiglu.activated", gate.shape, gate.dtype)
+    grad_activated = workspace.take("swiglu.grad", gate.shape, gate.dtype)
+    aten.silu.out(gate, out=activated)
+    torch.mul(grad, up, out=grad_activated)
+    aten.silu_backward.grad_input(grad_activated, gate, grad_input=gate)
+    torch.mul(activated, up, out=grad_activated)
+    torch.mul(grad, activated, out=up)
+    grad.copy_(grad_activated)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (Su et al. 2021) with the two halves of a head as coordinates; the backward is rotate by -sin.
+
+    Args:
+        x: [T, heads, d].
+        cos: [T, 1, d / 2], likewise sin, in x's dtype.
+        out: like x, and not x itself.
+    """
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    return out

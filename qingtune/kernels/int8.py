@@ -1,0 +1,78 @@
+"""Products of int8 matrices with a scale a row, through the CPU's int8 units: twice the rate of bf16.
+
+Weights have a scale an output row (kernels/linear.Int8Linear); activations and gradients get one a token, made anew
+each time (vector-wise quantisation, Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, without its outlier
+columns).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qingtune.kernels.workspace import Workspace
+
+TILE = 128  # rows quantised at a time, so that their fp32 copy stays in the cache
+
+
+def quantize_rows(
+    x: torch.Tensor, columns: torch.Tensor | None, workspace: Workspace, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round rows to int8, each row's largest value at 127.
+
+    Args:
+        x: [T, K].
+        columns: fp32 [K], multiplied in first; None for ones.
+        workspace: holds the result under `name`.
+        name: under which the result stays until it is taken again.
+
+    Returns:
+        int8 [T, K] and fp32 scales [T, 1].
+    """
+    packed = workspace.take(name + ".packed", x.shape, torch.int8)
+    scales = workspace.take(name + ".scales", (len(x), 1), torch.float32)
+    tile = workspace.take("int8.tile", (min(TILE, len(x)), x.shape[1]), torch.float32)
+    for start in range(0, len(x), TILE):
+        rows, scale = x[start : start + TILE], scales[start : start + TILE]
+        wide = tile[: len(rows)]
+        if columns is None:
+            wide.copy_(rows)
+        else:
+            torch.mul(rows, columns, out=wide)
+        torch.maximum(wide.amax(1, keepdim=True), wide.amin(1, keepdim=True).neg_(), out=scale)
+        scale.div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
+        packed[start : start + TILE].copy_(wide.mul_(scale.reciprocal()).round_())
+    return packed, scales
+
+
+def int8_product(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    columns: torch.Tensor | None,
+    out: torch.Tensor,
+    workspace: Workspace,
+    *,
+    add: bool,
+) -> None:
+    """out (+)= scales * (packed @ weight) * columns.
+
+    Args:
+        packed: int8 [T, K].
+        scales: fp32 [T, 1].
+        weight: int8 [K, N], of any strides.
+        columns: fp32 [N]; None for ones.
+        out: [T, N].
+        workspace: holds what is needed between.
+        add: add to what out holds instead of replacing it.
+    """
+    shape = (len(packed), weight.shape[1])
+    sums = workspace.take("int8.sums", shape, torch.int32)
+    torch.ops.aten._int_mm.out(packed, weight, out=sums)
+    wide = workspace.take("int8.wide", shape, torch.float32)
+    wide.copy_(sums)
+    if columns is not None:
+        wide.mul_(columns)
+    if add:
+        out.addcmul_(wide, scales) if out.dtype == wide.dtype else out.add_(wide.mul_(scales))
+    else:
+        torch.mul(wide, scales, out=out)

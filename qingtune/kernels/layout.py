@@ -1,0 +1,140 @@
+"""How a micro-batch lies in memory: samples end to end, a beginning that all of them share held once.
+
+Samples of one task often begin alike (system prompt, instruction). Where no adapter dropout tells them apart, that
+prefix gives the same keys and values in every sample, so it is computed once and the gradients of all samples meet
+in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from qingtune.data.batch import Batch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+QUERY_BLOCK = 256  # rows of a block of attention scores, at most
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens start..end of the layout, which see `shared` tokens at the layout's beginning and then each other."""
+
+    start: int
+    end: int
+    shared: int
+
+    @property
+    def keys(self) -> int:
+        """Keys that the segment's last token sees."""
+        return self.shared + self.end - self.start
+
+
+@dataclass(frozen=True)
+class Block:
+    """Query rows first..last of one segment, computed together.
+
+    Attributes:
+        keys: how many of the segment's keys they see.
+        masked_from: the first key that not all of them see.
+        hidden: bool [last - first, keys - masked_from], True where a row does not see a key.
+    """
+
+    first: int
+    last: int
+    keys: int
+    masked_from: int
+    hidden: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A micro-batch as the decoder computes it; T tokens, N trained tokens.
+
+    Attributes:
+        token_ids: int64 [T].
+        positions: int64 [T].
+        segments: in order, together all of T.
+        predicting: int64 [N], ascending; rows whose next token is trained.
+        targets: int64 [N].
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    segments: tuple[Segment, ...]
+    predicting: torch.Tensor
+    targets: torch.Tensor
+
+    @cached_property
+    def blocks(self) -> list[tuple[Segment, list[Block]]]:
+        """Blocks of attention in which every token asks."""
+        return make_blocks(self.segments, np.arange(len(self.token_ids)), self.token_ids.device)
+
+    @cached_property
+    def predicting_blocks(self) -> list[tuple[Segment, list[Block]]]:
+        """Blocks in which only predicting rows ask, query rows counted among them."""
+        return make_blocks(self.segments, self.predicting.cpu().numpy(), self.token_ids.device)
+
+
+def make_blocks(
+    segments: tuple[Segment, ...], rows: NDArray[np.int64], device: torch.device
+) -> list[tuple[Segment, list[Block]]]:
+    """Cut the query rows (ascending places in the layout) of each segment into blocks of about equal size."""
+    result: list[tuple[Segment, list[Block]]] = []
+    for segment in segments:
+        first, last = (int(place) for place in np.searchsorted(rows, [segment.start, segment.end]))
+        visible = rows[first:last] - segment.start + segment.shared + 1
+        count = -(-len(visible) // QUERY_BLOCK)
+        edges = [first + len(visible) * number // max(count, 1) for number in range(count + 1)]
+        blocks: list[Block] = []
+        for a, b in pairwise(edges):
+            seen = visible[a - first : b - first]
+            masked_from, keys = int(seen[0]), int(seen[-1])
+            hidden = np.arange(masked_from, keys)[None] >= seen[:, None]
+            blocks.append(Block(a, b, keys, masked_from, torch.from_numpy(hidden).to(device)))
+        result.append((segment, blocks))
+    return result
+
+
+def lay_out(batch: Batch, *, share_prefix: bool) -> Layout:
+    """Lay a micro-batch out; with share_prefix what all samples begin with is held once."""
+    bounds = list(pairwise(batch.starts.tolist()))
+    shared = _shared_prefix(batch, bounds) if share_prefix and len(bounds) > 1 else 0
+    if not shared:
+        segments = tuple(Segment(start, end, 0) for start, end in bounds)
+        return Layout(batch.token_ids, batch.positions, segments, batch.predicting, batch.targets)
+    kept = torch.cat([torch.arange(shared), *(torch.arange(start + shared, end) for start, end in bounds)])
+    kept = kept.to(batch.token_ids.device)
+    segments = [Segment(0, shared, 0)]
+    for start, end in bounds:
+        place = segments[-1].end
+        segments.append(Segment(place, place + end - start - shared, shared))
+    return Layout(
+        token_ids=batch.token_ids[kept],
+        positions=batch.positions[kept],
+        segments=tuple(segments),
+        predicting=torch.searchsorted(kept[shared:], batch.predicting) + shared,
+        targets=batch.targets,
+    )
+
+
+def _shared_prefix(batch: Batch, bounds: list[tuple[int, int]]) -> int:
+    """Tokens with which all samples begin, short of any whose next token is trained and of a whole sample."""
+    ids = batch.token_ids.cpu().numpy()
+    predicting = batch.predicting.cpu().numpy()
+    limit = min(end - start for start, end in bounds) - 1
+    if len(predicting):
+        owner = np.searchsorted([start for start, _ in bounds], predicting, side="right") - 1
+        limit = min(limit, int((predicting - np.array([start for start, _ in bounds])[owner]).min()))
+    first = ids[bounds[0][0] : bounds[0][0] + limit]
+    for start, _ in bounds[1:]:
+        differs = np.flatnonzero(ids[start : start + len(first)] != first)
+        first = first[: differs[0]] if len(differs) else first
+    return len(first)

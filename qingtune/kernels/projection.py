@@ -1,0 +1,218 @@
+"""Linear layers that read one input, with their adapters: forward, and a backward that keeps next to nothing.
+
+y_i = W_i x + b_i + s_i B_i A_i dropout(x). Beside the input, which its block keeps or computes again, only the
+adapters' small A x is kept. Frozen weights may be dense, NF4 (a layer at a time is dequantised) or int8 (multiplied as
+they are, where the CPU has int8 units). The layers of one group share the input's dropout mask, its quantised form and
+one product with all A_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from qingtune.kernels.dropout import keep_mask
+from qingtune.kernels.int8 import int8_product, quantize_rows
+from qingtune.kernels.linear import Int8Linear, QuantizedLinear
+from qingtune.kernels.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A layer's low-rank addition: A [r, in], B [out, r], both trained, and the factor on their product."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Member:
+    """One layer of a group: a dense nn.Linear or a quantised one, and its adapter if it has one."""
+
+    base: Any
+    adapter: Adapter | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Out and in features."""
+        return self.base.out_features, self.base.in_features
+
+
+class Projection:
+    """A group of layers with one input.
+
+    Args:
+        members: the layers, of one number of in features.
+        dropout: probability with which the adapters' input is dropped.
+        workspace: for all that lasts no longer than a pass.
+        int8_units: whether int8 weights are multiplied as such; otherwise they are dequantised.
+    """
+
+    def __init__(self, members: Sequence[Member], dropout: float, workspace: Workspace, *, int8_units: bool) -> None:
+        self.members, self.dropout, self.workspace = tuple(members), dropout, workspace
+        self.int8_units = int8_units
+        self.adapters = [member.adapter for member in members if member.adapter]
+        self.ranks = [adapter.a.shape[0] for adapter in self.adapters]
+
+    def forward(
+        self, name: str, x: torch.Tensor, outs: Sequence[torch.Tensor], seed: int | None, *, add: bool = False
+    ) -> None:
+        """Write each layer's output.
+
+        Args:
+            name: under which A x is kept for backward.
+            x: [T, in].
+            outs: [T, out] for each layer.
+            seed: of the dropout mask; None for no dropout.
+            add: add to what outs hold.
+        """
+        rows = quantize_rows(x, None, self.workspace, "projection.x") if self._any_int8() else None
+        self.keep_low(name, x, seed)
+        parts = iter(self._low(name, x).split(self.ranks, 1))
+        for member, out in zip(self.members, outs, strict=True):
+            self._frozen_forward(member.base, x, rows, out, add=add)
+            if member.adapter:
+                b = self._small(member.adapter.b, "b", x.dtype)
+                out.addmm_(next(parts), b.t(), alpha=member.adapter.scaling)
+
+    def backward(
+        self,
+        name: str,
+        x: torch.Tensor,
+        grads: Sequence[torch.Tensor],
+        grad_x: torch.Tensor | None,
+        seed: int | None,
+    ) -> None:
+        """Add to the gradients of all trained parameters, and write the input's.
+
+        Args:
+            name: as in forward.
+            x: what forward got.
+            grads: [T, out] for each layer.
+            grad_x: [T, in], overwritten; None if nobody wants it.
+            seed: as in forward.
+        """
+        for member, grad in zip(self.members, grads, strict=True):
+            self._dense_gradients(member.base, x, grad)
+        if grad_x is not None:
+            for number, (member, grad) in enumerate(zip(self.members, grads, strict=True)):
+                self._frozen_backward(member.base, grad, grad_x, add=number > 0)
+        if self.adapters:
+            self._adapter_gradients(name, x, grads, grad_x, seed)
+
+    def _any_int8(self) -> bool:
+        return self.int8_units and any(isinstance(member.base, Int8Linear) for member in self.members)
+
+    # --- Adapters ----------------------------------------------------------------------------------------------------
+
+    def keep_low(self, name: str, x: torch.Tensor, seed: int | None) -> None:
+        """Keep what backward needs beside the input."""
+        if self.adapters:
+            torch.mm(self._dropped(x, seed), self._all_a(x.dtype).t(), out=self._low(name, x))
+
+    def _low(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """All A_i dropout(x) side by side, [T, sum of ranks]."""
+        return self.workspace.take(name + ".low", (len(x), sum(self.ranks)), x.dtype)
+
+    def _adapter_gradients(
+        self, name: str, x: torch.Tensor, grads: Sequence[torch.Tensor], grad_x: torch.Tensor | None, seed: int | None
+    ) -> None:
+        low = self._low(name, x).split(self.ranks, 1)
+        grad_low = self.workspace.take("projection.grad_low", (len(x), sum(self.ranks)), x.dtype)
+        parts = iter(zip(low, grad_low.split(self.ranks, 1), strict=True))
+        for member, grad in zip(self.members, grads, strict=True):
+            if adapter := member.adapter:
+                mine, grad_mine = next(parts)
+                gradient(adapter.b).add_(grad.t() @ mine, alpha=adapter.scaling)
+                grad_mine.copy_(grad @ self._small(adapter.b, "b", x.dtype)).mul_(adapter.scaling)
+        grad_a = grad_low.t() @ self._dropped(x, seed)
+        for adapter, part in zip(self.adapters, grad_a.split(self.ranks), strict=True):
+            gradient(adapter.a).add_(part)
+        if grad_x is None:
+            return
+        if seed is None:
+            grad_x.addmm_(grad_low, self._all_a(x.dtype))
+        else:
+            mask, factor = keep_mask(x.shape, self.dropout, seed, x.device)
+            grad_x.addcmul_(grad_low @ self._all_a(x.dtype), mask.to(x.dtype), value=factor)
+
+    def _dropped(self, x: torch.Tensor, seed: int | None) -> torch.Tensor:
+        if seed is None:
+            return x
+        mask, factor = keep_mask(x.shape, self.dropout, seed, x.device)
+        dropped = self.workspace.take("projection.dropped", x.shape, x.dtype)
+        return torch.mul(x, mask, out=dropped).mul_(factor)
+
+    def _all_a(self, dtype: torch.dtype) -> torch.Tensor:
+        """All A_i, one below the other, [sum of ranks, in]."""
+        stacked = self.workspace.take("projection.a", (sum(self.ranks), self.members[0].shape[1]), dtype)
+        for adapter, part in zip(self.adapters, stacked.split(self.ranks), strict=True):
+            part.copy_(adapter.a)
+        return stacked
+
+    def _small(self, matrix: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
+        return self.workspace.take("projection." + name, matrix.shape, dtype).copy_(matrix)
+
+    # --- Frozen and dense weights ------------------------------------------------------------------------------------
+
+    def _frozen_forward(
+        self,
+        base: Any,
+        x: torch.Tensor,
+        rows: tuple[torch.Tensor, torch.Tensor] | None,
+        out: torch.Tensor,
+        *,
+        add: bool,
+    ) -> None:
+        bias = base.bias
+        if rows is not None and isinstance(base, Int8Linear):
+            packed, scale = base.packed_and_scale()
+            int8_product(*rows, packed.t(), scale.view(-1), out, self.workspace, add=add)
+        elif add:
+            out.addmm_(x, self._weight(base, x.dtype).t())
+        elif bias is not None:
+            torch.addmm(bias.to(x.dtype), x, self._weight(base, x.dtype).t(), out=out)
+            return
+        else:
+            torch.mm(x, self._weight(base, x.dtype).t(), out=out)
+        if bias is not None:
+            out.add_(bias)
+
+    def _frozen_backward(self, base: Any, grad: torch.Tensor, grad_x: torch.Tensor, *, add: bool) -> None:
+        if self.int8_units and isinstance(base, Int8Linear):
+            packed, scale = base.packed_and_scale()
+            rows = quantize_rows(grad, scale.view(-1), self.workspace, "projection.grad")
+            int8_product(*rows, packed, None, grad_x, self.workspace, add=add)
+        elif add:
+            grad_x.addmm_(grad, self._weight(base, grad.dtype))
+        else:
+            torch.mm(grad, self._weight(base, grad.dtype), out=grad_x)
+
+    def _weight(self, base: Any, dtype: torch.dtype) -> torch.Tensor:
+        """The layer's weight in a dtype, [out, in]; for a moment if it has to be made."""
+        if isinstance(base, QuantizedLinear):
+            return base.dequantize(dtype)
+        weight = cast("torch.Tensor", base.weight)
+        return weight if weight.dtype == dtype else self._small(weight, "weight", dtype)
+
+    def _dense_gradients(self, base: Any, x: torch.Tensor, grad: torch.Tensor) -> None:
+        """Full training: the gradients of weight and bias."""
+        if isinstance(base, QuantizedLinear):
+            return
+        if base.weight.requires_grad:
+            product = self.workspace.take("projection.grad_weight", base.weight.shape, x.dtype)
+            gradient(base.weight).add_(torch.mm(grad.t(), x, out=product))
+        if base.bias is not None and base.bias.requires_grad:
+            gradient(base.bias).add_(grad.sum(0, dtype=base.bias.dtype))
+
+
+def gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter's gradient, zero at first."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

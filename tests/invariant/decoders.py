@@ -1,0 +1,135 @@
+"""Models, batches and comparisons for the tests of the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import make_model
+from tiny_runs import lively, make_samples, move_adapters
+
+from qingtune.adapters.lora import add_lora, member
+from qingtune.adapters.quantize import quantize_model
+from qingtune.data.batch import Batch, collate
+from qingtune.data.tokenize import Sample
+from qingtune.kernels.decoder import Decoder, why_not
+from qingtune.kernels.loss import summed_loss
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("qwen2", {}),
+    "qwen2 untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {"head_dim": 12}),
+    "qwen3 untied": ("qwen3", {"tie_word_embeddings": False, "attention_bias": True}),
+    "llama": ("llama", {"num_key_value_heads": 4}),
+    "llama tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "llama biases linear": ("llama", {**BIASES, "rope_parameters": LINEAR}),
+    "llama biases yarn": ("llama", {**BIASES, "rope_parameters": YARN}),
+}
+# Which layers get adapters; None for full training.
+TRAINED: dict[str, list[str] | None] = {
+    "full": None,
+    "lora": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "lora on q": ["q_proj"],
+    "lora on k and down": ["k_proj", "down_proj"],
+    "lora on the last mlp": ["layers.1.mlp.gate_proj", "layers.1.mlp.down_proj"],
+}
+Gradients = dict[str, torch.Tensor]
+
+
+def make_decodable(
+    name: str, trained: str = "lora", dtype: torch.dtype = torch.float32, bits: int | None = None
+) -> Any:
+    """A lively model of MODELS with adapters that have moved, where `trained` wants them."""
+    kind, changes = MODELS[name]
+    model = lively(make_model(kind, **changes))
+    if bits:
+        quantize_model(model, bits, torch.device("cpu"))
+    if (layers := TRAINED[trained]) is not None:
+        add_lora(model, layers, r=3, alpha=6, dropout=0.0)
+        move_adapters(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    assert why_not(model) is None
+    return model
+
+
+def random_sample(length: int, seed: int, beginning: Sequence[int] = (), share: float = 0.6) -> Sample:
+    """A beginning that is not trained, then `length` random tokens, some of them trained, the last one surely."""
+    draw = np.random.default_rng(seed)
+    ids = np.concatenate([np.asarray(beginning, np.int32), draw.integers(3, 320, length)]).astype(np.int32)
+    trained = np.concatenate([np.zeros(len(beginning), np.bool_), draw.random(length) < share])
+    trained[-1:] = bool(share) and length > 0
+    return Sample(ids, trained, f"row {seed}")
+
+
+def _all_trained(sample: Sample) -> Sample:
+    return Sample(sample.token_ids, np.ones(len(sample.token_ids), np.bool_), sample.origin)
+
+
+@lru_cache
+def batches() -> dict[str, Batch]:
+    """Micro-batches of every shape that asks something of the layout or of attention."""
+    few, longer, many = range(10, 17), range(10, 19), range(20, 320)
+    samples: dict[str, list[Sample]] = {
+        "single tokens and nothing trained among others": make_samples(),
+        "one sample": [random_sample(9, 1)],
+        "one sample of two tokens": [_all_trained(random_sample(2, 1))],
+        "many samples": [random_sample(2 + seed % 11, seed) for seed in range(40)],
+        "several blocks": [random_sample(600, 1), random_sample(3, 2)],
+        "common beginning": [random_sample(length, seed, few) for seed, length in enumerate([5, 1, 30, 2])],
+        "common beginning, one trains nothing": [random_sample(4, 1, few), random_sample(6, 2, few, share=0.0)],
+        "common beginning of several blocks": [
+            random_sample(length, seed, many) for seed, length in ((1, 280), (2, 2))
+        ],
+        "beginning is a whole sample": [random_sample(0, 1, few), *(random_sample(4, seed, longer) for seed in (2, 3))],
+        "trained tokens in the beginning": [_all_trained(random_sample(5, seed, few)) for seed in (1, 2)],
+        "the same sample twice": [random_sample(8, 1, few)] * 2,
+    }
+    return {name: collate(group) for name, group in samples.items()}
+
+
+def trained_gradients(model: Any) -> Gradients:
+    """The gradient of each trained parameter, which is then taken from it."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(found)  # nothing frozen has one
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def decoded(model: Any, batch: Batch, scale: float = 1.0, decoder: Decoder | None = None) -> tuple[float, Gradients]:
+    """Loss and gradients of a decoder; a new one unless given."""
+    dtype = next(model.parameters()).dtype
+    decoder = decoder or Decoder(model, dtype, member)
+    loss = decoder.add_gradients(batch, torch.tensor(scale, dtype=dtype))
+    return float(loss), trained_gradients(model)
+
+
+def reference(model: Any, batch: Batch, scale: float = 1.0) -> tuple[float, Gradients]:
+    """What Transformers' modules and autograd give, a sample at a time."""
+    loss = summed_loss(model, batch, end_to_end=False)
+    (loss * scale).backward()
+    return float(loss.detach()), trained_gradients(model)
+
+
+def apart(found: Gradients, wanted: Gradients) -> float:
+    """The largest error of any gradient, relative in Frobenius norms, small ones as if they were larger.
+
+    Where a token sees itself alone, gradients of queries and keys are zero, and what autograd gives is rounding: so no
+    norm counts as less than 0.05 or a tenth of the largest.
+    """
+    assert found.keys() == wanted.keys()
+    least = max(0.05, 0.1 * max(float(gradient.norm()) for gradient in wanted.values()))
+    return max(float((found[name] - wanted[name]).norm()) / max(float(wanted[name].norm()), least) for name in wanted)
+
+
+def apart_in_all(found: Gradients, wanted: Gradients) -> float:
+    """The relative error of all gradients taken as one vector."""
+    assert found.keys() == wanted.keys()
+    one, two = (torch.cat([gradients[name].flatten() for name in wanted]) for gradients in (found, wanted))
+    return float((one - two).norm() / two.norm())

@@ -1,0 +1,158 @@
+"""Which kernels a model gets, with the reason told; how many layers are computed again for want of memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+
+from qingtune import engine
+from qingtune.adapters.lora import member
+from qingtune.config import TrainConfig
+from qingtune.engine import make_engine
+from qingtune.hardware import Hardware
+from qingtune.kernels.attention import NAME, use_end_to_end
+from qingtune.kernels.decoder import Decoder, why_not
+
+CPU = Hardware(torch.device("cpu"), torch.float32, "for tests")
+LAYERS, TOKENS = 4, 100
+
+
+def config_of(**settings: Any) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {"model_name_or_path": "model", "data_path": "data.jsonl", "output_dir": "output", **settings}
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("gpt2", {}, '"gpt2" is not one of the architectures with kernels of their own'),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            "this model has layers of other kinds than full attention (full_attention, sliding_attention)",
+        ),
+        ("llama", {"hidden_act": "gelu"}, "the activation is gelu, not silu"),
+        ("qwen3", {"attention_dropout": 0.1}, "the model drops attention weights"),
+    ],
+)
+def test_each_reason_for_general_kernels_is_told(kind: str, changes: dict[str, Any], reason: str) -> None:
+    model, told = make_model(kind, **changes), list[str]()
+    assert why_not(model) == reason
+    made = make_engine(config_of(), model, CPU, TOKENS, told.append)
+    assert told[0] == f"General kernels, slower and with more memory: {reason}."
+    assert not isinstance(getattr(made.add_gradients, "__self__", None), Decoder)
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "dynamic": {"factor": 2.0},
+    "linear": {"factor": 2.0},
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 128},
+    "llama3": {
+        "factor": 2.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_rotary_table_that_depends_on_the_longest_sample_is_a_reason(kind: str, rope: str) -> None:
+    model = make_model(kind, rope_parameters={"rope_type": rope, "rope_theta": 10_000.0, **ROPES[rope]})
+    reason = 'its rotary embedding ("dynamic") changes with the longest sample' if rope == "dynamic" else None
+    assert why_not(model) == reason
+    assert use_end_to_end(model) == reason
+    assert (model.config._attn_implementation == NAME) == (reason is None)
+
+
+def test_a_head_with_a_bias_is_a_reason() -> None:
+    model = make_model("llama")
+    model.set_output_embeddings(torch.nn.Linear(32, 320))
+    assert why_not(model) == "the head has a bias"
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_decoders_are_made_in_silence(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "free_bytes", lambda _: 10**12)
+    told: list[str] = []
+    settings = {"use_lora": True, "lora_dropout": 0.25}
+    made = make_engine(config_of(**settings), make_model(kind), CPU, TOKENS, told.append)
+    decoder = getattr(made.add_gradients, "__self__", None)
+    assert isinstance(decoder, Decoder)
+    assert decoder.dropout == 0.25
+    assert decoder.recompute == 0
+    assert decoder.dtype == CPU.dtype
+    assert told == []
+
+
+def test_dropout_of_adapters_is_not_full_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "free_bytes", lambda _: None)
+    made = make_engine(config_of(lora_dropout=0.25), make_model("qwen2"), CPU, TOKENS, print)
+    assert getattr(made.add_gradients, "__self__").dropout == 0.0  # noqa: B009
+
+
+def recomputed(
+    monkeypatch: pytest.MonkeyPatch, free: int | None, choice: bool | str, *, trained: bool = False
+) -> tuple[int, str]:
+    """The number of layers computed again, and what was told, with so much memory free."""
+    model = make_model("qwen2", num_hidden_layers=LAYERS).requires_grad_(trained)
+    decoder, told = Decoder(model, torch.float32, member), list[str]()
+    monkeypatch.setattr(engine, "free_bytes", lambda _: free)
+    config = config_of(gradient_checkpointing=choice)
+    count = engine._layers_to_recompute(config, model, decoder, TOKENS, CPU.device, told.append)
+    return count, "\n".join(told)
+
+
+def a_layer() -> int:
+    """Bytes that a layer of the model above keeps: gate, up, middle, q, k, v and the attended values, in fp32."""
+    return 4 * TOKENS * (2 * 64 + 32 + 32 + 16 + 16 + 32)
+
+
+INPUTS = 4 * TOKENS * 32 * LAYERS
+
+
+def free_for(layers: float) -> int:
+    """Free memory of which the share for activations holds so many layers and all inputs."""
+    return int((layers * a_layer() + INPUTS) / engine.ACTIVATIONS_OF_FREE) + 1
+
+
+def test_what_a_layer_keeps_is_what_its_buffers_take() -> None:
+    decoder = Decoder(make_model("qwen2", num_hidden_layers=LAYERS), torch.float32, member)
+    assert decoder.kept_bytes(TOKENS) == a_layer()
+
+
+@pytest.mark.parametrize(("layers", "count"), [(9, 0), (4, 0), (3.5, 2), (3, 2), (2.9, 3), (1, 4), (-0.5, 4)])
+def test_auto_computes_as_many_layers_again_as_memory_demands(
+    layers: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, told = recomputed(monkeypatch, free_for(layers), "auto")
+    assert found == count
+    assert bool(told) is bool(count)
+    if count:
+        assert f"{count} of {LAYERS} layers are computed again in the backward pass" in told
+        assert f"a pass of {TOKENS} tokens" in told
+
+
+def test_auto_leaves_room_for_gradients_and_optimizer_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = 4 * sum(p.numel() for p in make_model("qwen2", num_hidden_layers=LAYERS).parameters())
+    assert recomputed(monkeypatch, free_for(4), "auto")[0] == 0
+    assert recomputed(monkeypatch, free_for(4), "auto", trained=True)[0] == LAYERS
+    assert recomputed(monkeypatch, free_for(4) + 3 * weights, "auto", trained=True)[0] == 0
+
+
+@pytest.mark.parametrize("free", [0, 10**12, None])
+def test_true_is_all_layers_and_false_is_none_whatever_is_free(
+    free: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recomputed(monkeypatch, free, True) == (LAYERS, "")
+    assert recomputed(monkeypatch, free, False) == (0, "")
+
+
+def test_auto_computes_nothing_again_where_memory_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert recomputed(monkeypatch, None, "auto") == (0, "")
+    assert recomputed(monkeypatch, 0, "auto")[0] == LAYERS
