@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from qingtune.adapters.quantize import fill_quantized, names_to_read, quantize_model
+from qingtune.adapters.quantize import fill_quantized, quantize_model, shapes_to_read
 from qingtune.files import move_into_place, staging_folder
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models.load import StoredWeights, empty_model, load_model
@@ -44,12 +45,12 @@ def load_base(
         return load_model(folder, dtype).to(device)  # pyright: ignore[reportArgumentType]
     try:
         stored, model = StoredWeights(folder), empty_model(folder, dtype)
-    except (SafetensorError, ValueError, RuntimeError):  # broken files: told by name in loading the usual way
+    except (OSError, KeyError, SafetensorError, ValueError, RuntimeError):  # told in loading the usual way
         return _quantize_whole(folder, dtype, bits, device)
-    if not names_to_read(model) <= stored.names():  # names that Transformers translates while it loads
+    if not stored.fit(shapes_to_read(model)):  # broken, or of names that Transformers translates while it loads
         return _quantize_whole(folder, dtype, bits, device)
     kept = _kept_folder(folder, dtype, bits, cache_dir)
-    if (kept / PACKED).exists():
+    if _is_whole(kept, say):
         with safe_open(kept / PACKED, "pt") as file:
             names = _by_layer(file.keys())
             fill_quantized(
@@ -60,6 +61,19 @@ def load_base(
     fill_quantized(model, bits, device, stored.read, None)
     _keep(model, kept, say)
     return model
+
+
+def _is_whole(kept: Path, say: Callable[[str], None]) -> bool:
+    """Whether packed layers are kept and can be read; a broken folder is removed, to be made anew."""
+    if not (kept / PACKED).exists():
+        return False
+    try:
+        with safe_open(kept / PACKED, "pt"):
+            return True
+    except (OSError, SafetensorError) as error:
+        say(f"The kept quantised model is broken ({error}); it is made anew.")
+        shutil.rmtree(kept, ignore_errors=True)
+        return False
 
 
 def _quantize_whole(folder: Path, dtype: torch.dtype, bits: int, device: torch.device) -> PreTrainedModel:

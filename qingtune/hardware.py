@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ def choose_hardware(bf16: bool | None = None, fp16: bool | None = None, local_pr
         fp16: the same for float16.
         local_process: this process's number on this machine, which picks its GPU.
     """
+    _limit_kernel_caches()
     device, name = _device(local_process)
     has_bf16, has_fp16 = _formats(device)
     if bf16 and not has_bf16:
@@ -52,6 +54,16 @@ def choose_hardware(bf16: bool | None = None, fp16: bool | None = None, local_pr
         off_reason = f"{' and '.join(off)} {'are' if len(off) > 1 else 'is'} off"
         dtype, why = torch.float32, unmet or (off_reason if off else "no fast 16-bit format here")
     return Hardware(device, dtype, f"{name}, {str(dtype).removeprefix('torch.')}: {why}")
+
+
+def _limit_kernel_caches() -> None:
+    """Keep oneDNN from holding on to the compiled code of every shape it ever met, 0.3 MB each; samples have many.
+
+    Read once, at the first product; two caches of 1,024 each cost 1.5 GB after a few hundred passes, and one that
+    holds a pass's shapes is as fast.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "96")
 
 
 def _device(local_process: int) -> tuple[torch.device, str]:

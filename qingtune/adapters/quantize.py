@@ -59,9 +59,9 @@ def fill_quantized(
     model.to(device)
 
 
-def names_to_read(model: Any) -> set[str]:
+def shapes_to_read(model: Any) -> dict[str, tuple[int, ...]]:
     """What `fill_quantized` will read of a model without quantised layers."""
-    return {name for name, _ in [*model.named_parameters(), *_stored_buffers(model)]}
+    return {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *_stored_buffers(model)]}
 
 
 def _stored_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:

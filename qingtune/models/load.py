@@ -191,13 +191,17 @@ class StoredWeights:
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        parts = {whole.name} if whole.exists() else set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        for path in (folder / part for part in sorted(parts)):
             with safe_open(path, "pt") as file:
-                self._files.update(dict.fromkeys(file.keys(), path))
+                for name in list(file.keys()):
+                    self._files[name], self._shapes[name] = path, tuple(file.get_slice(name).get_shape())
 
-    def names(self) -> set[str]:
-        """Of all tensors."""
-        return set(self._files)
+    def fit(self, shapes: dict[str, tuple[int, ...]]) -> bool:
+        """Whether all of these are there, in their shapes."""
+        return shapes.items() <= self._shapes.items()
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor in memory of its own."""

@@ -59,7 +59,9 @@ class AdamW8bit(torch.optim.Optimizer):
                 state[f"{name}_largest"] = torch.zeros(blocks, 1, device=parameter.device)
             state["step"] = 0
         state["step"] += 1
-        noise = _Noise(parameter.device, seed=state["step"] * 1_000_003 + number)
+        noise = _Noise(
+            parameter.device, seed=state["step"] * 1_000_003 + number, most=min(CHUNK, len(state["first"]) * BLOCK)
+        )
         values, grads = parameter.view(-1), parameter.grad.reshape(-1)  # pyright: ignore[reportOptionalMemberAccess]
         for start in range(0, parameter.numel(), CHUNK):
             blocks = slice(start // BLOCK, (start + CHUNK) // BLOCK)
@@ -70,10 +72,10 @@ class AdamW8bit(torch.optim.Optimizer):
 class _Noise:
     """Numbers uniform in [0, 1): a stretch of one random vector, from another place each time."""
 
-    def __init__(self, device: torch.device, seed: int) -> None:
+    def __init__(self, device: torch.device, seed: int, most: int) -> None:
         self._places = torch.Generator().manual_seed(seed)
         generator = torch.Generator(device).manual_seed(seed)
-        self._numbers = torch.rand(CHUNK + 2**12, generator=generator, device=device)
+        self._numbers = torch.rand(most + 2**12, generator=generator, device=device)
 
     def take(self, count: int) -> torch.Tensor:
         """[count]."""
@@ -118,8 +120,10 @@ def encode_first(moment: torch.Tensor, code: torch.Tensor, largest: torch.Tensor
     """The inverse of decode_first, rounded at random: noise is uniform in [0, 1)."""
     torch.amax(moment.abs(), 1, keepdim=True, out=largest)
     share = moment / largest.clamp_min(torch.finfo(torch.float32).tiny)
-    root = share.abs().sqrt_().copysign_(share)
-    code.copy_(root.mul_(127).add_(noise.view_as(root)).floor_().clamp_(-127, 127))
+    square = share.abs().mul_(127**2)
+    below = square.sqrt().floor_()
+    up = noise.view_as(square) * (2 * below + 1) < square - below * below  # squares are 2 below + 1 apart
+    code.copy_((below + up).clamp_(max=127).copysign_(share))
 
 
 def decode_second(code: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
@@ -133,7 +137,7 @@ def encode_second(moment: torch.Tensor, code: torch.Tensor, largest: torch.Tenso
     share = moment / largest.clamp_min(torch.finfo(torch.float32).tiny)
     root = share.sqrt().sqrt_().mul_(255)
     rounded = root.add(noise.view_as(root)).floor_().clamp_(0, 255)
-    code.copy_(torch.where(root > 0, rounded.clamp_min_(1), rounded))
+    code.copy_(torch.where(root > 0, rounded.clamp_min(1), rounded))
 
 
 def round_to_bf16(wide: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 from conftest import make_model
 
 from qingtune.config import TrainConfig
-from qingtune.training.optim import make_optimizer, make_schedule, parameter_groups, warmup_steps
+from qingtune.training.adamw8bit import AdamW8bit
+from qingtune.training.optim import EIGHT_BITS, make_optimizer, make_schedule, parameter_groups, warmup_steps
 
 KINDS = ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
@@ -80,15 +81,26 @@ def test_a_group_of_nothing_is_left_out() -> None:
     assert [len(group["params"]) for group in groups] == [1]
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit"])
-def test_optimizers_take_their_settings(optim: str) -> None:
+@pytest.mark.parametrize(
+    ("optim", "kind"),
+    [
+        ("sgd", torch.optim.SGD),
+        ("adamw_torch", torch.optim.AdamW),
+        ("adamw_torch_fused", torch.optim.AdamW),
+        ("adamw_8bit", AdamW8bit),
+        ("adamw_bnb_8bit", AdamW8bit),
+        ("paged_adamw_8bit", AdamW8bit),
+        ("paged_adamw_32bit", torch.optim.AdamW),
+    ],
+)
+def test_optimizers_take_their_settings(optim: str, kind: type[torch.optim.Optimizer]) -> None:
     config = TrainConfig(
         optim=optim, learning_rate=0.5, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6
     )
     model = make_model("qwen2")
     optimizer, notice = make_optimizer(config, model.named_parameters(), torch.device("cpu"))
-    assert isinstance(optimizer, torch.optim.SGD if optim == "sgd" else torch.optim.AdamW)
-    assert (notice is not None) == ("8bit" in optim or "paged" in optim)
+    assert type(optimizer) is kind
+    assert (notice is not None) == (optim == "paged_adamw_32bit")
     assert notice is None or (optim in notice and "NVIDIA" in notice)
     for group, decay in zip(optimizer.param_groups, (0.1, 0.0), strict=True):
         assert (group["lr"], group["weight_decay"]) == (0.5, decay)
@@ -105,6 +117,7 @@ def test_8_bit_optimizers_come_from_bitsandbytes_on_a_gpu(monkeypatch: pytest.Mo
     fake: Any = ModuleType("bitsandbytes")
     fake.optim = SimpleNamespace(**{name: lambda *_, made=name, **__: made for name in names.values()})
     monkeypatch.setitem(sys.modules, "bitsandbytes", fake)
+    assert {optim for optim in names if "8bit" in optim} == EIGHT_BITS
     for optim, name in names.items():
         config = TrainConfig(optim=optim, learning_rate=0.5)
         assert make_optimizer(config, make_model("qwen2").named_parameters(), torch.device("cuda")) == (name, None)

@@ -1,0 +1,89 @@
+"""What the systems are compared on: a model, bundled samples, and the order in which every system sees them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+DATA = Path(__file__).parent.parent / "data" / "store_xhs_sft_samples.jsonl"
+SEED = 42
+MAX_LENGTH = 2048
+# Told to every system, as their templates differ in what they say by themselves.
+SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+# The published shape of Qwen2.5-0.5B.
+QWEN = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def random_model(folder: Path) -> Path:
+    """Weights of Qwen2.5-0.5B's shape without its training, and a tokenizer learnt from the bundled samples."""
+    if (folder / "model.safetensors").exists():
+        return folder
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN)).to(torch.bfloat16).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=6000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(DATA.read_text(encoding="utf-8").splitlines(), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=special[2], pad_token=special[0])
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def write_rows(model: Path, path: Path, count: int, samples_per_step: int) -> dict[str, float]:
+    """Write the first samples of a run in the order it takes them; returns their mean length and trained share."""
+    from qingtune.data.batch import Plan
+    from qingtune.data.format import read_conversations
+    from qingtune.data.tokenize import make_template, tokenize
+    from qingtune.models.load import load_tokenizer, stop_ids
+
+    template = make_template(load_tokenizer(model), stop_ids(model))
+    conversations = read_conversations([str(DATA)], SYSTEM_PROMPT, "raise").conversations
+    samples = tokenize(template, conversations, MAX_LENGTH, "raise").samples
+    assert len(samples) == len(conversations)
+    plan = Plan(len(samples), samples_per_step, 1, 1, SEED)
+    steps = -(-count // samples_per_step)
+    order = [int(index) for step in range(steps) for index in plan.window(step)][:count]
+    with path.open("w", encoding="utf-8") as file:
+        for index in order:
+            ids, trained = samples[index].token_ids.tolist(), samples[index].trained.astype(int).tolist()
+            messages = [{"role": m.role, "content": m.content} for m in conversations[index].messages]
+            row = {"messages": messages, "token_ids": ids, "trained": trained}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    chosen = [samples[index] for index in order]
+    tokens = sum(len(sample.token_ids) for sample in chosen)
+    return {
+        "mean_length": tokens / len(chosen),
+        "trained_share": sum(int(sample.trained.sum()) for sample in chosen) / tokens,
+    }
