@@ -31,7 +31,7 @@ def rms_norm_backward(
     normalised = x.to(wide, copy=True)
     rate = normalised.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
     normalised.mul_(rate)
-    scaled = grad * weight.to(wide)
+    scaled = grad.to(wide, copy=True).mul_(weight)
     shared = (scaled * normalised).mean(-1, keepdim=True)
     return scaled.addcmul_(normalised, shared, value=-1).mul_(rate), normalised
 

@@ -89,7 +89,8 @@ def chunked_head_loss(
     loss = torch.zeros((), dtype=wide, device=hidden.device)
     tiled = grad_weight is not None or weight.dtype != hidden.dtype
     tiles = _tiles(weight.shape[0], VOCABULARY_TILE if tiled else weight.shape[0])
-    for start, end in _tiles(hidden.shape[0], max(1, CHUNK_ELEMENTS // weight.shape[0])):
+    chunks = -(-hidden.shape[0] * weight.shape[0] // CHUNK_ELEMENTS)
+    for start, end in _tiles(hidden.shape[0], -(-hidden.shape[0] // max(chunks, 1))):
         rows = hidden[start:end]
         logits = workspace.take("head.logits", (len(rows), weight.shape[0]), hidden.dtype)
         for a, b in tiles:
@@ -109,7 +110,7 @@ def chunked_head_loss(
 
 
 def _tiles(count: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
+    return [(start, min(start + size, count)) for start in range(0, count, max(size, 1))]
 
 
 def _softmax_minus_one_hot(
@@ -121,13 +122,13 @@ def _softmax_minus_one_hot(
     size = ROWS_AT_A_TIME if logits.device.type == "cpu" else len(logits)
     for start, end in _tiles(len(logits), size):
         rows, wanted = logits[start:end], targets[start:end, None]
-        largest = rows.amax(1, keepdim=True).to(wide)
-        shares = workspace.take("head.rows", rows.shape, wide)
-        torch.sub(rows, largest, out=shares).exp_()
+        shares = workspace.take("head.rows", rows.shape, wide).copy_(rows)  # mixed dtypes would be copied again
+        largest = shares.amax(1, keepdim=True)
+        shares.sub_(largest).exp_()
         total = shares.sum(1, keepdim=True)
         loss += (total.log() + largest - rows.gather(1, wanted)).sum()
         shares.scatter_add_(1, wanted, -total)
-        torch.mul(shares, total.reciprocal_() if scale is None else scale / total, out=rows)
+        rows.copy_(shares.mul_(total.reciprocal_() if scale is None else scale / total))
     return loss
 
 
