@@ -74,19 +74,26 @@ class Norm:
 
     weight: torch.Tensor
     epsilon: float
+    workspace: Workspace
 
     @classmethod
-    def of(cls, module: Any) -> Norm:
+    def of(cls, module: Any, workspace: Workspace) -> Norm:
         """The norm that a module of Transformers holds."""
-        return cls(module.weight, float(module.variance_epsilon))
+        return cls(module.weight, float(module.variance_epsilon), workspace)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., D]."""
-        return rms_norm(x, self.weight, self.epsilon)
+    def forward(self, x: torch.Tensor, name: str = "norm.out") -> torch.Tensor:
+        """[..., D] -> [..., D], in the workspace under the name."""
+        return rms_norm(x, self.weight, self.epsilon, self.workspace, name)
+
+    def add_backward(self, total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Add the gradient of x to total, a tensor like x."""
+        grad_x = self.backward(grad, x)
+        wide = self.workspace.take("norm.product", x.shape, grad_x.dtype).copy_(total)
+        return total.copy_(grad_x.add_(wide))
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The gradient of x in fp32 (fp64 for fp64); the weight's is added to it if it is trained."""
-        grad_x, normalised = rms_norm_backward(grad, x, self.weight, self.epsilon)
+        grad_x, normalised = rms_norm_backward(grad, x, self.weight, self.epsilon, self.workspace)
         if self.weight.requires_grad:
             product = normalised.mul_(grad)
             gradient(self.weight).add_(product.flatten(0, -2).sum(0))
@@ -99,9 +106,9 @@ class AttentionBlock:
     def __init__(self, layer: Any, number: int, dtype: torch.dtype, workspace: Workspace, projections: Any) -> None:
         attention = layer.self_attn
         self.number, self.dtype, self.workspace = number, dtype, workspace
-        self.norm = Norm.of(layer.input_layernorm)
+        self.norm = Norm.of(layer.input_layernorm, workspace)
         self.q_norm, self.k_norm = (
-            Norm.of(getattr(attention, name)) if name in dict(attention.named_children()) else None
+            Norm.of(getattr(attention, name), workspace) if name in dict(attention.named_children()) else None
             for name in ("q_norm", "k_norm")
         )
         self.q, self.kv, self.qkv, self.o = projections(
@@ -150,10 +157,10 @@ class AttentionBlock:
                 grad_normed.index_add_(0, rows, grad_rows)
         if grad_normed is None:
             return None
-        grad_x = self.norm.backward(grad_normed, x)
         if rows is None:
-            return grad.add_(grad_x)
-        return grad_x.index_add_(0, rows, grad.to(grad_x.dtype)).to(self.dtype)
+            return self.norm.add_backward(grad, grad_normed, x)
+        grad_x = self.norm.backward(grad_normed, x)
+        return self._take("attention.grad_x", *x.shape).copy_(grad_x.index_add_(0, rows, grad.to(grad_x.dtype)))
 
     def _take(self, name: str, *shape: int) -> torch.Tensor:
         return self.workspace.take(name, shape, self.dtype)
@@ -184,7 +191,7 @@ class AttentionBlock:
         self, q: torch.Tensor, k: torch.Tensor, now: Pass, rows: torch.Tensor | None, slot: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.q_norm and self.k_norm:
-            q, k = self.q_norm.forward(q), self.k_norm.forward(k)
+            q, k = self.q_norm.forward(q, "norm.q"), self.k_norm.forward(k, "norm.k")
         cos, sin = now.rotary
         q_cos, q_sin = (cos, sin) if rows is None else (cos[rows], sin[rows])
         return (
@@ -201,7 +208,8 @@ class AttentionBlock:
         grad_k = rotate(grad_k.to(self.dtype), cos, -sin, self._take("attention.rotated_k", *grad_k.shape))
         if self.q_norm and self.k_norm:
             raw_q, raw_k = (self._take(slot + name, *x.shape) for name, x in ((".raw_q", grad_q), (".raw_k", grad_k)))
-            grad_q, grad_k = self.q_norm.backward(grad_q, raw_q), self.k_norm.backward(grad_k, raw_k)
+            grad_q = grad_q.copy_(self.q_norm.backward(grad_q, raw_q))
+            grad_k = grad_k.copy_(self.k_norm.backward(grad_k, raw_k))
         return grad_q, grad_k
 
 
@@ -210,7 +218,7 @@ class MLPBlock:
 
     def __init__(self, layer: Any, number: int, dtype: torch.dtype, workspace: Workspace, projections: Any) -> None:
         self.number, self.dtype, self.workspace = number, dtype, workspace
-        self.norm = Norm.of(layer.post_attention_layernorm)
+        self.norm = Norm.of(layer.post_attention_layernorm, workspace)
         self.gate_up, self.down = projections([layer.mlp.gate_proj, layer.mlp.up_proj], [layer.mlp.down_proj])
         self.size = self.down.members[0].shape[1]
 
@@ -242,7 +250,7 @@ class MLPBlock:
         grad_normed = self._take_narrow(x)
         seed = now.dropout_seed(self.number, 2)
         self.gate_up.backward(slot + ".gate_up", normed, [gate, up], grad_normed, seed)
-        return grad.add_(self.norm.backward(grad_normed, x))
+        return self.norm.add_backward(grad, grad_normed, x)
 
     def _down_backward(
         self,
@@ -304,7 +312,7 @@ class Decoder:
         layers = list(enumerate(model.model.layers))
         self.attention = [AttentionBlock(layer, i, dtype, workspace, projections) for i, layer in layers]
         self.mlp = [MLPBlock(layer, i, dtype, workspace, projections) for i, layer in layers]
-        self.norm = Norm.of(model.model.norm)
+        self.norm = Norm.of(model.model.norm, workspace)
         self.rotary = model.model.rotary_emb
         trains = [any(p.requires_grad for p in layer.parameters()) for _, layer in layers]
         self.lowest_trained = trains.index(True) if any(trains) else len(layers)

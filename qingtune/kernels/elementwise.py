@@ -12,28 +12,38 @@ from qingtune.kernels.workspace import Workspace
 aten = torch.ops.aten
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, workspace: Workspace, name: str) -> torch.Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension (Zhang & Sennrich 2019), [..., D] -> [..., D].
 
-    The mean is taken in fp32; weight has x's dtype or is cast to it.
+    Computed in fp32 (fp64 for fp64); the result stays in the workspace under the name.
     """
-    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), epsilon)
+    if x.device.type != "cpu":
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), epsilon)
+    normalised, _ = _normalised(x, epsilon, workspace)
+    return workspace.take(name, x.shape, x.dtype).copy_(normalised.mul_(weight))
 
 
 def rms_norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float, workspace: Workspace
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient with respect to x, and the normalised x, [..., D] both, in fp32 (fp64 for fp64).
+    """Gradient with respect to x, and the normalised x, [..., D] both, in fp32 (fp64 for fp64), in the workspace.
 
     The weight's own gradient is the sum of grad * normalised x over all but the last dimension.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    normalised = x.to(wide, copy=True)
-    rate = normalised.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
-    normalised.mul_(rate)
-    scaled = grad.to(wide, copy=True).mul_(weight)
-    shared = (scaled * normalised).mean(-1, keepdim=True)
+    normalised, rate = _normalised(x, epsilon, workspace)
+    scaled = workspace.take("norm.scaled", x.shape, normalised.dtype).copy_(grad).mul_(weight)
+    product = torch.mul(scaled, normalised, out=workspace.take("norm.product", x.shape, normalised.dtype))
+    shared = product.mean(-1, keepdim=True)
     return scaled.addcmul_(normalised, shared, value=-1).mul_(rate), normalised
+
+
+def _normalised(x: torch.Tensor, epsilon: float, workspace: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / sqrt(mean(x^2) + epsilon), [..., D], and the factor, [..., 1]; every copy is into a buffer that stays."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normalised = workspace.take("norm.wide", x.shape, wide).copy_(x)
+    length = torch.linalg.vector_norm(normalised, dim=-1, keepdim=True)
+    rate = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    return normalised.mul_(rate), rate
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -47,9 +47,10 @@ def check_norm(shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.d
     grad_x, grad_weight = torch.autograd.grad(y, (wide_x, wide_weight), grad.double())
     kept = x.clone(), grad.clone()
     with torch.no_grad():
-        out = rms_norm(x, weight, EPSILON)
-        found, normalised = rms_norm_backward(grad, x, weight, EPSILON)
-        norm = Norm(weight, EPSILON)
+        workspace = Workspace(x.device)
+        out = rms_norm(x, weight, EPSILON, workspace, "out")
+        found, normalised = rms_norm_backward(grad, x, weight, EPSILON, workspace)
+        norm = Norm(weight, EPSILON, Workspace(torch.device("cpu")))
         for _ in range(2):  # gradients add up
             through_norm = norm.backward(grad, x)
     assert x.equal(kept[0])
@@ -80,17 +81,19 @@ def test_the_backward_of_bf16_is_taken_in_fp32() -> None:
     x, grad, weight = torch.randn(5, 64).bfloat16(), torch.randn(5, 64).bfloat16(), torch.randn(64).bfloat16()
     wide = leaf(x)
     (twin,) = torch.autograd.grad(plain_norm(wide, weight.double()), wide, grad.double())
-    close(rms_norm_backward(grad, x, weight, EPSILON)[0], twin, torch.float32)
+    close(rms_norm_backward(grad, x, weight, EPSILON, Workspace(x.device))[0], twin, torch.float32)
 
 
 def test_a_frozen_norm_gets_no_gradient() -> None:
-    norm = Norm(torch.ones(4), EPSILON)
+    norm = Norm(torch.ones(4), EPSILON, Workspace(torch.device("cpu")))
     norm.backward(torch.randn(2, 4), torch.randn(2, 4))
     assert norm.weight.grad is None
 
 
 def test_a_row_of_zeros_has_finite_gradients() -> None:
-    grad_x, normalised = rms_norm_backward(torch.ones(1, 4), torch.zeros(1, 4), torch.ones(4), EPSILON)
+    grad_x, normalised = rms_norm_backward(
+        torch.ones(1, 4), torch.zeros(1, 4), torch.ones(4), EPSILON, Workspace(torch.device("cpu"))
+    )
     torch.testing.assert_close(grad_x, torch.full((1, 4), EPSILON**-0.5))
     assert not normalised.any()
 
