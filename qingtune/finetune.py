@@ -173,10 +173,10 @@ def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware, sa
     narrow = config.optim in EIGHT_BITS and hardware.device.type == "cpu" and hardware.dtype == torch.bfloat16
     dtype = torch.float32 if full and not narrow else hardware.dtype
     model = load_base(folder, dtype, bits, hardware.device, config.cache_dir, say)
-    if full:
+    if full and dtype == stored_dtype(folder):
         for parameter in model.parameters():
-            parameter.data = parameter.data.clone()  # what is loaded may lie in the file's pages
-    else:
+            parameter.data = parameter.data.clone()  # what is loaded as it is stored may lie in the file's pages
+    if not full:
         assert config.lora_alpha is not None
         adapters = add_lora(
             model, config.lora_target_modules, config.lora_r, config.lora_alpha, config.lora_dropout, seed=config.seed

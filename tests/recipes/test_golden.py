@@ -67,7 +67,8 @@ def test_losses_are_those_of_old(method: str, tmp_path: Path, data_file: Path, m
     assert finetune(load_train_config(str(tmp_path / "config.json"), {}).config)
     lines = (tmp_path / "output" / "metrics.jsonl").read_text().splitlines()
     losses = [round(json.loads(line)["loss"], 4) for line in lines]
-    assert losses == pytest.approx(GOLDEN[method], abs=2e-3)
+    # Rounding activations to int8 makes whole steps of last bits, which differ from CPU to CPU and grow step by step.
+    assert losses == pytest.approx(GOLDEN[method], abs=2e-2 if method.endswith("int8 units") else 2e-3)
     if "dropout" in method:
         assert losses[-1] == min(losses)
         assert losses != pytest.approx(GOLDEN[method.removesuffix(" dropout")], abs=2e-3)
