@@ -51,7 +51,8 @@ def make_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardware,
         say: is told the reason where it is not the fastest of all.
     """
     most_tokens = TOKENS_PER_PASS_ON_CPU if hardware.device.type == "cpu" else ALL
-    reason = why_not(model)
+    kind = hardware.device.type
+    reason = why_not(model) or (None if kind in ("cpu", "cuda") else f"ours have not been tried on {kind}")
     if reason:
         say(f"General kernels, slower and with more memory: {reason}.")
         return _general_engine(config, model, hardware, most_tokens, say)

@@ -90,6 +90,14 @@ def test_decoders_are_made_in_silence(kind: str, monkeypatch: pytest.MonkeyPatch
     assert told == []
 
 
+def test_other_devices_than_cpu_and_cuda_take_the_general_kernels() -> None:
+    told: list[str] = []
+    apple = Hardware(torch.device("mps"), torch.float32, "")
+    made = make_engine(config_of(), make_model("qwen2"), apple, TOKENS, told.append)
+    assert not isinstance(getattr(made.add_gradients, "__self__", None), Decoder)
+    assert told[0] == "General kernels, slower and with more memory: ours have not been tried on mps."
+
+
 def test_dropout_of_adapters_is_not_full_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "free_bytes", lambda _: None)
     made = make_engine(config_of(lora_dropout=0.25), make_model("qwen2"), CPU, TOKENS, print)
