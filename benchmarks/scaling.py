@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from workload import random_model
+from workload import model_folder
 
 STEPS = 3
 TRAINED_SHARE = 0.6
@@ -31,8 +30,7 @@ def main() -> None:
     parser.add_argument("--model", help="a Transformers folder; default: random weights of Qwen2.5-0.5B's shape")
     parser.add_argument("--one", nargs=3, type=int, metavar=("LENGTH", "BATCH", "RANK"), help="measure one, as JSON")
     arguments = parser.parse_args()
-    cache = Path(os.environ.get("QINGTUNE_CACHE") or Path.home() / ".cache" / "qingtune")
-    model = Path(arguments.model) if arguments.model else random_model(cache / "bench-model")
+    model = model_folder(arguments.model)
     if arguments.one:
         print(json.dumps(measure(model, *arguments.one)))
         return

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from typing import Any
 
 from peers.environments import make_environment
 from roofline import flops_per_token, shape_of
-from workload import DATA, MAX_LENGTH, SEED, SYSTEM_PROMPT, random_model, write_rows
+from workload import DATA, MAX_LENGTH, SEED, SYSTEM_PROMPT, cache_folder, model_folder, write_rows
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -62,14 +63,19 @@ class Run:
 
 
 def main() -> None:
-    arguments = _arguments()
-    scratch = Path(tempfile.mkdtemp(prefix="qingtune-bench-"))
-    cache = Path(os.environ.get("QINGTUNE_CACHE") or Path.home() / ".cache" / "qingtune")
-    model = Path(arguments.model) if arguments.model else random_model(cache / "bench-model")
+    with tempfile.TemporaryDirectory(prefix="qingtune-bench-") as scratch:
+        compare(_arguments(), Path(scratch))
+
+
+def compare(arguments: argparse.Namespace, scratch: Path) -> None:
+    """Run all systems in turn and print the table."""
+    model = model_folder(arguments.model)
     most = max(arguments.steps, arguments.peer_steps)
     facts = write_rows(model, scratch / "rows.jsonl", most * SAMPLES_PER_STEP, SAMPLES_PER_STEP)
     pythons = {
-        name: make_environment(PEERS[name][0], cache / "bench-envs") for name in arguments.systems if name in PEERS
+        name: make_environment(PEERS[name][0], cache_folder() / "bench-envs")
+        for name in arguments.systems
+        if name in PEERS
     }
     for name, python in pythons.items():
         if isinstance(python, str):
@@ -135,6 +141,7 @@ def _run_ours(system: str, model: Path, scratch: Path, steps: int) -> dict[str, 
         _say(f"{system}: failed\n{''.join(lines[-20:])}")
         return None
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    shutil.rmtree(output)  # a whole model after full training
     steps_seen = [row for row in rows if "loss" in row]
     return {
         "tokens": [row["tokens"] for row in steps_seen],

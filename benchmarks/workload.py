@@ -30,6 +30,18 @@ CHATML = (
 )
 
 
+def cache_folder() -> Path:
+    """Where the benchmark's model and the peers' environments are kept."""
+    from qingtune.models.source import default_cache
+
+    return default_cache()
+
+
+def model_folder(given: str | None) -> Path:
+    """The model that the user names, or random weights."""
+    return Path(given) if given else random_model(cache_folder() / "bench-model")
+
+
 def random_model(folder: Path) -> Path:
     """Weights of Qwen2.5-0.5B's shape without its training, and a tokenizer learnt from the bundled samples."""
     if (folder / "model.safetensors").exists():

@@ -36,7 +36,7 @@ def load_base(
 ) -> PreTrainedModel:
     """Load a model on a device, its linear layers but the head in 4 or 8 bits if `bits` says so.
 
-    Quantised layers are kept in the cache by the content of the model, as making them takes longer than a first step.
+    Quantised layers are kept in the cache, as making them takes seconds; a changed file of the model's makes them anew.
 
     Raises:
         UserError: the model cannot be loaded.

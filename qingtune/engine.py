@@ -21,7 +21,7 @@ from qingtune.kernels.loss import summed_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Matrix products on a CPU are as fast at 700 tokens as at any more; activations grow with each one.
+# Matrix products on a CPU are nearly as fast at 700 tokens as at more; activations grow with each one.
 TOKENS_PER_PASS_ON_CPU = 768
 ALL = 2**31
 # Share of the free memory that activations may take; the rest is for what a step needs for a moment.

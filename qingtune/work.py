@@ -59,13 +59,6 @@ def make_work(
     engine = make_engine(config, model, hardware, longest, say)
     model.train()
 
-    def fetch(step: int) -> list[Batch]:
-        return [
-            collate(group).to(hardware.device)
-            for share in plan.micro_batches(step, processes.index)
-            for group in split_evenly([data.train[i] for i in share], engine.most_tokens)
-        ]
-
     def save(now: Progress) -> None:
         if processes.index == 0:
             save_checkpoint(Path(config.output_dir), trained, optimizer, now, settings)
@@ -77,7 +70,7 @@ def make_work(
     work = Work(
         parameters=list(trained.values()),
         add_gradients=engine.add_gradients,
-        fetch=fetch,
+        fetch=_fetcher(data.train, plan, hardware.device, processes, engine),
         optimizer=optimizer,
         learning_rate=make_schedule(config.lr_scheduler_type, config.learning_rate, warmup_steps(config, total), total),
         evaluate=_evaluator(
@@ -109,6 +102,21 @@ def _limits(config: TrainConfig, plan: Plan) -> Limits:
         save_every=every(config.save_strategy, config.save_steps),
         save_best=config.load_best_model_at_end,
     )
+
+
+def _fetcher(
+    samples: list[Sample], plan: Plan, device: torch.device, processes: Processes, engine: Engine
+) -> Callable[[int], list[Batch]]:
+    """A function that gives this process's micro-batches of a step, as large as the engine takes at a time."""
+
+    def fetch(step: int) -> list[Batch]:
+        return [
+            collate(group).to(device)
+            for share in plan.micro_batches(step, processes.index)
+            for group in split_evenly([samples[i] for i in share], engine.most_tokens)
+        ]
+
+    return fetch
 
 
 def _evaluator(

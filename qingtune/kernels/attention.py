@@ -68,8 +68,11 @@ def attention(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-def depends_on_longest(config: Any) -> str | None:
-    """The reason if a sample's rotary table depends on the longest one beside it; None if it does not."""
+def why_samples_would_mix(config: Any) -> str | None:
+    """The reason why a sample would come out otherwise beside others laid end to end; None if it would not."""
+    kinds = set(config.to_dict().get("layer_types") or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"this model has layers of other kinds than full attention ({', '.join(sorted(kinds))})"
     kind = (config.to_dict().get("rope_parameters") or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
         return f'its rotary embedding ("{kind}") changes with the longest sample'
@@ -85,10 +88,7 @@ def use_end_to_end(model: Any) -> str | None:
     config = model.config
     if config.model_type not in CHECKED_MODEL_TYPES:
         return f'laying samples end to end is not checked for "{config.model_type}" models'
-    kinds = set(config.to_dict().get("layer_types") or ["full_attention"])
-    if kinds != {"full_attention"}:
-        return f"this model has layers of other kinds than full attention ({', '.join(sorted(kinds))})"
-    if reason := depends_on_longest(config):
+    if reason := why_samples_would_mix(config):
         return reason
     from transformers import AttentionInterface
 

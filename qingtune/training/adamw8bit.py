@@ -1,8 +1,8 @@
-"""AdamW (Loshchilov & Hutter 2019) with both moments in 8 bits, for any device that PyTorch runs on.
+"""AdamW (Loshchilov & Hutter 2019) with both moments in 8 bits, for CPUs.
 
 Moments are held in blocks of 256 with the block's largest value (Dettmers et al. 2022,
 https://arxiv.org/abs/2110.02861). The first one is held as its signed square root, the second as its fourth root, so
-that small values beside large ones keep their relative precision; both, and weights in 16 bits, are rounded up or down
+that small values beside large ones keep their relative precision; both, and weights in bf16, are rounded up or down
 at random with the right expectation, without which a change smaller than half a step would be lost every time.
 """
 
@@ -21,7 +21,7 @@ class AdamW8bit(torch.optim.Optimizer):
     """AdamW with 8-bit moments: 2.03 bytes a weight instead of 8.
 
     Args:
-        params: parameters or groups of them, in fp32 or 16 bits.
+        params: parameters or groups of them, in fp32 or bf16.
         lr: learning rate.
         betas: decay rates of the moments.
         eps: added to the root of the second moment.

@@ -42,7 +42,7 @@ def make_optimizer(
         fused = config.optim == "adamw_torch_fused" and device.type in ("cpu", "cuda")
         return torch.optim.AdamW(groups, **adam, fused=fused), None
     if device.type != "cuda":
-        if config.optim in EIGHT_BITS:
+        if config.optim in EIGHT_BITS and device.type == "cpu":
             return AdamW8bit(groups, **adam), None
         return torch.optim.AdamW(groups, **adam, fused=device.type == "cpu"), (
             f"optim {config.optim} needs an NVIDIA GPU; AdamW with fp32 states is used instead."

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from conftest import make_model
 from tiny_runs import lively, make_samples, move_adapters
@@ -15,6 +16,7 @@ from qingtune.adapters.lora import add_lora, member
 from qingtune.adapters.quantize import quantize_model
 from qingtune.data.batch import Batch, collate
 from qingtune.data.tokenize import Sample
+from qingtune.kernels.blocks import AttentionBlock, MLPBlock
 from qingtune.kernels.decoder import Decoder, why_not
 from qingtune.kernels.loss import summed_loss
 
@@ -133,3 +135,16 @@ def apart_in_all(found: Gradients, wanted: Gradients) -> float:
     assert found.keys() == wanted.keys()
     one, two = (torch.cat([gradients[name].flatten() for name in wanted]) for gradients in (found, wanted))
     return float((one - two).norm() / two.norm())
+
+
+def rows_computed(monkeypatch: pytest.MonkeyPatch, block: type[AttentionBlock] | type[MLPBlock]) -> list[int]:
+    """A list that grows by the rows of each forward of such a block from now on."""
+    rows: list[int] = []
+    forward: Any = block.forward
+
+    def counted(self: Any, x: torch.Tensor, *rest: Any) -> None:
+        rows.append(len(x))
+        forward(self, x, *rest)
+
+    monkeypatch.setattr(block, "forward", counted)
+    return rows

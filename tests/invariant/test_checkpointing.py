@@ -10,7 +10,7 @@ from tiny_runs import LORA, QLORA4, QLORA8, assert_equal, metrics, save_model, t
 
 from qingtune import engine
 from qingtune.kernels import attention as general
-from qingtune.kernels.decoder import AttentionBlock, MLPBlock
+from qingtune.kernels.blocks import AttentionBlock, MLPBlock
 
 STEPS, LAYERS = 3, 2
 OWN_DROPOUT = {"attn_pdrop": 0.2, "resid_pdrop": 0.2, "embd_pdrop": 0.2}

@@ -7,14 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import MODELS, TRAINED, apart, apart_in_all, batches, decoded, make_decodable, random_sample, reference
+from decoders import (
+    MODELS,
+    TRAINED,
+    apart,
+    apart_in_all,
+    batches,
+    decoded,
+    make_decodable,
+    random_sample,
+    reference,
+    rows_computed,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import make_samples
 
 from qingtune.adapters.lora import member
 from qingtune.data.batch import Batch, collate
-from qingtune.kernels.decoder import AttentionBlock, Decoder, MLPBlock
+from qingtune.kernels.blocks import AttentionBlock, MLPBlock
+from qingtune.kernels.decoder import Decoder
 
 # Relative, on loss and gradients. Transformers takes norms and rotary tables in fp32 even in an fp64 model.
 # Measured: 3e-7 and 9e-6 in fp32, 2e-7 and 3e-6 in fp64.
@@ -116,14 +128,7 @@ def test_fp64_gradients_are_those_of_differences(kind: str) -> None:
 @pytest.mark.parametrize("name", SHARING)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_common_beginning_is_computed_once(name: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
-    forward = AttentionBlock.forward
-
-    def counted(self: AttentionBlock, x: torch.Tensor, *rest: Any) -> None:
-        rows.append(len(x))
-        forward(self, x, *rest)
-
-    monkeypatch.setattr(AttentionBlock, "forward", counted)
+    rows = rows_computed(monkeypatch, AttentionBlock)
     decoder, batch = Decoder(make_decodable("qwen2"), torch.float32, member), batches()[name]
     decoder.add_gradients(batch, torch.tensor(1.0)) if training else decoder.loss(batch)
     assert rows == [len(batch.token_ids) - SHARING[name]] * 2
@@ -131,14 +136,7 @@ def test_a_common_beginning_is_computed_once(name: str, training: bool, monkeypa
 
 @pytest.mark.parametrize("name", ["several blocks", "single tokens and nothing trained among others"])
 def test_last_layer_computes_only_rows_that_predict(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
-    forward = MLPBlock.forward
-
-    def counted(self: MLPBlock, x: torch.Tensor, *rest: Any) -> None:
-        rows.append(len(x))
-        forward(self, x, *rest)
-
-    monkeypatch.setattr(MLPBlock, "forward", counted)
+    rows = rows_computed(monkeypatch, MLPBlock)
     batch = batches()[name]
     decoded(make_decodable("qwen2"), batch)
     assert rows == [len(batch.token_ids), len(batch.targets)]

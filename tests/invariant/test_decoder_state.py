@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import Gradients, apart, batches, decoded, make_decodable, random_sample
+from decoders import Gradients, apart, batches, decoded, make_decodable, random_sample, rows_computed
 from tiny_runs import assert_equal
 
 from qingtune.adapters.lora import member
 from qingtune.data.batch import Batch, collate
-from qingtune.kernels.decoder import AttentionBlock, Decoder
+from qingtune.kernels.blocks import AttentionBlock
+from qingtune.kernels.decoder import Decoder
 
 Choices = dict[str, Any]
 CHOICES: dict[str, tuple[str, str, int | None, Choices]] = {
@@ -130,14 +131,7 @@ def test_dropout_keeps_the_expectation() -> None:
 
 
 def test_under_dropout_samples_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
-    forward = AttentionBlock.forward
-
-    def counted(self: AttentionBlock, x: torch.Tensor, *rest: Any) -> None:
-        rows.append(len(x))
-        forward(self, x, *rest)
-
-    monkeypatch.setattr(AttentionBlock, "forward", counted)
+    rows = rows_computed(monkeypatch, AttentionBlock)
     batch = batches()["common beginning"]
     decoder = Decoder(make_decodable("qwen2"), torch.float32, member, dropout=0.1)
     decoder.add_gradients(batch, torch.tensor(1.0))

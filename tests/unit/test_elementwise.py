@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qingtune.kernels.decoder import Norm
+from qingtune.kernels.blocks import Norm
 from qingtune.kernels.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
 from qingtune.kernels.workspace import Workspace
 

@@ -1,0 +1,233 @@
+"""The two blocks of a decoder layer, attention and MLP with their norms, forward and backward written out.
+
+Each keeps its input, what attention needs, gate and up, and computes the rest again. `slot` is the name under which a
+block's tensors stay in the workspace from its forward to its backward.
+
+Shapes: T tokens of the layout, N trained ones, D hidden size, I size of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qingtune.kernels.block_attention import BlockAttention, Blocks, Heads
+from qingtune.kernels.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
+from qingtune.kernels.layout import Layout
+from qingtune.kernels.projection import Projection, gradient
+from qingtune.kernels.workspace import Workspace
+
+# Groups of modules that read one input -> their projections.
+MakeProjections = Callable[..., list[Projection]]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What all layers of a pass share: the layout, cos and sin [T, 1, d / 2], and the seed of its dropout masks."""
+
+    layout: Layout
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    seed: int | None
+
+    def dropout_seed(self, layer: int, part: int) -> int | None:
+        """The seed of one mask of a layer; part tells its masks apart."""
+        return None if self.seed is None else (self.seed + 8 * layer + part) % 2**62
+
+    def blocks(self, rows: torch.Tensor | None) -> Blocks:
+        """Blocks of attention in which all tokens ask, or those that predict."""
+        return self.layout.blocks if rows is None else self.layout.predicting_blocks
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm's weight and epsilon."""
+
+    weight: torch.Tensor
+    epsilon: float
+    workspace: Workspace
+
+    @classmethod
+    def of(cls, module: Any, workspace: Workspace) -> Norm:
+        """The norm that a module of Transformers holds."""
+        return cls(module.weight, float(module.variance_epsilon), workspace)
+
+    def forward(self, x: torch.Tensor, name: str = "norm.out") -> torch.Tensor:
+        """[..., D] -> [..., D], in the workspace under the name."""
+        return rms_norm(x, self.weight, self.epsilon, self.workspace, name)
+
+    def add_backward(self, total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Add the gradient of x to total, a tensor like x."""
+        grad_x = self.backward(grad, x)
+        wide = self.workspace.take("norm.product", x.shape, grad_x.dtype).copy_(total)
+        return total.copy_(grad_x.add_(wide))
+
+    def backward(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The gradient of x in fp32 (fp64 for fp64); the weight's is added to it if it is trained."""
+        grad_x, normalised = rms_norm_backward(grad, x, self.weight, self.epsilon, self.workspace)
+        if self.weight.requires_grad:
+            product = normalised.mul_(grad)
+            gradient(self.weight).add_(product.flatten(0, -2).sum(0))
+        return grad_x
+
+
+class AttentionBlock:
+    """x -> x + o(attention(qkv(norm(x)))); in the last layer only rows that predict go beyond keys and values."""
+
+    def __init__(
+        self, layer: Any, number: int, dtype: torch.dtype, workspace: Workspace, projections: MakeProjections
+    ) -> None:
+        attention = layer.self_attn
+        self.number, self.dtype, self.workspace = number, dtype, workspace
+        self.norm = Norm.of(layer.input_layernorm, workspace)
+        self.q_norm, self.k_norm = (
+            Norm.of(getattr(attention, name), workspace) if name in dict(attention.named_children()) else None
+            for name in ("q_norm", "k_norm")
+        )
+        self.q, self.kv, self.qkv, self.o = projections(
+            [attention.q_proj],
+            [attention.k_proj, attention.v_proj],
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            [attention.o_proj],
+        )
+        size = attention.head_dim
+        q_out, k_out = (self.qkv.members[i].shape[0] for i in (0, 1))
+        self.heads = Heads(q_out // size, k_out // size, size, float(attention.scaling))
+        self.attention = BlockAttention(self.heads, workspace)
+
+    def forward(self, x: torch.Tensor, now: Pass, out: torch.Tensor, slot: str, rows: torch.Tensor | None) -> None:
+        """x: [T, D] -> out: [T, D], or [N, D] where rows says which."""
+        normed = self.norm.forward(x)
+        q, k, v = self._project(normed, now, slot, rows)
+        q, k = self._rotated(q, k, now, rows)
+        attended = self._take(slot + ".attended", len(q), self.heads.queries * self.heads.size)
+        self.attention.forward(slot, now.blocks(rows), q, k, v, attended)
+        out.copy_(x if rows is None else x[rows])
+        self.o.forward(slot + ".o", attended, [out], now.dropout_seed(self.number, 1), add=True)
+
+    def backward(
+        self, grad: torch.Tensor, x: torch.Tensor, now: Pass, slot: str, rows: torch.Tensor | None, *, wanted: bool
+    ) -> torch.Tensor | None:
+        """grad: gradient of out -> gradient of x, [T, D], None if it is not wanted; grad may be overwritten."""
+        heads = self.heads
+        attended = self._take(slot + ".attended", len(grad), heads.queries * heads.size)
+        grad_attended = self._take("attention.grad_out", *attended.shape)
+        self.o.backward(slot + ".o", attended, [grad], grad_attended, now.dropout_seed(self.number, 1))
+        grad_q, grad_k, grad_v = self.attention.backward(slot, now.blocks(rows), grad_attended, len(x), self.dtype)
+        grad_q, grad_k = self._rotated_backward(grad_q, grad_k, now, rows, slot)
+        grads = [part.flatten(1).to(self.dtype) for part in (grad_q, grad_k, grad_v)]
+        normed = self.norm.forward(x)
+        grad_normed = self._take("attention.grad_normed", *x.shape) if wanted else None
+        seed = now.dropout_seed(self.number, 0)
+        if rows is None:
+            self.qkv.backward(slot + ".qkv", normed, grads, grad_normed, seed)
+        else:
+            self.kv.backward(slot + ".kv", normed, grads[1:], grad_normed, seed)
+            grad_rows = None if grad_normed is None else self._take("attention.grad_rows", len(rows), x.shape[1])
+            q_seed = now.dropout_seed(self.number, 4)
+            self.q.backward(slot + ".q", normed[rows], grads[:1], grad_rows, q_seed)
+            if grad_normed is not None and grad_rows is not None:
+                grad_normed.index_add_(0, rows, grad_rows)
+        if grad_normed is None:
+            return None
+        if rows is None:
+            return self.norm.add_backward(grad, grad_normed, x)
+        grad_x = self.norm.backward(grad_normed, x)
+        return self._take("attention.grad_x", *x.shape).copy_(grad_x.index_add_(0, rows, grad.to(grad_x.dtype)))
+
+    def _take(self, name: str, *shape: int) -> torch.Tensor:
+        return self.workspace.take(name, shape, self.dtype)
+
+    def _project(
+        self, normed: torch.Tensor, now: Pass, slot: str, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [T or N, heads * d], keys and values [T, heads * d]."""
+        q_count = len(normed) if rows is None else len(rows)
+        width, narrow = self.heads.queries * self.heads.size, self.heads.keys * self.heads.size
+        kept = slot if self.q_norm else "attention"  # norms on queries and keys need them in the backward pass
+        q = self._take(kept + ".raw_q", q_count, width)
+        k = self._take(kept + ".raw_k", len(normed), narrow)
+        v = self._take("attention.raw_v", len(normed), narrow)
+        seed = now.dropout_seed(self.number, 0)
+        if rows is None:
+            self.qkv.forward(slot + ".qkv", normed, [q, k, v], seed)
+        else:
+            self.kv.forward(slot + ".kv", normed, [k, v], seed)
+            self.q.forward(slot + ".q", normed[rows], [q], now.dropout_seed(self.number, 4))
+        return self._apart(q), self._apart(k), self._apart(v)
+
+    def _apart(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, heads * d] -> [n, heads, d]."""
+        return x.view(len(x), x.shape[1] // self.heads.size, self.heads.size)
+
+    def _rotated(
+        self, q: torch.Tensor, k: torch.Tensor, now: Pass, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.q_norm and self.k_norm:
+            q, k = self.q_norm.forward(q, "norm.q"), self.k_norm.forward(k, "norm.k")
+        cos, sin = now.rotary
+        q_cos, q_sin = (cos, sin) if rows is None else (cos[rows], sin[rows])
+        return (
+            rotate(q, q_cos, q_sin, self._take("attention.rotated_q", *q.shape)),
+            rotate(k, cos, sin, self._take("attention.rotated_k", *k.shape)),
+        )
+
+    def _rotated_backward(
+        self, grad_q: torch.Tensor, grad_k: torch.Tensor, now: Pass, rows: torch.Tensor | None, slot: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = now.rotary
+        q_cos, q_sin = (cos, sin) if rows is None else (cos[rows], sin[rows])
+        grad_q = rotate(grad_q, q_cos, -q_sin, self._take("attention.rotated_q", *grad_q.shape))
+        grad_k = rotate(grad_k.to(self.dtype), cos, -sin, self._take("attention.rotated_k", *grad_k.shape))
+        if self.q_norm and self.k_norm:
+            raw_q, raw_k = (self._take(slot + name, *x.shape) for name, x in ((".raw_q", grad_q), (".raw_k", grad_k)))
+            grad_q = grad_q.copy_(self.q_norm.backward(grad_q, raw_q))
+            grad_k = grad_k.copy_(self.k_norm.backward(grad_k, raw_k))
+        return grad_q, grad_k
+
+
+class MLPBlock:
+    """x -> x + down(silu(gate(norm(x))) * up(norm(x)))."""
+
+    def __init__(
+        self, layer: Any, number: int, dtype: torch.dtype, workspace: Workspace, projections: MakeProjections
+    ) -> None:
+        self.number, self.dtype, self.workspace = number, dtype, workspace
+        self.norm = Norm.of(layer.post_attention_layernorm, workspace)
+        self.gate_up, self.down = projections([layer.mlp.gate_proj, layer.mlp.up_proj], [layer.mlp.down_proj])
+        self.size = self.down.members[0].shape[1]
+
+    def forward(self, x: torch.Tensor, now: Pass, out: torch.Tensor, slot: str) -> None:
+        """x: [T, D] -> out: [T, D]."""
+        hidden = self._expand(x, now, slot)
+        out.copy_(x)
+        self.down.forward(slot + ".down", hidden, [out], now.dropout_seed(self.number, 3), add=True)
+
+    def forward_again(self, x: torch.Tensor, now: Pass, slot: str) -> None:
+        """As much of forward as backward needs to have been done."""
+        hidden = self._expand(x, now, slot)
+        self.down.keep_low(slot + ".down", hidden, now.dropout_seed(self.number, 3))
+
+    def _expand(self, x: torch.Tensor, now: Pass, slot: str) -> torch.Tensor:
+        """The hidden layer, [T, I]; gate and up are kept under the slot."""
+        gate, up = self._take(slot + ".gate", len(x)), self._take(slot + ".up", len(x))
+        seed = now.dropout_seed(self.number, 2)
+        self.gate_up.forward(slot + ".gate_up", self.norm.forward(x), [gate, up], seed)
+        return swiglu(gate, up, self._take("mlp.hidden", len(x)))
+
+    def backward(self, grad: torch.Tensor, x: torch.Tensor, now: Pass, slot: str) -> torch.Tensor:
+        """grad: gradient of out, which becomes that of x; gate and up give way to their gradients."""
+        gate, up = self._take(slot + ".gate", len(x)), self._take(slot + ".up", len(x))
+        hidden = swiglu(gate, up, self._take("mlp.hidden", len(x)))
+        grad_hidden = self._take("mlp.grad_hidden", len(x))
+        self.down.backward(slot + ".down", hidden, [grad], grad_hidden, now.dropout_seed(self.number, 3))
+        swiglu_backward(grad_hidden, gate, up, self.workspace)
+        grad_normed = self.workspace.take("mlp.grad_normed", x.shape, self.dtype)
+        seed = now.dropout_seed(self.number, 2)
+        self.gate_up.backward(slot + ".gate_up", self.norm.forward(x), [gate, up], grad_normed, seed)
+        return self.norm.add_backward(grad, grad_normed, x)
+
+    def _take(self, name: str, rows: int) -> torch.Tensor:
+        return self.workspace.take(name, (rows, self.size), self.dtype)
