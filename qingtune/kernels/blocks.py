@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from qingtune.kernels.block_attention import BlockAttention, Blocks, Heads
+from qingtune.kernels.block_attention import BlockAttention, Heads
 from qingtune.kernels.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
+from qingtune.kernels.flash_attention import FlashAttention
 from qingtune.kernels.layout import Layout
 from qingtune.kernels.projection import Projection, gradient
 from qingtune.kernels.workspace import Workspace
@@ -35,10 +36,6 @@ class Pass:
     def dropout_seed(self, layer: int, part: int) -> int | None:
         """The seed of one mask of a layer; part tells its masks apart."""
         return None if self.seed is None else (self.seed + 8 * layer + part) % 2**62
-
-    def blocks(self, rows: torch.Tensor | None) -> Blocks:
-        """Blocks of attention in which all tokens ask, or those that predict."""
-        return self.layout.blocks if rows is None else self.layout.predicting_blocks
 
 
 @dataclass(frozen=True)
@@ -74,10 +71,20 @@ class Norm:
 
 
 class AttentionBlock:
-    """x -> x + o(attention(qkv(norm(x)))); in the last layer only rows that predict go beyond keys and values."""
+    """x -> x + o(attention(qkv(norm(x)))); in the last layer only rows that predict go beyond keys and values.
+
+    Flash attention, if wanted, is for layers in which all rows do.
+    """
 
     def __init__(
-        self, layer: Any, number: int, dtype: torch.dtype, workspace: Workspace, projections: MakeProjections
+        self,
+        layer: Any,
+        number: int,
+        dtype: torch.dtype,
+        workspace: Workspace,
+        projections: MakeProjections,
+        *,
+        flash: bool,
     ) -> None:
         attention = layer.self_attn
         self.number, self.dtype, self.workspace = number, dtype, workspace
@@ -95,7 +102,8 @@ class AttentionBlock:
         size = attention.head_dim
         q_out, k_out = (self.qkv.members[i].shape[0] for i in (0, 1))
         self.heads = Heads(q_out // size, k_out // size, size, float(attention.scaling))
-        self.attention = BlockAttention(self.heads, workspace)
+        self.flash = flash
+        self.attention: Any = (FlashAttention if flash else BlockAttention)(self.heads, workspace)
 
     def forward(self, x: torch.Tensor, now: Pass, out: torch.Tensor, slot: str, rows: torch.Tensor | None) -> None:
         """x: [T, D] -> out: [T, D], or [N, D] where rows says which."""
@@ -103,7 +111,7 @@ class AttentionBlock:
         q, k, v = self._project(normed, now, slot, rows)
         q, k = self._rotated(q, k, now, rows)
         attended = self._take(slot + ".attended", len(q), self.heads.queries * self.heads.size)
-        self.attention.forward(slot, now.blocks(rows), q, k, v, attended)
+        self.attention.forward(slot, self._places(now, rows), q, k, v, attended)
         out.copy_(x if rows is None else x[rows])
         self.o.forward(slot + ".o", attended, [out], now.dropout_seed(self.number, 1), add=True)
 
@@ -115,7 +123,8 @@ class AttentionBlock:
         attended = self._take(slot + ".attended", len(grad), heads.queries * heads.size)
         grad_attended = self._take("attention.grad_out", *attended.shape)
         self.o.backward(slot + ".o", attended, [grad], grad_attended, now.dropout_seed(self.number, 1))
-        grad_q, grad_k, grad_v = self.attention.backward(slot, now.blocks(rows), grad_attended, len(x), self.dtype)
+        places = self._places(now, rows)
+        grad_q, grad_k, grad_v = self.attention.backward(slot, places, grad_attended, len(x), self.dtype)
         grad_q, grad_k = self._rotated_backward(grad_q, grad_k, now, rows, slot)
         grads = [part.flatten(1).to(self.dtype) for part in (grad_q, grad_k, grad_v)]
         normed = self.norm.forward(x)
@@ -136,6 +145,12 @@ class AttentionBlock:
             return self.norm.add_backward(grad, grad_normed, x)
         grad_x = self.norm.backward(grad_normed, x)
         return self._take("attention.grad_x", *x.shape).copy_(grad_x.index_add_(0, rows, grad.to(grad_x.dtype)))
+
+    def _places(self, now: Pass, rows: torch.Tensor | None) -> Any:
+        """Which keys each row sees, as the kind of attention wants it."""
+        if self.flash:
+            return now.layout.lengths
+        return now.layout.blocks if rows is None else now.layout.predicting_blocks
 
     def _take(self, name: str, *shape: int) -> torch.Tensor:
         return self.workspace.take(name, shape, self.dtype)

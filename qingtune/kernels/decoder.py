@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from qingtune.data.batch import Batch
+from qingtune.kernels import flash_attention
 from qingtune.kernels.attention import why_samples_would_mix
 from qingtune.kernels.blocks import AttentionBlock, MLPBlock, Norm, Pass
 from qingtune.kernels.dropout import new_seed
-from qingtune.kernels.layout import Layout, lay_out
+from qingtune.kernels.layout import Layout, fill_up, lay_out
 from qingtune.kernels.loss import chunked_head_loss
 from qingtune.kernels.projection import Member, Projection, gradient
 from qingtune.kernels.workspace import Workspace
@@ -82,7 +83,11 @@ class Decoder:
             ]
 
         layers = list(enumerate(model.model.layers))
-        self.attention = [AttentionBlock(layer, i, dtype, workspace, projections) for i, layer in layers]
+        flash = flash_attention.fits(self.embedding.device, dtype, layers[0][1].self_attn.head_dim)
+        self.attention = [
+            AttentionBlock(layer, i, dtype, workspace, projections, flash=flash and i < len(layers) - 1)
+            for i, layer in layers
+        ]
         self.mlp = [MLPBlock(layer, i, dtype, workspace, projections) for i, layer in layers]
         self.norm = Norm.of(model.model.norm, workspace)
         self.rotary = model.model.rotary_emb
@@ -115,7 +120,7 @@ class Decoder:
 
     def _forward(self, batch: Batch, seed: int | None, scale: torch.Tensor | None) -> torch.Tensor:
         """The loss, and with a scale its gradient."""
-        layout = lay_out(batch, share_prefix=seed is None)
+        layout = fill_up(lay_out(batch, share_prefix=seed is None))
         self.workspace.headroom = max(1.0, self.most_tokens / len(layout.token_ids))
         x = self._input(0, len(layout.token_ids), keep=scale is not None)
         x.copy_(F.embedding(layout.token_ids, self.embedding))

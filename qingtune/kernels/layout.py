@@ -7,13 +7,14 @@ in it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from qingtune.data.batch import Batch
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 QUERY_BLOCK = 256  # rows of a block of attention scores, at most
+# Products of 577 or 583 rows were seen to take 5 to 12 % longer than those of 584.
+ROWS_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,24 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """Where each segment's queries and keys lie; K keys in all, those of the shared beginning once for each segment.
+
+    Attributes:
+        queries: int32 [segments + 1], where each one's queries start.
+        keys: int32 [segments + 1], where each one's keys start.
+        places: int64 [K], the token of the layout that each key belongs to.
+        most_queries: of one segment; likewise most_keys.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    places: torch.Tensor
+    most_queries: int
+    most_keys: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """A micro-batch as the decoder computes it; T tokens, N trained tokens.
 
@@ -81,6 +102,17 @@ class Layout:
     def predicting_blocks(self) -> list[tuple[Segment, list[Block]]]:
         """Blocks in which only predicting rows ask, query rows counted among them."""
         return make_blocks(self.segments, self.predicting.cpu().numpy(), self.token_ids.device)
+
+    @cached_property
+    def lengths(self) -> Lengths:
+        """Lengths of the segments, for attention in which every token asks."""
+        device = self.token_ids.device
+        queries = [segment.end - segment.start for segment in self.segments]
+        keys = [segment.keys for segment in self.segments]
+        parts = [places for s in self.segments for places in (np.arange(s.shared), np.arange(s.start, s.end))]
+        q_starts, k_starts = (torch.from_numpy(np.cumsum([0, *n], dtype=np.int32)).to(device) for n in (queries, keys))
+        places = torch.from_numpy(np.concatenate(parts)).to(device)
+        return Lengths(q_starts, k_starts, places, max(queries), max(keys))
 
 
 def make_blocks(
@@ -122,6 +154,20 @@ def lay_out(batch: Batch, *, share_prefix: bool) -> Layout:
         segments=tuple(segments),
         predicting=torch.searchsorted(kept[shared:], batch.predicting) + shared,
         targets=batch.targets,
+    )
+
+
+def fill_up(layout: Layout) -> Layout:
+    """The layout with a multiple of 8 tokens: a sample that trains nothing is added where there are too few."""
+    end = len(layout.token_ids)
+    filler = -end % ROWS_MULTIPLE
+    if not filler:
+        return layout
+    return replace(
+        layout,
+        token_ids=F.pad(layout.token_ids, (0, filler)),
+        positions=F.pad(layout.positions, (0, filler)),
+        segments=(*layout.segments, Segment(end, end + filler, 0)),
     )
 
 

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import torch
+
+from qingtune.kernels import flash_attention
+from qingtune.kernels.block_attention import BlockAttention, Heads
+from qingtune.kernels.flash_attention import FlashAttention
+from qingtune.kernels.layout import Layout, Segment
+from qingtune.kernels.workspace import Workspace
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -69,3 +77,29 @@ def test_adapter_answers_in_four_bits(
     losses(run, tiny(), data_file, tmp_path / "out", "--use_qlora")
     result = run("inference_lora.py", "--lora_model", tmp_path / "out", "--load_in_4bit", "--prompt", "hi")
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("shared", [0, 40])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_flash_attention_is_block_attention(dtype: torch.dtype, shared: int) -> None:
+    """Output and gradients of 14 query and 2 key heads of size 64, over segments of one token to several blocks."""
+    device = torch.device("cuda")
+    edges = [*accumulate([300, 1, 40, 700], initial=shared)]
+    segments = [Segment(start, end, shared) for start, end in pairwise(edges)]
+    segments = [Segment(0, shared, 0), *segments] if shared else segments
+    places = torch.zeros(edges[-1], dtype=torch.int64, device=device)
+    layout = Layout(places, places, tuple(segments), places, places)
+    heads = Heads(14, 2, 64, 0.125)
+    torch.manual_seed(0)
+    q, grad = (torch.randn(edges[-1], 14, 64, device=device, dtype=dtype) for _ in range(2))
+    k, v = (torch.randn(edges[-1], 2, 64, device=device, dtype=dtype) for _ in range(2))
+    found = []
+    for kind, where in ((FlashAttention, layout.lengths), (BlockAttention, layout.blocks)):
+        attention: Any = kind(heads, Workspace(device))
+        out = torch.empty(edges[-1], 14 * 64, device=device, dtype=dtype)
+        attention.forward("a", where, q, k, v, out)
+        grads = attention.backward("a", where, grad.flatten(1), edges[-1], dtype)
+        found.append([out, *(x.clone() for x in grads)])
+    assert flash_attention.fits(device, dtype, 64)
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine.double(), other.double(), rtol=0.02, atol=0.02 * float(other.abs().max()))

@@ -19,6 +19,7 @@ from decoders import (
     reference,
     rows_computed,
 )
+from flash_twin import flash_kernels_of_plain_pytorch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import make_samples
@@ -64,6 +65,17 @@ def test_same_as_transformers_in_fp32(kind: str, trained: str) -> None:
     model = make_decodable(kind, trained)
     for number, (name, batch) in enumerate(batches().items()):
         assert_same(model, batch, name, recompute=number % 3)
+
+
+@pytest.mark.parametrize("trained", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama tied"])
+def test_same_as_transformers_with_flash_attention(kind: str, trained: str) -> None:
+    """As on a GPU, but for the kernels themselves."""
+    model = make_decodable(kind, trained)
+    with flash_kernels_of_plain_pytorch():
+        for number, (name, batch) in enumerate(batches().items()):
+            assert_same(model, batch, name, recompute=number % 3)
+            assert Decoder(model, torch.float32, member).attention[0].flash
 
 
 @pytest.mark.parametrize("trained", TRAINED)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qingtune.data.batch import Batch, collate
 from qingtune.data.tokenize import Sample
 from qingtune.kernels import layout as layouts
-from qingtune.kernels.layout import Block, Layout, Segment, lay_out, make_blocks
+from qingtune.kernels.layout import Block, Layout, Segment, fill_up, lay_out, make_blocks
 
 CPU = torch.device("cpu")
 Text = list[tuple[int, bool]]  # token and whether it is trained
@@ -175,3 +175,17 @@ def test_a_layout_asks_for_all_rows_or_for_those_that_predict() -> None:
         [(3, 5)],
         [],
     ]
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 16])
+def test_filling_up_adds_a_sample_that_nothing_else_sees(length: int) -> None:
+    layout = lay_out(batch_of(plain("a" * (length - 3), "yes")), share_prefix=False)
+    filled = fill_up(layout)
+    end = -(-length // 8) * 8
+    assert len(filled.token_ids) == len(filled.positions) == end
+    assert filled.token_ids[:length].equal(layout.token_ids)
+    assert filled.positions[:length].equal(layout.positions)
+    added = (Segment(length, end, 0),) if end > length else ()
+    assert filled.segments == layout.segments + added
+    assert filled.predicting is layout.predicting
+    assert filled.targets is layout.targets
