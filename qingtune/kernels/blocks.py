@@ -230,18 +230,20 @@ class MLPBlock:
         gate, up = self._take(slot + ".gate", len(x)), self._take(slot + ".up", len(x))
         seed = now.dropout_seed(self.number, 2)
         self.gate_up.forward(slot + ".gate_up", self.norm.forward(x), [gate, up], seed)
-        return swiglu(gate, up, self._take("mlp.hidden", len(x)))
+        hidden = self._take("mlp.hidden", len(x))
+        return swiglu(gate, up, hidden, hidden)
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor, now: Pass, slot: str) -> torch.Tensor:
-        """grad: gradient of out, which becomes that of x; gate and up give way to their gradients."""
+        """grad: gradient of out, which becomes that of x; gate gives way to its gradient."""
         gate, up = self._take(slot + ".gate", len(x)), self._take(slot + ".up", len(x))
-        hidden = swiglu(gate, up, self._take("mlp.hidden", len(x)))
+        activated = self._take("mlp.activated", len(x))
+        hidden = swiglu(gate, up, activated, self._take("mlp.hidden", len(x)))
         grad_hidden = self._take("mlp.grad_hidden", len(x))
         self.down.backward(slot + ".down", hidden, [grad], grad_hidden, now.dropout_seed(self.number, 3))
-        swiglu_backward(grad_hidden, gate, up, self.workspace)
+        swiglu_backward(grad_hidden, gate, up, activated)
         grad_normed = self.workspace.take("mlp.grad_normed", x.shape, self.dtype)
         seed = now.dropout_seed(self.number, 2)
-        self.gate_up.backward(slot + ".gate_up", self.norm.forward(x), [gate, up], grad_normed, seed)
+        self.gate_up.backward(slot + ".gate_up", self.norm.forward(x), [gate, activated], grad_normed, seed)
         return self.norm.add_backward(grad, grad_normed, x)
 
     def _take(self, name: str, rows: int) -> torch.Tensor:

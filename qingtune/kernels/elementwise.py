@@ -46,22 +46,16 @@ def _normalised(x: torch.Tensor, epsilon: float, workspace: Workspace) -> tuple[
     return normalised.mul_(rate), rate
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up (Shazeer 2020), [T, I] all three."""
-    aten.silu.out(gate, out=out)
-    return out.mul_(up)
-
-
-def swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, workspace: Workspace) -> None:
-    """Put the gradients of gate and up in their places, and silu(gate) * up in the place of grad; [T, I] all three."""
-    activated = workspace.take("swiglu.activated", gate.shape, gate.dtype)
-    grad_activated = workspace.take("swiglu.grad", gate.shape, gate.dtype)
+def swiglu(gate: torch.Tensor, up: torch.Tensor, activated: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (Shazeer 2020) into out, silu(gate) into activated; [T, I] all four, the last two may be one."""
     aten.silu.out(gate, out=activated)
-    torch.mul(grad, up, out=grad_activated)
-    aten.silu_backward.grad_input(grad_activated, gate, grad_input=gate)
-    torch.mul(activated, up, out=grad_activated)
-    torch.mul(grad, activated, out=up)
-    grad.copy_(grad_activated)
+    return torch.mul(activated, up, out=out)
+
+
+def swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activated: torch.Tensor) -> None:
+    """Put the gradient of gate in gate's place and that of up in activated's; grad is overwritten; [T, I] all four."""
+    torch.mul(grad, activated, out=activated)
+    aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=gate)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -198,7 +198,9 @@ class Projection:
     def _weight(self, base: Any, dtype: torch.dtype) -> torch.Tensor:
         """The layer's weight in a dtype, [out, in]; for a moment if it has to be made."""
         if isinstance(base, QuantizedLinear):
-            return base.dequantize(dtype)
+            return base.dequantize(
+                dtype, self.workspace.take("projection.weight", (base.out_features, base.in_features), dtype)
+            )
         weight = cast("torch.Tensor", base.weight)
         return weight if weight.dtype == dtype else self._small(weight, "weight", dtype)
 

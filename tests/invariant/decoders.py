@@ -137,6 +137,11 @@ def apart_in_all(found: Gradients, wanted: Gradients) -> float:
     return float((one - two).norm() / two.norm())
 
 
+def filled(rows: int) -> int:
+    """Rows of a pass with what it is filled up with."""
+    return -(-rows // 8) * 8
+
+
 def rows_computed(monkeypatch: pytest.MonkeyPatch, block: type[AttentionBlock] | type[MLPBlock]) -> list[int]:
     """A list that grows by the rows of each forward of such a block from now on."""
     rows: list[int] = []

@@ -14,6 +14,7 @@ from decoders import (
     apart_in_all,
     batches,
     decoded,
+    filled,
     make_decodable,
     random_sample,
     reference,
@@ -143,7 +144,7 @@ def test_a_common_beginning_is_computed_once(name: str, training: bool, monkeypa
     rows = rows_computed(monkeypatch, AttentionBlock)
     decoder, batch = Decoder(make_decodable("qwen2"), torch.float32, member), batches()[name]
     decoder.add_gradients(batch, torch.tensor(1.0)) if training else decoder.loss(batch)
-    assert rows == [len(batch.token_ids) - SHARING[name]] * 2
+    assert rows == [filled(len(batch.token_ids) - SHARING[name])] * 2
 
 
 @pytest.mark.parametrize("name", ["several blocks", "single tokens and nothing trained among others"])
@@ -151,7 +152,7 @@ def test_last_layer_computes_only_rows_that_predict(name: str, monkeypatch: pyte
     rows = rows_computed(monkeypatch, MLPBlock)
     batch = batches()[name]
     decoded(make_decodable("qwen2"), batch)
-    assert rows == [len(batch.token_ids), len(batch.targets)]
+    assert rows == [filled(len(batch.token_ids)), len(batch.targets)]
     assert len(batch.targets) < len(batch.token_ids)
 
 

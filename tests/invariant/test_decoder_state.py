@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import Gradients, apart, batches, decoded, make_decodable, random_sample, rows_computed
+from decoders import Gradients, apart, batches, decoded, filled, make_decodable, random_sample, rows_computed
 from tiny_runs import assert_equal
 
 from qingtune.adapters.lora import member
@@ -135,7 +135,7 @@ def test_under_dropout_samples_share_nothing(monkeypatch: pytest.MonkeyPatch) ->
     batch = batches()["common beginning"]
     decoder = Decoder(make_decodable("qwen2"), torch.float32, member, dropout=0.1)
     decoder.add_gradients(batch, torch.tensor(1.0))
-    assert rows == [len(batch.token_ids)] * 2
+    assert rows == [filled(len(batch.token_ids))] * 2
     decoder.loss(batch)
     assert max(rows[2:]) < len(batch.token_ids)
 

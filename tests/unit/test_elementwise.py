@@ -104,27 +104,30 @@ def test_a_row_of_zeros_has_finite_gradients() -> None:
 @DTYPES
 def test_swiglu_and_its_gradients_in_place(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    workspace = Workspace(torch.device("cpu"))
     for shape in [(3, 5), (40, 33), (2, 7)]:
         gate, up, grad = (torch.randn(shape, dtype=torch.float64).mul(4).to(dtype) for _ in range(3))
         wide_gate, wide_up = leaf(gate), leaf(up)
         product = F.silu(wide_gate) * wide_up
         twins = torch.autograd.grad(product, (wide_gate, wide_up), grad.double())
         kept = gate.clone(), up.clone()
-        out = torch.full_like(gate, torch.nan)
-        assert swiglu(gate, up, out) is out
+        out, activated = torch.full_like(gate, torch.nan), torch.full_like(gate, torch.nan)
+        assert swiglu(gate, up, out, out) is out
         close(out, product.detach(), dtype)
+        assert swiglu(gate, up, activated, out) is out
+        close(out, product.detach(), dtype)
+        close(activated, F.silu(wide_gate).detach(), dtype)
         assert gate.equal(kept[0])
+        swiglu_backward(grad, gate, up, activated)
         assert up.equal(kept[1])
-        swiglu_backward(grad, gate, up, workspace)
-        for mine, twin in zip((gate, up, grad), (*twins, product.detach()), strict=True):
+        for mine, twin in zip((gate, activated), twins, strict=True):
             close(mine, twin, dtype)
 
 
 def test_swiglu_far_from_zero_is_finite() -> None:
-    gate, up, grad = torch.tensor([[-1e4, 1e4]]), torch.ones(1, 2), torch.ones(1, 2)
-    swiglu_backward(grad, gate, up, Workspace(torch.device("cpu")))
-    assert (gate.tolist(), up.tolist(), grad.tolist()) == ([[0, 1]], [[0, 1e4]], [[0, 1e4]])
+    gate, up, grad, activated = torch.tensor([[-1e4, 1e4]]), torch.ones(1, 2), torch.ones(1, 2), torch.empty(1, 2)
+    assert swiglu(gate, up, activated, torch.empty(1, 2)).tolist() == [[0, 1e4]]
+    swiglu_backward(grad, gate, up, activated)
+    assert (gate.tolist(), activated.tolist()) == ([[0, 1]], [[0, 1e4]])
 
 
 # --- Rotary positions ------------------------------------------------------------------------------------------------
