@@ -21,10 +21,8 @@ from qingtune.kernels.loss import summed_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Matrix products on a CPU are nearly as fast at 700 tokens as at more; activations grow with each one. Whoever holds
-# the model in 4 bits is short of memory.
+# Matrix products on a CPU are nearly as fast at 700 tokens as at more; activations grow with each one.
 TOKENS_PER_PASS_ON_CPU = 768
-TOKENS_PER_PASS_IN_4_BITS = 512
 ALL = 2**31
 # Share of the free memory that activations may take; the rest is for what a step needs for a moment.
 ACTIVATIONS_OF_FREE = 0.8
@@ -52,11 +50,8 @@ def make_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardware,
         longest: tokens of the longest sample.
         say: is told the reason where it is not the fastest of all.
     """
+    most_tokens = TOKENS_PER_PASS_ON_CPU if hardware.device.type == "cpu" else ALL
     kind = hardware.device.type
-    most_tokens = ALL
-    if kind == "cpu":
-        in_4_bits = config.use_qlora and config.quantization_bit == 4
-        most_tokens = TOKENS_PER_PASS_IN_4_BITS if in_4_bits else TOKENS_PER_PASS_ON_CPU
     reason = why_not(model) or (None if kind in ("cpu", "cuda") else f"ours have not been tried on {kind}")
     if reason:
         say(f"General kernels, slower and with more memory: {reason}.")

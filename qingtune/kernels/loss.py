@@ -94,19 +94,30 @@ def chunked_head_loss(
         rows = hidden[start:end]
         logits = workspace.take("head.logits", (len(rows), weight.shape[0]), hidden.dtype)
         for a, b in tiles:
-            part = weight[a:b].to(hidden.dtype).t()
-            logits[:, a:b].copy_(rows @ part) if tiled else torch.mm(rows, part, out=logits)
+            if tiled:
+                part = _tile(weight[a:b], hidden.dtype, workspace)
+                logits[:, a:b].copy_(workspace.product("head.product", rows, part.t(), hidden.dtype))
+            else:
+                torch.mm(rows, weight.t(), out=logits)
         loss += _softmax_minus_one_hot(logits, targets[start:end], scale, workspace)
         if grad_hidden is not None:
             total = torch.zeros(rows.shape, dtype=wide, device=rows.device) if tiled else grad_hidden[start:end]
             for a, b in tiles:
-                part = weight[a:b].to(hidden.dtype)
-                total.add_(logits[:, a:b] @ part) if tiled else torch.mm(logits, part, out=total)
+                if tiled:
+                    part = _tile(weight[a:b], hidden.dtype, workspace)
+                    total.add_(workspace.product("head.product", logits[:, a:b], part, wide))
+                else:
+                    torch.mm(logits, weight, out=total)
             grad_hidden[start:end] = total
         if grad_weight is not None:
             for a, b in tiles:
-                grad_weight[a:b].add_(logits[:, a:b].t() @ rows)
+                grad_weight[a:b].add_(workspace.product("head.product", logits[:, a:b].t(), rows, grad_weight.dtype))
     return loss
+
+
+def _tile(weight: torch.Tensor, dtype: torch.dtype, workspace: Workspace) -> torch.Tensor:
+    """Some rows of the head in a dtype."""
+    return weight if weight.dtype == dtype else workspace.take("head.tile", weight.shape, dtype).copy_(weight)
 
 
 def _tiles(count: int, size: int) -> list[tuple[int, int]]:

@@ -128,11 +128,15 @@ class Projection:
         for member, grad in zip(self.members, grads, strict=True):
             if adapter := member.adapter:
                 mine, grad_mine = next(parts)
-                gradient(adapter.b).add_(self._product(grad.t(), mine, adapter.b.dtype), alpha=adapter.scaling)
+                gradient(adapter.b).add_(
+                    self.workspace.product("projection.product", grad.t(), mine, adapter.b.dtype), alpha=adapter.scaling
+                )
                 product = self.workspace.take("projection.grad_mine", grad_mine.shape, x.dtype)
                 torch.mm(grad, self._small(adapter.b, "b", x.dtype), out=product)
                 grad_mine.copy_(product.mul_(adapter.scaling))
-        grad_a = self._product(grad_low.t(), self._dropped(x, seed), self.adapters[0].a.dtype)
+        grad_a = self.workspace.product(
+            "projection.product", grad_low.t(), self._dropped(x, seed), self.adapters[0].a.dtype
+        )
         for adapter, part in zip(self.adapters, grad_a.split(self.ranks), strict=True):
             gradient(adapter.a).add_(part)
         if grad_x is None:
@@ -209,17 +213,9 @@ class Projection:
         if isinstance(base, QuantizedLinear):
             return
         if base.weight.requires_grad:
-            gradient(base.weight).add_(self._product(grad.t(), x, base.weight.dtype))
+            gradient(base.weight).add_(self.workspace.product("projection.product", grad.t(), x, base.weight.dtype))
         if base.bias is not None and base.bias.requires_grad:
             gradient(base.bias).add_(grad.sum(0, dtype=base.bias.dtype))
-
-    def _product(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """left @ right in a dtype; PyTorch's own conversion takes fresh memory, whose pages cost more than the sum."""
-        shape = (left.shape[0], right.shape[1])
-        product = torch.mm(left, right, out=self.workspace.take("projection.product", shape, left.dtype))
-        if dtype == product.dtype:
-            return product
-        return self.workspace.take("projection.product", shape, dtype).copy_(product)
 
 
 def gradient(parameter: torch.Tensor) -> torch.Tensor:

@@ -164,12 +164,3 @@ def test_true_is_all_layers_and_false_is_none_whatever_is_free(
 def test_auto_computes_nothing_again_where_memory_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recomputed(monkeypatch, None, "auto") == (0, "")
     assert recomputed(monkeypatch, 0, "auto")[0] == LAYERS
-
-
-def test_passes_are_shorter_where_the_base_is_in_4_bits() -> None:
-    model = make_model("qwen2")
-    tokens = [
-        make_engine(config_of(**settings), model, CPU, TOKENS, print).most_tokens
-        for settings in ({"use_qlora": True}, {"use_qlora": True, "quantization_bit": 8}, {"use_lora": True}, {})
-    ]
-    assert tokens[0] < tokens[1] == tokens[2] == tokens[3]
