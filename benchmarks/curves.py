@@ -135,7 +135,7 @@ def _evaluate(loss: Any, samples: list[Any]) -> float:
 
 
 def _table(runs: dict[str, Any]) -> None:
-    """Each path's evaluations, and how far its losses lie from the first path's and from fp32."""
+    """Each path's evaluations, and how far its losses lie from the plain path's and from fp32."""
     steps = sorted({step for run in runs.values() for step in run["evaluations"]}, key=int)
     print("| path |", " | ".join(f"evaluation loss after {step}" for step in steps), end=" | ")
     print("mean (largest) distance of a step's loss from plain | from fp32 |")

@@ -33,6 +33,11 @@ def fits(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
     )
 
 
+def _causal(lengths: Lengths) -> tuple[torch.Tensor, torch.Tensor, int, int, float, bool]:
+    """What both kernels are told of the segments: their lengths, no dropout, a causal mask."""
+    return lengths.queries, lengths.keys, lengths.most_queries, lengths.most_keys, 0.0, True
+
+
 class FlashAttention:
     """Attention of one layer; what backward needs stays in the workspace and here under the name of the layer."""
 
@@ -61,12 +66,7 @@ class FlashAttention:
             query,
             key,
             value,
-            lengths.queries,
-            lengths.keys,
-            lengths.most_queries,
-            lengths.most_keys,
-            0.0,
-            True,
+            *_causal(lengths),
             False,
             scale=self.heads.scale,
         )
@@ -87,12 +87,7 @@ class FlashAttention:
             self._keys(name + ".v", lengths, dtype),
             attended,
             logsumexp,
-            lengths.queries,
-            lengths.keys,
-            lengths.most_queries,
-            lengths.most_keys,
-            0.0,
-            True,
+            *_causal(lengths),
             *states,
             scale=self.heads.scale,
         )
