@@ -59,12 +59,6 @@ def make_work(
     engine = make_engine(config, model, hardware, longest, say)
     model.train()
 
-    def save(now: Progress) -> None:
-        if processes.index == 0:
-            save_checkpoint(Path(config.output_dir), trained, optimizer, now, settings)
-            prune(Path(config.output_dir), config.save_total_limit, now.best_step)
-        processes.wait()
-
     assert config.learning_rate is not None
     total = limits.total_steps
     work = Work(
@@ -76,7 +70,7 @@ def make_work(
         evaluate=_evaluator(
             data.evaluation, config.per_device_eval_batch_size, model, hardware.device, processes, engine
         ),
-        save=save,
+        save=_saver(config, trained, optimizer, settings, processes),
         peak_bytes=lambda: peak_bytes(hardware.device),
         scaler=torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16),
     )
@@ -85,6 +79,25 @@ def make_work(
         f"{config.optim}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}."
     )
     return work, limits, progress
+
+
+def _saver(
+    config: TrainConfig,
+    trained: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    processes: Processes,
+) -> Callable[[Progress], None]:
+    """Writes a checkpoint, from one process, and removes those that are too many."""
+    output_dir = Path(config.output_dir)
+
+    def save(now: Progress) -> None:
+        if processes.index == 0:
+            save_checkpoint(output_dir, trained, optimizer, now, settings)
+            prune(output_dir, config.save_total_limit, now.best_step)
+        processes.wait()
+
+    return save
 
 
 def _limits(config: TrainConfig, plan: Plan) -> Limits:
