@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="a picture of the curves")
     parser.add_argument("--one", choices=PATHS, help="make one run in this process and print it")
     arguments = parser.parse_args()
+    if not (arguments.model / "config.json").is_file():
+        parser.error(f"{arguments.model} holds no model (no config.json); --model names a Transformers folder")
     if arguments.one:
         print(json.dumps(_run(arguments.one, arguments.model, arguments.steps)))
         return
