@@ -114,6 +114,7 @@ def finetune(
 
     work, limits, progress = make_work(config, model, data, hardware, processes, settings, resume_from, say)
     result = _train(config, work, limits, progress, processes)
+    del work  # and with it the optimizer's states, before the result takes memory
     if not result.finished:
         say(f"Stopped and saved after step {result.steps}. To go on: {command or 'run the same command again'}")
         return False

@@ -60,10 +60,10 @@ def _limit_kernel_caches() -> None:
     """Keep oneDNN from holding on to the compiled code of every shape it ever met, 0.3 MB each; samples have many.
 
     Read once, at the first product; two caches of 1,024 each cost 1.5 GB after a few hundred passes, and one that
-    holds a pass's shapes is as fast.
+    holds the shapes of a layer, forward and backward, is as fast.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "96")
+        os.environ.setdefault(name, "48")
 
 
 def _device(local_process: int) -> tuple[torch.device, str]:

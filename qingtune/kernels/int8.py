@@ -34,10 +34,9 @@ def quantize_rows(
     for start in range(0, len(x), TILE):
         rows, scale = x[start : start + TILE], scales[start : start + TILE]
         wide = tile[: len(rows)]
-        if columns is None:
-            wide.copy_(rows)
-        else:
-            torch.mul(rows, columns, out=wide)
+        wide.copy_(rows)  # no product of two dtypes, which would be converted into fresh memory first
+        if columns is not None:
+            wide.mul_(columns)
         torch.maximum(wide.amax(1, keepdim=True), wide.amin(1, keepdim=True).neg_(), out=scale)
         scale.div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
         packed[start : start + TILE].copy_(wide.mul_(scale.reciprocal()).round_())
@@ -75,4 +74,4 @@ def int8_product(
     if add:
         out.addcmul_(wide, scales) if out.dtype == wide.dtype else out.add_(wide.mul_(scales))
     else:
-        torch.mul(wide, scales, out=out)
+        out.copy_(wide.mul_(scales))

@@ -9,6 +9,9 @@ place, and training after that gets wrong gradients in silence.
 from __future__ import annotations
 
 import ctypes
+import functools
+import os
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,6 +27,24 @@ _CPU_KERNELS = {
     torch.bfloat16: "cdequantize_blockwise_cpu_nf4_bf16",
     torch.float16: "cdequantize_blockwise_cpu_nf4_fp16",
 }
+
+
+@functools.cache
+def _bitsandbytes() -> ModuleType:
+    """The library, imported without PyTorch's compiler: 42 MB and 0.8 s that only its generic kernels would use.
+
+    On import it wraps those in torch.compile, which is told to do nothing meanwhile.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        import bitsandbytes
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+    return bitsandbytes
 
 
 class _DequantizedMatmul(torch.autograd.Function):
@@ -113,19 +134,16 @@ class NF4Linear(QuantizedLinear):
     @staticmethod
     def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Quantise a weight, [out, in]."""
-        from bitsandbytes import functional
-
-        packed, state = functional.quantize_4bit(
+        packed, state = _bitsandbytes().functional.quantize_4bit(
             weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
         )
         return {"packed": packed, **state.as_dict(packed=True)}
 
     def _hold(self, packed: dict[str, torch.Tensor]) -> None:
-        from bitsandbytes.functional import QuantState
-
         weight = packed["packed"]
         self.register_buffer("packed", weight, persistent=False)
-        self.state = QuantState.from_dict({k: v for k, v in packed.items() if k != "packed"}, weight.device)
+        scales = {name: tensor for name, tensor in packed.items() if name != "packed"}
+        self.state = _bitsandbytes().functional.QuantState.from_dict(scales, weight.device)
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
         """All that stands for the weight."""
@@ -133,12 +151,10 @@ class NF4Linear(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """The weight, [out, in]."""
-        from bitsandbytes import functional
-
         packed = cast("torch.Tensor", self.packed)
         if out is not None and self._dequantize_on_cpu(packed, out):
             return out
-        weight = functional.dequantize_4bit(packed, self.state).to(dtype)
+        weight = _bitsandbytes().functional.dequantize_4bit(packed, self.state).to(dtype)
         return weight.reshape(self.out_features, self.in_features)  # two numbers would come back transposed
 
     def _dequantize_on_cpu(self, packed: torch.Tensor, out: torch.Tensor) -> bool:
@@ -147,10 +163,8 @@ class NF4Linear(QuantizedLinear):
         Its Python side takes fresh memory for each weight, which leaves holes of 0.2 GB in the heap or, if it is given
         back each time, costs a tenth of the speed.
         """
-        from bitsandbytes import functional
-        from bitsandbytes.cextension import lib
-
-        kernel = getattr(lib, _CPU_KERNELS.get(out.dtype, ""), None)
+        functional = _bitsandbytes().functional
+        kernel = getattr(_bitsandbytes().cextension.lib, _CPU_KERNELS.get(out.dtype, ""), None)
         if kernel is None or out.device.type != "cpu" or out.dtype != self.state.dtype or out.shape[1] % 2:
             return False
         scales = functional.dequantize_blockwise(self.state.absmax, self.state.state2)

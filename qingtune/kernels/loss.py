@@ -17,7 +17,7 @@ from qingtune.kernels.workspace import Workspace
 
 CHUNK_ELEMENTS = 2**25 + 2**23  # logits held at a time: 84 MB in bf16, 276 rows of Qwen's vocabulary
 ROWS_AT_A_TIME = 8  # rows whose softmax is taken in fp32 at a time, so that they stay in a CPU's cache
-VOCABULARY_TILE = 8192
+VOCABULARY_TILE = 2048
 
 
 def summed_loss(model: Any, batch: Batch, *, end_to_end: bool) -> torch.Tensor:
@@ -96,7 +96,7 @@ def chunked_head_loss(
         for a, b in tiles:
             if tiled:
                 part = _tile(weight[a:b], hidden.dtype, workspace)
-                logits[:, a:b].copy_(workspace.product("head.product", rows, part.t(), hidden.dtype))
+                logits[:, a:b].copy_(workspace.product(rows, part.t(), hidden.dtype))
             else:
                 torch.mm(rows, weight.t(), out=logits)
         loss += _softmax_minus_one_hot(logits, targets[start:end], scale, workspace)
@@ -105,19 +105,19 @@ def chunked_head_loss(
             for a, b in tiles:
                 if tiled:
                     part = _tile(weight[a:b], hidden.dtype, workspace)
-                    total.add_(workspace.product("head.product", logits[:, a:b], part, wide))
+                    total.add_(workspace.product(logits[:, a:b], part, wide))
                 else:
                     torch.mm(logits, weight, out=total)
             grad_hidden[start:end] = total
         if grad_weight is not None:
             for a, b in tiles:
-                grad_weight[a:b].add_(workspace.product("head.product", logits[:, a:b].t(), rows, grad_weight.dtype))
+                grad_weight[a:b].add_(workspace.product(logits[:, a:b].t(), rows, grad_weight.dtype))
     return loss
 
 
 def _tile(weight: torch.Tensor, dtype: torch.dtype, workspace: Workspace) -> torch.Tensor:
     """Some rows of the head in a dtype."""
-    return weight if weight.dtype == dtype else workspace.take("head.tile", weight.shape, dtype).copy_(weight)
+    return weight if weight.dtype == dtype else workspace.take("weight", weight.shape, dtype).copy_(weight)
 
 
 def _tiles(count: int, size: int) -> list[tuple[int, int]]:

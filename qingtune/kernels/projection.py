@@ -128,15 +128,11 @@ class Projection:
         for member, grad in zip(self.members, grads, strict=True):
             if adapter := member.adapter:
                 mine, grad_mine = next(parts)
-                gradient(adapter.b).add_(
-                    self.workspace.product("projection.product", grad.t(), mine, adapter.b.dtype), alpha=adapter.scaling
-                )
+                gradient(adapter.b).add_(self.workspace.product(grad.t(), mine, adapter.b.dtype), alpha=adapter.scaling)
                 product = self.workspace.take("projection.grad_mine", grad_mine.shape, x.dtype)
                 torch.mm(grad, self._small(adapter.b, "b", x.dtype), out=product)
                 grad_mine.copy_(product.mul_(adapter.scaling))
-        grad_a = self.workspace.product(
-            "projection.product", grad_low.t(), self._dropped(x, seed), self.adapters[0].a.dtype
-        )
+        grad_a = self.workspace.product(grad_low.t(), self._dropped(x, seed), self.adapters[0].a.dtype)
         for adapter, part in zip(self.adapters, grad_a.split(self.ranks), strict=True):
             gradient(adapter.a).add_(part)
         if grad_x is None:
@@ -202,18 +198,16 @@ class Projection:
     def _weight(self, base: Any, dtype: torch.dtype) -> torch.Tensor:
         """The layer's weight in a dtype, [out, in]; for a moment if it has to be made."""
         if isinstance(base, QuantizedLinear):
-            return base.dequantize(
-                dtype, self.workspace.take("projection.weight", (base.out_features, base.in_features), dtype)
-            )
+            return base.dequantize(dtype, self.workspace.take("weight", (base.out_features, base.in_features), dtype))
         weight = cast("torch.Tensor", base.weight)
-        return weight if weight.dtype == dtype else self._small(weight, "weight", dtype)
+        return weight if weight.dtype == dtype else self.workspace.take("weight", weight.shape, dtype).copy_(weight)
 
     def _dense_gradients(self, base: Any, x: torch.Tensor, grad: torch.Tensor) -> None:
         """Full training: the gradients of weight and bias."""
         if isinstance(base, QuantizedLinear):
             return
         if base.weight.requires_grad:
-            gradient(base.weight).add_(self.workspace.product("projection.product", grad.t(), x, base.weight.dtype))
+            gradient(base.weight).add_(self.workspace.product(grad.t(), x, base.weight.dtype))
         if base.bias is not None and base.bias.requires_grad:
             gradient(base.bias).add_(grad.sum(0, dtype=base.bias.dtype))
 

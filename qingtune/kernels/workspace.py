@@ -35,11 +35,11 @@ class Workspace:
         self._held[name, dtype] = held
         return held[:size].view(*shape)
 
-    def product(self, name: str, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """left @ right, [m, n], in a dtype; PyTorch's own conversion would take fresh memory."""
+    def product(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """left @ right, [m, n], in a dtype, until the next one; PyTorch's own conversion would take fresh memory."""
         shape = (left.shape[0], right.shape[1])
-        product = torch.mm(left, right, out=self.take(name, shape, left.dtype))
-        return product if product.dtype == dtype else self.take(name, shape, dtype).copy_(product)
+        product = torch.mm(left, right, out=self.take("product", shape, left.dtype))
+        return product if product.dtype == dtype else self.take("product", shape, dtype).copy_(product)
 
     def held_bytes(self) -> int:
         """What all buffers take together."""
