@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
-DATA = Path(__file__).parent.parent / "data" / "store_xhs_sft_samples.jsonl"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # a clone is used as it is, without being installed
+DATA = ROOT / "data" / "store_xhs_sft_samples.jsonl"
 SEED = 42
 MAX_LENGTH = 2048
 # Told to every system, as their templates differ in what they say by themselves.

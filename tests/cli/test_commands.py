@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import write_jsonl
+from conftest import ROOT, write_jsonl
 
 from qingtune import __version__
 from qingtune.cli import USAGE, main
@@ -239,3 +239,12 @@ def test_the_guides_two_scripts(
     ended = run("inference_lora.py", *together, "--prompt", "hi", "--max_new_tokens", "4")
     assert ended.returncode == 0, ended.stderr
     assert "tok/s" in ended.stderr
+
+
+def test_benchmarks_run_in_a_clone_that_is_not_installed(
+    empty: Path, tiny: Callable[..., Path], run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    script = ROOT / "benchmarks" / "train.py"
+    done = run(script, "--model", tiny(), "--systems", "LoRA", "--repeats", "0", cwd=empty, PYTHONPATH="")
+    assert done.returncode == 0, done.stderr
+    assert "| system |" in done.stdout
