@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,6 +127,15 @@ def test_other_systems_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_peak_memory_is_that_of_this_process() -> None:
     held = psutil.Process().memory_info().rss
     assert 0.99 * held <= hardware.peak_bytes(torch.device("cpu")) <= 100 * held
+
+
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one(
+    run: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    large = b"x" * (800 * 2**20)
+    code = "import torch; from qingtune.hardware import peak_bytes; print(peak_bytes(torch.device('cpu')))"
+    assert int(run("-c", code).stdout) < len(large)
+
 
 
 @pytest.mark.parametrize(
