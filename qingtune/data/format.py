@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qingtune.data.read import Fault, Row, read_rows
-from qingtune.errors import UserError
+from qingtune.errors import UserError, shorten
 
 Role = Literal["system", "user", "assistant", "tool"]
 SHOWN_FAULTS = 10
+MOST_UNKNOWN = 1000  # rows read in the hope that one of them tells the format
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,14 @@ class Conversation:
     messages: tuple[Message, ...]
     origin: str
     text: str | None = None
+
+
+@dataclass
+class FileFacts:
+    """What a file turned out to be: the name of its format, and columns that the format does not use."""
+
+    format: str = ""
+    ignored_columns: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -58,7 +67,15 @@ def read_conversations(paths: Sequence[str], system_prompt: str | None, on_bad_r
     """
     reading = Reading()
     for path in paths:
-        _read_file(path, system_prompt, reading)
+        about = FileFacts()
+        for row in conversations_of(path, system_prompt, about):
+            reading.rows += 1
+            if isinstance(row, Fault):
+                reading.faults.append(row)
+            else:
+                reading.conversations.append(row)
+        if about.format:
+            reading.formats[path], reading.ignored_columns[path] = about.format, about.ignored_columns
     if reading.faults and on_bad_row == "raise":
         raise faulty_rows(reading.faults, reading.rows)
     if not reading.conversations:
@@ -77,25 +94,35 @@ def faulty_rows(faults: Sequence[Fault], rows: int) -> UserError:
     return UserError(f"{shown}{more}\n{fix}")
 
 
-def _read_file(path: str, system_prompt: str | None, reading: Reading) -> None:
-    waiting: list[Row | Fault] = []
-    name = ""
+def conversations_of(path: str, system_prompt: str | None, about: FileFacts) -> Iterator[Conversation | Fault]:
+    """Yield a file's rows as conversations, a Fault in place of each that is none.
+
+    Args:
+        system_prompt: system message for rows that have none; None leaves them without.
+        about: told what the file is, as soon as that is known.
+
+    Raises:
+        UserError: the file cannot be read, or its rows are of no known format.
+    """
+    waiting: list[Row] = []
     for row in read_rows(path):
-        reading.rows += 1
+        if isinstance(row, Fault):
+            yield row
+            continue
         waiting.append(row)
-        if not name and isinstance(row, Row) and (name := _detect(row.values)):
-            reading.formats[path] = name
-            reading.ignored_columns[path] = sorted(set(row.values) - set(FORMATS[name].columns))
-        if name:
-            for waited in waiting:
-                _convert(waited, name, system_prompt, reading)
+        if not about.format and (name := _detect(row.values)):
+            about.format = name
+            about.ignored_columns = sorted(set(row.values) - set(FORMATS[name].columns))
+        if about.format:
+            yield from (_convert(waited, about.format, system_prompt) for waited in waiting)
             waiting.clear()
-    reading.faults += [row for row in waiting if isinstance(row, Fault)]
-    if unknown := [row for row in waiting if isinstance(row, Row)]:
+        elif len(waiting) == MOST_UNKNOWN:
+            break
+    if waiting:
         known = "; ".join(" + ".join(format_.needed) for format_ in FORMATS.values())
-        columns = ", ".join(f'"{column}"' for column in unknown[0].values) or "none"
+        columns = shorten(", ".join(f'"{column}"' for column in waiting[0].values), 300) or "none"
         raise UserError(
-            f"the columns ({columns}) fit no known format", where=unknown[0].origin, fix=f"Known are: {known}."
+            f"the columns ({columns}) fit no known format", where=waiting[0].origin, fix=f"Known are: {known}."
         )
 
 
@@ -106,17 +133,12 @@ def _detect(values: dict[str, Any]) -> str:
     return ""
 
 
-def _convert(row: Row | Fault, name: str, system_prompt: str | None, reading: Reading) -> None:
-    if isinstance(row, Fault):
-        reading.faults.append(row)
-        return
+def _convert(row: Row, name: str, system_prompt: str | None) -> Conversation | Fault:
     try:
         conversation = FORMATS[name].convert(row)
-        if conversation.text is None:
-            conversation = _checked(conversation, system_prompt)
-        reading.conversations.append(conversation)
+        return conversation if conversation.text is not None else _checked(conversation, system_prompt)
     except RowError as error:
-        reading.faults.append(Fault(row.origin, str(error)))
+        return Fault(row.origin, str(error))
 
 
 def _checked(conversation: Conversation, system_prompt: str | None) -> Conversation:
@@ -130,6 +152,8 @@ def _checked(conversation: Conversation, system_prompt: str | None) -> Conversat
             raise RowError("a system message that is not the first")
         if message.role == "assistant" and before in (None, "system", "assistant"):
             raise RowError("an assistant turn without a user turn before it")
+        if message.role == "tool" and before in (None, "system"):
+            raise RowError("a tool turn without a turn before it")
     if messages[-1].role != "assistant":
         raise RowError("the last turn is not the assistant's")
     if system_prompt is not None and messages[0].role != "system":
@@ -138,6 +162,9 @@ def _checked(conversation: Conversation, system_prompt: str | None) -> Conversat
 
 
 # --- The formats -----------------------------------------------------------------------------------------------------
+
+
+_INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"  # characters without width
 
 
 def _text_of(values: dict[str, Any], name: str, *, empty: bool = False) -> str:
@@ -149,7 +176,7 @@ def _text_of(values: dict[str, Any], name: str, *, empty: bool = False) -> str:
         raise RowError(f'"{name}" is missing')
     if not isinstance(value, str):
         raise RowError(f'"{name}" is {type(value).__name__}; text is wanted')
-    if not value.strip() and not empty:
+    if not value.strip().strip(_INVISIBLE) and not empty:
         raise RowError(f'"{name}" is empty')
     try:
         value.encode("utf-8")
@@ -200,7 +227,7 @@ def _turns(turns: object, column: str, role_key: str, content_key: str) -> tuple
             raise RowError(f'turn {number} of "{column}" is not an object')
         role = _ROLES.get(str(turn.get(role_key)))
         if role is None:
-            raise RowError(f'turn {number} has the unknown role {turn.get(role_key)!r} under "{role_key}"')
+            raise RowError(f'turn {number} has the unknown role {shorten(repr(turn.get(role_key)))} under "{role_key}"')
         if turn.get("tool_calls"):
             raise RowError(f"turn {number} has tool_calls, which cannot be trained on yet")
         try:

@@ -7,11 +7,12 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from qingtune.data.json_list import JsonListError, json_list, no_repeats
 from qingtune.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -90,12 +91,12 @@ def _read_jsonl(file: io.BufferedIOBase, path: str) -> Iterator[Row | Fault]:
         if not line.strip():
             continue
         try:
-            yield _row(json.loads(line.decode("utf-8")), origin)
+            yield _row(json.loads(line.decode("utf-8"), object_pairs_hook=no_repeats), origin)
         except UnicodeDecodeError:
             yield Fault(origin, _WRONG_ENCODING)
         except json.JSONDecodeError as error:
             yield Fault(origin, f"not valid JSON: {error.msg} (column {error.colno})")
-        except ValueError as error:  # a number of thousands of digits
+        except ValueError as error:  # a repeated key, or a number of thousands of digits
             yield Fault(origin, f"not valid JSON: {error}")
         except RecursionError:
             yield Fault(origin, "not valid JSON: nested too deeply")
@@ -103,54 +104,27 @@ def _read_jsonl(file: io.BufferedIOBase, path: str) -> Iterator[Row | Fault]:
 
 def _read_json(file: io.BufferedIOBase, path: str) -> Iterator[Row | Fault]:
     """A list of objects; each row's origin is the line on which it starts."""
-    text = _decode(file.read(), path)
-    decoder = json.JSONDecoder()
-    place = _skip_space(text, 0)
-    if not text.startswith("[", place):
-        raise UserError(
-            "a list of objects is wanted: [{...}, {...}]", where=path, fix="One object a line is .jsonl, not .json."
-        )
-    place = _skip_space(text, place + 1)
-    line, counted = 1, 0
-    while not text.startswith("]", place):
-        line, counted = line + text.count("\n", counted, place), place
-        try:
-            value, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
-            raise UserError(f"not valid JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets
-            what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise UserError(f"not valid JSON: {what}", where=f"{path}:{line}") from None
-        yield _row(value, f"{path}:{line}")
-        place = _skip_space(text, place)
-        if text.startswith(",", place):
-            place = _skip_space(text, place + 1)
-            if text.startswith("]", place):
-                line += text.count("\n", counted, place)
-                raise UserError('not valid JSON: an object is wanted after ","', where=f"{path}:{line}")
-        elif not text.startswith("]", place):
-            line += text.count("\n", counted, place)
-            raise UserError('not valid JSON: "," or "]" is wanted after an object', where=f"{path}:{line}")
-    rest = _skip_space(text, place + 1)
-    if rest < len(text):
-        line += text.count("\n", counted, rest)
-        raise UserError("not valid JSON: the list has ended, but more follows", where=f"{path}:{line}")
-
-
-def _skip_space(text: str, place: int) -> int:
-    while place < len(text) and text[place] in " \t\r\n":
-        place += 1
-    return place
+    try:
+        for value, line in json_list(file):
+            yield _row(value, f"{path}:{line}")
+    except UnicodeDecodeError:
+        raise _not_utf8(file, path) from None
+    except JsonListError as error:
+        where = f"{path}:{error.line}" if error.line else path
+        fix = None if error.line else "One object a line is .jsonl, not .json."
+        raise UserError(error.what, where=where, fix=fix) from None
 
 
 def _read_csv(file: io.BufferedIOBase, path: str) -> Iterator[Row | Fault]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(_decode(file.read(), path), newline=""), strict=True)
+    text = io.TextIOWrapper(cast("Any", file), encoding="utf-8", newline="")
+    reader = csv.reader(text, strict=True)
+    start = 1
     try:
         names = next(reader, [])
         start = reader.line_num + 1
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise UserError(f'the first line names the column "{repeated[0]}" twice', where=f"{path}:1")
+        if repeated := _first_repeated(names):
+            raise UserError(f'the first line names the column "{repeated}" twice', where=f"{path}:1")
         for cells in reader:
             origin, start = f"{path}:{start}", reader.line_num + 1
             if not cells:
@@ -160,7 +134,11 @@ def _read_csv(file: io.BufferedIOBase, path: str) -> Iterator[Row | Fault]:
             else:
                 yield Fault(origin, f"{len(cells)} cells, but the first line names {len(names)} columns")
     except csv.Error as error:
-        raise UserError(f"not valid CSV: {error}", where=f"{path}:{reader.line_num}") from None
+        raise UserError(f"not valid CSV: {error}", where=f"{path}:{start}") from None
+    except UnicodeDecodeError:
+        raise _not_utf8(file, path) from None
+    finally:
+        text.detach()
 
 
 def _read_parquet(path: str) -> Iterator[Row | Fault]:
@@ -173,20 +151,34 @@ def _read_parquet(path: str) -> Iterator[Row | Fault]:
             source = io.BytesIO(file.read())
     try:
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(source).iter_batches():
-            for values in batch.to_pylist():
+        file = pyarrow.parquet.ParquetFile(source)
+        if repeated := _first_repeated(file.schema_arrow.names):
+            raise UserError(f'two columns are named "{repeated}"', where=path)
+        for batch in file.iter_batches():
+            columns = [
+                column.cast(pyarrow.string()) if pyarrow.types.is_temporal(column.type) else column
+                for column in batch.columns  # Python's dates are fewer than Parquet's
+            ]
+            for values in pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist():
                 number += 1
                 yield Row(values, f"{path}:{number}")
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise UserError(f"not a valid Parquet file: {error}", where=path) from None
 
 
-def _decode(content: bytes, path: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(_WRONG_ENCODING, where=f"{path}:{line}") from None
+def _first_repeated(names: Sequence[str]) -> str | None:
+    return next((name for place, name in enumerate(names) if name in names[:place]), None)
+
+
+def _not_utf8(file: io.BufferedIOBase, path: str) -> UserError:
+    """The error that names the first line which is not UTF-8."""
+    file.seek(0)
+    for number, line in enumerate(file, start=1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError:
+            return UserError(_WRONG_ENCODING, where=f"{path}:{number}")
+    return UserError(_WRONG_ENCODING, where=path)
 
 
 def _row(value: object, origin: str) -> Row | Fault:

@@ -160,6 +160,7 @@ def test_json_list_names_the_line_on_which_an_object_starts(read: Read) -> None:
         ('{"a": 1', "not valid JSON: "),
         ("{'a': 1}", "not valid JSON: "),
         ('{"a": 1} {"b": 2}', "not valid JSON: Extra data"),
+        ('{"a": 1, "a": 2}', 'not valid JSON: the key "a" comes twice'),
         ("[" * 100_000, "not valid JSON: nested too deeply"),
         ('{"a": ' + "1" * 5_000 + "}", "not valid JSON"),
         ("[1]", "a JSON object is wanted, not a list"),
