@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-import jinja2
 import numpy as np
 
 from qingtune.data.format import Conversation, Message
 from qingtune.data.read import Fault
+from qingtune.data.templates import TemplateError, render_template
 from qingtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -
     probe = [Message("user", "a"), Message("assistant", "b")]
     try:
         prompt, whole = _render(tokenizer, probe[:1], True), _render(tokenizer, probe, False)
-    except jinja2.TemplateError as error:
+    except TemplateError as error:
         raise UserError(
             f"the model's chat template fails: {error}", fix="Use a model with a working template."
         ) from None
@@ -109,8 +109,8 @@ def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    return cast(
-        "str", tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return render_template(
+        tokenizer.get_chat_template(), tokenizer.special_tokens_map, turns, add_generation_prompt=add_generation_prompt
     )
 
 
@@ -213,7 +213,7 @@ def _samples(template: Template, conversation: Conversation, markers: Sequence[s
     try:
         whole = _one_sample(template, conversation)
         return [whole] if whole else _sample_per_turn(template, conversation)
-    except jinja2.TemplateError as error:
+    except TemplateError as error:
         raise _TemplateFault(f"the chat template refuses it: {error}") from None
 
 

@@ -1,0 +1,135 @@
+"""The process in which chat templates run: a sandbox that runs no code, ends in time and keeps to its memory.
+
+Run as a script by data/templates.py, with nothing of this package; its argument is the most seconds that a conversation
+may take. Says `ready`; then reads a JSON object a line (`template`, `variables`, `messages`, `add_generation_prompt`)
+and answers each with a line `{"text": ...}` or `{"error": ...}`. A template that takes too long ends the process; one
+that takes too much memory gets an error.
+
+The environment offers what Transformers offers templates, so that both render the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import functools
+import json
+import os
+import signal
+import sys
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import jinja2.utils
+
+BYTES = 1 << 30
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}`, which marks answers, renders what is in it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """The block as a call that returns its body."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: jinja2.runtime.Macro) -> str:
+        return caller()
+
+
+def _fail(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """A namespace that takes no names with an underscore in front, through which Python's insides could be reached."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Set an attribute."""
+        if name.startswith("_"):
+            raise jinja2.sandbox.SecurityError(f"{name} cannot be set")
+        super().__setitem__(name, value)
+
+
+def _namespace(**attributes: Any) -> _Namespace:
+    space = _Namespace()
+    for name, value in attributes.items():
+        space[name] = value
+    return space
+
+
+class _Dict:
+    """`dict`, without the ways that lead from a class into Python's insides."""
+
+    def __call__(self, *pairs: Any, **values: Any) -> dict[Any, Any]:
+        """A dict."""
+        return dict(*pairs, **values)
+
+    def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
+        """A dict with one value for all keys."""
+        return dict.fromkeys(*arguments)
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    functions = {"raise_exception": _fail, "strftime_now": _now, "namespace": _namespace, "dict": _Dict()}
+    environment.globals.update(functions)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return environment.from_string(template)
+
+
+def _answer(request: dict[str, Any]) -> dict[str, str]:
+    try:
+        text = _compile(request["template"]).render(
+            messages=request["messages"],
+            tools=None,
+            documents=None,
+            add_generation_prompt=request["add_generation_prompt"],
+            **request["variables"],
+        )
+    except MemoryError:
+        return {"error": f"it takes more than {BYTES / 1e9:.0f} GB of memory"}
+    except Exception as error:  # whatever a template does wrong is told to the user as such
+        return {"error": str(error) or type(error).__name__}
+    return {"text": text}
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    with contextlib.suppress(ImportError):  # Windows has no such limit
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    sys.stdout.buffer.write(b"ready\n")
+    sys.stdout.buffer.flush()
+    with open(os.devnull, "w") as nowhere:
+        for line in sys.stdin.buffer:
+            faulthandler.dump_traceback_later(float(sys.argv[1]), exit=True, file=nowhere)
+            answer = _answer(json.loads(line))
+            faulthandler.cancel_dump_traceback_later()
+            sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+            sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()
