@@ -14,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qingtune.adapters.quantize import fill_quantized, quantize_model, shapes_to_read
+from qingtune.errors import UserError
 from qingtune.files import move_into_place, staging_folder
+from qingtune.hardware import free_bytes, memory_errors
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models.load import StoredWeights, empty_model, load_model
-from qingtune.models.source import default_cache
+from qingtune.models.source import default_cache, stored_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,8 +41,38 @@ def load_base(
     Quantised layers are kept in the cache, as making them takes seconds; a changed file of the model's makes them anew.
 
     Raises:
-        UserError: the model cannot be loaded.
+        UserError: the model cannot be loaded, or there is no memory for it.
     """
+    _check_memory(folder, dtype, bits, device)
+    with memory_errors("the model was loaded", folder, SMALLER):
+        return _load_base(folder, dtype, bits, device, cache_dir, say)
+
+
+SMALLER = "Choose a smaller model, or load it in fewer bits: use_qlora in training, load_in_4bit in answering."
+
+
+def _check_memory(folder: Path, dtype: torch.dtype, bits: int | None, device: torch.device) -> None:
+    """Refuse what cannot fit; on a CPU, a process that tries all the same is killed without a word."""
+    numbers = stored_numbers(folder)
+    needed = numbers * (bits / 8 if bits else dtype.itemsize)
+    free = free_bytes(device, swap=True)
+    if free is not None and needed > free:
+        raise UserError(
+            f"its {numbers / 1e9:.2f} billion weights take {needed / 1e9:.2f} GB of memory, and {free / 1e9:.2f} GB "
+            "are free",
+            where=str(folder),
+            fix=SMALLER,
+        )
+
+
+def _load_base(
+    folder: Path,
+    dtype: torch.dtype,
+    bits: int | None,
+    device: torch.device,
+    cache_dir: str | None,
+    say: Callable[[str], None],
+) -> PreTrainedModel:
     if bits is None:
         return load_model(folder, dtype).to(device)  # pyright: ignore[reportArgumentType]
     try:

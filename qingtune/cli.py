@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 
 from qingtune import __version__
-from qingtune.config import InferConfig, MergeConfig, TrainConfig
+from qingtune.config import CheckConfig, InferConfig, MergeConfig, TrainConfig
 from qingtune.config_load import check_flags, load_train_config
 from qingtune.errors import UserError
 from qingtune.flags import parse_flags
+from qingtune.redaction import redacted_output
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 USAGE = """usage: qingtune COMMAND [--name value ...]
 
@@ -22,6 +26,7 @@ commands:
   infer   answer prompts with a model, with or without an adapter
   chat    talk to a model
   merge   write base model and adapter as one model
+  check   report on a data set without training
 
 `qingtune COMMAND --help` lists a command's settings."""
 
@@ -33,26 +38,40 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         argv: the command and its flags; sys.argv's by default.
         program: the name to show in help and hints, where it is not `qingtune COMMAND`.
     """
-    command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
-    program = program or f"qingtune {command}"
-    commands = {"train": _train, "infer": _infer, "chat": _chat, "merge": _merge}
-    try:
-        if command in ("-h", "--help", "help"):
-            print(USAGE)
-        elif command in ("-V", "--version"):
-            print(f"qingtune {__version__}")
-        elif command not in commands:
-            raise UserError(f'"{command}" is not a command', fix=f"The commands are {', '.join(commands)}.")
-        else:
-            return commands[command](rest, program)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_USAGE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with redacted_output():
+        try:
+            return _run([*(sys.argv[1:] if argv is None else argv)], program)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return WRONG_USAGE
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:  # the reader of our output went away, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return DONE
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                traceback.print_exc()
+                return FAILED
+            print(f"error: {error.filename or 'writing'}: {error.strerror}. Make room on the disk.", file=sys.stderr)
+            return WRONG_USAGE
+        except Exception:  # a fault of ours; Python would show it past the redaction
+            traceback.print_exc()
+            return FAILED
+
+
+def _run(argv: Sequence[str], program: str | None) -> int:
+    command, *rest = argv or ["--help"]
+    commands = {"train": _train, "infer": _infer, "chat": _chat, "merge": _merge, "check": _check}
+    if command in ("-h", "--help", "help"):
+        print(USAGE)
+    elif command in ("-V", "--version"):
+        print(f"qingtune {__version__}")
+    elif command not in commands:
+        raise UserError(f'"{command}" is not a command', fix=f"The commands are {', '.join(commands)}.")
+    else:
+        return commands[command](rest, program or f"qingtune {command}")
     return DONE
 
 
@@ -89,3 +108,11 @@ def _merge(argv: Sequence[str], program: str) -> int:
 
     merge(config)
     return DONE
+
+
+def _check(argv: Sequence[str], program: str) -> int:
+    _, flags = parse_flags(CheckConfig, program, "Report on a data set without training.", argv)
+    config = check_flags(CheckConfig, flags)
+    from qingtune.check import check
+
+    return WRONG_USAGE if check(config) and config.strict else DONE

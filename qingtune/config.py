@@ -28,7 +28,7 @@ def _split_commas(value: object) -> object:
     """Let "a,b" and ["a", "b"] mean the same; an empty text means nothing given."""
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
-    return value or None
+    return None if value in ("", []) else value
 
 
 def _no_if_false(value: object) -> object:
@@ -82,7 +82,7 @@ class TrainConfig(Settings):
     quantization_bit: Annotated[Literal[4, 8], BeforeValidator(_whole_number)] = _setting(
         4, "Method", "Bits a weight in QLoRA: 4 (NF4, double quantisation) or 8 (int8, a scale a row)."
     )
-    lora_r: Integer = _setting(16, "Method", "Rank of the adapters.", ge=1)
+    lora_r: Integer = _setting(16, "Method", "Rank of the adapters.", ge=1, le=65536)
     lora_alpha: Number | None = _setting(
         None, "Method", "Adapters are scaled by lora_alpha / lora_r (default: twice lora_r).", gt=0
     )
@@ -309,3 +309,26 @@ class MergeConfig(ModelSettings):
     lora_model: str = _setting(..., "Model", "Folder of the adapter.")
     output_dir: str = _setting(..., "Result", "Where the merged model is written.")
     overwrite_output_dir: bool = _setting(False, "Result", "Replace an earlier merge in output_dir.")
+
+
+class CheckConfig(Settings):
+    """Settings of `qingtune check`."""
+
+    data: CommaList = _setting(
+        None, "Data", "Training data: one file or several, comma-separated (.jsonl .json .csv .parquet, also .gz)."
+    )
+    eval_data: CommaList = _setting(None, "Data", "Evaluation data, looked for in the training data.")
+    system_prompt: str | None = _setting(None, "Data", "System message for rows that have none.")
+
+    model_name_or_path: str | None = _setting(
+        None, "Tokens", "The model whose tokenizer and template count tokens (default: none are counted)."
+    )
+    cache_dir: str | None = _setting(None, "Tokens", "Where downloaded and converted models are kept.")
+    hub: Literal["auto", "hf", "modelscope"] = _setting("auto", "Tokens", "Where names are looked up.")
+    max_seq_length: Integer = _setting(2048, "Tokens", "The longest sample, in tokens.", ge=8)
+    on_long: Literal["drop", "truncate", "raise"] = _setting(
+        "drop", "Tokens", "What training would do with longer samples; raise makes them faults."
+    )
+
+    strict: bool = _setting(False, "Report", "Exit with 2 if there is a fault.")
+    json_report: bool = _setting(False, "Report", "Print the report as JSON.")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from pydantic import ValidationError
 
 from qingtune.config import ALIASES, NO_EFFECT, ONLY_IDLE, Method, Settings, TrainConfig
-from qingtune.errors import UserError, raise_all
+from qingtune.errors import UserError, raise_all, shorten
 
 # Values of these names that ask for nothing, so that nothing needs saying.
 _INERT = ("none", "", "false", "0", "0.0", "no")
@@ -70,8 +70,11 @@ def read_json_object(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         content = json.loads(text, object_pairs_hook=no_repeats)
+        json.dumps(content, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise UserError("there is no such file", where=path, fix="Check the path.") from None
+    except UnicodeEncodeError:
+        raise UserError("holds half of a surrogate pair, which is no character", where=path) from None
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text ({error.reason} at byte {error.start})", where=path) from None
     except json.JSONDecodeError as error:
@@ -146,9 +149,9 @@ def _problem(schema: type[Settings], name: str, value: Any, message: str, kind: 
         known = [*schema.model_fields, *(ALIASES if schema is TrainConfig else ())]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         fix = f'Did you mean "{near[0]}"?' if near else "See --help for all settings."
-        return UserError(f'"{name}" is not a setting', where=origin, fix=fix)
+        return UserError(f'"{shorten(name)}" is not a setting', where=origin, fix=fix)
     message = message.removeprefix("Value error, ").replace("Input should be", "should be")
-    shown = json.dumps(value, ensure_ascii=False)
+    shown = shorten(json.dumps(value, ensure_ascii=False))
     return UserError(f'"{name}" is {shown}: {message[0].lower()}{message[1:]}', where=origin)
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qingtune.config import TrainConfig
 from qingtune.data.prepare import Say
-from qingtune.errors import UserError
-from qingtune.record import differences, read_record
-from qingtune.training.checkpoint import checkpoints, load_checkpoint, read_state
+from qingtune.errors import UserError, shorten
+from qingtune.files import why_not_whole
+from qingtune.record import differences, read_record, versions
+from qingtune.training.checkpoint import Checkpoint, State, checkpoints, load_checkpoint, read_state, to_go_on_from
 from qingtune.training.loop import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_CHOOSE = ("auto", "last")
 ANEW = "Pass --overwrite_output_dir to train anew, or choose another output_dir."
 
 
@@ -38,6 +42,19 @@ def is_finished(config: TrainConfig, settings: dict[str, Any], say: Say) -> bool
     return True
 
 
+def check_checkpoint_exists(config: TrainConfig) -> None:
+    """Look for the checkpoint that the user names before anything is loaded.
+
+    Raises:
+        UserError: it is not there.
+    """
+    wish = config.resume_from_checkpoint
+    if isinstance(wish, str) and wish not in _CHOOSE and not os.path.isdir(wish):
+        raise UserError(
+            "there is no such checkpoint (resume_from_checkpoint)", where=shorten(wish), fix="Name a folder, or auto."
+        )
+
+
 def where_to_go_on(config: TrainConfig, settings: dict[str, Any], say: Say) -> Path | None:
     """The checkpoint to go on from; None to start anew.
 
@@ -45,18 +62,35 @@ def where_to_go_on(config: TrainConfig, settings: dict[str, Any], say: Say) -> P
         UserError: the checkpoint is none, or of a run with other settings, or must not be passed over unasked.
     """
     wish = config.resume_from_checkpoint
-    if isinstance(wish, str) and wish not in ("auto", "last"):
-        checkpoint = Path(wish)
+    if isinstance(wish, str) and wish not in _CHOOSE:
+        folder = Path(wish)
+        state = read_state(folder)
     else:
-        found = [] if config.overwrite_output_dir else checkpoints(Path(config.output_dir))
+        found = [] if config.overwrite_output_dir else to_go_on_from(Path(config.output_dir))
         if not found:
             return None
         if wish is False:
             raise UserError("output_dir holds a run that can go on", where=config.output_dir, fix=ANEW)
-        checkpoint = found[-1].folder
-    _same_settings(checkpoint, read_state(checkpoint)[1], settings)
-    say(f"Going on from {checkpoint}.")
-    return checkpoint
+        folder, state = _first_whole(found, say)
+    _same_settings(folder, state.settings, settings)
+    say(f"Going on from {folder}.")
+    if changed := differences(state.versions, versions()):
+        say(f"Warning: numbers may differ a little from here on: {'; '.join(changed)}.")
+    return folder
+
+
+def _first_whole(found: Sequence[Checkpoint], say: Say) -> tuple[Path, State]:
+    """The first checkpoint that is as it was written; those that are not are told and passed over."""
+    for checkpoint in found:
+        try:
+            return checkpoint.folder, read_state(checkpoint.folder)
+        except UserError as error:
+            say(f"Warning: passed over. {error.where}: {error.what}.")
+    raise UserError(
+        f"none of the {len(found)} checkpoints is whole, so the run cannot go on",
+        where=str(found[0].folder.parent),
+        fix=ANEW,
+    )
 
 
 def _same_settings(place: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -72,6 +106,9 @@ def load_best(output_dir: Path, model: PreTrainedModel, progress: Progress, say:
     best = next((checkpoint for checkpoint in checkpoints(output_dir) if checkpoint.step == progress.best_step), None)
     if best is None:  # the run began without load_best_model_at_end
         say(f"Step {progress.best_step} evaluated best but was not saved then; the result is the last step.")
+        return
+    if reason := why_not_whole(best.folder):
+        say(f"Warning: {best.folder}, the best evaluation, is broken ({reason}); the result is the last step.")
         return
     load_checkpoint(best.folder, {name: p for name, p in model.named_parameters() if p.requires_grad}, None)
     say(f"The result is step {progress.best_step}, the best evaluation ({progress.best_loss:.4f}).")

@@ -13,10 +13,12 @@ from qingtune.adapters.lora import member
 from qingtune.config import TrainConfig
 from qingtune.data.batch import Batch
 from qingtune.data.prepare import Say
+from qingtune.errors import UserError
 from qingtune.hardware import Hardware, free_bytes, has_int8_units
 from qingtune.kernels.attention import use_end_to_end
 from qingtune.kernels.decoder import Decoder, why_not
 from qingtune.kernels.loss import summed_loss
+from qingtune.training.optim import state_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +30,7 @@ ALL = 2**31
 ACTIVATIONS_OF_FREE = 0.8
 
 
-@dataclass(frozen=True)
+@dataclass
 class Engine:
     """Losses and gradients of micro-batches.
 
@@ -36,11 +38,42 @@ class Engine:
         loss: summed loss of a micro-batch, fp32 scalar without a graph.
         add_gradients: micro-batch, scale -> summed loss; adds scale times its gradient to the parameters'.
         most_tokens: to be given at a time; longer micro-batches are to be split between samples.
+        save_memory: gives back what is held between passes and computes as much as can be again; False if that was so.
     """
 
     loss: Callable[[Batch], torch.Tensor]
     add_gradients: Callable[[Batch, torch.Tensor], torch.Tensor]
     most_tokens: int
+    save_memory: Callable[[], bool]
+
+    def shrink(self, batch: Batch) -> str:
+        """Make do with less after a pass ran out of memory: half of it at a time, then more computed again.
+
+        Args:
+            batch: the largest one tried.
+
+        Returns:
+            a line for the user.
+
+        Raises:
+            UserError: a single sample does not fit.
+        """
+        tokens, samples = len(batch.token_ids), len(batch.starts) - 1
+        if samples > 1:
+            self.most_tokens = tokens // 2
+            how = f"passes of at most {self.most_tokens:,} tokens from here on, and more of them a step"
+        elif self.save_memory():
+            how = "all layers are computed again in the backward pass from here on"
+        else:
+            raise UserError(
+                f"out of memory with a single sample of {tokens:,} tokens",
+                where=batch.origins[0],
+                fix=f"Set max_seq_length to {tokens // 2:,} or less, or {LEANER}",
+            )
+        return f"Out of memory in a pass of {tokens:,} tokens: {how}. Gradients are summed, so training is the same."
+
+
+LEANER = "choose what takes less: LoRA or QLoRA, a smaller lora_r, optim adamw_8bit, a smaller model."
 
 
 def make_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardware, longest: int, say: Say) -> Engine:
@@ -64,9 +97,50 @@ def make_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardware,
         int8_units=has_int8_units(hardware.device),
     )
     tokens = max(longest, most_tokens if most_tokens < ALL else longest * config.per_device_train_batch_size)
-    decoder.most_tokens = tokens if hardware.device.type == "cpu" else 0
     decoder.recompute = _layers_to_recompute(config, model, decoder, tokens, hardware.device, say)
-    return Engine(decoder.loss, decoder.add_gradients, most_tokens)
+    if hardware.device.type == "cpu":
+        tokens = _tokens_that_fit(config, model, decoder, longest, tokens, say)
+        most_tokens, decoder.most_tokens = min(most_tokens, tokens), tokens
+
+    def save_memory() -> bool:
+        decoder.workspace.clear()
+        before, decoder.recompute = decoder.recompute, len(decoder.mlp)
+        return before < decoder.recompute
+
+    return Engine(decoder.loss, decoder.add_gradients, most_tokens, save_memory)
+
+
+def _tokens_that_fit(
+    config: TrainConfig, model: PreTrainedModel, decoder: Decoder, longest: int, tokens: int, say: Say
+) -> int:
+    """Tokens of a pass for which there is memory on a CPU, where asking too late means to be killed.
+
+    Raises:
+        UserError: the longest sample does not fit.
+    """
+    free = free_bytes(decoder.embedding.device, swap=True)
+    training = _training_bytes(config, model)
+    if free is None or decoder.pass_bytes(tokens) <= free - training:
+        return tokens
+    fitting = int(tokens * max(0, free - training) / decoder.pass_bytes(tokens))
+    if fitting < longest:
+        raise UserError(
+            f"training needs more memory than the {free / 1e9:.2f} GB that are free: gradients and optimizer states "
+            f"{training / 1e9:.2f} GB, a pass of the longest sample ({longest:,} tokens) about "
+            f"{decoder.pass_bytes(longest) / 1e9:.2f} GB",
+            fix=f"Set max_seq_length to {fitting:,} or less, or {LEANER}"
+            if fitting
+            else f"{LEANER[0].upper()}{LEANER[1:]}",
+        )
+    say(f"Memory: {free / 1e9:.2f} GB are free, so passes have at most {fitting:,} tokens instead of {tokens:,}.")
+    return fitting
+
+
+def _training_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
+    """Gradients and optimizer states, which are yet to be made."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    return gradients + state_bytes(config, sum(parameter.numel() for parameter in trained))
 
 
 def _layers_to_recompute(
@@ -79,8 +153,7 @@ def _layers_to_recompute(
     free = free_bytes(device)
     if free is None:
         return 0
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    room = ACTIVATIONS_OF_FREE * (free - 3 * trained)
+    room = ACTIVATIONS_OF_FREE * (free - _training_bytes(config, model))
     a_layer = decoder.kept_bytes(tokens)
     inputs = layers * tokens * decoder.embedding.shape[1] * decoder.dtype.itemsize
     over = layers * a_layer + inputs - room
@@ -114,4 +187,10 @@ def _general_engine(
         (total * scale).backward()
         return total.detach()
 
-    return Engine(torch.no_grad()(loss), add_gradients, most_tokens)
+    def save_memory() -> bool:
+        if model.is_gradient_checkpointing or not model.supports_gradient_checkpointing:
+            return False
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        return True
+
+    return Engine(torch.no_grad()(loss), add_gradients, most_tokens, save_memory)

@@ -18,6 +18,11 @@ class UserError(Exception):
         super().__init__(f"{where}: " * (where is not None) + sentence + (f" {fix}" if fix else ""))
 
 
+def shorten(text: str, most: int = 80) -> str:
+    """What a user gave, cut in the middle so that a message stays a message."""
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]} ({len(text):,} characters)"
+
+
 def raise_all(problems: Sequence[UserError]) -> None:
     """Raise every problem of the list as one UserError, a line each; do nothing for an empty list."""
     if len(problems) == 1:

@@ -1,7 +1,8 @@
-"""Writing so that a result is there whole or not at all."""
+"""Writing so that a result is there whole or not at all, and reading so that it is known to be whole."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,12 +12,43 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from qingtune.errors import UserError
+
+MANIFEST = "manifest.json"
+
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one move."""
+    """Write a JSON file in one move, flushed to the disk."""
     half_done = path.with_name(f".{path.name}.tmp")
     half_done.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    flush(half_done)
     os.replace(half_done, path)
+    flush(path.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file in one move."""
+    half_done = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(source, half_done)
+    os.replace(half_done, target)
+
+
+@contextmanager
+def disk_errors(what: str, where: Path, fix: str) -> Generator[None]:
+    """Tell as a UserError what goes wrong with the disk; safetensors wraps such errors in one of its own.
+
+    Args:
+        what: could not be written.
+        where: the folder in which it was to be.
+        fix: what the user can do.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"{what} could not be written: {reason}", where=str(where), fix=fix) from error
 
 
 @contextmanager
@@ -57,3 +89,38 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# --- Manifests -------------------------------------------------------------------------------------------------------
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file of a folder with its size and hash, in the folder; its presence says that all are there."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def why_not_whole(folder: Path) -> str | None:
+    """The first way in which a folder is not what its manifest says; None if it is."""
+    try:
+        files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+        for name, known in files.items():
+            path = folder / Path(name).name
+            if path.stat().st_size != known["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes, not {known['bytes']:,}"
+            if sha256_of(path) != known["sha256"]:
+                return f"{name} is not as it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be used ({error})"
+    return None

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from qingtune import __version__
 from qingtune.adapters.files import save_adapter
 from qingtune.adapters.lora import add_lora
 from qingtune.base import load_base
 from qingtune.config import TrainConfig
-from qingtune.continuation import is_finished, load_best, where_to_go_on
+from qingtune.continuation import check_checkpoint_exists, is_finished, load_best, where_to_go_on
 from qingtune.data.prepare import Data, Say, check_files_exist, load_data
 from qingtune.data.tokenize import Template, make_template
 from qingtune.errors import UserError
-from qingtune.files import staging_folder, usual_permissions, write_json
+from qingtune.files import copy_file, disk_errors, staging_folder, usual_permissions, write_json
 from qingtune.hardware import Hardware, choose_hardware
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models.load import load_tokenizer, local_folder, save_model, stop_ids, stored_dtype
 from qingtune.models.source import context_length, find_model, fingerprint
+from qingtune.output_folder import check_output_folder, only_run_in, prepare_output_folder
 from qingtune.plots import plot_losses
 from qingtune.quiet import quieten
 from qingtune.record import (
@@ -35,11 +34,11 @@ from qingtune.record import (
     METRICS,
     SETTINGS,
     Record,
-    check_output_folder,
-    prepare_output_folder,
     settings_to_compare,
+    versions,
     write_record,
 )
+from qingtune.redaction import redact_values
 from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, MetricsFile, Sink, to_all
 from qingtune.training.loop import Limits, Progress, Work, train
 from qingtune.training.optim import EIGHT_BITS
@@ -84,14 +83,30 @@ def finetune(
     quieten()
     output_dir = Path(config.output_dir)
     check_output_folder(output_dir, overwrite=config.overwrite_output_dir)
-    check_files_exist([*(config.data_path or []), *(config.eval_data_path or [])])
+    check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
+    check_checkpoint_exists(config)
     processes = AcceleratedProcesses(config.report_to, output_dir)
     say = _say if processes.index == 0 else _say_nothing
     for notice in notices:
         say(notice)
+    with only_run_in(output_dir) if processes.index == 0 else nullcontext():
+        result = _run(config, processes, say)
+        if result is None:
+            return True
+        if not result.finished:
+            say(f"Stopped and saved after step {result.steps}. To go on: {command or 'run the same command again'}")
+            return False
+        if processes.index == 0:
+            print(_summary(config, result, chat_command))
+    processes.finish()
+    return True
+
+
+def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Result | None:
+    """Train and, unless a signal ended that early, write the result; None if it is there already."""
+    output_dir = Path(config.output_dir)
     hardware = choose_hardware(config.bf16, config.fp16, processes.local_index)
     say(f"Device: {hardware.reason}.")
-
     with processes.main_first():
         source = find_model(config.model_name_or_path, config.cache_dir, config.hub)
         folder = local_folder(source, config.cache_dir, say)
@@ -103,30 +118,28 @@ def finetune(
 
     settings = settings_to_compare(config, processes.count, data.hash, fingerprint(folder))
     if is_finished(config, settings, say):
-        return True
+        return None
     resume_from = where_to_go_on(config, settings, say)
     model = load_adapted_model(config, folder, hardware, say)
     _check_vocabulary(model, template, folder)
     if processes.index == 0:
         prepare_output_folder(output_dir, anew=resume_from is None and config.overwrite_output_dir)
-        write_json(output_dir / SETTINGS, config.model_dump(mode="json"))
+        write_json(output_dir / SETTINGS, redact_values(config.model_dump(mode="json")))
+        if resume_from and (resume_from / METRICS).exists():
+            copy_file(resume_from / METRICS, output_dir / METRICS)
     processes.wait()
 
     work, limits, progress = make_work(config, model, data, hardware, processes, settings, resume_from, say)
     result = _train(config, work, limits, progress, processes)
     del work  # and with it the optimizer's states, before the result takes memory
     if not result.finished:
-        say(f"Stopped and saved after step {result.steps}. To go on: {command or 'run the same command again'}")
-        return False
+        return result
     if config.load_best_model_at_end:
         load_best(output_dir, model, progress, say)
     if processes.index == 0:
-        record = _record(config, folder, template, data, settings, result)
-        save_result(config, model, template, folder, record)
+        save_result(config, model, template, folder, _record(config, folder, template, data, settings, result))
         plot_losses(output_dir / METRICS, output_dir / CURVE)
-        print(_summary(config, result, chat_command))
-    processes.finish()
-    return True
+    return result
 
 
 def _record(
@@ -142,7 +155,7 @@ def _record(
         stop_ids=sorted(template.stop_ids),
         settings=settings,
         results=asdict(result),
-        versions=_versions(),
+        versions=versions(),
     )
 
 
@@ -212,7 +225,7 @@ def _train(
             console = stack.enter_context(ConsoleSink(limits.total_steps, progress.step))
             metrics = stack.enter_context(MetricsFile(output_dir / METRICS, progress.step))
             logged = to_all([metrics, processes.track, console.log])
-            sinks += [console, EverySteps(config.logging_steps, limits.total_steps, logged)]
+            sinks += [console, EverySteps(config.logging_steps, limits.total_steps, logged, progress.unlogged)]
         emit = to_all(sinks)
         if limits.evaluate_every and not progress.step:
             loss, tokens = work.evaluate()
@@ -238,7 +251,8 @@ def _train(
 def save_result(config: TrainConfig, model: Any, template: Template, base_folder: Path, record: Record) -> None:
     """Write the adapter, or after full training the model, with its tokenizer; the record comes last."""
     output_dir = Path(config.output_dir)
-    with staging_folder(output_dir / "result") as half_done:
+    fix = "Make room and run the same command again: it goes on from the last checkpoint."
+    with disk_errors("the result", output_dir, fix), staging_folder(output_dir / "result") as half_done:
         if config.method == "full":
             save_model(model, half_done, stored_dtype(base_folder))
         else:
@@ -248,11 +262,6 @@ def save_result(config: TrainConfig, model: Any, template: Template, base_folder
             usual_permissions(path)
             os.replace(path, output_dir / path.name)
     write_record(output_dir, record)
-
-
-def _versions() -> dict[str, str]:
-    libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
-    return {"qingtune": __version__, **{name: importlib.metadata.version(name) for name in libraries}}
 
 
 def _summary(config: TrainConfig, result: Result, chat_command: str) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+
+from qingtune.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -108,26 +112,105 @@ def _cpu_flags() -> set[str]:
     return set(flags.split())
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that this process may still take, a container's limit respected; None where it cannot be told."""
+def free_bytes(device: torch.device, *, swap: bool = False) -> int | None:
+    """Memory that this process may still take, limits of a container or shell respected; None where unknown.
+
+    Args:
+        swap: count free swap space, which keeps a process alive but is no place to compute in.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    free = psutil.virtual_memory().available
-    for limit, used in _CGROUP_FILES:
+    machine = psutil.virtual_memory().available + (psutil.swap_memory().free if swap else 0)
+    left = [machine, *_left_by_control_groups(), *_left_by_shell_limits()]
+    return max(0, min(left))
+
+
+def _left_by_control_groups() -> list[int]:
+    """What each control group that this process is in, and each one around it, may still take."""
+    left: list[int] = []
+    for folder, limit, used in _control_groups():
         try:
-            most, now = (int(Path(path).read_text(encoding="utf-8")) for path in (limit, used))
+            most, now = (int((folder / name).read_text(encoding="utf-8")) for name in (limit, used))
         except (OSError, ValueError):  # no such control group, or its limit is "max"
             continue
-        free = min(free, most - now)
-    return max(free, 0)
+        left.append(most - now + _cached_file_bytes(folder))
+    return left
 
 
-_CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+def _control_groups() -> list[tuple[Path, str, str]]:
+    """Folders, and the names of the files with the memory limit and what is used, for versions 1 and 2.
+
+    In a container the groups that this process is told to be in may not be shown; its own is then the root.
+    """
+    kinds = {
+        "memory": (_V1, "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        "": (_V2, "memory.max", "memory.current"),
+    }
+    mine: dict[str, str] = {}
+    with suppress(OSError):
+        for line in _MY_GROUPS.read_text(encoding="utf-8").splitlines():
+            _, controllers, name = line.split(":", 2)
+            mine |= dict.fromkeys(controllers.split(","), name)
+    groups: list[tuple[Path, str, str]] = []
+    for kind, (root, limit, used) in kinds.items():
+        folder = root / mine.get(kind, "/").lstrip("/")
+        around = [place for place in (folder, *folder.parents) if place.is_relative_to(root)]
+        groups += [(place, limit, used) for place in around]
+    return groups
+
+
+def _cached_file_bytes(group: Path) -> int:
+    """Pages of files, which count as used but are given up on demand."""
+    try:
+        lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    numbers = dict(line.split() for line in lines if len(line.split()) == 2)
+    prefix = "total_" if "total_inactive_file" in numbers else ""
+    return sum(int(numbers.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
+
+
+_MY_GROUPS = Path("/proc/self/cgroup")
+_V2, _V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
+
+
+def _left_by_shell_limits() -> list[int]:
+    """What `ulimit -v` leaves, where it is set."""
+    if sys.platform == "win32":
+        return []
+    import resource
+
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return [] if most == resource.RLIM_INFINITY else [most - psutil.Process().memory_info().vms]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; PyTorch has a class for it on GPUs only."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, OSError | RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+_SIGNS = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory")
+
+
+@contextmanager
+def memory_errors(when: str, where: Path | None, fix: str) -> Generator[None]:
+    """Tell as a UserError that memory ran out.
+
+    Args:
+        when: what was being done, for "out of memory when ...".
+        where: a path to name; None for none.
+        fix: what takes less.
+    """
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory when {when}", where=where and str(where), fix=fix) from error
 
 
 def peak_bytes(device: torch.device) -> int:

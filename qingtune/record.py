@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from qingtune import __version__
 from qingtune.config import TrainConfig
 from qingtune.errors import UserError
 from qingtune.files import write_json
+from qingtune.redaction import redact_values
 
 # What a run writes besides the model's or adapter's own files; SETTINGS is the first, RECORD the last.
 RECORD, SETTINGS, METRICS, CURVE = "qingtune.json", "train_config.json", "metrics.jsonl", "loss_curve.png"
-
-# All that a run leaves in its folder.
-_WRITTEN = (
-    SETTINGS, RECORD, METRICS, CURVE, "checkpoint-*", "trackers", "adapter_config.json", "adapter_model.safetensors",
-    "README.md", "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
-    "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json",
-    "demo_answers.json",
-)  # fmt: skip
+LATEST = "latest_checkpoint.json"  # names the checkpoint to go on from
 
 # Settings that may change from one start of a run to the next without changing what it computes.
 _MAY_CHANGE = {
@@ -81,42 +75,19 @@ def read_record(folder: Path) -> Record | None:
         raise UserError(f"the record is broken ({error})", where=str(path)) from None
 
 
+def versions() -> dict[str, str]:
+    """This tool's and those of the libraries that it computes with."""
+    libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+    return {"qingtune": __version__, **{name: importlib.metadata.version(name) for name in libraries}}
+
+
 def settings_to_compare(config: TrainConfig, processes: int, data_hash: str, base_fingerprint: str) -> dict[str, Any]:
     """The settings that decide what a run computes, as JSON values."""
-    values = config.model_dump(mode="json", exclude=_MAY_CHANGE)
+    values = redact_values(config.model_dump(mode="json", exclude=_MAY_CHANGE))
     values["samples a step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     values["data"] = data_hash
     values["weights of the base model"] = base_fingerprint
     return values
-
-
-def check_output_folder(output_dir: Path, *, overwrite: bool) -> None:
-    """Make sure before anything is loaded that the result may and can be written.
-
-    Raises:
-        UserError: the folder holds something else, is no folder, or cannot be written.
-    """
-    existing = next(place for place in (output_dir, *output_dir.absolute().parents) if place.exists())
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError("output_dir is a file", where=str(output_dir), fix="Choose another output_dir.")
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError("output_dir cannot be written", where=str(existing), fix="Choose another output_dir.")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / SETTINGS).exists():
-        raise UserError(
-            "output_dir holds files that are not of a training run; they are left alone" + overwrite * ", all the same",
-            where=str(output_dir),
-            fix="Choose another output_dir.",
-        )
-
-
-def prepare_output_folder(output_dir: Path, *, anew: bool) -> None:
-    """Make the folder; `anew` removes an earlier run's files from it, and no others."""
-    for path in [path for pattern in _WRITTEN for path in output_dir.glob(pattern)] if anew else []:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    output_dir.mkdir(parents=True, exist_ok=True)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,12 @@ from qingtune.data.batch import Batch, Plan, collate, split_evenly
 from qingtune.data.prepare import Data, Say
 from qingtune.data.tokenize import Sample
 from qingtune.engine import Engine, make_engine
-from qingtune.hardware import Hardware, peak_bytes
+from qingtune.errors import UserError
+from qingtune.hardware import Hardware, is_out_of_memory, peak_bytes
+from qingtune.record import versions
 from qingtune.training.checkpoint import load_checkpoint, prune, read_state, save_checkpoint
 from qingtune.training.loop import Limits, Processes, Progress, Work
-from qingtune.training.optim import make_optimizer, make_schedule, warmup_steps
+from qingtune.training.optim import make_optimizer, make_schedule, state_bytes, warmup_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,12 +54,12 @@ def make_work(
     optimizer, notice = make_optimizer(config, trained.items(), hardware.device)
     if notice:
         say(notice)
+    longest = max(len(sample.token_ids) for sample in [*data.train, *data.evaluation])
+    engine = make_engine(config, model, hardware, longest, say)
     progress = Progress()
     if resume_from:
         load_checkpoint(resume_from, trained, optimizer)
-        progress = read_state(resume_from)[0]
-    longest = max(len(sample.token_ids) for sample in [*data.train, *data.evaluation])
-    engine = make_engine(config, model, hardware, longest, say)
+        progress = read_state(resume_from).progress
     model.train()
 
     assert config.learning_rate is not None
@@ -65,20 +68,47 @@ def make_work(
         parameters=list(trained.values()),
         add_gradients=engine.add_gradients,
         fetch=_fetcher(data.train, plan, hardware.device, processes, engine),
+        shrink=engine.shrink,
         optimizer=optimizer,
         learning_rate=make_schedule(config.lr_scheduler_type, config.learning_rate, warmup_steps(config, total), total),
         evaluate=_evaluator(
-            data.evaluation, config.per_device_eval_batch_size, model, hardware.device, processes, engine
+            data.evaluation, config.per_device_eval_batch_size, model, hardware.device, processes, engine, say
         ),
         save=_saver(config, trained, optimizer, settings, processes),
         peak_bytes=lambda: peak_bytes(hardware.device),
         scaler=torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16),
     )
+    _check_room(config, list(trained.values()), limits, say)
     say(
         f"Training: {total:,} steps of {plan.window_size} samples ({total / plan.steps_per_epoch:.3g} epochs), "
         f"{config.optim}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}."
     )
     return work, limits, progress
+
+
+def _check_room(config: TrainConfig, trained: list[torch.nn.Parameter], limits: Limits, say: Say) -> None:
+    """Look at the disk before hours of work.
+
+    Raises:
+        UserError: it does not even take the result.
+    """
+    result = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    checkpoint = result + state_bytes(config, sum(parameter.numel() for parameter in trained))
+    count = limits.total_steps // limits.save_every if limits.save_every else 0
+    if config.save_total_limit:
+        count = min(count, config.save_total_limit + 2)  # the best one, and the next one before an old one goes
+    free = shutil.disk_usage(config.output_dir).free
+    if free < result:
+        raise UserError(
+            f"the disk has {free / 1e9:.2f} GB left, and the result needs about {result / 1e9:.2f} GB",
+            where=config.output_dir,
+            fix="Make room, or choose an output_dir on another disk.",
+        )
+    if free < result + count * checkpoint:
+        say(
+            f"Warning: the disk has {free / 1e9:.2f} GB left; {count} checkpoints of about {checkpoint / 1e9:.2f} GB "
+            "and the result need more. save_total_limit removes old ones."
+        )
 
 
 def _saver(
@@ -92,10 +122,12 @@ def _saver(
     output_dir = Path(config.output_dir)
 
     def save(now: Progress) -> None:
-        if processes.index == 0:
-            save_checkpoint(output_dir, trained, optimizer, now, settings)
-            prune(output_dir, config.save_total_limit, now.best_step)
-        processes.wait()
+        try:
+            if processes.index == 0:
+                save_checkpoint(output_dir, trained, optimizer, now, settings, versions())
+                prune(output_dir, config.save_total_limit, now)
+        finally:
+            processes.wait()
 
     return save
 
@@ -139,20 +171,31 @@ def _evaluator(
     device: torch.device,
     processes: Processes,
     engine: Engine,
+    say: Say,
 ) -> Callable[[], tuple[float, int]]:
     """A function that gives the mean loss over the trained tokens of the evaluation data, and their number."""
     batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-    groups = [group for batch in batches for group in split_evenly(batch, engine.most_tokens)]
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no fp64
 
     def evaluate() -> tuple[float, int]:
         model.eval()
         sums = torch.zeros(2, dtype=dtype)
-        for group in groups[processes.index :: processes.count]:
-            batch = collate(group).to(device)
-            sums += torch.tensor([float(engine.loss(batch)), len(batch.targets)], dtype=dtype)
+        for samples_of_batch in batches[processes.index :: processes.count]:
+            sums += torch.tensor(_sums_within_memory(samples_of_batch, engine, device, say), dtype=dtype)
         model.train()
         total, tokens = processes.sum(sums).tolist()
         return total / tokens, int(tokens)
 
     return evaluate
+
+
+def _sums_within_memory(samples: list[Sample], engine: Engine, device: torch.device, say: Say) -> tuple[float, int]:
+    """The summed loss and the trained tokens of samples, in smaller passes when memory runs out."""
+    while True:
+        batches = [collate(group).to(device) for group in split_evenly(samples, engine.most_tokens)]
+        try:
+            return sum(float(engine.loss(batch)) for batch in batches), sum(len(batch.targets) for batch in batches)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        say(engine.shrink(max(batches, key=lambda batch: len(batch.token_ids))))

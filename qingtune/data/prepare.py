@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ import numpy as np
 from qingtune.config import TrainConfig
 from qingtune.data.format import Conversation, faulty_rows, read_conversations
 from qingtune.data.tokenize import Sample, Template, describe, show_example, tokenize
-from qingtune.errors import UserError, raise_all
+from qingtune.errors import UserError, raise_all, shorten
 
 PromptStyle = Literal["chat", "plain"]
 Say = Callable[[str], None]
@@ -36,14 +36,30 @@ class Data:
         return digest.hexdigest()[:16]
 
 
-def check_files_exist(paths: Sequence[str]) -> None:
+def check_files_exist(paths: Mapping[str, Sequence[str] | None]) -> None:
     """Look for the data before anything is loaded.
+
+    Args:
+        paths: by the setting that names them.
 
     Raises:
         UserError: names every file that is not there.
     """
-    missing = [path for path in paths if not Path(path).is_file()]
-    raise_all([UserError("there is no such file", where=path, fix="Check the path of the data.") for path in missing])
+    problems: list[UserError] = []
+    for setting, names in paths.items():
+        for name in names or []:
+            if reason := _why_no_file(name):
+                where = shorten(name)
+                problems.append(UserError(f"{reason} ({setting})", where=where, fix="Check the path of the data."))
+    raise_all(problems)
+
+
+def _why_no_file(name: str) -> str | None:
+    try:
+        path = Path(name)
+        return None if path.is_file() else "this is a folder" if path.is_dir() else "there is no such file"
+    except (OSError, ValueError) as error:  # a name too long, or with a null byte in it
+        return f"this is no path ({getattr(error, 'strerror', None) or error})"
 
 
 def load_data(config: TrainConfig, template: Template, context: int | None, say: Say) -> Data:

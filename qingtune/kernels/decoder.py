@@ -23,7 +23,7 @@ from qingtune.kernels.attention import why_samples_would_mix
 from qingtune.kernels.blocks import AttentionBlock, MLPBlock, Norm, Pass
 from qingtune.kernels.dropout import new_seed
 from qingtune.kernels.layout import Layout, fill_up, lay_out
-from qingtune.kernels.loss import chunked_head_loss
+from qingtune.kernels.loss import CHUNK_ELEMENTS, chunked_head_loss
 from qingtune.kernels.projection import Member, Projection, gradient
 from qingtune.kernels.workspace import Workspace
 
@@ -102,6 +102,13 @@ class Decoder:
         values += heads.queries * heads.size * (attention.q_norm is not None)
         values += sum(sum(part.ranks) for part in (attention.qkv, attention.o, mlp.gate_up, mlp.down))
         return values * tokens * self.dtype.itemsize
+
+    def pass_bytes(self, tokens: int) -> int:
+        """What a training pass holds at its fullest beside weights and gradients: kept values, inputs, logits."""
+        layers, recompute = len(self.mlp), self.recompute
+        kept = (layers - recompute + (recompute > 0)) * self.kept_bytes(tokens)
+        inputs = (layers + 1) * tokens * self.embedding.shape[1] * self.dtype.itemsize
+        return kept + inputs + min(CHUNK_ELEMENTS, tokens * self.head.shape[0]) * self.dtype.itemsize
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> torch.Tensor:

@@ -41,6 +41,10 @@ class Workspace:
         product = torch.mm(left, right, out=self.take("product", shape, left.dtype))
         return product if product.dtype == dtype else self.take("product", shape, dtype).copy_(product)
 
+    def clear(self) -> None:
+        """Give all memory back."""
+        self._held.clear()
+
     def held_bytes(self) -> int:
         """What all buffers take together."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self._held.values())

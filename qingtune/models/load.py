@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import struct
@@ -16,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from qingtune.errors import UserError
-from qingtune.files import move_into_place, staging_folder
+from qingtune.files import move_into_place, sha256_of, staging_folder
 from qingtune.models.source import ModelSource, default_cache, read_model_config
 from qingtune.quiet import quieten_transformers
 
@@ -38,7 +37,7 @@ def local_folder(source: ModelSource, cache_dir: str | None, say: Callable[[str]
         _check_architecture(source.path)
         return source.path
     cache = (Path(cache_dir).expanduser() if cache_dir else default_cache()) / "gguf"
-    digest = _file_hash(source.path)
+    digest = sha256_of(source.path)
     folder = cache / f"{source.path.stem}-{digest[:12]}"
     if not (folder / "config.json").exists():
         say(f"Converting {source.path.name} to safetensors, once (half a minute or so) ...")
@@ -62,14 +61,6 @@ def _check_architecture(folder: Path) -> None:
         )
     reason = "has no causal language model in" if kind in CONFIG_MAPPING else "is not known to"
     raise UserError(f'the architecture "{kind}" {reason} the installed Transformers', where=str(folder))
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:

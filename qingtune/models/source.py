@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -212,19 +213,39 @@ def fingerprint(folder: Path) -> str:
     """
     pieces: list[bytes] = []
     for path in sorted(folder.glob("*.safetensors")):
+        header, start_of_data = _header(path)
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            try:
-                if size > path.stat().st_size:
-                    raise ValueError
-                header = json.loads(file.read(size))
-            except ValueError:
-                raise UserError("not a whole safetensors file", where=str(path), fix="Fetch it again.") from None
             for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
                 start, end = entry["data_offsets"]
-                file.seek(8 + size + (start + end) // 2)
+                file.seek(start_of_data + (start + end) // 2)
                 some = file.read(min(64, end - (start + end) // 2))
                 pieces.append(f"{name} {entry['dtype']} {entry['shape']} ".encode() + some)
     return hashlib.sha256(b"\n".join(sorted(pieces))).hexdigest()[:16]
+
+
+def stored_numbers(folder: Path) -> int:
+    """How many numbers the model's weights are, from the files' headers; a head that is the embedding counts once."""
+    tied = bool(read_model_config(folder).get("tie_word_embeddings"))
+    return sum(
+        math.prod(entry["shape"])
+        for path in folder.glob("*.safetensors")
+        for name, entry in _header(path)[0].items()
+        if not (tied and name == "lm_head.weight")
+    )
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's tensors by name, and where their data starts."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            if size > path.stat().st_size:
+                raise ValueError
+            header = dict(json.loads(file.read(size)))
+            header.pop("__metadata__", None)
+            for entry in header.values():
+                if "dtype" not in entry or not all(isinstance(n, int) for n in entry["shape"] + entry["data_offsets"]):
+                    raise ValueError
+        except (ValueError, TypeError, KeyError):
+            raise UserError("not a whole safetensors file", where=str(path), fix="Fetch it again.") from None
+    return header, 8 + size

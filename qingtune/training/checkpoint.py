@@ -1,8 +1,13 @@
 """Checkpoints: safetensors and JSON, written whole or not at all; and how a run goes on from one.
 
 Layout of `checkpoint-<step>/`: weights.safetensors (what is trained), optimizer.safetensors (its states, named
-`parameter::state`), state.json (progress, settings, versions). Nothing is pickled. Random states need no saving: they
-are functions of seed and step.
+`parameter::state`), state.json (progress, settings, versions), metrics.jsonl (so far), manifest.json (size and SHA-256
+of each). Nothing is pickled. Random states and the place in the data need no saving: they are functions of seed and
+step.
+
+A checkpoint is written to a temporary folder, flushed, hashed into its manifest and renamed into place; then
+latest_checkpoint.json is moved to it; only then are old ones removed. A process killed anywhere in between leaves
+either the checkpoint before or the new one to go on from, and temporary folders that the next start removes.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +25,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qingtune.errors import UserError
-from qingtune.files import move_into_place, staging_folder, write_json
+from qingtune.files import (
+    copy_file,
+    disk_errors,
+    move_into_place,
+    staging_folder,
+    why_not_whole,
+    write_json,
+    write_manifest,
+)
+from qingtune.record import LATEST, METRICS
+from qingtune.training.events import Stepped
 from qingtune.training.loop import Progress
 
 _NAME = "checkpoint-"
@@ -28,20 +43,34 @@ _NAME = "checkpoint-"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk."""
+    """A checkpoint's folder, whole or not."""
 
     folder: Path
     step: int
 
 
 def checkpoints(output_dir: Path) -> list[Checkpoint]:
-    """The complete checkpoints of a run, by step."""
+    """The checkpoints in a run's folder, by step; the clock has no say."""
     found = [
         Checkpoint(folder, int(folder.name.removeprefix(_NAME)))
         for folder in output_dir.glob(f"{_NAME}*")
-        if folder.name.removeprefix(_NAME).isdigit() and (folder / "state.json").exists()
+        if folder.name.removeprefix(_NAME).isdecimal() and folder.is_dir()
     ]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def to_go_on_from(output_dir: Path) -> list[Checkpoint]:
+    """The checkpoints that a run may go on from, the best choice first: the latest one, then those before it.
+
+    Later ones than the latest are of a way that the run left when it was told to go on from an earlier checkpoint.
+    """
+    found = checkpoints(output_dir)
+    try:
+        name = json.loads((output_dir / LATEST).read_text(encoding="utf-8"))["folder"]
+    except (OSError, ValueError, KeyError, TypeError):  # cut off before the first move, or broken: the steps tell too
+        name = None
+    latest = next((checkpoint.step for checkpoint in found if checkpoint.folder.name == name), None)
+    return [checkpoint for checkpoint in reversed(found) if latest is None or checkpoint.step <= latest]
 
 
 def save_checkpoint(
@@ -50,18 +79,41 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     settings: Mapping[str, Any],
+    versions: Mapping[str, str],
 ) -> Path:
-    """Write everything to a temporary folder, flush it to the disk, then rename it into place."""
+    """Write a checkpoint and move the pointer to it.
+
+    Raises:
+        UserError: the disk does not take it; what was there before is as it was.
+    """
     folder = output_dir / f"{_NAME}{progress.step}"
-    with staging_folder(folder) as half_done:
+    with (
+        disk_errors(folder.name, output_dir, "Make room on the disk; earlier checkpoints are as they were."),
+        staging_folder(folder) as half_done,
+    ):
         save_file({name: _plain(parameter) for name, parameter in trained.items()}, half_done / "weights.safetensors")
         tensors, scalars = _optimizer_state(trained, optimizer)
         save_file(tensors, half_done / "optimizer.safetensors")
-        state = {"progress": _progress_to_json(progress), "optimizer_scalars": scalars, "settings": dict(settings)}
+        state = {
+            "progress": _progress_to_json(progress), "optimizer_scalars": scalars, "settings": dict(settings),
+            "versions": dict(versions),
+        }  # fmt: skip
         write_json(half_done / "state.json", state)
-        shutil.rmtree(folder, ignore_errors=True)
+        if (output_dir / METRICS).exists():
+            copy_file(output_dir / METRICS, half_done / METRICS)
+        write_manifest(half_done)
+        remove(folder)  # broken, or of a way that the run left
         move_into_place(half_done, folder)
+        write_json(output_dir / LATEST, {"folder": folder.name})
     return folder
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder so that no half of it is ever taken for a checkpoint."""
+    if not folder.exists():
+        return
+    with staging_folder(folder) as aside:
+        os.rename(folder, aside / folder.name)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,20 +140,36 @@ def _progress_to_json(progress: Progress) -> dict[str, Any]:
     return values
 
 
-def read_state(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """A checkpoint's progress and the settings it was made with.
+def _progress_from_json(values: dict[str, Any]) -> Progress:
+    progress = Progress(**values)
+    progress.best_loss = math.inf if values["best_loss"] is None else progress.best_loss
+    progress.unlogged = [Stepped(**step) for step in values["unlogged"]]
+    return progress
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint says beside its tensors."""
+
+    progress: Progress
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+
+def read_state(folder: Path) -> State:
+    """A checkpoint's progress, the settings it was made with, and the versions.
 
     Raises:
-        UserError: this is no checkpoint.
+        UserError: this is no checkpoint, or not a whole one.
     """
+    reason = why_not_whole(folder)
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        progress = dict(state["progress"])
-        if progress["best_loss"] is None:
-            progress["best_loss"] = math.inf
-        return Progress(**progress), dict(state["settings"])
+        if reason is None:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return State(_progress_from_json(state["progress"]), dict(state["settings"]), dict(state["versions"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"no usable checkpoint ({error})", where=str(folder), fix="Name another one.") from None
+        reason = str(error)
+    raise UserError(f"no whole checkpoint: {reason}", where=str(folder), fix="Name another one.")
 
 
 def load_checkpoint(
@@ -125,11 +193,17 @@ def load_checkpoint(
         optimizer.state[owner][key] = on_device
 
 
-def prune(output_dir: Path, keep: int | None, best_step: int | None) -> None:
-    """Remove the oldest checkpoints beyond `keep`, never the best one nor the newest."""
+def prune(output_dir: Path, keep: int | None, progress: Progress) -> None:
+    """Remove the oldest checkpoints beyond `keep`, never the newest one nor the best; later ones are not this run's.
+
+    Raises:
+        UserError: the disk does not let them go.
+    """
     if keep is None:
         return
-    spare = [checkpoint for checkpoint in checkpoints(output_dir)[:-1] if checkpoint.step != best_step]
+    older = [checkpoint for checkpoint in checkpoints(output_dir) if checkpoint.step < progress.step]
+    spare = [checkpoint for checkpoint in older if checkpoint.step != progress.best_step]
     newest_counts = 1
-    for checkpoint in spare[: max(0, len(spare) - (keep - newest_counts))]:
-        shutil.rmtree(checkpoint.folder)
+    with disk_errors("the removal of old checkpoints", output_dir, "Remove them by hand."):
+        for checkpoint in spare[: max(0, len(spare) - (keep - newest_counts))]:
+            remove(checkpoint.folder)

@@ -80,9 +80,9 @@ def to_all(sinks: Sequence[Sink]) -> Sink:
 class EverySteps:
     """Passes steps on in groups: one record for each `count` steps, aligned to multiples of `count`."""
 
-    def __init__(self, count: int, last_step: int, sink: Sink) -> None:
-        self.count, self.last_step, self.sink = count, last_step, sink
-        self.group: list[Stepped] = []
+    def __init__(self, count: int, last_step: int, sink: Sink, group: list[Stepped]) -> None:
+        """Begin with the steps that an earlier start of the run left in `group`, which always holds those to come."""
+        self.count, self.last_step, self.sink, self.group = count, last_step, sink, group
 
     def __call__(self, event: Event) -> None:
         """Take an event; whatever is not a step goes on at once."""
@@ -92,7 +92,7 @@ class EverySteps:
         self.group.append(event)
         if event.step % self.count == 0 or event.step == self.last_step:
             self.sink(together(self.group))
-            self.group = []
+            self.group.clear()
 
 
 def together(steps: Sequence[Stepped]) -> Stepped:
@@ -118,15 +118,16 @@ def as_metrics(event: Event) -> dict[str, Any] | None:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, written through at once."""
+    """metrics.jsonl: one JSON object a line, written through at once; while the disk is full, lines wait."""
 
     def __init__(self, path: Path, keep_to_step: int) -> None:
         """Start anew, or keep the lines up to the step from which a run goes on."""
         lines = path.read_text(encoding="utf-8").splitlines() if keep_to_step and path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= keep_to_step]
-        self.file = path.open("w", encoding="utf-8")
-        self.file.write("".join(f"{line}\n" for line in kept))
-        self.file.flush()
+        self.file = path.open("wb", buffering=0)
+        self.waiting = "".join(f"{line}\n" for line in kept).encode()
+        self.failed = False
+        self._write()
 
     def __enter__(self) -> MetricsFile:
         """The file is open already."""
@@ -137,13 +138,35 @@ class MetricsFile:
         self.file.close()
 
     def __call__(self, event: Event) -> None:
-        """Write an event."""
+        """Write an event; numbers that are not finite, for which JSON has no word, are null there and told as text."""
         metrics = as_metrics(event)
-        if metrics is not None:
-            # JSON has no word for a number that is not finite.
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-            self.file.write(json.dumps(finite) + "\n")
-            self.file.flush()
+        if metrics is None:
+            return
+        bad = {k: str(v) for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)}
+        line = metrics | dict.fromkeys(bad) | ({"not_finite": bad} if bad else {})
+        self.waiting += (json.dumps(line) + "\n").encode()
+        self._write()
+
+    def _write(self) -> None:
+        """Write what waits, whole lines or nothing; training must not end because its log cannot be written."""
+        whole = self.file.tell()
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) or 0 :]
+        except OSError as error:
+            self.waiting = self._take_back(whole) + self.waiting
+            if not self.failed:
+                print(f"Warning: {self.file.name}: {error.strerror}; lines wait in memory.", file=sys.stderr)
+            self.failed = True
+
+    def _take_back(self, start: int) -> bytes:
+        """Remove what was written after a place of the file; returns it."""
+        with open(self.file.name, "rb") as file:
+            file.seek(start)
+            written = file.read()
+        self.file.truncate(start)
+        self.file.seek(start)
+        return written
 
 
 class ConsoleSink:

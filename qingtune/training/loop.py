@@ -13,17 +13,19 @@ import signal
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from qingtune.data.batch import Batch
 from qingtune.errors import UserError
+from qingtune.hardware import is_out_of_memory, memory_errors
 from qingtune.training.events import Evaluated, Noted, Sink, Stepped
 from qingtune.training.optim import Schedule
 
 MOST_BAD_STEPS_IN_A_ROW = 5
+LEANER = "Choose what takes less: optim adamw_8bit, LoRA or QLoRA, a smaller lora_r."
 
 
 class Processes(Protocol):
@@ -49,10 +51,12 @@ class Work:
         parameters: the trained parameters.
         add_gradients: micro-batch, scale -> its summed loss; adds scale times that loss's gradient to the parameters'.
         fetch: step, counted from 0 -> this process's micro-batches, on the device.
+        shrink: the largest micro-batch, after one ran out of memory -> a line for the user; `fetch` then gives smaller
+            ones. A UserError if they cannot be smaller.
         optimizer: over the parameters.
         learning_rate: step, counted from 0 -> learning rate.
         evaluate: -> mean loss and trained tokens of the evaluation data.
-        save: writes a checkpoint.
+        save: writes a checkpoint; a UserError if the disk does not take it.
         peak_bytes: -> the most memory held so far.
         scaler: loss scaling for fp16; disabled otherwise.
     """
@@ -60,6 +64,7 @@ class Work:
     parameters: Sequence[torch.nn.Parameter]
     add_gradients: Callable[[Batch, torch.Tensor], torch.Tensor]
     fetch: Callable[[int], Sequence[Batch]]
+    shrink: Callable[[Batch], str]
     optimizer: torch.optim.Optimizer
     learning_rate: Schedule
     evaluate: Callable[[], tuple[float, int]]
@@ -83,12 +88,20 @@ class Limits:
 
 @dataclass
 class Progress:
-    """Where a run stands; all that a checkpoint needs beside weights and optimizer."""
+    """Where a run stands; all that a checkpoint needs beside weights and optimizer.
+
+    Attributes:
+        step: steps done.
+        best_loss: of the best evaluation, after best_step.
+        bad_steps: steps without an update before this one, in a row.
+        unlogged: steps done since the last logged line.
+    """
 
     step: int = 0
     best_loss: float = math.inf
     best_step: int | None = None
     bad_steps: int = 0
+    unlogged: list[Stepped] = field(default_factory=list)
 
 
 def train(work: Work, limits: Limits, processes: Processes, emit: Sink, progress: Progress) -> bool:
@@ -98,7 +111,8 @@ def train(work: Work, limits: Limits, processes: Processes, emit: Sink, progress
         True if all steps are done, False if a signal ended the run early; the state is saved then.
 
     Raises:
-        UserError: a window has no trained token, or loss or gradient are not finite several steps in a row.
+        UserError: a window has no trained token; loss or gradient are not finite several steps in a row; or a run that
+            was asked to stop cannot be saved.
     """
     with _signals() as asked_to_stop:
         while progress.step < limits.total_steps:
@@ -108,11 +122,20 @@ def train(work: Work, limits: Limits, processes: Processes, emit: Sink, progress
                 _evaluate(work, limits, emit, progress)
             stopping = asked_to_stop(processes)
             best = limits.save_best and progress.best_step == progress.step
-            if _due(limits.save_every, progress.step, last) or best or (stopping and not last):
-                work.save(progress)
             if stopping and not last:
+                work.save(progress)
                 return False
+            if _due(limits.save_every, progress.step, last) or best:
+                _try_to_save(work, emit, progress)
     return True
+
+
+def _try_to_save(work: Work, emit: Sink, progress: Progress) -> None:
+    """Save; where the disk does not take it, train on: the next one may, and nothing is won by stopping."""
+    try:
+        work.save(progress)
+    except UserError as error:
+        emit(Noted(f"Warning: {error} Training goes on."))
 
 
 def _due(every: int | None, step: int, last: bool) -> bool:
@@ -129,7 +152,8 @@ def _step(work: Work, limits: Limits, processes: Processes, emit: Sink, progress
     if not trained:
         origins = ", ".join(origin for batch in batches for origin in batch.origins)
         raise UserError("no trained token in all the samples of a step", where=origins)
-    loss = processes.sum(_backward(work, batches, trained, [limits.seed, step, processes.index]))
+    batches, losses = _within_memory(work, batches, trained, [limits.seed, step, processes.index], emit)
+    loss = processes.sum(losses.sum())
     _sum_gradients(work.parameters, processes)
     work.scaler.unscale_(work.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(work.parameters, limits.max_grad_norm or math.inf)
@@ -138,7 +162,8 @@ def _step(work: Work, limits: Limits, processes: Processes, emit: Sink, progress
     _update(work, rate, math.isfinite(mean_loss) and math.isfinite(grad_norm), progress)
     progress.step += 1
     if progress.bad_steps:
-        emit(Noted(f"step {progress.step}: loss {mean_loss}, gradient norm {grad_norm}: no update"))
+        rows = _rows_to_blame(batches, losses)
+        emit(Noted(f"step {progress.step}: loss {mean_loss}, gradient norm {grad_norm}: no update. Rows: {rows}"))
     return Stepped(
         step=progress.step,
         epoch=progress.step / limits.steps_per_epoch,
@@ -152,15 +177,38 @@ def _step(work: Work, limits: Limits, processes: Processes, emit: Sink, progress
     )
 
 
+def _within_memory(
+    work: Work, batches: Sequence[Batch], trained: int, seed: list[int], emit: Sink
+) -> tuple[Sequence[Batch], torch.Tensor]:
+    """The window's gradients, begun again in smaller micro-batches when memory runs out; the batches and losses."""
+    while True:
+        try:
+            return batches, _backward(work, batches, trained, seed)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Not in the handler, as the error would keep what the failed pass held.
+        work.optimizer.zero_grad(set_to_none=False)
+        emit(Noted(work.shrink(max(batches, key=lambda batch: len(batch.token_ids)))))
+        _, step, _ = seed
+        batches = work.fetch(step)
+
+
 def _backward(work: Work, batches: Sequence[Batch], trained: int, seed: list[int]) -> torch.Tensor:
-    """Gradients of this process's micro-batches; returns their summed loss."""
-    total = torch.zeros((), device=work.parameters[0].device)
-    scale = work.scaler.scale(total + 1 / trained)
+    """Gradients of this process's micro-batches; returns the summed loss of each, fp32 [batches]."""
+    losses = torch.zeros(len(batches), device=work.parameters[0].device)
+    scale = work.scaler.scale(losses.new_tensor(1 / trained))
     for number, batch in enumerate(batches):
         torch.manual_seed(hash((*seed, number)) % 2**63)  # dropout: the same whether or not the run was interrupted
         if len(batch.targets):
-            total += work.add_gradients(batch, scale)
-    return total
+            losses[number] = work.add_gradients(batch, scale)
+    return losses
+
+
+def _rows_to_blame(batches: Sequence[Batch], losses: torch.Tensor) -> str:
+    """The rows of the micro-batches whose loss is not finite; all of the step's, where only the gradient is not."""
+    bad = [batch for batch, loss in zip(batches, losses.tolist(), strict=True) if not math.isfinite(loss)]
+    return ", ".join(origin for batch in bad or batches for origin in batch.origins)
 
 
 def _sum_gradients(parameters: Sequence[torch.nn.Parameter], processes: Processes) -> None:
@@ -182,7 +230,8 @@ def _update(work: Work, rate: float, finite: bool, progress: Progress) -> None:
     for group in work.optimizer.param_groups:
         group["lr"] = rate
     if finite:
-        work.scaler.step(work.optimizer)
+        with memory_errors("the weights were updated", None, LEANER):
+            work.scaler.step(work.optimizer)
         progress.bad_steps = 0
     else:
         progress.bad_steps += 1

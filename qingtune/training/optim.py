@@ -58,6 +58,11 @@ def make_optimizer(
     return kinds[config.optim](groups, **adam), None
 
 
+def state_bytes(config: TrainConfig, numbers: int) -> int:
+    """What the optimizer keeps for so many trained numbers, in bytes: AdamW's two moments in fp32 or 8 bits."""
+    return numbers * (0 if config.optim == "sgd" else 2 if config.optim in EIGHT_BITS else 8)
+
+
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:
     """Steps of warm-up: warmup_steps, as a number or a share, or else warmup_ratio's share, rounded up."""
     if config.warmup_steps >= 1:

@@ -117,7 +117,7 @@ def test_error_in_a_process_of_its_own(run: Callable[..., subprocess.CompletedPr
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("zzz",), '"zzz" is not a command. The commands are train, infer, chat, merge.'),
+        (("zzz",), '"zzz" is not a command. The commands are train, infer, chat, merge, check.'),
         (("--lora_r", "8"), '"--lora_r" is not a command'),
         (("train",), "data_path is missing"),
         (("train", "stray.json"), '"stray.json" stands alone'),
@@ -172,7 +172,7 @@ def test_missing_model_tells_what_was_tried_and_three_ways_on(empty: Path) -> No
         (("--report_to", "zzz"), '"zzz" is not a tracker'),
         (("--use_lora", "--lora_target_modules", "q_prj"), "q_proj"),
         (("--max_seq_length", "8"), "no sample is left"),
-        (("--resume_from_checkpoint", "none"), "no usable checkpoint"),
+        (("--resume_from_checkpoint", "none"), "none: there is no such checkpoint"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

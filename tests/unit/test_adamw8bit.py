@@ -248,7 +248,7 @@ def test_from_a_checkpoint_it_goes_on_as_if_it_had_not_stopped(dtype: torch.dtyp
     whole = parameters_of(dtype)
     optimizer = AdamW8bit(whole.values(), lr=0.01, weight_decay=0.1)
     advance(whole, optimizer, range(3))
-    folder = save_checkpoint(tmp_path, whole, optimizer, Progress(step=3), {})
+    folder = save_checkpoint(tmp_path, whole, optimizer, Progress(step=3), {}, {})
     advance(whole, optimizer, range(3, 6))
     again = parameters_of(dtype)
     second = AdamW8bit(again.values(), lr=0.01, weight_decay=0.1)

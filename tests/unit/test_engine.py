@@ -12,6 +12,7 @@ from qingtune import engine
 from qingtune.adapters.lora import member
 from qingtune.config import TrainConfig
 from qingtune.engine import make_engine
+from qingtune.errors import UserError
 from qingtune.hardware import Hardware
 from qingtune.kernels.attention import NAME, use_end_to_end
 from qingtune.kernels.decoder import Decoder, why_not
@@ -78,7 +79,7 @@ def test_a_head_with_a_bias_is_a_reason() -> None:
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
 def test_decoders_are_made_in_silence(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "free_bytes", lambda _: 10**12)
+    monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: 10**12)
     told: list[str] = []
     settings = {"use_lora": True, "lora_dropout": 0.25}
     made = make_engine(config_of(**settings), make_model(kind), CPU, TOKENS, told.append)
@@ -99,7 +100,7 @@ def test_other_devices_than_cpu_and_cuda_take_the_general_kernels() -> None:
 
 
 def test_dropout_of_adapters_is_not_full_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "free_bytes", lambda _: None)
+    monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: None)
     made = make_engine(config_of(lora_dropout=0.25), make_model("qwen2"), CPU, TOKENS, print)
     assert getattr(made.add_gradients, "__self__").dropout == 0.0  # noqa: B009
 
@@ -110,7 +111,7 @@ def recomputed(
     """The number of layers computed again, and what was told, with so much memory free."""
     model = make_model("qwen2", num_hidden_layers=LAYERS).requires_grad_(trained)
     decoder, told = Decoder(model, torch.float32, member), list[str]()
-    monkeypatch.setattr(engine, "free_bytes", lambda _: free)
+    monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: free)
     config = config_of(gradient_checkpointing=choice)
     count = engine._layers_to_recompute(config, model, decoder, TOKENS, CPU.device, told.append)
     return count, "\n".join(told)
@@ -164,3 +165,27 @@ def test_true_is_all_layers_and_false_is_none_whatever_is_free(
 def test_auto_computes_nothing_again_where_memory_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recomputed(monkeypatch, None, "auto") == (0, "")
     assert recomputed(monkeypatch, 0, "auto")[0] == LAYERS
+
+
+@pytest.mark.parametrize("checkpointing", [False, "auto"])
+def test_passes_are_made_as_small_as_the_memory_demands(
+    checkpointing: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, told = make_model("qwen2"), list[str]()
+    config = config_of(gradient_checkpointing=checkpointing, optim="sgd")
+    gradients = sum(parameter.numel() * 4 for parameter in model.parameters())
+    decoder = Decoder(model, torch.float32, member)
+    decoder.recompute = 0 if checkpointing is False else len(decoder.mlp)
+    needed = decoder.pass_bytes(engine.TOKENS_PER_PASS_ON_CPU)
+    monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: gradients + needed // 2)
+    made = make_engine(config, model, CPU, TOKENS, told.append)
+    assert made.most_tokens == engine.TOKENS_PER_PASS_ON_CPU // 2
+    assert f"so passes have at most {made.most_tokens:,} tokens instead of 768" in told[-1]
+    monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: gradients + needed // 10)
+    with pytest.raises(
+        UserError, match=r"a pass of the longest sample \(100 tokens\) about .* Set max_seq_length to 76 or"
+    ):
+        make_engine(config, model, CPU, TOKENS, told.append)
+    monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: gradients // 2)
+    with pytest.raises(UserError, match=r"training needs more memory .* Choose what takes less: LoRA"):
+        make_engine(config, model, CPU, TOKENS, told.append)

@@ -28,7 +28,7 @@ def stepped(step: int, loss: float = 1.0, trained: int = 10, rate: float = 1e-4)
 
 def grouped(count: int, last: int, events: list[Event]) -> list[Event]:
     passed: list[Event] = []
-    sink = EverySteps(count, last, passed.append)
+    sink = EverySteps(count, last, passed.append, [])
     for event in events:
         sink(event)
     return passed
@@ -104,7 +104,7 @@ def test_a_run_that_goes_on_keeps_the_lines_up_to_its_step(rest: str, tmp_path: 
     first = MetricsFile(path, 0)
     for event in (Evaluated(0, 0.0, 3.0, 50, 0.3), stepped(2), Evaluated(2, 0.2, 2.0, 50, 0.3), stepped(4)):
         first(event)
-    first.file.write(rest)
+    first.file.write(rest.encode())
     first.file.close()
     MetricsFile(path, 2)(stepped(3))
     assert [line["step"] for line in read(path)] == [0, 2, 2, 3]

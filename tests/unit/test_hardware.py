@@ -137,7 +137,6 @@ def test_peak_memory_is_not_that_of_the_process_that_started_this_one(
     assert int(run("-c", code).stdout) < len(large)
 
 
-
 @pytest.mark.parametrize(
     ("device", "system", "machine", "flags", "has_them"),
     [
@@ -162,33 +161,57 @@ AVAILABLE = 1000
 
 
 @pytest.mark.parametrize(
-    ("groups", "free"),
+    ("files", "free"),
     [
-        ([], AVAILABLE),
-        ([("900", "200")], 700),
-        ([("900\n", "200\n")], 700),
-        ([("max", "200")], AVAILABLE),
-        ([("5000", "200")], AVAILABLE),
-        ([("900", "950")], 0),
-        ([("900", None)], AVAILABLE),
-        ([("max", "200"), ("800", "300")], 500),
-        ([(None, None), ("800", "300")], 500),
-        ([("800", "300"), ("9223372036854771712", "300")], 500),
+        ({}, AVAILABLE),
+        ({"v2/memory.max": "900", "v2/memory.current": "200"}, 700),
+        ({"v2/a/b/memory.max": "900\n", "v2/a/b/memory.current": "200\n"}, 700),
+        ({"v2/a/memory.max": "800", "v2/a/memory.current": "300", "v2/a/b/memory.max": "max"}, 500),
+        ({"v2/other/memory.max": "800", "v2/other/memory.current": "300"}, AVAILABLE),
+        ({"v2/memory.max": "max", "v2/memory.current": "200"}, AVAILABLE),
+        ({"v2/memory.max": "5000", "v2/memory.current": "200"}, AVAILABLE),
+        ({"v2/memory.max": "900", "v2/memory.current": "950"}, 0),
+        ({"v2/memory.max": "900"}, AVAILABLE),
+        (
+            {
+                "v2/memory.max": "900", "v2/memory.current": "800",
+                "v2/memory.stat": "anon 100\ninactive_file 300\nactive_file 250\n",
+            },
+            650,
+        ),
+        ({"v1/memory.limit_in_bytes": "800", "v1/memory.usage_in_bytes": "300"}, 500),
+        ({"v1/c/memory.limit_in_bytes": "800", "v1/c/memory.usage_in_bytes": "300"}, 500),
+        ({"v1/x/memory.limit_in_bytes": "800", "v1/x/memory.usage_in_bytes": "300"}, AVAILABLE),
+        (
+            {
+                "v1/memory.limit_in_bytes": "800", "v1/memory.usage_in_bytes": "700",
+                "v1/memory.stat": "inactive_file 1\ntotal_inactive_file 200\ntotal_active_file 50\n",
+            },
+            350,
+        ),
+        ({"v1/memory.limit_in_bytes": "9223372036854771712", "v1/memory.usage_in_bytes": "300"}, AVAILABLE),
     ],
-)
+)  # fmt: skip
 def test_free_memory_is_what_the_container_leaves(
-    groups: list[tuple[str | None, str | None]], free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: dict[str, str], free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files: list[tuple[str, str]] = []
-    for number, texts in enumerate(groups):
-        paths = [tmp_path / f"{number}.{name}" for name in ("limit", "used")]
-        for path, text in zip(paths, texts, strict=True):
-            if text is not None:
-                path.write_text(text)
-        files.append((str(paths[0]), str(paths[1])))
-    monkeypatch.setattr(hardware, "_CGROUP_FILES", tuple(files))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "mine").write_text("9:name=systemd:/x\n4:cpu,memory:/c\n0::/a/b\n")
+    for name, place in (("_V1", "v1"), ("_V2", "v2"), ("_MY_GROUPS", "mine")):
+        monkeypatch.setattr(hardware, name, tmp_path / place)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=AVAILABLE))
+    monkeypatch.setattr(hardware, "_left_by_shell_limits", lambda: [])
     assert hardware.free_bytes(torch.device("cpu")) == free
+
+
+def test_a_limit_of_the_shell_is_respected(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    code = (
+        "import resource, torch; from qingtune.hardware import free_bytes\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (20 * 10**9, -1)); print(free_bytes(torch.device('cpu')))"
+    )
+    assert 0 < int(run("-c", code).stdout) < 20 * 10**9
 
 
 def test_free_memory_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,325 @@
+"""The report of a data set without training: what is wrong, what is lost, what is suspicious; rows are read one by one.
+
+Faults are rows that training refuses, and evaluation rows that stand in the training data. Everything else that is
+told - cut, dropped, repeated, near-empty, in another script - is for the user to judge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import statistics
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qingtune.data.format import Conversation, FileFacts, conversations_of
+from qingtune.data.read import Fault
+from qingtune.data.tokenize import Template, tokenize
+from qingtune.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SHOWN = 5  # places named of each kind
+AT_ONCE = 256  # conversations tokenised at a time
+TELL_EVERY_S = 5.0
+NEAR_EMPTY = 4  # letters and digits below which an answer is near-empty where most are ten times as long
+MUCH = 0.3  # the share of a script from which an answer counts as written in it
+# Control tokens of the common templates, looked for where no tokenizer is at hand.
+MARKERS = (
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<s>",
+    "</s>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>",
+)  # fmt: skip
+
+
+@dataclass
+class Places:
+    """How many rows something was seen in, and the first of them."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, place: str) -> None:
+        """Count a row."""
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(place)
+
+
+@dataclass
+class Report:
+    """What was found in training or evaluation data."""
+
+    rows: int = 0
+    files: dict[str, FileFacts] = field(default_factory=dict)
+    faults: Places = field(default_factory=Places)
+    repeated: Places = field(default_factory=Places)
+    other_answer: Places = field(default_factory=Places)
+    in_training: Places = field(default_factory=Places)
+    near_empty: Places = field(default_factory=Places)
+    two_scripts: Places = field(default_factory=Places)
+    rare_script: Places = field(default_factory=Places)
+    scripts: dict[str, int] = field(default_factory=dict)
+    samples: int = 0
+    tokens: int = 0
+    trained: int = 0
+    too_long: Places = field(default_factory=Places)
+    truncated: int = 0
+    untrained: Places = field(default_factory=Places)
+    percentiles: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def faulty(self) -> int:
+        """Rows that are wrong, not only suspicious."""
+        return self.faults.count + self.in_training.count
+
+
+def check_data(
+    paths: Sequence[str],
+    system_prompt: str | None,
+    template: Template | None,
+    limit: int,
+    on_long: str,
+    training: Seen | None,
+    say: Callable[[str], None],
+) -> tuple[Report, Seen]:
+    """Read files and report on them.
+
+    Args:
+        template: tokenises the rows; None to go without token counts.
+        limit: the longest sample, in tokens.
+        on_long: "drop", "truncate" or "raise", for samples above the limit.
+        training: what was seen in the training data, if this is the evaluation data.
+        say: is told how far the reading has come.
+
+    Raises:
+        UserError: a file is broken as a whole, or there are no rows.
+    """
+    report, seen = Report(), Seen()
+    lengths, sizes = array("i"), array("i")
+    short: list[tuple[int, str]] = []
+    by_script: dict[str, Places] = {}
+    batch: list[Conversation] = []
+    for row in _rows(paths, system_prompt, report, say):
+        if isinstance(row, Fault):
+            report.faults.add(str(row))
+            continue
+        if template is None and (marker := _marker_in(row)):
+            report.faults.add(f"{row.origin}: holds {marker}, a control token of chat templates")
+            continue
+        seen.add(row)
+        _look_at_answer(row, report, sizes, short, by_script)
+        if template is None:
+            continue
+        batch.append(row)
+        if len(batch) == AT_ONCE:
+            _count_tokens(template, batch, limit, on_long, report, lengths)
+            batch.clear()
+    if not report.rows:
+        raise UserError("no rows", where=", ".join(paths))
+    if template is not None:
+        _count_tokens(template, batch, limit, on_long, report, lengths)
+    _find_repeats(seen, training, report)
+    _judge_answers(report, sizes, short, by_script)
+    if lengths:
+        ordered = sorted(lengths)
+        places = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}
+        report.percentiles = {name: ordered[round(share * (len(ordered) - 1))] for name, share in places.items()}
+    return report, seen
+
+
+def _rows(
+    paths: Sequence[str], system_prompt: str | None, report: Report, say: Callable[[str], None]
+) -> Iterator[Conversation | Fault]:
+    began = told = time.monotonic()
+    for path in paths:
+        report.files[path] = FileFacts()
+        for row in conversations_of(path, system_prompt, report.files[path]):
+            report.rows += 1
+            yield row
+            if time.monotonic() - told > TELL_EVERY_S:
+                told = time.monotonic()
+                say(f"{path}: {report.rows:,} rows read in {told - began:.0f} s")
+
+
+# --- Repeats ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """Short hashes of rows and of their prompts, and where they stand: 24 bytes a row."""
+
+    files: list[str] = field(default_factory=list)
+    wholes: array[int] = field(default_factory=lambda: array("Q"))
+    prompts: array[int] = field(default_factory=lambda: array("Q"))
+    places: array[int] = field(default_factory=lambda: array("Q"))
+
+    def add(self, row: Conversation) -> None:
+        """Note a row."""
+        path, _, line = row.origin.rpartition(":")
+        if not self.files or self.files[-1] != path:
+            self.files.append(path)
+        parts = [f"{message.role}: {message.content.strip()}" for message in row.messages]
+        whole = _hash(parts) if row.text is None else _hash([row.text.strip()])
+        self.wholes.append(whole)
+        self.prompts.append(whole if row.text is not None else _hash(parts[:-1]))
+        self.places.append(len(self.files) - 1 << 40 | int(line))
+
+    def place(self, number: int) -> str:
+        """Where a row stands, as `file:line`."""
+        place = self.places[number]
+        return f"{self.files[place >> 40]}:{place & (1 << 40) - 1}"
+
+
+def _hash(parts: Sequence[str]) -> int:
+    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little")
+
+
+def _find_repeats(seen: Seen, training: Seen | None, report: Report) -> None:
+    wholes, prompts = (np.frombuffer(hashes, dtype=np.uint64) for hashes in (seen.wholes, seen.prompts))
+    first_same, first_prompt = _first_of_each(wholes), _first_of_each(prompts)
+    numbers = np.arange(len(wholes))
+    for number in np.flatnonzero(first_same != numbers).tolist():
+        report.repeated.add(f"{seen.place(number)} = {seen.place(int(first_same[number]))}")
+    other = (first_same == numbers) & (wholes != wholes[first_prompt])
+    for number in np.flatnonzero(other).tolist():
+        report.other_answer.add(f"{seen.place(number)}, {seen.place(int(first_prompt[number]))}")
+    if training is not None and training.wholes:
+        trained, where = np.unique(np.frombuffer(training.wholes, dtype=np.uint64), return_index=True)
+        at = np.minimum(np.searchsorted(trained, wholes), len(trained) - 1)
+        for number in np.flatnonzero(trained[at] == wholes).tolist():
+            report.in_training.add(f"{seen.place(number)} = {training.place(int(where[at[number]]))}")
+
+
+def _first_of_each(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """For each row the number of the first row with its hash."""
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------------
+
+
+def _marker_in(row: Conversation) -> str | None:
+    texts = [message.content for message in row.messages] or [str(row.text)]
+    return next((marker for marker in MARKERS if any(marker in text for text in texts)), None)
+
+
+def _look_at_answer(
+    row: Conversation, report: Report, sizes: array[int], short: list[tuple[int, str]], by_script: dict[str, Places]
+) -> None:
+    answer = row.messages[-1].content if row.text is None else row.text
+    total = len(_LETTER_OR_DIGIT.findall(answer))
+    letters = {kind: len(pattern.findall(answer)) for kind, pattern in _SCRIPTS.items()}
+    letters["other"] = total - sum(letters.values()) - len(_DIGIT.findall(answer))
+    sizes.append(total)
+    if total < NEAR_EMPTY:
+        short.append((total, row.origin))
+        return
+    much = [kind for kind, count in letters.items() if count >= MUCH * total]
+    if len(much) > 1:
+        report.two_scripts.add(f"{row.origin} ({' and '.join(sorted(much))})")
+    if much:
+        main = max(much, key=lambda kind: letters[kind])
+        report.scripts[main] = report.scripts.get(main, 0) + 1
+        by_script.setdefault(main, Places()).add(row.origin)
+
+
+# Letters of each script, coarsely.
+_SCRIPTS = {
+    "Latin": re.compile("[A-Za-z\u00c0-\u024f\u1e00-\u1eff]"),
+    "Han": re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]"),
+    "kana": re.compile("[\u3040-\u30ff]"),
+    "Hangul": re.compile("[\u1100-\u11ff\uac00-\ud7af]"),
+    "Cyrillic": re.compile("[\u0400-\u052f]"),
+    "Arabic": re.compile("[\u0600-\u06ff\u0750-\u077f]"),
+}
+_LETTER_OR_DIGIT, _DIGIT = re.compile(r"[^\W_]"), re.compile(r"\d")
+
+
+def _judge_answers(
+    report: Report, sizes: array[int], short: list[tuple[int, str]], by_script: dict[str, Places]
+) -> None:
+    """Short answers are near-empty where most are long; a script is rare below a fiftieth of the answers."""
+    if sizes and statistics.median(sizes) >= 10 * NEAR_EMPTY:
+        for _, origin in short:
+            report.near_empty.add(origin)
+    everything = sum(report.scripts.values())
+    for kind, places in by_script.items():
+        if places.count * 50 < everything:
+            report.rare_script.count += places.count
+            report.rare_script.first += [f"{origin} ({kind})" for origin in places.first]
+    del report.rare_script.first[SHOWN:]
+
+
+# --- Tokens ----------------------------------------------------------------------------------------------------------
+
+
+def _count_tokens(
+    template: Template, batch: list[Conversation], limit: int, on_long: str, report: Report, lengths: array[int]
+) -> None:
+    tokenized = tokenize(template, batch, limit, "truncate" if on_long == "truncate" else "drop")
+    for fault in tokenized.faults:
+        report.faults.add(str(fault))
+    for origin in tokenized.too_long:
+        if on_long == "raise":
+            report.faults.add(f"{origin}: longer than {limit:,} tokens")
+        else:
+            report.too_long.add(origin)
+    for origin in tokenized.untrained:
+        report.untrained.add(origin)
+    report.truncated += tokenized.truncated
+    report.samples += len(tokenized.samples)
+    for sample in tokenized.samples:
+        lengths.append(len(sample.token_ids))
+        report.tokens += len(sample.token_ids)
+        report.trained += sample.trained_tokens
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+def as_lines(name: str, report: Report, limit: int) -> list[str]:
+    """The report as text, a finding a line with the first places below."""
+    lines = [f"{name}: {report.rows:,} rows, {report.faults.count:,} faults"]
+    for path, about in report.files.items():
+        unused = f"; not used: {', '.join(about.ignored_columns)}" if about.ignored_columns else ""
+        lines.append(f"  {path}: {about.format or 'no'} rows{unused}")
+    if report.percentiles:
+        shares = ", ".join(f"{key} {value:,}" for key, value in report.percentiles.items())
+        lines.append(
+            f"  {report.samples:,} samples of {report.tokens:,} tokens, {report.trained:,} trained "
+            f"({report.trained / report.tokens:.0%}); length {shares}"
+        )
+    if report.scripts:
+        by_count = sorted(report.scripts.items(), key=lambda item: -item[1])
+        lines.append("  answers by script: " + ", ".join(f"{k} {n:,}" for k, n in by_count))
+    findings = [
+        ("faults", report.faults),
+        ("evaluation rows that stand in the training data", report.in_training),
+        ("rows that stand twice", report.repeated),
+        ("rows with the prompt of another but another answer", report.other_answer),
+        (f"samples longer than {limit:,} tokens, which are dropped", report.too_long),
+        ("samples without a trained token", report.untrained),
+        ("near-empty answers", report.near_empty),
+        ("answers in a script that is rare here", report.rare_script),
+        ("answers in two scripts", report.two_scripts),
+    ]
+    for what, places in findings:
+        if places.count:
+            lines.append(f"  {places.count:,} {what}:")
+            lines += [f"    {place}" for place in places.first]
+            lines += ["    ..."] * (places.count > len(places.first))
+    if report.truncated:
+        lines.append(f"  {report.truncated:,} samples longer than {limit:,} tokens, which are cut at the end")
+    return lines
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report as JSON values."""
+    return {"faulty": report.faulty, **asdict(report)}

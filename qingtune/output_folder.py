@@ -1,0 +1,108 @@
+"""The folder that a run writes to: whether it may, that no other run does, and what an earlier one left there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qingtune.errors import UserError, shorten
+from qingtune.record import CURVE, LATEST, METRICS, RECORD, SETTINGS
+
+LOCK = ".qingtune.lock"
+# All that a run leaves in its folder.
+_WRITTEN = (
+    SETTINGS, RECORD, METRICS, CURVE, LATEST, "checkpoint-*", "trackers", "adapter_config.json",
+    "adapter_model.safetensors", "README.md", "model*.safetensors", "model.safetensors.index.json", "config.json",
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
+    "merges.txt", "added_tokens.json", "demo_answers.json",
+)  # fmt: skip
+# What a run that was killed while it wrote leaves besides.
+_HALF_DONE = (".checkpoint-*", ".result-*", ".*.tmp")
+
+
+def check_output_folder(output_dir: Path, *, overwrite: bool) -> None:
+    """Make sure before anything is loaded that the result may and can be written.
+
+    Raises:
+        UserError: the folder holds something else, is no folder, or cannot be written.
+    """
+    try:
+        existing = next(place for place in (output_dir, *output_dir.absolute().parents) if os.stat(place))
+    except (FileNotFoundError, NotADirectoryError):
+        existing = next(place for place in output_dir.absolute().parents if place.exists())
+    except (OSError, ValueError) as error:  # a name too long, or with a null byte in it
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"output_dir is no path ({reason})", where=shorten(str(output_dir))) from None
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError("output_dir is a file", where=str(output_dir), fix="Choose another output_dir.")
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError("output_dir cannot be written", where=str(existing), fix="Choose another output_dir.")
+    if output_dir.is_dir() and _holds_files_of_others(output_dir):
+        raise UserError(
+            "output_dir holds files that are not of a training run; they are left alone" + overwrite * ", all the same",
+            where=str(output_dir),
+            fix="Choose another output_dir.",
+        )
+
+
+def _holds_files_of_others(output_dir: Path) -> bool:
+    """Whether there is anything although no run has begun here; a run's settings are the first that it writes."""
+    if (output_dir / SETTINGS).exists():
+        return False
+    ours = {output_dir / LOCK, *(path for pattern in _HALF_DONE for path in output_dir.glob(pattern))}
+    return any(path not in ours for path in output_dir.iterdir())
+
+
+@contextmanager
+def only_run_in(output_dir: Path) -> Generator[None]:
+    """Keep other runs out of the folder, which is made if need be and removed again if nothing came into it.
+
+    The lock is the operating system's and ends with the process, however that ends.
+
+    Raises:
+        UserError: another run has the folder.
+    """
+    import filelock
+
+    made = [place for place in (output_dir, *output_dir.absolute().parents) if not place.exists()]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / LOCK
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(
+            f"another run is writing to this output_dir ({_holder(path)})",
+            where=str(output_dir),
+            fix="Wait for it, or choose another output_dir.",
+        ) from None
+    try:
+        path.write_text(f"process {os.getpid()}", encoding="utf-8")
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+        for place in made:
+            if any(place.iterdir()):
+                break
+            place.rmdir()
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") or "it is just starting"
+    except OSError:  # Windows does not let others read a locked file
+        return "see the task manager"
+
+
+def prepare_output_folder(output_dir: Path, *, anew: bool) -> None:
+    """Remove what a killed run left half done; `anew` removes an earlier run's files too, and no others."""
+    patterns = [*_HALF_DONE, *(_WRITTEN if anew else ())]
+    for path in [path for pattern in patterns for path in output_dir.glob(pattern)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,82 @@
+"""Keep tokens and passwords out of what is shown and written, wherever a library or a traceback might repeat them."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+HIDDEN = "***"
+SHORTEST = 8  # characters of a secret in the environment; shorter values would be found in ordinary words
+_NAMES = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWO?R?D|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
+_PLACES = ("FILE", "PATH", "DIR", "URL", "ENDPOINT")  # variables that say where a secret lies
+_SHAPES = (
+    (re.compile(r"(?<=://)[^/\s@\"']+(?=@)"), HIDDEN),  # user and password in a URL
+    (re.compile(r"([?&][\w.-]*(?:token|key|secret|password|signature|sig)=)[^&\s\"']+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(r"(authorization\W+(?:bearer|basic)\s+)[\w.~+/=-]+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    # Hugging Face, OpenAI and alike, GitHub, GitLab, AWS, Slack
+    (re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|AKIA|xox[abp]-)[\w-]{10,}"), HIDDEN),
+)
+
+
+def redact(text: str) -> str:
+    """The text with three stars for each secret: values of such environment variables, and what looks like a token."""
+    for secret in _secrets_of_environment():
+        text = text.replace(secret, HIDDEN)
+    for pattern, replacement in _SHAPES:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _secrets_of_environment() -> list[str]:
+    values = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= SHORTEST and _NAMES.search(name) and not name.upper().endswith(_PLACES)
+    }
+    return sorted(values, key=len, reverse=True)
+
+
+def redact_values(value: Any) -> Any:
+    """The same for every text in a JSON value."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {key: redact_values(item) for key, item in value.items()}
+    return [redact_values(item) for item in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def redacted_output() -> Generator[None]:
+    """Redact all that this process writes to stdout and stderr meanwhile, by whomever."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Redacting(stream) for stream in before)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _Redacting:
+    """A text stream that redacts what is written to it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, and say that all of it was; what the stream's encoding lacks is written as its number."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._stream.write(redact(text).encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        """Write several."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the stream's."""
+        return getattr(self._stream, name)
