@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test check docs bench clean
+.PHONY: help demo test check docs bench faults lock audit clean
 
 help:
 	@echo "make demo   install, get a model, fine-tune it on bundled data, show answers before and after"
@@ -10,6 +10,9 @@ help:
 	@echo "make check  format, lint, types, import order, generated docs"
 	@echo "make docs   write the generated docs anew"
 	@echo "make bench  train beside TRL, LLaMA-Factory and ms-swift: about an hour, several GB of environments"
+	@echo "make faults break things for real and write docs/faults.md: half an hour"
+	@echo "make lock   write requirements_lock.txt anew"
+	@echo "make audit  look the locked packages up in the database of known weaknesses"
 	@echo "make clean  remove .venv and caches"
 
 .venv/made:
@@ -44,6 +47,17 @@ docs: .venv/dev
 
 bench: .venv/stable
 	$(BIN)/python benchmarks/train.py
+
+faults: .venv/dev
+	$(BIN)/python tools/faults.py
+
+lock: .venv/made
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/lock.py
+
+audit: .venv/made
+	$(BIN)/python -m pip install --quiet pip-audit==2.10.1
+	$(BIN)/python -m pip_audit --requirement requirements_lock.txt --no-deps --disable-pip
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
