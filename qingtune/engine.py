@@ -38,13 +38,15 @@ class Engine:
         loss: summed loss of a micro-batch, fp32 scalar without a graph.
         add_gradients: micro-batch, scale -> summed loss; adds scale times its gradient to the parameters'.
         most_tokens: to be given at a time; longer micro-batches are to be split between samples.
-        save_memory: gives back what is held between passes and computes as much as can be again; False if that was so.
+        release: gives back what is held between passes, which will have no more than so many tokens from then on.
+        recompute_all: keeps nothing but inputs for the backward pass; False if that was so already.
     """
 
     loss: Callable[[Batch], torch.Tensor]
     add_gradients: Callable[[Batch, torch.Tensor], torch.Tensor]
     most_tokens: int
-    save_memory: Callable[[], bool]
+    release: Callable[[int], None]
+    recompute_all: Callable[[], bool]
 
     def shrink(self, batch: Batch) -> str:
         """Make do with less after a pass ran out of memory: half of it at a time, then more computed again.
@@ -59,10 +61,11 @@ class Engine:
             UserError: a single sample does not fit.
         """
         tokens, samples = len(batch.token_ids), len(batch.starts) - 1
+        self.release(tokens // 2 if samples > 1 else tokens)
         if samples > 1:
             self.most_tokens = tokens // 2
             how = f"passes of at most {self.most_tokens:,} tokens from here on, and more of them a step"
-        elif self.save_memory():
+        elif self.recompute_all():
             how = "all layers are computed again in the backward pass from here on"
         else:
             raise UserError(
@@ -102,12 +105,15 @@ def make_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardware,
         tokens = _tokens_that_fit(config, model, decoder, longest, tokens, say)
         most_tokens, decoder.most_tokens = min(most_tokens, tokens), tokens
 
-    def save_memory() -> bool:
+    def release(tokens: int) -> None:
         decoder.workspace.clear()
+        decoder.most_tokens = min(decoder.most_tokens, tokens)
+
+    def recompute_all() -> bool:
         before, decoder.recompute = decoder.recompute, len(decoder.mlp)
         return before < decoder.recompute
 
-    return Engine(decoder.loss, decoder.add_gradients, most_tokens, save_memory)
+    return Engine(decoder.loss, decoder.add_gradients, most_tokens, release, recompute_all)
 
 
 def _tokens_that_fit(
@@ -187,10 +193,10 @@ def _general_engine(
         (total * scale).backward()
         return total.detach()
 
-    def save_memory() -> bool:
+    def recompute_all() -> bool:
         if model.is_gradient_checkpointing or not model.supports_gradient_checkpointing:
             return False
         model.activation_checkpointing_enable({"use_reentrant": False})
         return True
 
-    return Engine(torch.no_grad()(loss), add_gradients, most_tokens, save_memory)
+    return Engine(torch.no_grad()(loss), add_gradients, most_tokens, lambda _: None, recompute_all)

@@ -68,16 +68,20 @@ def only_run_in(output_dir: Path) -> Generator[None]:
     import filelock
 
     made = [place for place in (output_dir, *output_dir.absolute().parents) if not place.exists()]
-    output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / LOCK
-    lock = filelock.FileLock(path, timeout=0)
     try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path, timeout=0)
         lock.acquire()
     except filelock.Timeout:
         raise UserError(
             f"another run is writing to this output_dir ({_holder(path)})",
             where=str(output_dir),
             fix="Wait for it, or choose another output_dir.",
+        ) from None
+    except OSError as error:  # permissions do not tell all: a read-only disk, a file system that is none
+        raise UserError(
+            f"output_dir cannot be written ({error.strerror})", where=str(output_dir), fix="Choose another output_dir."
         ) from None
     try:
         path.write_text(f"process {os.getpid()}", encoding="utf-8")

@@ -106,7 +106,7 @@ MOMENTS = {
     f"    if content == {{'folder': 'checkpoint-4'}}: {KILL}\n    old(path, content)\nc.write_json = write",
     "in the middle of removing an old checkpoint": "import shutil\nold = shutil.rmtree\n"
     "def rmtree(path, **options):\n"
-    "    inside = [os.path.join(path, name) for name in os.listdir(path)]\n"
+    "    inside = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else []\n"
     f"    if any('checkpoint-2' in name for name in inside): os.unlink(os.path.join(inside[0], 'state.json')); {KILL}\n"
     "    old(path, **options)\nshutil.rmtree = rmtree",
     "while the result is written": "import qingtune.finetune as f\nold, n = os.replace, []\n"
@@ -167,7 +167,10 @@ EPOCHS = LORA | {
 }  # fmt: skip
 
 
-@fault("killed after each single step of two epochs, with evaluation and best model", "the uninterrupted run's weights")
+@fault(
+    "killed after every third checkpoint of two epochs, with evaluation and best model",
+    "the uninterrupted run's weights",
+)
 def kill_after_each_step(bench: Bench) -> str:
     bench.train("whole", EPOCHS).expect(0)
     spoil = (
@@ -384,19 +387,23 @@ LIMITED = (
 @fault("a memory limit that the first batch exceeds", "told before it happens, or the step is done in smaller passes")
 def memory(bench: Bench) -> str:
     rows = bench.folder / "long.jsonl"
-    text = "a long answer that goes on and on. " * 700
-    rows.write_text("".join(json.dumps({"instruction": f"tell {n}", "output": text}) + "\n" for n in range(8)))
-    settings = LORA | {"data_path": rows, "max_seq_length": 30_000, "max_steps": 2, "per_device_train_batch_size": 4}
     config = bench.folder / "model" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 40_000}))
-    told = bench.train("told", settings | {"gradient_checkpointing": False}, LIMITED.format(room="200 * 2**20"))
+    settings = LORA | {
+        "data_path": rows, "max_seq_length": 30_000, "max_steps": 2, "per_device_train_batch_size": 8,
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+
+    def write(sentences: int) -> None:
+        text = "a long answer that goes on and on. " * sentences
+        rows.write_text("".join(json.dumps({"instruction": f"tell {n}", "output": text}) + "\n" for n in range(16)))
+
+    write(700)
+    told = bench.train("told", settings, LIMITED.format(room="200 * 2**20"))
     told.expect(2, "memory", "Set max_seq_length to ")
-    blind = (
-        "from qingtune import engine\nengine.free_bytes = lambda device: None\nengine.TOKENS_PER_PASS_ON_CPU = 10**6\n"
-    )
-    small = bench.train(
-        "small", settings | {"gradient_checkpointing": False}, blind + LIMITED.format(room="700 * 2**20")
-    )
+    write(60)
+    blind = "from qingtune import engine as e\ne.free_bytes = lambda *a, **k: None\ne.TOKENS_PER_PASS_ON_CPU = 10**6\n"
+    small = bench.train("small", settings, blind + LIMITED.format(room="300 * 2**20"))
     small.expect(0, "Out of memory in a pass of ")
     return "refused with numbers where it can be foreseen; else repeated in smaller passes"
 

@@ -119,7 +119,9 @@ def main() -> None:
     with contextlib.suppress(ImportError):  # Windows has no such limit
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+        _, most = resource.getrlimit(resource.RLIMIT_AS)  # a lower limit cannot be raised, and need not be
+        limit = BYTES if most == resource.RLIM_INFINITY else min(BYTES, most)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     sys.stdout.buffer.write(b"ready\n")
     sys.stdout.buffer.flush()
     with open(os.devnull, "w") as nowhere:

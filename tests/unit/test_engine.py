@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model
@@ -11,6 +12,8 @@ from conftest import make_model
 from qingtune import engine
 from qingtune.adapters.lora import member
 from qingtune.config import TrainConfig
+from qingtune.data.batch import collate
+from qingtune.data.tokenize import Sample
 from qingtune.engine import make_engine
 from qingtune.errors import UserError
 from qingtune.hardware import Hardware
@@ -189,3 +192,19 @@ def test_passes_are_made_as_small_as_the_memory_demands(
     monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: gradients // 2)
     with pytest.raises(UserError, match=r"training needs more memory .* Choose what takes less: LoRA"):
         make_engine(config, model, CPU, TOKENS, told.append)
+
+
+def test_after_a_pass_that_did_not_fit_smaller_ones_are_planned_and_memory_is_given_back() -> None:
+    made = make_engine(config_of(gradient_checkpointing=False), make_model("qwen2"), CPU, TOKENS, print)
+    decoder: Any = made.loss.__self__  # pyright: ignore[reportFunctionMemberAccess]
+    samples = [Sample(np.arange(3, 60, dtype=np.int32), np.ones(57, dtype=np.bool_), f"row:{n}") for n in range(4)]
+    made.loss(collate(samples))
+    assert decoder.workspace.held_bytes() > 0
+    assert "passes of at most 114 tokens" in made.shrink(collate(samples))
+    assert (made.most_tokens, decoder.most_tokens, decoder.workspace.held_bytes()) == (114, 114, 0)
+    assert "all layers are computed again" in made.shrink(collate(samples[:1]))
+    assert decoder.recompute == len(decoder.mlp)
+    with pytest.raises(
+        UserError, match=r"row:0: out of memory with a single sample of 57 tokens\. Set max_seq_length to 28"
+    ):
+        made.shrink(collate(samples[:1]))

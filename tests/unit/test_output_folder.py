@@ -61,3 +61,12 @@ def test_a_lock_that_a_killed_run_left_is_no_file_of_others(tmp_path: Path) -> N
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(UserError, match="files that are not of a training run"):
         check_output_folder(tmp_path, overwrite=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_place_where_nothing_can_be_made_is_told() -> None:
+    with (
+        pytest.raises(UserError, match=r"/proc/output: output_dir cannot be written"),
+        only_run_in(Path("/proc/output")),
+    ):
+        pass

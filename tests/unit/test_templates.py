@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,12 @@ def test_ctrl_c_is_the_parents_to_answer() -> None:
     time.sleep(0.2)
     assert render("{{ 1 + 1 }}") == "2"
     assert templates._worker()._process is process
+
+
+def test_a_lower_limit_of_the_shell_is_no_hindrance(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (5 * 10**8, 5 * 10**8))\n"
+        "from qingtune.data.templates import render_template\n"
+        "print(render_template('{{ 1 + 1 }}', {}, [], add_generation_prompt=True))"
+    )
+    assert run("-c", code).stdout == "2\n"
