@@ -27,6 +27,11 @@ QWEN = {
     "bos_token_id": 0,
     "eos_token_id": 2,
 }
+# How Qwen2's tokenizer cuts text into words; some versions of Transformers put it in place of a tokenizer's own.
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -42,7 +47,7 @@ def cache_folder() -> Path:
 
 def model_folder(given: str | None) -> Path:
     """The model that the user names, or random weights."""
-    return Path(given) if given else random_model(cache_folder() / "bench-model")
+    return Path(given) if given else random_model(cache_folder() / "bench-qwen-model")
 
 
 def random_model(folder: Path) -> Path:
@@ -59,11 +64,14 @@ def random_model(folder: Path) -> Path:
 
 
 def _tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     inner.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
