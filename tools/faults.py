@@ -528,7 +528,8 @@ def main() -> int:
     text = "\n".join(lines) + f"\n\nFaults tried: {tried}. Survived: {tried - lost}.\n"
     print(text)
     if not arguments.only:
-        REPORT.write_text(HEADER + text, encoding="utf-8")
+        kills = f"At random moments: {arguments.kills} kills with LoRA, {max(arguments.kills // 8, 1)} each otherwise."
+        REPORT.write_text(f"{HEADER}{kills}\n\n{text}", encoding="utf-8")
     return 1 if lost else 0
 
 
