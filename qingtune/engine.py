@@ -73,7 +73,8 @@ class Engine:
                 where=batch.origins[0],
                 fix=f"Set max_seq_length to {tokens // 2:,} or less, or {LEANER}",
             )
-        return f"Out of memory in a pass of {tokens:,} tokens: {how}. Gradients are summed, so training is the same."
+        same = "Gradients are summed: but for what dropout draws, training is the same."
+        return f"Out of memory in a pass of {tokens:,} tokens: {how}. {same}"
 
 
 LEANER = "choose what takes less: LoRA or QLoRA, a smaller lora_r, optim adamw_8bit, a smaller model."

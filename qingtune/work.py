@@ -18,7 +18,7 @@ from qingtune.engine import Engine, make_engine
 from qingtune.errors import UserError
 from qingtune.hardware import Hardware, is_out_of_memory, peak_bytes
 from qingtune.record import versions
-from qingtune.training.checkpoint import load_checkpoint, prune, read_state, save_checkpoint
+from qingtune.training.checkpoint import load_checkpoint, parse_state, prune, save_checkpoint
 from qingtune.training.loop import Limits, Processes, Progress, Work
 from qingtune.training.optim import make_optimizer, make_schedule, state_bytes, warmup_steps
 
@@ -59,7 +59,7 @@ def make_work(
     progress = Progress()
     if resume_from:
         load_checkpoint(resume_from, trained, optimizer)
-        progress = read_state(resume_from).progress
+        progress = parse_state(resume_from).progress
     model.train()
 
     assert config.learning_rate is not None

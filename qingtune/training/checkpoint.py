@@ -156,6 +156,12 @@ class State:
     versions: dict[str, str]
 
 
+def parse_state(folder: Path) -> State:
+    """The same as read_state of a checkpoint known to be whole: hashing gigabytes once a start is enough."""
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return State(_progress_from_json(state["progress"]), dict(state["settings"]), dict(state["versions"]))
+
+
 def read_state(folder: Path) -> State:
     """A checkpoint's progress, the settings it was made with, and the versions.
 
@@ -165,8 +171,7 @@ def read_state(folder: Path) -> State:
     reason = why_not_whole(folder)
     try:
         if reason is None:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            return State(_progress_from_json(state["progress"]), dict(state["settings"]), dict(state["versions"]))
+            return parse_state(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error)
     raise UserError(f"no whole checkpoint: {reason}", where=str(folder), fix="Name another one.")
