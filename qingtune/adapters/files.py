@@ -114,6 +114,21 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, by names of the model's such as `model.layers.0.mlp.up_proj.lora_A.weight`.
+
+    Raises:
+        UserError: the file is missing or broken.
+    """
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        raise UserError("adapter_model.safetensors is missing", where=str(folder), fix="Is the folder complete?")
+    try:
+        return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise UserError(f"broken safetensors file ({error})", where=str(path), fix="Copy it again.") from None
+
+
 def load_adapter(model: Any, folder: Path) -> dict[str, LoRALinear]:
     """Put an adapter's layers on a model and load their weights; written here or by PEFT.
 
@@ -121,14 +136,8 @@ def load_adapter(model: Any, folder: Path) -> dict[str, LoRALinear]:
         UserError: the files are missing or broken, or do not fit this model.
     """
     config = read_adapter_config(folder)
-    path = folder / "adapter_model.safetensors"
-    if not path.exists():
-        raise UserError("adapter_model.safetensors is missing", where=str(folder), fix="Is the folder complete?")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"broken safetensors file ({error})", where=str(path), fix="Copy it again.") from None
-    names = {key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
+    tensors = read_adapter_tensors(folder)
+    names = {name.rsplit(".lora_", 1)[0] for name in tensors}
     unknown = sorted(names - set(linear_layers(model)))
     modules = dict(model.named_modules())
     if other := [name for name in unknown if name.split(".base_layer")[0] in modules]:
@@ -145,7 +154,7 @@ def load_adapter(model: Any, folder: Path) -> dict[str, LoRALinear]:
     adapters = add_lora(model, sorted(names), int(config["r"]), float(config["lora_alpha"]), 0.0)
     for name, adapter in adapters.items():
         for part in ("lora_A", "lora_B"):
-            _copy(tensors.get(f"{_PREFIX}{name}.{part}.weight"), getattr(adapter, part), f"{name}.{part}", folder)
+            _copy(tensors.get(f"{name}.{part}.weight"), getattr(adapter, part), f"{name}.{part}", folder)
     return adapters
 
 
