@@ -66,12 +66,27 @@ class Bench:
     kills: int
     model: Path = field(init=False)
     data: Path = field(init=False)
+    lost_in_kills: int = 0
+    counted_kills: int = 0
 
     def __post_init__(self) -> None:
         """Make model and data."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = save_model(self.folder / "model")
         self.data = write_jsonl(self.folder / "rows.jsonl", instruction_rows(41))
+        self._mine = {path: path.read_bytes() for path in (self.data, self.model / "model.safetensors")}
+
+    def lost_bytes(self) -> int:
+        """Bytes of the user's weights and data that are gone or changed, and of saved checkpoints after each kill."""
+        mine = sum(
+            len(content) for path, content in self._mine.items() if not path.exists() or path.read_bytes() != content
+        )
+        return mine + self.lost_in_kills
+
+    def count_after_kill(self, name: str) -> None:
+        """Count what is missing of the checkpoint that the pointer of a killed run names."""
+        self.counted_kills += 1
+        self.lost_in_kills += missing_bytes(self.folder / name)
 
     def command(self, name: str, settings: Mapping[str, Any], spoil: str = "") -> list[str]:
         """A training command with its output in a folder of this name."""
@@ -82,8 +97,11 @@ class Bench:
         return [sys.executable, *start, "train", *flags]
 
     def train(self, name: str, settings: Mapping[str, Any], spoil: str = "") -> Ended:
-        """Run a training command to its end."""
-        return self.run(self.command(name, settings, spoil))
+        """Run a training command to its end, or until it kills itself."""
+        ended = self.run(self.command(name, settings, spoil))
+        if ended.code < 0:
+            self.count_after_kill(name)
+        return ended
 
     def run(self, command: list[str], **env: str) -> Ended:
         """Run any command to its end."""
@@ -94,8 +112,9 @@ class Bench:
         )  # fmt: skip
         return Ended(done.returncode, done.stdout, time.monotonic() - began)
 
-    def kill_at_random(self, command: list[str], draw: random.Random, longest_s: float) -> bool:
-        """Start a command, SIGKILL it some time after training began; False if it ended before that."""
+    def kill_at_random(self, name: str, settings: Mapping[str, Any], draw: random.Random, longest_s: float) -> bool:
+        """Start a training command, SIGKILL it some time after training began; False if it ended before that."""
+        command = self.command(name, settings)
         with subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as process:
@@ -106,7 +125,8 @@ class Bench:
             time.sleep(draw.random() * longest_s)
             still_there = process.poll() is None
             process.kill()
-            return still_there
+        self.count_after_kill(name)
+        return still_there
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -151,6 +171,21 @@ def unchanged(before: dict[str, bytes], folder: Path) -> None:
     now = tree(folder)
     if changed := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
         raise Lost(f"changed: {changed}")
+
+
+def missing_bytes(folder: Path) -> int:
+    """Bytes that the pointer and the manifest of a run promise and that are not there, or are others."""
+    pointer = folder / "latest_checkpoint.json"
+    if not pointer.exists():
+        return 0
+    checkpoint = folder / json.loads(pointer.read_text(encoding="utf-8"))["folder"]
+    promised = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
+    return sum(
+        entry["bytes"]
+        for name, entry in promised.items()
+        if not (checkpoint / name).exists()
+        or hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() != entry["sha256"]
+    )
 
 
 def steps_done(folder: Path) -> int:

@@ -68,12 +68,12 @@ def fault(name: str, expected: str) -> Callable[[Callable[[Bench], str]], Callab
 # --- Killed ----------------------------------------------------------------------------------------------------------
 
 
-def killed_again_and_again(bench: Bench, kills: int, settings: dict[str, Any]) -> str:
+def killed_again_and_again(bench: Bench, kills: int, settings: dict[str, Any], longest_s: float = 0.8) -> str:
     settings = settings | {"max_steps": 40 * kills}
     bench.train("whole", settings).expect(0)
     draw, killed = random.Random(kills), 0
     for _ in range(kills):
-        killed += bench.kill_at_random(bench.command("killed", settings), draw, 0.8)
+        killed += bench.kill_at_random("killed", settings, draw, longest_s)
     reached = steps_done(bench.folder / "killed")
     bench.train("killed", settings).expect(0)
     same_result(bench.folder / "killed", bench.folder / "whole")
@@ -89,7 +89,9 @@ def kill_lora(bench: Bench) -> str:
 
 for _name, _settings in METHODS.items():
     fault(f"SIGKILL at random moments, {_name}", "the uninterrupted run's weights")(
-        lambda bench, settings=_settings: killed_again_and_again(bench, max(bench.kills // 8, 1), settings)
+        lambda bench, settings=_settings: killed_again_and_again(
+            bench, max(bench.kills // 5, 1), settings, longest_s=2.5
+        )
     )
 
 # Each is put in front of the command; the process kills itself at its fourth checkpoint.
@@ -432,8 +434,9 @@ def pickles(bench: Bench) -> str:
     bench.train("data", LORA | {"data_path": bench.folder / "rows.pkl"}).expect(2, "this kind of file is not known")
     infer = [sys.executable, "-m", "qingtune", "infer", "--base_model", str(bench.model), "--prompt", "hi"]
     bench.run([*infer, "--lora_model", str(folder), "--max_new_tokens", "2"]).expect(0)
-    (bench.folder / "model" / "model.safetensors").unlink()
+    weights = (bench.folder / "model" / "model.safetensors").rename(bench.folder / "put away")
     bench.run([*infer, "--max_new_tokens", "2"]).expect(2, "pickles, which can run code")
+    weights.rename(bench.folder / "model" / "model.safetensors")
     if went_off.exists():
         raise Lost("a pickle was read")
     return f"{len(places)} bombs, none went off"
@@ -511,24 +514,29 @@ def main() -> int:
     global KILLS
     KILLS = arguments.kills
     lines = ["| fault | expected | seen | survived |", "|---|---|---|---|"]
-    lost = tried = 0
+    lost = tried = lost_bytes = kills = 0
     for number, one in enumerate(FAULTS):
         if arguments.only and arguments.only not in one.name:
             continue
         with tempfile.TemporaryDirectory(prefix=f"fault-{number}-") as scratch:
             os.environ["QINGTUNE_CACHE"] = f"{scratch}/cache"
             began = time.monotonic()
+            bench = Bench(Path(scratch) / "bench", arguments.kills)
             try:
-                seen, survived = one.trial(Bench(Path(scratch) / "bench", arguments.kills)), "yes"
+                seen, survived = one.trial(bench), "yes"
             except Lost as error:
                 seen, survived = str(error).replace(scratch, "..."), "**no**"
+            lost_bytes, kills = lost_bytes + bench.lost_bytes(), kills + bench.counted_kills
         tried, lost = tried + 1, lost + (survived != "yes")
         print(f"{survived}: {one.name}: {seen} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
         lines.append(f"| {one.name} | {one.expected} | {seen.splitlines()[0][:200]} | {survived} |")
-    text = "\n".join(lines) + f"\n\nFaults tried: {tried}. Survived: {tried - lost}.\n"
+    text = "\n".join(lines) + (
+        f"\n\nFaults tried: {tried}. Survived: {tried - lost}. Bytes lost: {lost_bytes:,}, counted over the user's "
+        f"weights and data at each fault's end and over the newest checkpoint after each of {kills:,} kills.\n"
+    )
     print(text)
     if not arguments.only:
-        kills = f"At random moments: {arguments.kills} kills with LoRA, {max(arguments.kills // 8, 1)} each otherwise."
+        kills = f"At random moments: {arguments.kills} kills with LoRA, {max(arguments.kills // 5, 1)} each otherwise."
         REPORT.write_text(f"{HEADER}{kills}\n\n{text}", encoding="utf-8")
     return 1 if lost else 0
 
