@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test check docs bench faults lock audit clean
+.PHONY: help demo test check docs bench bench-inference faults lock audit clean
 
 help:
 	@echo "make demo   install, get a model, fine-tune it on bundled data, show answers before and after"
@@ -10,6 +10,7 @@ help:
 	@echo "make check  format, lint, types, import order, generated docs"
 	@echo "make docs   write the generated docs anew"
 	@echo "make bench  train beside TRL, LLaMA-Factory and ms-swift: about an hour, several GB of environments"
+	@echo "make bench-inference  answer beside Transformers and llama.cpp: half an hour"
 	@echo "make faults break things for real and write docs/faults.md: half an hour"
 	@echo "make lock   write requirements_lock.txt anew"
 	@echo "make audit  look the locked packages up in the database of known weaknesses"
@@ -47,6 +48,9 @@ docs: .venv/dev
 
 bench: .venv/stable
 	$(BIN)/python benchmarks/train.py
+
+bench-inference: .venv/stable
+	$(BIN)/python benchmarks/inference.py
 
 faults: .venv/dev
 	$(BIN)/python tools/faults.py

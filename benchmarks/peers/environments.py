@@ -12,7 +12,7 @@ import sys
 import venv
 from pathlib import Path
 
-SYSTEMS = ("trl", "llamafactory", "ms-swift")
+SYSTEMS = ("trl", "llamafactory", "ms-swift", "llama.cpp")
 TORCH_VERSION = "2.13.0"
 # Installed last and without what it asks for: LLaMA-Factory wants torchvision, torchaudio and gradio, which training on
 # text never calls; torchaudio's build on PyPI (2.11.0) does not load beside a CPU torch. Its pins hold what it needs.
@@ -53,7 +53,8 @@ def make_environment(system: str, folder: Path) -> Path | str:
 
 def _install_all(python: Path, system: str, pins: Path, log: Path) -> None:
     log.write_text("", encoding="utf-8")
-    _install(python, log, f"torch=={TORCH_VERSION}")
+    if "\ntorch==" in "\n" + pins.read_text(encoding="utf-8"):
+        _install(python, log, f"torch=={TORCH_VERSION}")
     _install(python, log, "-r", str(pins))
     if system in ALONE:
         _install(python, log, "--no-deps", ALONE[system])
