@@ -43,7 +43,7 @@ def load_base(
     Raises:
         UserError: the model cannot be loaded, or there is no memory for it.
     """
-    _check_memory(folder, dtype, bits, device)
+    check_memory(folder, dtype, bits, device)
     with memory_errors("the model was loaded", folder, SMALLER):
         return _load_base(folder, dtype, bits, device, cache_dir, say)
 
@@ -51,7 +51,7 @@ def load_base(
 SMALLER = "Choose a smaller model, or load it in fewer bits: use_qlora in training, load_in_4bit in answering."
 
 
-def _check_memory(folder: Path, dtype: torch.dtype, bits: int | None, device: torch.device) -> None:
+def check_memory(folder: Path, dtype: torch.dtype, bits: int | None, device: torch.device) -> None:
     """Refuse what cannot fit; on a CPU, a process that tries all the same is killed without a word."""
     numbers = stored_numbers(folder)
     needed = numbers * (bits / 8 if bits else dtype.itemsize)

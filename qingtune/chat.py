@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qingtune.data.format import Message
 from qingtune.errors import UserError
-from qingtune.generation import Answer, ChatSession
+from qingtune.generation import Answer, ChatSession, Decoding
 
 HELP = """/help            this list
 /system [TEXT]   show or set the system message; starts the chat anew
@@ -20,13 +21,13 @@ HELP = """/help            this list
 /exit            leave (Ctrl-D too); Ctrl-C stops an answer and keeps what is there"""
 
 
-def chat(answer: Callable[[Sequence[int], int], Answer], session: ChatSession, room_for_answer: int) -> None:
+def chat(answer: Callable[[Sequence[int], Decoding], Answer], session: ChatSession, decoding: Decoding) -> None:
     """Talk until /exit or the end of input.
 
     Args:
-        answer: starts an answer to a prompt's ids; the number of the question varies the sampling.
+        answer: starts an answer to a prompt's ids.
         session: the turns; changed in place.
-        room_for_answer: the longest answer, in tokens.
+        decoding: the settings; the number of the question is added to the seed.
     """
     interactive = sys.stdin.isatty()
     if interactive:
@@ -46,7 +47,7 @@ def chat(answer: Callable[[Sequence[int], int], Answer], session: ChatSession, r
                 continue
         else:
             question = Message("user", line)
-        _ask(answer, session, question, room_for_answer)
+        _ask(answer, session, question, decoding)
 
 
 def _enable_line_editing() -> None:
@@ -71,13 +72,14 @@ def _read_line(prompt: str) -> str | None:
 
 
 def _ask(
-    answer: Callable[[Sequence[int], int], Answer], session: ChatSession, question: Message, room_for_answer: int
+    answer: Callable[[Sequence[int], Decoding], Answer], session: ChatSession, question: Message, decoding: Decoding
 ) -> None:
     """Put a question, show the answer as it comes, keep both."""
     session.turns.append(question)
     dropped = session.dropped
     try:
-        stream = answer(session.prompt(room_for_answer), session.asked)
+        ids = session.prompt(decoding.max_new_tokens)
+        stream = answer(ids, replace(decoding, seed=decoding.seed + session.asked))
     except UserError as error:
         session.undo()
         _note(str(error))

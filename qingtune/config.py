@@ -281,6 +281,11 @@ class InferConfig(ModelSettings):
         None, "What to answer", "A JSONL file of prompts; each row comes out again with an answer."
     )
     output_file: str | None = _setting(None, "What to answer", "Where prompt_file's answers go (default: stdout).")
+    overwrite_output_file: bool = _setting(
+        False,
+        "What to answer",
+        "Replace output_file; without it an unfinished one is gone on with, a finished one kept.",
+    )
     system_prompt: str | None = _setting(None, "What to answer", "System message (default: the one used in training).")
 
     max_new_tokens: Integer = _setting(512, "Decoding", "The longest answer, in tokens.", ge=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -53,31 +53,109 @@ def choose(logits: torch.Tensor, seen: torch.Tensor, decoding: Decoding, generat
     return int(ids[int(torch.multinomial(shares, 1, generator=generator))])
 
 
-@torch.inference_mode()
-def generate(model: Any, prompt: Sequence[int], decoding: Decoding, stop_ids: frozenset[int]) -> Iterator[int]:
+class Decoder(Protocol):
+    """A model that reads token ids, in slots that each hold a sequence, and gives logits of the next one."""
+
+    @property
+    def slots(self) -> int:
+        """Sequences held at a time."""
+        ...
+
+    def start(self, ids: Sequence[int], slot: int = 0) -> torch.Tensor:
+        """Let a slot hold these ids, at least one; gives logits [V]."""
+        ...
+
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        """One more token for each of the first S slots; gives logits [S, V]."""
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """Let a slot hold what another one holds."""
+        ...
+
+
+class Draw:
+    """Chooses the tokens of one answer, one after the other.
+
+    Args:
+        prompt: ids, which the repetition penalty counts as seen.
+        decoding: the settings; the seed is the answer's own.
+    """
+
+    def __init__(self, prompt: Sequence[int], decoding: Decoding) -> None:
+        self.decoding = decoding
+        self.tokens: list[int] = []
+        self._generator = torch.Generator().manual_seed(decoding.seed)
+        self._seen = torch.tensor(list(prompt) if decoding.repetition_penalty != 1 else [], dtype=torch.int64)
+
+    def next(self, logits: torch.Tensor) -> int:
+        """The next token, from logits [V]."""
+        token = choose(logits, self._seen.to(logits.device), self.decoding, self._generator)
+        self.tokens.append(token)
+        if self.decoding.repetition_penalty != 1:
+            self._seen = torch.cat([self._seen, torch.tensor([token])])
+        return token
+
+    def ended(self, stop_ids: frozenset[int]) -> bool:
+        """Whether the last token ends the answer, or it is as long as it may be."""
+        return self.tokens[-1] in stop_ids or len(self.tokens) == self.decoding.max_new_tokens
+
+
+def generate(decoder: Decoder, prompt: Sequence[int], decoding: Decoding, stop_ids: frozenset[int]) -> Iterator[int]:
     """Yield new token ids as they are made; a stop id is yielded too, as the last one.
 
     Args:
-        model: a causal language model in evaluation mode.
+        decoder: reads in its first slot.
         prompt: at least one id.
         decoding: the settings.
         stop_ids: ids that end the answer.
     """
-    from transformers import DynamicCache
-
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(decoding.seed)
-    seen = torch.tensor(list(prompt), device=device)
-    cache = DynamicCache(config=model.config)
-    step_input = seen[None]
-    for _ in range(decoding.max_new_tokens):
-        logits = model(input_ids=step_input, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-        token = choose(logits, seen, decoding, generator)
+    draw = Draw(prompt, decoding)
+    logits = decoder.start(prompt)
+    while True:
+        token = draw.next(logits)
         yield token
-        if token in stop_ids:
+        if draw.ended(stop_ids):
             return
-        step_input = torch.tensor([[token]], device=device)
-        seen = torch.cat([seen, step_input[0]])
+        logits = decoder.step([token])[0]
+
+
+def generate_many(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], decodings: Sequence[Decoding], stop_ids: frozenset[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Answer prompts in as many slots as the decoder has; yields a prompt's number and its new ids as answers end.
+
+    Long prompts come first, so that those answered together are of about one length and short ones fill the end.
+
+    Args:
+        decoder: all of its slots are used.
+        prompts: each of at least one id.
+        decodings: of each prompt.
+        stop_ids: ids that end an answer.
+    """
+    waiting = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    active: list[tuple[int, Draw]] = []
+    while waiting or active:
+        while waiting and len(active) < decoder.slots:
+            number = waiting.pop()
+            draw = Draw(prompts[number], decodings[number])
+            draw.next(decoder.start(prompts[number], len(active)))
+            if draw.ended(stop_ids):
+                yield number, draw.tokens
+            else:
+                active.append((number, draw))
+        if not active:
+            return
+        for (_, draw), logits in zip(active, decoder.step([draw.tokens[-1] for _, draw in active]), strict=True):
+            draw.next(logits)
+        for slot in reversed(range(len(active))):
+            number, draw = active[slot]
+            if draw.ended(stop_ids):
+                yield number, draw.tokens
+                last = active.pop()
+                if slot < len(active):
+                    active[slot] = last
+                    decoder.move(len(active), slot)
 
 
 class Answer:
@@ -104,7 +182,12 @@ class Answer:
             yield rest
 
     def _decode(self) -> str:
-        return cast("Any", self._template.tokenizer).decode(self.tokens, skip_special_tokens=True)
+        return decode_answer(self._template, self.tokens)
+
+
+def decode_answer(template: Template, tokens: Sequence[int]) -> str:
+    """The text of an answer's tokens."""
+    return cast("Any", template.tokenizer).decode(list(tokens), skip_special_tokens=True)
 
 
 @dataclass

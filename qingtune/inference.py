@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
-from qingtune.adapters.files import load_adapter, read_adapter_config
-from qingtune.base import load_base
+from qingtune.adapters.files import read_adapter_config
+from qingtune.answer_file import AnswerFile, Question, answer_file, with_seed
+from qingtune.answering import load_decoder
 from qingtune.chat import chat
 from qingtune.config import DEFAULT_MODEL, InferConfig, ModelSettings
 from qingtune.data.format import Message, rows_with_prompts
 from qingtune.data.tokenize import Template, make_template, prompt_ids
 from qingtune.errors import UserError
-from qingtune.generation import Answer, ChatSession, Decoding, generate
+from qingtune.files import sha256_of
+from qingtune.generation import Answer, ChatSession, Decoder, Decoding, generate
 from qingtune.hardware import choose_hardware
 from qingtune.models.load import load_tokenizer, local_folder, stop_ids
 from qingtune.models.source import context_length, find_model, fingerprint
@@ -29,47 +29,68 @@ from qingtune.quiet import quieten
 from qingtune.record import Record, read_record
 
 BUNDLED_SHOWN = 3
+DEFAULT_CONTEXT = 2048  # tokens, where a model's configuration does not say
+SLOTS = 16  # prompts of a file answered at a time
 # A tokenizer that needs more tokens than this for a Chinese character was hardly trained on Chinese.
 TOKENS_PER_CHINESE_CHARACTER = 1.3
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model ready to answer."""
+    """A model ready to answer.
 
-    model: Any
+    Attributes:
+        decoder: base and adapter.
+        template: makes prompts as in training.
+        decoding: the settings.
+        system_prompt: put before prompts that have none; None for none.
+        plain: whether training was on plain text, so that prompts are.
+        context_length: tokens that prompt and answer may take together.
+        identity: what decides the answers, as JSON values.
+    """
+
+    decoder: Decoder
     template: Template
     decoding: Decoding
     system_prompt: str | None
     plain: bool
     context_length: int
+    identity: dict[str, Any]
 
-    def answer(self, prompt: Sequence[Message] | str) -> Answer:
-        """Start an answer; iterate it for the text."""
+    def ids(self, prompt: Sequence[Message] | str) -> list[int]:
+        """A prompt as it was in training."""
         messages = prompt
         if not isinstance(prompt, str) and self.plain:
             messages = prompt[-1].content
         elif not isinstance(prompt, str) and self.system_prompt is not None and prompt[0].role != "system":
             messages = (Message("system", self.system_prompt), *prompt)
-        return self.continue_from(prompt_ids(self.template, messages))
+        return prompt_ids(self.template, messages)
 
-    def continue_from(self, ids: Sequence[int], attempt: int = 0) -> Answer:
-        """Start an answer to a prompt given as ids; each attempt draws otherwise, and the same each time.
+    def answer(self, prompt: Sequence[Message] | str) -> Answer:
+        """Start an answer; iterate it for the text."""
+        return self.continue_from(self.ids(prompt), self.decoding)
+
+    def continue_from(self, ids: Sequence[int], decoding: Decoding) -> Answer:
+        """Start an answer to a prompt given as ids.
 
         Raises:
             UserError: the prompt leaves no room in the model's context.
+        """
+        decoding = self.within_context(ids, decoding)
+        return Answer(self.template, generate(self.decoder, ids, decoding, self.template.stop_ids))
+
+    def within_context(self, ids: Sequence[int], decoding: Decoding) -> Decoding:
+        """The settings for an answer that ends where the model's context does.
+
+        Raises:
+            UserError: the prompt leaves no room for one.
         """
         room = self.context_length - len(ids)
         if room < 1:
             raise UserError(
                 f"the prompt has {len(ids):,} tokens, the model reads {self.context_length:,}", fix="Shorten it."
             )
-        decoding = replace(
-            self.decoding,
-            max_new_tokens=min(self.decoding.max_new_tokens, room),
-            seed=self.decoding.seed + attempt,
-        )
-        return Answer(self.template, generate(self.model, ids, decoding, self.template.stop_ids))
+        return replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
 
 
 def infer(config: InferConfig) -> None:
@@ -83,14 +104,15 @@ def infer(config: InferConfig) -> None:
         raise UserError("load_in_4bit and load_in_8bit are both given", fix="Choose one.")
     if config.prompt_file and not Path(config.prompt_file).is_file():
         raise UserError("there is no such file", where=config.prompt_file, fix="Check --prompt_file.")
-    speaker = load_speaker(config)
+    questions = list(rows_with_prompts(config.prompt_file)) if config.prompt_file else []
+    speaker = load_speaker(config, slots=min(SLOTS, max(1, len(questions))))
     if config.chat:
         session = ChatSession(speaker.template, speaker.context_length, speaker.system_prompt)
-        chat(speaker.continue_from, session, speaker.decoding.max_new_tokens)
+        chat(speaker.continue_from, session, speaker.decoding)
     elif config.prompt is not None:
         _stream(speaker.answer((Message("user", config.prompt),)))
     elif config.prompt_file:
-        _answer_file(speaker, config.prompt_file, config.output_file)
+        _answer_file(speaker, questions, config)
     else:
         _answer_bundled(speaker)
 
@@ -126,8 +148,8 @@ def find_base(config: ModelSettings, adapter: Path | None) -> tuple[Path, Record
     return folder, record
 
 
-def load_speaker(config: InferConfig) -> Speaker:
-    """Load what the settings name.
+def load_speaker(config: InferConfig, slots: int = 1) -> Speaker:
+    """Load what the settings name, to answer so many prompts at a time.
 
     Raises:
         UserError: something is missing, broken, or does not fit.
@@ -139,21 +161,26 @@ def load_speaker(config: InferConfig) -> Speaker:
     hardware = choose_hardware()
     _say(f"Device: {hardware.reason}.")
     bits = 4 if config.load_in_4bit else 8 if config.load_in_8bit else None
-    model = load_base(base, hardware.dtype, bits, hardware.device, config.cache_dir, _say)
-    if adapter:
-        load_adapter(model, adapter)
-    model.eval()
+    decoder = load_decoder(base, adapter, bits, hardware, config.cache_dir, slots, _say)
     own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(adapter if own_tokenizer and adapter else base)
     template = make_template(tokenizer, record.stop_ids if record else stop_ids(base))
     system = config.system_prompt if config.system_prompt is not None else record.system_prompt if record else None
+    decoding = choose_decoding(config, base)
     return Speaker(
-        model=model,
+        decoder=decoder,
         template=template,
-        decoding=choose_decoding(config, base),
+        decoding=decoding,
         system_prompt=system,
         plain=record is not None and record.prompt_style == "plain",
-        context_length=context_length(base) or 2048,
+        context_length=context_length(base) or DEFAULT_CONTEXT,
+        identity={
+            "base model": fingerprint(base),
+            "adapter": adapter and sha256_of(adapter / "adapter_model.safetensors"),
+            "bits": bits,
+            "system_prompt": system,
+            "decoding": asdict(decoding),
+        },
     )
 
 
@@ -187,23 +214,21 @@ def _stream(answer: Answer) -> None:
     _say(f"[{len(answer.tokens)} tokens, {len(answer.tokens) / seconds:.1f} tok/s{cut}]")
 
 
-def _answer_file(speaker: Speaker, prompt_file: str, output_file: str | None) -> None:
-    """Answer every row of a file; each row is written with its answer as soon as it is there."""
-    rows = list(rows_with_prompts(prompt_file))
-    with ExitStack() as stack:
-        out: TextIO = sys.stdout
-        if output_file:
-            try:
-                out = stack.enter_context(open(output_file, "w", encoding="utf-8"))
-            except OSError as error:
-                raise UserError(f"cannot be written: {error.strerror}", where=output_file) from None
-        for number, (values, prompt) in enumerate(rows, start=1):
-            answer = speaker.answer(prompt)
-            text = "".join(answer)
-            row = {**values, "answer": text, "answer_ended": answer.ended}
-            print(json.dumps(row, ensure_ascii=False, default=str), file=out, flush=True)
-            if out is not sys.stdout or not os.isatty(1):
-                _say(f"{number}/{len(rows)}")
+def _answer_file(speaker: Speaker, rows: list[tuple[dict[str, Any], Any]], config: InferConfig) -> None:
+    """Answer every row of a file; rows get draws of their own."""
+    assert config.prompt_file
+    questions: list[Question] = []
+    for number, (values, prompt) in enumerate(rows):
+        ids = speaker.ids(prompt)
+        try:
+            decoding = speaker.within_context(ids, with_seed(speaker.decoding, number))
+        except UserError as error:
+            raise UserError(error.what, where=f"{config.prompt_file}, prompt {number + 1}", fix=error.fix) from None
+        questions.append(Question(values, ids, decoding))
+    identity = {**speaker.identity, "prompt_file": sha256_of(Path(config.prompt_file))}
+    output = Path(config.output_file) if config.output_file else None
+    file = AnswerFile(output, identity, overwrite=config.overwrite_output_file)
+    answer_file(speaker.decoder, speaker.template, questions, file, _say)
 
 
 def _answer_bundled(speaker: Speaker) -> None:

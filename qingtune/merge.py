@@ -1,55 +1,68 @@
-"""The recipe of merging: base and adapter become one model, which is loaded again and compared."""
+"""The recipe of merging: an adapter goes into its base's weights, and the result is compared with the two."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from qingtune.adapters.files import load_adapter, read_adapter_config
 from qingtune.adapters.lora import merge_lora
+from qingtune.adapters.stored import HEAD, StoredAdapter, read_adapter
 from qingtune.config import MergeConfig
-from qingtune.data.tokenize import make_template, prompt_ids
+from qingtune.data.tokenize import Template, make_template, prompt_ids
 from qingtune.errors import UserError
-from qingtune.files import move_into_place, staging_folder
-from qingtune.inference import bundled_prompts, find_base, logits_of
-from qingtune.models.load import load_model, load_tokenizer, save_model, stop_ids, stored_dtype
-from qingtune.models.source import context_length
+from qingtune.files import disk_errors, move_into_place, staging_folder, write_json
+from qingtune.hardware import choose_hardware, memory_errors
+from qingtune.inference import bundled_prompts, find_base
+from qingtune.merge_check import Comparison, compare_merged
+from qingtune.models.load import StoredWeights, load_model, load_tokenizer, save_model, stop_ids, stored_dtype
+from qingtune.models.shards import add_tensor, copy_changed
+from qingtune.models.source import context_length, read_model_config
 from qingtune.quiet import quieten
 from qingtune.record import write_record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Rounding the merged weights to 16 bits moves logits a little. Mean difference measured in bf16, as a share of the
 # logits' spread: 0.5 % on SmolLM2-135M, 1.8 % on Qwen2.5-0.5B.
 MOST_MEAN_DIFFERENCE = 0.03  # of the logits' standard deviation
+PROMPT_TOKENS = 160  # of each prompt that is compared, at most
+
+_EMBEDDING = "model.embed_tokens.weight"
+_SMALLER = "Close other programs, or merge on a machine with more memory."
 
 
 def merge(config: MergeConfig) -> None:
-    """Write the merged model to output_dir, load it again and compare its logits with base + adapter.
+    """Write the merged model to output_dir, load it and compare it with base and adapter.
 
     Raises:
         UserError: something is missing or does not fit, or the merged model differs by more than the bound.
     """
     quieten()
-    adapter, output_dir = Path(config.lora_model), Path(config.output_dir)
-    read_adapter_config(adapter)
+    folder, output_dir = Path(config.lora_model), Path(config.output_dir)
+    read_adapter_config(folder)
     _check_output(output_dir, config.overwrite_output_dir)
-    base, record = find_base(config, adapter)
-    dtype = stored_dtype(base)
-    own = (adapter / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(adapter if own else base)
+    base, record = find_base(config, folder)
+    if output_dir.resolve() == base.resolve():
+        raise UserError("output_dir holds the base model", where=str(output_dir), fix="Choose another output_dir.")
+    adapter = read_adapter(folder)
+    own = (folder / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(folder if own else base)
     template = make_template(tokenizer, record.stop_ids if record else stop_ids(base))
-    prompts = [
-        prompt_ids(template, prompt)[: context_length(base)]
-        for chinese in (True, False)
-        for _, prompt in bundled_prompts(chinese=chinese)
-    ]
-
+    hardware = choose_hardware()
     with staging_folder(output_dir) as half_done:
-        before = _merge_into(half_done, base, adapter, dtype, prompts)
-        tokenizer.save_pretrained(half_done)
-        _compare(before, _logits(half_done, prompts))
+        with disk_errors("the merged model", output_dir, "Make room on the disk, or choose another output_dir."):
+            with memory_errors("the adapter was merged", base, _SMALLER):
+                _write(half_done, base, adapter)
+            _write_rest(half_done, base, tokenizer)
+        prompts = _prompts(template, base)
+        with memory_errors("the merged model was compared", output_dir, _SMALLER):
+            _judge(compare_merged(base, adapter, half_done, prompts, template.stop_ids, hardware))
         if record:
             write_record(half_done, record)
         if output_dir.exists():
@@ -74,40 +87,53 @@ def _check_output(output_dir: Path, overwrite: bool) -> None:
         )
 
 
-def _merge_into(
-    folder: Path, base: Path, adapter: Path, dtype: torch.dtype, prompts: list[list[int]]
-) -> list[torch.Tensor]:
-    """Write the merged model in the base's dtype; returns the logits of base + adapter, computed in fp32."""
-    model = load_model(base, torch.float32)
-    load_adapter(model, adapter)
-    model.eval()
-    logits = [logits_of(model, ids) for ids in prompts]
-    merge_lora(model)
-    save_model(model, folder, dtype)
-    return logits
+def _write(folder: Path, base: Path, adapter: StoredAdapter) -> None:
+    """Write the merged weights and their configuration, one tensor in memory at a time where names allow it."""
+    stored = StoredWeights(base).names
+    if not adapter.names - {HEAD} <= set(stored):  # stored under names that Transformers translates while it loads
+        print("Merging in whole: the base's tensors have other names in its files than in the model.", file=sys.stderr)
+        model = load_model(base, torch.float32)
+        load_adapter(model, adapter.folder)
+        merge_lora(model)
+        save_model(model, folder, stored_dtype(base))
+        return
+    copy_changed(base, folder, adapter.names, adapter.merged)
+    settings = read_model_config(base)
+    if HEAD in adapter.names - set(stored):
+        embedding = StoredWeights(base).read(_EMBEDDING)
+        add_tensor(folder, HEAD, adapter.merged(HEAD, embedding).to(embedding.dtype))
+        settings["tie_word_embeddings"] = False
+    write_json(folder / "config.json", settings)
 
 
-def _logits(folder: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
-    model = load_model(folder, torch.float32)
-    model.eval()
-    return [logits_of(model, ids) for ids in prompts]
+def _write_rest(folder: Path, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    generation = base / "generation_config.json"
+    if generation.exists() and not (folder / generation.name).exists():
+        shutil.copyfile(generation, folder / generation.name)
+    tokenizer.save_pretrained(folder)
 
 
-def _compare(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
+def _prompts(template: Template, base: Path) -> list[list[int]]:
+    """Prompts of bundled samples in both languages, the beginning of long ones."""
+    most = min(PROMPT_TOKENS, (context_length(base) or PROMPT_TOKENS) // 2)
+    return [
+        prompt_ids(template, prompt)[:most]
+        for chinese in (True, False)
+        for _, prompt in bundled_prompts(chinese=chinese)
+    ]
+
+
+def _judge(found: Comparison) -> None:
     """Tell how far the logits moved.
 
     Raises:
         UserError: further than the bound.
     """
-    one, two = torch.cat(before), torch.cat(after)
-    difference = (one - two).abs()
-    spread = float(one.std())
-    agree = float((one.argmax(1) == two.argmax(1)).float().mean())
     print(
-        f"Merged against base + adapter, {len(one):,} places: logits differ by {float(difference.max()):.4f} at most, "
-        f"{float(difference.mean()):.5f} on average (their spread is {spread:.2f}); "
-        f"the likeliest token agrees at {agree:.1%}.",
+        f"Merged against base + adapter, {found.places:,} places: logits differ by {found.largest:.4f} at most, "
+        f"{found.mean:.5f} on average (their spread is {found.spread:.2f}); the likeliest token agrees at "
+        f"{found.agree:.1%}. Greedy answers: {found.same_answers} of {found.answers} are the same.",
         file=sys.stderr,
     )
-    if float(difference.mean()) > MOST_MEAN_DIFFERENCE * spread:
+    if not found.mean <= MOST_MEAN_DIFFERENCE * found.spread:
         raise UserError("the merged model differs from base + adapter beyond rounding; nothing was written")

@@ -3,6 +3,7 @@ one tensor at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 
 from qingtune.adapters.files import read_adapter_config, read_adapter_tensors
 from qingtune.errors import UserError
+
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class LowRank:
         """The weight [out, in] with the addition, fp32."""
         return torch.addmm(weight.float(), self.b, self.a, alpha=self.scaling)
 
+    def product(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] times the weight [out, in] and the addition beside it, as in training: [T, out]."""
+        low = x @ self.a.to(x).t()
+        return torch.addmm(x @ weight.t(), low, self.b.to(x).t(), alpha=self.scaling)
+
 
 @dataclass(frozen=True)
 class StoredAdapter:
@@ -43,6 +51,19 @@ class StoredAdapter:
     def names(self) -> set[str]:
         """The parameters that it changes."""
         return set(self.layers)
+
+    def check_names(self, stored: Collection[str]) -> None:
+        """Whether a base holds all that the adapter changes.
+
+        Raises:
+            UserError: it does not.
+        """
+        if unknown := sorted(self.names - set(stored) - {HEAD}):  # a tied head is not stored
+            raise UserError(
+                f"the adapter is for another model: this one has no {unknown[0]}",
+                where=str(self.folder),
+                fix="Name the base model that the adapter was trained on.",
+            )
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """A stored parameter with the adapter's change, in fp32; the parameter itself where there is none.

@@ -190,6 +190,11 @@ class StoredWeights:
                 for name in list(file.keys()):
                     self._files[name], self._shapes[name] = path, tuple(file.get_slice(name).get_shape())
 
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._files)
+
     def fit(self, shapes: dict[str, tuple[int, ...]]) -> bool:
         """Whether all of these are there, in their shapes."""
         return shapes.items() <= self._shapes.items()
@@ -198,6 +203,11 @@ class StoredWeights:
         """A tensor in memory of its own."""
         with safe_open(self._files[name], "pt") as file:
             return file.get_tensor(name).clone()
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """A tensor that stays in its file, of which only what is looked at takes memory; not to be written to."""
+        with safe_open(self._files[name], "pt") as file:
+            return file.get_tensor(name)
 
 
 def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -213,7 +213,7 @@ def fingerprint(folder: Path) -> str:
     """
     pieces: list[bytes] = []
     for path in sorted(folder.glob("*.safetensors")):
-        header, start_of_data = _header(path)
+        header, start_of_data = read_header(path)
         with path.open("rb") as file:
             for name, entry in header.items():
                 start, end = entry["data_offsets"]
@@ -229,12 +229,12 @@ def stored_numbers(folder: Path) -> int:
     return sum(
         math.prod(entry["shape"])
         for path in folder.glob("*.safetensors")
-        for name, entry in _header(path)[0].items()
+        for name, entry in read_header(path)[0].items()
         if not (tied and name == "lm_head.weight")
     )
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """A safetensors file's tensors by name, and where their data starts."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")

@@ -10,6 +10,7 @@ import torch
 from conftest import make_tokenizer
 from tiny_runs import lively_model
 
+from qingtune.answering import ModulesDecoder
 from qingtune.data.format import Message
 from qingtune.data.tokenize import Template, make_template, prompt_ids
 from qingtune.generation import Answer, ChatSession, Decoding, choose, generate
@@ -20,7 +21,7 @@ PROMPT = [5, 17, 200, 3, 42, 42, 99, 310]
 
 
 def decode(model: Any, **settings: Any) -> list[int]:
-    return list(generate(model, PROMPT, Decoding(**{"max_new_tokens": 24} | settings), NEVER))
+    return list(generate(ModulesDecoder(model), PROMPT, Decoding(**{"max_new_tokens": 24} | settings), NEVER))
 
 
 def transformers_greedy(model: Any, **settings: Any) -> list[int]:
@@ -89,7 +90,9 @@ def test_stops_at_stop_id_and_yields_it() -> None:
     free = decode(model, temperature=0)
     stop = free[7]
     first = free.index(stop)
-    found = list(generate(model, PROMPT, Decoding(max_new_tokens=24, temperature=0), frozenset({stop, 319})))
+    found = list(
+        generate(ModulesDecoder(model), PROMPT, Decoding(max_new_tokens=24, temperature=0), frozenset({stop, 319}))
+    )
     assert found == free[: first + 1]
 
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import make_tokenizer
+from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_runs import LORA, lively_model, logits_of, move_adapters, save_model, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qingtune import merge as recipe
 from qingtune.adapters.lora import add_lora, lora_layers, merge_lora
 from qingtune.adapters.quantize import quantize_model
-from qingtune.adapters.targets import replace_layer
+from qingtune.adapters.stored import StoredAdapter, read_adapter
 from qingtune.config import MergeConfig
 from qingtune.errors import UserError
+from qingtune.hardware import Hardware
+from qingtune.merge_check import compare_merged
+from qingtune.models import shards
 
 Merge = Callable[..., None]
+FP32 = Hardware(torch.device("cpu"), torch.float32, "")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "gpt2", "mistral"])
@@ -78,9 +87,6 @@ def merge(tmp_path: Path) -> Merge:
 def test_recipe_writes_a_model_equal_to_base_and_adapter(
     kind: str, settings: dict[str, Any], trained: Callable[..., Path], merge: Merge, tmp_path: Path
 ) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     adapter = trained(kind, **settings)
     merge(adapter)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -101,18 +107,13 @@ def test_recipe_writes_a_model_equal_to_base_and_adapter(
     )
 
 
-def forget_adapters(model: Any) -> None:
-    for name, adapter in lora_layers(model).items():
-        replace_layer(model, name, adapter.base)
-
-
 def test_wrong_merge_is_found_out_and_nothing_is_written(
     trained: Callable[..., Path], merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = trained("qwen2")
     before = sorted(tmp_path.iterdir())
     with monkeypatch.context() as context:
-        context.setattr(recipe, "merge_lora", forget_adapters)
+        context.setattr(StoredAdapter, "merged", lambda _, name, weight: weight)
         with pytest.raises(UserError, match="nothing was written"):
             merge(adapter)
     assert sorted(tmp_path.iterdir()) == before
@@ -138,3 +139,69 @@ def test_other_base_is_refused(trained: Callable[..., Path], merge: Merge, tmp_p
     with pytest.raises(UserError, match="other weights"):
         merge(adapter)
     assert not (tmp_path / "merged").exists()
+
+
+def test_base_and_adapter_are_no_places_for_the_result(trained: Callable[..., Path], tmp_path: Path) -> None:
+    adapter = trained("qwen2")
+    for place in (tmp_path / "model", adapter, tmp_path / "model" / ".." / "model"):
+        with pytest.raises(UserError, match="output_dir holds"):
+            recipe.merge(MergeConfig(lora_model=str(adapter), output_dir=str(place), overwrite_output_dir=True))
+    assert (tmp_path / "model" / "config.json").exists()
+    assert (adapter / "adapter_config.json").exists()
+
+
+def test_sharded_base_in_16_bits_keeps_its_files(trained: Callable[..., Path], merge: Merge, tmp_path: Path) -> None:
+    adapter = trained("llama")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    sharded = tmp_path / "sharded"
+    base.to(torch.bfloat16).save_pretrained(sharded, max_shard_size="20KB")
+    make_tokenizer().save_pretrained(sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    merge(adapter, base_model=str(sharded), allow_other_base=True)
+    merged = tmp_path / "merged"
+    for path in sharded.glob("*.safetensors*"):
+        assert (merged / path.name).stat().st_size == path.stat().st_size
+    wanted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sharded, dtype=torch.float32), str(adapter))
+    found = AutoModelForCausalLM.from_pretrained(merged)
+    assert found.dtype == torch.bfloat16
+    rounded = wanted.merge_and_unload().to(torch.bfloat16).state_dict()
+    assert rounded.keys() == found.state_dict().keys()
+    for name, tensor in found.state_dict().items():
+        torch.testing.assert_close(tensor, rounded[name], rtol=2**-7, atol=0)  # fp32 sums may round the other way
+
+
+def test_values_too_large_for_the_dtype_are_told(trained: Callable[..., Path], merge: Merge, tmp_path: Path) -> None:
+    adapter = trained("qwen2")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor * 3000 for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model").half().save_pretrained(half)
+    make_tokenizer().save_pretrained(half)
+    with pytest.raises(UserError, match="no numbers in float16"):
+        merge(adapter, base_model=str(half), allow_other_base=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_prompts_and_answers_are_counted(
+    trained: Callable[..., Path], merge: Merge, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge(trained("qwen2"))
+    assert "Greedy answers: 6 of 6 are the same." in capsys.readouterr().err
+
+
+def test_check_sees_a_single_wrong_weight(trained: Callable[..., Path], tmp_path: Path) -> None:
+    adapter = read_adapter(trained("qwen3"))
+    base, changed = tmp_path / "model", tmp_path / "changed"
+    changed.mkdir()
+
+    def all_but_one(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return weight if name == "model.layers.1.mlp.up_proj.weight" else adapter.merged(name, weight)
+
+    places: list[float] = []
+    for change in (adapter.merged, all_but_one):
+        shards.copy_changed(base, changed, adapter.names, change)
+        shutil.copyfile(base / "config.json", changed / "config.json")
+        found = compare_merged(base, adapter, changed, [[5, 6, 7, 8], [9] * 30], frozenset({2}), FP32)
+        places.append(found.mean / found.spread)
+    assert places[0] < 1e-5
+    assert places[1] > 1e-2

@@ -10,7 +10,7 @@ import pytest
 from conftest import CHATML, make_tokenizer, write_jsonl
 
 from qingtune.data.format import Message, read_conversations, rows_with_prompts
-from qingtune.data.tokenize import make_template, prompt_ids, tokenize
+from qingtune.data.tokenize import Template, make_template, prompt_ids, tokenize
 from qingtune.generation import ChatSession, Decoding
 from qingtune.inference import Speaker
 
@@ -31,18 +31,20 @@ ROWS = {
 SYSTEM_PROMPTS = [None, "Be kind.", ""]  # an empty one keeps the template from writing its own
 
 
+def make_speaker(template: Template, system_prompt: str | None, *, plain: bool) -> Speaker:
+    decoder: Any = None  # not asked here
+    return Speaker(decoder, template, Decoding(), system_prompt, plain, context_length=512, identity={})
+
+
 @pytest.mark.parametrize("system_prompt", SYSTEM_PROMPTS)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_a_file_of_prompts_shows_the_prompts_of_training(
-    row: str, system_prompt: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Speaker, "continue_from", lambda _, ids: ids)
+def test_a_file_of_prompts_shows_the_prompts_of_training(row: str, system_prompt: str | None, tmp_path: Path) -> None:
     template = make_template(make_tokenizer(DEFAULT_SYSTEM), [])
     path = str(write_jsonl(tmp_path / "rows.jsonl", [json.loads(row)]))
     conversations = read_conversations([path], system_prompt, "raise").conversations
     (sample,) = tokenize(template, conversations, 512, "raise").samples
     ((_, prompt),) = rows_with_prompts(path)
-    shown: Any = Speaker(None, template, Decoding(), system_prompt, plain=False, context_length=512).answer(prompt)
+    shown = make_speaker(template, system_prompt, plain=False).ids(prompt)
     assert sample.token_ids[: len(shown)].tolist() == shown
     if conversations[0].text is None:
         answer = template.tokenizer.decode(sample.token_ids[len(shown) :].tolist())
@@ -67,9 +69,7 @@ def test_a_chat_shows_the_prompts_of_training(
         assert (sample.trained[len(shown) - 1], sample.trained[len(shown)]) == (False, True)
 
 
-def test_a_model_of_plain_text_goes_on_from_the_prompt_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Speaker, "continue_from", lambda _, ids: ids)
+def test_a_model_of_plain_text_goes_on_from_the_prompt_as_it_stands() -> None:
     template = make_template(make_tokenizer(), [])
-    speaker = Speaker(None, template, Decoding(), "Be kind.", plain=True, context_length=512)
-    shown: Any = speaker.answer((Message("user", "Fresh bread"),))
+    shown = make_speaker(template, "Be kind.", plain=True).ids((Message("user", "Fresh bread"),))
     assert shown == prompt_ids(template, "Fresh bread") == template.tokenizer("Fresh bread")["input_ids"]

@@ -1,0 +1,158 @@
+"""Answers to a file of prompts: many at a time, written in the file's order as they come, resumed after a stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from qingtune.data.tokenize import Template
+from qingtune.errors import UserError
+from qingtune.files import write_json
+from qingtune.generation import Decoder, Decoding, decode_answer, generate_many
+
+# Rows that are sorted by length and answered together, for each slot; more would hold answers back longer.
+ROWS_A_SLOT = 8
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of the file, the ids of its prompt, and how to answer it."""
+
+    values: dict[str, Any]
+    ids: list[int]
+    decoding: Decoding
+
+
+def answer_questions(
+    decoder: Decoder, template: Template, questions: Sequence[Question]
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield each row with its answer, in order, and how many tokens that took, as soon as it and all before it are
+    there."""
+    window = ROWS_A_SLOT * decoder.slots
+    for start in range(0, len(questions), window):
+        group = questions[start : start + window]
+        ready: dict[int, list[int]] = {}
+        following = 0
+        prompts, decodings = [question.ids for question in group], [question.decoding for question in group]
+        for number, tokens in generate_many(decoder, prompts, decodings, template.stop_ids):
+            ready[number] = tokens
+            while following in ready:
+                tokens = ready.pop(following)
+                ended = tokens[-1] in template.stop_ids
+                answer = {"answer": decode_answer(template, tokens), "answer_ended": ended}
+                yield {**group[following].values, **answer}, len(tokens)
+                following += 1
+
+
+class AnswerFile:
+    """The file that answers go to. Beside it, as long as it is not whole, stands what they answer and how.
+
+    Args:
+        path: of the file; None for stdout, where nothing is gone on with.
+        identity: everything that decides the answers, as JSON values.
+        overwrite: replace a file that is there.
+    """
+
+    def __init__(self, path: Path | None, identity: dict[str, Any], *, overwrite: bool) -> None:
+        self.path, self.identity, self.overwrite = path, identity, overwrite
+
+    @property
+    def _state(self) -> Path:
+        assert self.path
+        return self.path.with_name(f"{self.path.name}.unfinished.json")
+
+    def open(self, say: Callable[[str], None]) -> tuple[TextIO, int]:
+        """The stream to write to, and how many rows it holds already.
+
+        Raises:
+            UserError: it cannot be written, or holds something else.
+        """
+        if self.path is None:
+            return sys.stdout, 0
+        try:
+            rows = self._kept_rows(say)
+            stream = self.path.open("r+" if rows else "w", encoding="utf-8")
+            if rows:
+                _cut_after(stream, rows)
+            else:
+                write_json(self._state, self.identity)
+        except OSError as error:
+            raise UserError(f"cannot be written: {error.strerror}", where=str(self.path)) from None
+        return stream, rows
+
+    def finish(self) -> None:
+        """The file is whole."""
+        if self.path:
+            self._state.unlink(missing_ok=True)
+
+    def _kept_rows(self, say: Callable[[str], None]) -> int:
+        """Whole rows of an earlier start that this one goes on from."""
+        assert self.path
+        if self.overwrite or not self.path.exists() or not self.path.stat().st_size:
+            return 0
+        if not self.path.is_file():  # such as /dev/null or a pipe
+            return 0
+        if not self._state.exists():
+            raise UserError(
+                "output_file is there already",
+                where=str(self.path),
+                fix="Choose another one, or pass --overwrite_output_file.",
+            )
+        before = json.loads(self._state.read_text(encoding="utf-8"))
+        if other := sorted(name for name in self.identity if before.get(name) != self.identity[name]):
+            raise UserError(
+                f"output_file holds answers that were made otherwise: {', '.join(other)} differ",
+                where=str(self.path),
+                fix="Give the same settings to go on, choose another file, or pass --overwrite_output_file.",
+            )
+        with self.path.open("rb") as file:
+            rows = sum(line.endswith(b"\n") for line in file)
+        say(f"{self.path}: {rows:,} answers are there; going on.")
+        return rows
+
+
+def _cut_after(stream: TextIO, rows: int) -> None:
+    """Leave the first rows of a file, and stand at their end; a row that was half written goes."""
+    for _ in range(rows):
+        stream.readline()
+    place = stream.tell()
+    stream.seek(place)
+    stream.truncate()
+
+
+def answer_file(
+    decoder: Decoder,
+    template: Template,
+    questions: Sequence[Question],
+    file: AnswerFile,
+    say: Callable[[str], None],
+) -> None:
+    """Answer every row that has no answer yet; each goes to the file as soon as all before it are there.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    stream, done = file.open(say)
+    began, tokens_made = time.perf_counter(), 0
+    try:
+        for row, tokens in answer_questions(decoder, template, questions[done:]):
+            print(json.dumps(row, ensure_ascii=False, default=str), file=stream, flush=True)
+            done, tokens_made = done + 1, tokens_made + tokens
+            if stream is not sys.stdout or not os.isatty(1):
+                rate = tokens_made / (time.perf_counter() - began)
+                say(f"{done}/{len(questions)}  {rate:.0f} tok/s")
+    finally:
+        if stream is not sys.stdout:
+            stream.close()
+    file.finish()
+
+
+def with_seed(decoding: Decoding, row: int) -> Decoding:
+    """A row's own draws, which do not depend on the rows around it."""
+    return replace(decoding, seed=(decoding.seed + row) % 2**32)

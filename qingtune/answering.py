@@ -1,0 +1,291 @@
+"""Base model and adapter as answering needs them: merged, packed, with a cache; or the model's modules where those do
+not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from qingtune.adapters.files import load_adapter
+from qingtune.adapters.quantize import shapes_to_read
+from qingtune.adapters.stored import LowRank, StoredAdapter, read_adapter
+from qingtune.base import SMALLER, check_memory, load_base
+from qingtune.generation import Decoder
+from qingtune.hardware import Hardware, has_int8_units, memory_errors
+from qingtune.kernels.answer_cache import AnswerShape
+from qingtune.kernels.cached_decoder import AnswerLayer, CachedDecoder, Norm
+from qingtune.kernels.decoder import why_not
+from qingtune.kernels.packed import DenseMatrix, Matrix, has_int4_kernels, pack
+from qingtune.kernels.workspace import Workspace
+from qingtune.models.load import StoredWeights, empty_model
+
+
+class ModulesDecoder:
+    """A model of Transformers, one sequence at a time; a prompt that goes on from the last one is not read anew."""
+
+    slots = 1
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self._ids: list[int] = []
+        self._cache: Any = None
+
+    @torch.inference_mode()
+    def start(self, ids: Sequence[int], slot: int = 0) -> torch.Tensor:
+        """Read a prompt; gives logits [V]."""
+        from transformers import DynamicCache
+
+        held = len(self._ids)
+        if self._cache is None or held >= len(ids) or list(ids[:held]) != self._ids:
+            self._ids, self._cache, held = [], DynamicCache(config=self.model.config), 0
+        return self._read(ids[held:])
+
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Read one token; gives logits [1, V]."""
+        with torch.inference_mode():
+            return self._read(tokens)[None]
+
+    def move(self, source: int, target: int) -> None:
+        """There is one slot only."""
+
+    def _read(self, ids: Sequence[int]) -> torch.Tensor:
+        inputs = torch.tensor([list(ids)], device=self.device)
+        self._ids += ids
+        return self.model(
+            input_ids=inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        ).logits[0, -1]  # fmt: skip
+
+
+def load_decoder(
+    folder: Path,
+    adapter: Path | None,
+    bits: int | None,
+    hardware: Hardware,
+    cache_dir: str | None,
+    slots: int,
+    say: Callable[[str], None],
+) -> Decoder:
+    """The fastest decoder that is right for a model.
+
+    Args:
+        folder: of the base model.
+        adapter: its folder; None for the base alone.
+        bits: 4 or 8, in which the weights are held; None for the hardware's dtype.
+        hardware: where and in which dtype.
+        cache_dir: the setting.
+        slots: sequences to be read at a time, where the decoder can.
+        say: is told the reason where it is not the fastest of all.
+
+    Raises:
+        UserError: files are missing or broken, do not fit each other, or there is no memory for them.
+    """
+    check_memory(folder, hardware.dtype, bits, hardware.device)
+    stored_adapter = read_adapter(adapter) if adapter else None
+    with memory_errors("the model was loaded", folder, SMALLER):
+        model, stored, reason = open_model(folder, bits, hardware)
+        if stored is not None and reason is None:
+            return Assembly(model, stored, stored_adapter, hardware, bits=bits).decoder(slots)
+    say(f"General kernels, slower: {reason}.")
+    model = load_base(folder, hardware.dtype, bits, hardware.device, cache_dir, say)
+    if adapter:
+        load_adapter(model, adapter)
+    return ModulesDecoder(model.eval())
+
+
+def open_model(folder: Path, bits: int | None, hardware: Hardware) -> tuple[Any, StoredWeights | None, str | None]:
+    """A model without weights, its stored ones, and the reason why they cannot be computed by our kernels."""
+    try:
+        model, stored = empty_model(folder, hardware.dtype), StoredWeights(folder)
+    except (OSError, KeyError, SafetensorError, ValueError, RuntimeError):  # told in loading the usual way
+        return None, None, "the model is not stored as its architecture usually is"
+    reason = why_not(model)
+    if reason is None and bits and hardware.device.type != "cpu":
+        reason = "packed products are for CPUs"
+    if reason is None and bits == 4 and not has_int4_kernels():
+        reason = "this machine's PyTorch packs 4 bits in a layout not known here"
+    if reason is None and not stored.fit(shapes_to_read(model)):
+        reason = "its weights are stored under other names or shapes"
+    return model, stored, reason
+
+
+class Assembly:
+    """Reads a model's weights a few at a time, with the adapter, and packs them.
+
+    Args:
+        model: without weights, for which `open_model` gives no reason against.
+        stored: its weights.
+        adapter: None for the base alone.
+        hardware: where and in which dtype.
+        bits: 4 or 8 to hold the matrices in; None for the dtype.
+        merge: whether the adapter is merged into the weights, or computed beside them.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        stored: StoredWeights,
+        adapter: StoredAdapter | None,
+        hardware: Hardware,
+        *,
+        bits: int | None = None,
+        merge: bool = True,
+    ) -> None:
+        self.model, self.stored, self.adapter, self.bits, self.merge = model, stored, adapter, bits, merge
+        self.dtype, self.device = hardware.dtype, hardware.device
+        self.workspace = Workspace(self.device)
+        if adapter:
+            adapter.check_names(stored.names)
+
+    def decoder(self, slots: int = 1, *, lazy: bool = False) -> CachedDecoder:
+        """Everything in its place; with lazy, layers are read each time they are asked for, and not kept."""
+        body = self.model.model
+        attention = body.layers[0].self_attn
+        config = self.model.config
+        shape = AnswerShape(
+            layers=len(body.layers),
+            queries=config.num_attention_heads,
+            keys=config.num_key_value_heads,
+            size=attention.head_dim,
+            scale=float(attention.scaling),
+            context_length=config.max_position_embeddings,
+        )
+        layers = _Layers(self, body.layers)
+        embedding = self._embedding()
+        norm = self._norm("model.norm", body.norm)
+        head = self._head(embedding)
+        return CachedDecoder(shape, embedding, layers if lazy else list(layers), norm, head, self._rotary(), slots)
+
+    def _read(self, name: str) -> torch.Tensor:
+        weight = self.stored.read(name)
+        return self.adapter.merged(name, weight) if self.adapter else weight
+
+    def _embedding(self) -> torch.Tensor:
+        """[V, D]: only rows of it are looked up, so on a CPU it stays in its file if the adapter does not change it."""
+        if self.adapter and _EMBEDDING in self.adapter.names:
+            return self._read(_EMBEDDING).to(self.device, self.dtype)
+        mapped = self.stored.mapped(_EMBEDDING)
+        return mapped if self.device.type == "cpu" else mapped.to(self.device, self.dtype)
+
+    def _head(self, embedding: torch.Tensor) -> Matrix:
+        own = not self.model.config.tie_word_embeddings
+        if own:
+            return self._pack(self._read(_HEAD), None)
+        if self.adapter and _HEAD in self.adapter.names:
+            return self._pack(self.adapter.merged(_HEAD, self.stored.read(_EMBEDDING)), None)
+        return self._pack(embedding, None)
+
+    def layer(self, number: int, module: Any) -> AnswerLayer:
+        """A layer's weights, read from the files."""
+        name = f"model.layers.{number}"
+        attention = module.self_attn
+        normed = dict(attention.named_children())
+        return AnswerLayer(
+            input_norm=self._norm(f"{name}.input_layernorm", module.input_layernorm),
+            qkv=self._joined(name, {f"self_attn.{part}": getattr(attention, part) for part in _QKV}),
+            q_norm=self._norm(f"{name}.self_attn.q_norm", attention.q_norm) if "q_norm" in normed else None,
+            k_norm=self._norm(f"{name}.self_attn.k_norm", attention.k_norm) if "k_norm" in normed else None,
+            o=self._joined(name, {"self_attn.o_proj": attention.o_proj}),
+            mlp_norm=self._norm(f"{name}.post_attention_layernorm", module.post_attention_layernorm),
+            gate_up=self._joined(name, {f"mlp.{part}": getattr(module.mlp, part) for part in _GATE_UP}),
+            down=self._joined(name, {"mlp.down_proj": module.mlp.down_proj}),
+        )
+
+    def _norm(self, name: str, module: Any) -> Norm:
+        weight = self._read(f"{name}.weight").to(self.device, self.dtype)
+        return Norm(weight, float(module.variance_epsilon))
+
+    def _joined(self, layer: str, modules: dict[str, Any]) -> Matrix:
+        """Linear layers that read one input as one matrix."""
+        names = [f"{layer}.{part}" for part in modules]
+        if not self.merge:
+            return JoinedMatrix(
+                [self._beside(name, module) for name, module in zip(names, modules.values(), strict=True)]
+            )
+        weight = torch.cat([self._read(f"{name}.weight") for name in names])
+        biased = [module.bias is not None for module in modules.values()]
+        if not any(biased):
+            return self._pack(weight, None)
+        biases = [
+            self._read(f"{name}.bias") if has else torch.zeros(module.weight.shape[0])
+            for name, module, has in zip(names, modules.values(), biased, strict=True)
+        ]
+        return self._pack(weight, torch.cat(biases))
+
+    def _beside(self, name: str, module: Any) -> Matrix:
+        """One linear layer, its adapter beside it."""
+        weight = self.stored.read(f"{name}.weight").to(self.device, self.dtype)
+        bias = self._read(f"{name}.bias").to(self.device, self.dtype) if module.bias is not None else None
+        adapter = self.adapter.layers.get(f"{name}.weight") if self.adapter else None
+        return DenseMatrix(weight, bias) if adapter is None else AdaptedMatrix(weight, bias, adapter)
+
+    def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
+        bias = None if bias is None else bias.to(self.device)
+        units = has_int8_units(self.device)
+        return pack(weight.to(self.device), bias, self.bits, self.dtype, self.workspace, int8_units=units)
+
+    def _rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of every position, [context, d / 2]."""
+        positions = torch.arange(self.model.config.max_position_embeddings)[None]
+        cos, sin = self.model.model.rotary_emb(torch.empty(0, dtype=self.dtype), positions)
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half].contiguous().to(self.device), sin[0, :, :half].contiguous().to(self.device)
+
+
+class _Layers(Sequence[AnswerLayer]):
+    """Layers that are read when they are asked for."""
+
+    def __init__(self, assembly: Assembly, modules: Any) -> None:
+        self._assembly, self._modules = assembly, modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._assembly.layer(range(len(self))[number], self._modules[number])
+
+
+class JoinedMatrix:
+    """Several matrices that read one input, each for itself."""
+
+    def __init__(self, parts: Sequence[Matrix]) -> None:
+        self.parts = parts
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that a product reads."""
+        return sum(part.held_bytes for part in self.parts)
+
+    def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, K] -> [T, N]."""
+        y = torch.cat([part.multiply(x) for part in self.parts], 1)
+        return y if added is None else y.add_(added)
+
+
+class AdaptedMatrix:
+    """A weight and what an adapter adds, computed beside it as in training."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, adapter: LowRank) -> None:
+        self.weight, self.bias, self.adapter = weight, bias, adapter
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that a product reads."""
+        numbers = self.weight.numel() + self.adapter.a.numel() + self.adapter.b.numel()
+        return numbers * self.weight.element_size()
+
+    def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, K] -> [T, N]."""
+        y = self.adapter.product(self.weight, x)
+        for part in (self.bias, added):
+            y = y if part is None else y + part
+        return y
+
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_QKV = ("q_proj", "k_proj", "v_proj")
+_GATE_UP = ("gate_proj", "up_proj")

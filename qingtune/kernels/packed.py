@@ -1,0 +1,195 @@
+"""Frozen matrices for answering, y = x W^T + b: dense, or held in 8 or 4 bits and multiplied as they are.
+
+A new token is one row, for which reading the weights is all the work: their bytes decide the speed. Where many rows
+come at once (a prompt), packed weights are unpacked into a buffer and multiplied by a product of 16-bit numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from qingtune.kernels.workspace import Workspace
+
+aten = torch.ops.aten
+GROUP_SIZE = 32  # weights of a row that share a scale and an offset in 4 bits
+INT4_ROWS = 64  # the packed form's blocks; rows are filled up to a multiple
+# From how many rows on unpacking pays; below, packed products go through all weights once for a few rows.
+UNPACK_FROM = {8: 16, 4: 96}
+
+
+class Matrix(Protocol):
+    """A weight [N, K] with an optional bias [N]."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that a product reads of it."""
+        ...
+
+    def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, K] -> [T, N], in x's dtype; what is added is [T, N] too."""
+        ...
+
+
+class DenseMatrix:
+    """A weight as it is; on a CPU in oneDNN's own layout, whose products of one row read memory twice as fast."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.held_bytes = weight.numel() * weight.element_size()
+        self.bias = bias
+        self._reordered = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._reordered else weight
+
+    def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, K] -> [T, N]."""
+        if not self._reordered:
+            y = F.linear(x, self._weight, self.bias)
+            return y if added is None else y.add_(added)
+        if added is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, added, self._weight, self.bias, "add")
+
+
+class Int8Matrix:
+    """int8 with a scale a row, the largest value of a row at 127.
+
+    Args:
+        weight: [N, K].
+        bias: [N] or None.
+        dtype: of what it is multiplied with.
+        units: whether rows of what it is multiplied with are rounded to int8 too, for the CPU's int8 units.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, *, units: bool) -> None:
+        packed, self.scale = round_to_int8(weight)
+        self.bias, self.units = bias, units
+        self.held_bytes = packed.numel() + self.scale.numel() * self.scale.element_size()
+        self._zeros = torch.zeros(len(packed) if units else 0, dtype=torch.int64)
+        if not units:
+            self.scale = self.scale.to(dtype)
+        self._packed = torch.ops.onednn.qlinear_prepack(packed, None) if units else packed
+
+    def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, K] -> [T, N]."""
+        if self.units:
+            return _sum(self._product_of_bytes(x).to(x.dtype), self.bias, added)
+        if len(x) < UNPACK_FROM[8]:
+            return _sum(aten._weight_int8pack_mm(x, self._packed, self.scale), self.bias, added)
+        return _sum((x @ self._packed.to(x.dtype).t()).mul_(self.scale), self.bias, added)
+
+    def _product_of_bytes(self, x: torch.Tensor) -> torch.Tensor:
+        """fp32 [T, N]; rows are rounded as in training (kernels/int8.py), and moved to 1..255 as oneDNN wants them."""
+        numbers, scale = round_to_int8(x)
+        moved = numbers.to(torch.int16).add_(128).to(torch.uint8)
+        y = torch.ops.onednn.qlinear_pointwise(
+            moved, 1.0, 128, self._packed, self.scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y.mul_(scale[:, None])
+
+
+def round_to_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [N, K] in int8, the largest value of each at 127, and their scales, fp32 [N]."""
+    wide = rows.float()
+    scale = wide.abs().amax(1).div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
+    return (wide / scale[:, None]).round_().to(torch.int8), scale
+
+
+class Int4Matrix:
+    """16 steps between the least and the largest of each 32 weights of a row, in the layout of PyTorch's CPU kernels.
+
+    Args:
+        weight: [N, K], K a multiple of 32.
+        bias: [N] or None.
+        dtype: of what it is multiplied with.
+        workspace: holds it unpacked for as long as a product of many rows takes.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, workspace: Workspace
+    ) -> None:
+        self.rows, self.columns = weight.shape
+        filled = F.pad(weight, (0, 0, 0, -self.rows % INT4_ROWS))
+        numbers, scale, middle = round_to_int4(filled, dtype)
+        self.packed = aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
+        self.scales_and_middles = torch.stack([scale, middle], 2).transpose(0, 1).contiguous()  # [K / 32, N, 2]
+        self.bias, self.workspace = bias, workspace
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that a product reads of it."""
+        return self.packed.numel() + self.scales_and_middles.numel() * self.scales_and_middles.element_size()
+
+    def dense(self) -> torch.Tensor:
+        """The weight that it stands for, transposed: [K, N filled up], until the next matrix is unpacked."""
+        scale, middle = self.scales_and_middles.unbind(2)
+        half = INT4_ROWS // 2
+        blocks = self.packed.view(-1, self.columns, half).transpose(0, 1)  # [K, N / 64, 32 pairs]
+        out = self.workspace.take("unpacked", (self.columns, scale.shape[1]), scale.dtype)
+        apart = out.view(self.columns, -1, 2, half)
+        apart[:, :, 0].copy_(blocks & 15)
+        apart[:, :, 1].copy_(blocks >> 4)
+        grouped = out.view(len(scale), GROUP_SIZE, -1)
+        torch.addcmul((middle - 8 * scale)[:, None], grouped, scale[:, None], out=grouped)
+        return out
+
+    def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, K] -> [T, N]."""
+        many = len(x) >= UNPACK_FROM[4]
+        scales = self.scales_and_middles
+        y = x @ self.dense() if many else aten._weight_int4pack_mm_for_cpu(x, self.packed, GROUP_SIZE, scales)
+        return _sum(y[:, : self.rows], self.bias, added)
+
+
+def _sum(y: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor | None) -> torch.Tensor:
+    """y itself, with what there is added to it."""
+    for part in (bias, added):
+        if part is not None:
+            y.add_(part)
+    return y
+
+
+def round_to_int4(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows [N, K] as numbers of 0..15, int32 [N, K], and scales and middles (what 8 stands for) [N, K / 32]."""
+    groups = rows.float().view(len(rows), -1, GROUP_SIZE)
+    least, largest = groups.aminmax(dim=2)
+    scale = ((largest - least) / 15).clamp_min(1e-6).to(dtype)  # rounded first, to find the best numbers for it
+    middle = (least + 8 * scale.float()).to(dtype)
+    numbers = (groups - middle.float()[..., None]).div_(scale.float()[..., None]).round_().add_(8).clamp_(0, 15)
+    return numbers.view(rows.shape).int(), scale, middle
+
+
+@functools.cache
+def has_int4_kernels() -> bool:
+    """Whether this machine's PyTorch packs 4 bits in the layout that `Int4Matrix.dense` unpacks."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2 * INT4_ROWS, 2 * GROUP_SIZE, generator=generator)
+    try:
+        matrix = Int4Matrix(weight, None, torch.float32, Workspace(torch.device("cpu")))
+        x = torch.randn(3, weight.shape[1], generator=generator)
+        return bool((matrix.multiply(x) - x @ matrix.dense()).abs().max() < 1e-3)
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def pack(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int | None,
+    dtype: torch.dtype,
+    workspace: Workspace,
+    *,
+    int8_units: bool,
+) -> Matrix:
+    """A matrix that holds a weight [N, K] in 4 or 8 bits, or with None in the dtype.
+
+    Where 4 bits do not fit the shape, 8 are taken.
+    """
+    bias = None if bias is None else bias.to(dtype)
+    if bits is None:
+        return DenseMatrix(weight.to(dtype), bias)
+    if bits == 4 and weight.shape[1] % GROUP_SIZE == 0:
+        return Int4Matrix(weight, bias, dtype, workspace)
+    return Int8Matrix(weight, bias, dtype, units=int8_units)

@@ -1,0 +1,111 @@
+"""Packed matrices multiply as the weights they stand for, and stand for weights near the true ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from packed_twin import stands_for
+
+from qingtune.hardware import has_int8_units
+from qingtune.kernels import packed
+from qingtune.kernels.packed import DenseMatrix, Int4Matrix, Int8Matrix, pack, round_to_int8
+from qingtune.kernels.workspace import Workspace
+
+CPU = torch.device("cpu")
+SHAPES = [(128, 64), (100, 96), (1, 32), (65, 320)]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+UNITS = has_int8_units(CPU)
+
+
+def packed_of(
+    weight: torch.Tensor, bits: int | None, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> packed.Matrix:
+    return pack(weight, bias, bits, dtype, Workspace(CPU), int8_units=UNITS)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 40, 120])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product_is_that_of_the_unpacked_weight(shape: tuple[int, int], bits: int, rows: int, biased: bool) -> None:
+    weight, bias, x = random(*shape), random(shape[0], seed=1) if biased else None, random(rows, shape[1], seed=2)
+    matrix = packed_of(weight, bits, bias)
+    if bits == 8 and UNITS:  # what it is multiplied with is rounded too
+        numbers, scale = round_to_int8(x)
+        assert 0 < float((numbers * scale[:, None] - x).norm() / x.norm()) < 0.012
+        x = numbers * scale[:, None]
+    wanted = x @ stands_for(weight, bits).t() + (0 if bias is None else bias)
+    found, added = matrix.multiply(x), random(rows, shape[0], seed=3)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(matrix.multiply(x, added), wanted + added, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_product(rows: int, dtype: torch.dtype) -> None:
+    weight, bias, x = random(100, 96), random(100, seed=1), random(rows, 96, seed=2)
+    matrix, added = packed_of(weight, None, bias, dtype), random(rows, 100, seed=3)
+    close: Any = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.2, "rtol": 0.02}
+    wanted = x @ weight.t() + bias
+    torch.testing.assert_close(matrix.multiply(x.to(dtype)).float(), wanted, **close)
+    torch.testing.assert_close(matrix.multiply(x.to(dtype), added.to(dtype)).float(), wanted + added, **close)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_8_bits_without_units_round_nothing_else(rows: int) -> None:
+    weight, x = random(100, 96), random(rows, 96, seed=2)
+    matrix = pack(weight, None, 8, torch.float32, Workspace(CPU), int8_units=False)
+    torch.testing.assert_close(matrix.multiply(x), x @ stands_for(weight, 8).t(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.09), (8, 0.011)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_of_packing_is_bounded(shape: tuple[int, int], dtype: torch.dtype, bits: int, most: float) -> None:
+    weight = random(*shape) * 0.02
+    found = stands_for(weight, bits, dtype)
+    assert 0 < float((found - weight).norm() / weight.norm()) < most
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_of_zeros_and_of_one_value_stay(bits: int) -> None:
+    weight = torch.zeros(3, 64)
+    weight[1] = 0.25
+    weight[2, 5] = -3.0
+    found = packed_of(weight, bits).multiply(torch.eye(64)).t()
+    assert torch.allclose(found, weight, atol=2e-3)
+    assert bool(torch.isfinite(found).all())
+
+
+def test_4_bits_steps_lie_between_least_and_largest() -> None:
+    weight = torch.linspace(1.0, 2.0, 32)[None]  # an offset that a symmetric form would waste half its numbers on
+    found = stands_for(weight, 4)
+    assert float((found - weight).abs().max()) <= 1 / 15 / 2 + 1e-5
+
+
+def test_shapes_that_4_bits_cannot_hold_take_8() -> None:
+    assert isinstance(packed_of(random(64, 48), 4), Int8Matrix)
+    assert isinstance(packed_of(random(64, 64), 4), Int4Matrix)
+    assert isinstance(packed_of(random(64, 64), None), DenseMatrix)
+
+
+def test_bytes_held() -> None:
+    held = [packed_of(random(128, 128), bits, dtype=torch.bfloat16).held_bytes for bits in (None, 8, 4)]
+    assert held == [2 * 128 * 128, 128 * 128 + 4 * 128, 128 * 128 // 2 + 4 * 128 * 4]
+
+
+def test_another_layout_of_4_bits_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed.has_int4_kernels.cache_clear()
+    assert packed.has_int4_kernels()
+    right = Int4Matrix.dense
+    monkeypatch.setattr(Int4Matrix, "dense", lambda self: right(self).flip(1))
+    packed.has_int4_kernels.cache_clear()
+    assert not packed.has_int4_kernels()
+    packed.has_int4_kernels.cache_clear()
