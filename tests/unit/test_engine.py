@@ -10,7 +10,8 @@ import torch
 from conftest import make_model
 
 from qingtune import engine
-from qingtune.adapters.lora import member
+from qingtune.adapters.lora import add_lora, member
+from qingtune.adapters.variants import Variant
 from qingtune.config import TrainConfig
 from qingtune.data.batch import collate
 from qingtune.data.tokenize import Sample
@@ -49,6 +50,16 @@ def test_each_reason_for_general_kernels_is_told(kind: str, changes: dict[str, A
     made = make_engine(config_of(), model, CPU, TOKENS, told.append)
     assert told[0] == f"General kernels, slower and with more memory: {reason}."
     assert not isinstance(getattr(made.add_gradients, "__self__", None), Decoder)
+
+
+def test_dora_is_a_reason() -> None:
+    model, told = make_model("qwen2"), list[str]()
+    add_lora(model, None, 2, 4.0, 0.0, variant=Variant(use_dora=True))
+    made = make_engine(config_of(use_lora=True, use_dora=True), model, CPU, TOKENS, told.append)
+    assert told[0].startswith("General kernels, slower and with more memory: DoRA needs the norms")
+    assert not isinstance(getattr(made.add_gradients, "__self__", None), Decoder)
+    with pytest.raises(TypeError, match="more than an addition"):
+        Decoder(model, torch.float32, member)  # never in silence
 
 
 ROPES: dict[str, dict[str, Any]] = {
