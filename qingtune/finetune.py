@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from qingtune.adapters.files import save_adapter
-from qingtune.adapters.lora import add_lora
-from qingtune.adapters.variants import TAKEN, Variant, scaling_of
+from qingtune.adapters.lora import LoRALinear, add_lora
+from qingtune.adapters.variants import TAKEN, Variant
 from qingtune.adapters.whole import find_modules, train_in_full
 from qingtune.base import load_base
 from qingtune.config import TrainConfig
@@ -218,22 +218,24 @@ def _add_adapters(config: TrainConfig, model: PreTrainedModel, say: Say) -> None
         model, config.lora_target_modules, config.lora_r, config.lora_alpha, config.lora_dropout,
         seed=config.seed, variant=variant, leave=whole,
     )  # fmt: skip
-    kinds = sorted({name.rsplit(".", 1)[-1] for name in adapters})
-    ranks = sorted({adapter.r for adapter in adapters.values()})
-    rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    name = "DoRA" if config.use_dora else "LoRA"
-    alpha = f"alpha {config.lora_alpha:g}"
-    if config.use_rslora:
-        alpha += (
-            f" (scaled by alpha / sqrt(rank): {scaling_of(config.lora_alpha, config.lora_r, rank_stabilised=True):.4g})"
-        )
-    say(f"{name}: rank {rank}, {alpha}, on {len(adapters)} layers ({', '.join(kinds)}).")
+    say(_kind_of_adapters(config, adapters))
     if config.loraplus_lr_ratio:
         say(f"LoRA+: B matrices learn at {config.loraplus_lr_ratio:g} times the learning rate that is shown.")
     for notice in train_in_full(model, whole):
         say(notice)
     if whole:
         say(f"Trained in full, in fp32: {', '.join(whole)}.")
+
+
+def _kind_of_adapters(config: TrainConfig, adapters: dict[str, LoRALinear]) -> str:
+    """A line for the user: kind, rank, scaling, and where."""
+    ranks = sorted({adapter.r for adapter in adapters.values()})
+    rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    scalings = sorted({f"{adapter.scaling:.4g}" for adapter in adapters.values()})
+    scaling = f", scaled by alpha / sqrt(rank) = {' or '.join(scalings)}" if config.use_rslora else ""
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in adapters})
+    name = "DoRA" if config.use_dora else "LoRA"
+    return f"{name}: rank {rank}, alpha {config.lora_alpha:g}{scaling}, on {len(adapters)} layers ({', '.join(kinds)})."
 
 
 def _parameters_of_base(model: PreTrainedModel) -> int:

@@ -80,7 +80,7 @@ def save_adapter(model: Any, folder: Path, base_model: str, dropout: float) -> N
     rank_stabilised = first.rank_stabilised and not first.taken
     ranks = {name: len(low.a) for name, low in stored.items()}
     alphas = {
-        name: _whole_if_whole(low.scaling * (math.sqrt(len(low.a)) if rank_stabilised else len(low.a)))
+        name: _tidy(low.scaling * (math.sqrt(len(low.a)) if rank_stabilised else len(low.a)))
         for name, low in stored.items()
     }
     r, alpha = _commonest(ranks), _commonest(alphas)
@@ -105,8 +105,10 @@ def _commonest(values: Mapping[str, Any]) -> Any:
     return Counter(values.values()).most_common(1)[0][0]
 
 
-def _whole_if_whole(value: float) -> Any:
-    return round(value) if abs(value - round(value)) < 1e-9 else value
+def _tidy(value: float) -> Any:
+    """A number without the noise of multiplying what was divided; whole ones without a point."""
+    tidy = float(f"{value:.12g}")
+    return round(tidy) if tidy == round(tidy) else tidy
 
 
 def _shortest_names(model: Any, adapters: dict[str, LoRALinear]) -> list[str]:

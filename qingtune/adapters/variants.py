@@ -98,8 +98,9 @@ def take(start: str, weight: torch.Tensor, r: int, scaling: float, name: str) ->
 
 
 def merge_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """W + s B A, fp32."""
-    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling)
+    """W + s B A, fp32 on W's device."""
+    wide = weight.float()
+    return torch.addmm(wide, b.to(wide), a.to(wide), alpha=scaling)
 
 
 def row_norms(weight: torch.Tensor) -> torch.Tensor:
@@ -141,7 +142,7 @@ class LowRank:
         merged = merge_weight(weight, plain.a, plain.b, plain.scaling)
         if plain.magnitude is None:
             return merged
-        return merged * (plain.magnitude / row_norms(merged))[:, None]
+        return merged * (plain.magnitude.to(merged) / row_norms(merged))[:, None]
 
 
 # --- Which layer gets what -------------------------------------------------------------------------------------------
