@@ -232,15 +232,14 @@ def merge_lora(model: Any) -> None:
 
 def why_not_fast(model: Any) -> str | None:
     """The reason why a model's adapters need the model's own modules; None if the fast kernels compute them."""
-    if any(isinstance(layer, DoRALinear) for layer in lora_layers(model).values()):
-        return "DoRA needs the norms of whole merged weights in every pass, which the fast ones do not compute"
+    if any(isinstance(layer, DoRALinear) and layer.dropout_probability for layer in lora_layers(model).values()):
+        return "DoRA with lora_dropout multiplies by each weight twice, which the fast ones do not"
     return None
 
 
 def member(layer: nn.Module) -> Member:
     """A linear layer, wrapped or not, as the decoder's projections take it."""
-    if isinstance(layer, DoRALinear):
-        raise TypeError("DoRA is more than an addition")  # why_not_fast says so before
-    if isinstance(layer, LoRALinear):
-        return Member(layer.base, Adapter(layer.lora_A, layer.lora_B, layer.scaling))
-    return Member(layer, None)
+    if not isinstance(layer, LoRALinear):
+        return Member(layer, None)
+    magnitude = layer.lora_magnitude_vector if isinstance(layer, DoRALinear) else None
+    return Member(layer.base, Adapter(layer.lora_A, layer.lora_B, layer.scaling, magnitude))

@@ -12,7 +12,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 
-from qingtune.adapters.lora import lora_layers
+from qingtune.adapters.lora import DoRALinear, lora_layers
 from qingtune.config_load import load_train_config
 from qingtune.data.tokenize import Sample
 from qingtune.finetune import finetune
@@ -89,6 +89,9 @@ def move_adapters(model: Any) -> None:
     with torch.no_grad():
         for adapter in lora_layers(model).values():
             adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator) * 0.1)
+            if isinstance(adapter, DoRALinear):
+                magnitude = adapter.lora_magnitude_vector
+                magnitude.mul_(1 + 0.3 * torch.randn(magnitude.shape, generator=generator))
 
 
 def logits_of(model: Any) -> torch.Tensor:

@@ -52,14 +52,16 @@ def test_each_reason_for_general_kernels_is_told(kind: str, changes: dict[str, A
     assert not isinstance(getattr(made.add_gradients, "__self__", None), Decoder)
 
 
-def test_dora_is_a_reason() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_dora_with_dropout_is_a_reason(dropout: float) -> None:
     model, told = make_model("qwen2"), list[str]()
-    add_lora(model, None, 2, 4.0, 0.0, variant=Variant(use_dora=True))
-    made = make_engine(config_of(use_lora=True, use_dora=True), model, CPU, TOKENS, told.append)
-    assert told[0].startswith("General kernels, slower and with more memory: DoRA needs the norms")
-    assert not isinstance(getattr(made.add_gradients, "__self__", None), Decoder)
-    with pytest.raises(TypeError, match="more than an addition"):
-        Decoder(model, torch.float32, member)  # never in silence
+    add_lora(model, None, 2, 4.0, dropout, variant=Variant(use_dora=True))
+    config = config_of(use_lora=True, use_dora=True, lora_dropout=dropout, gradient_checkpointing=False)
+    made = make_engine(config, model, CPU, TOKENS, told.append)
+    assert isinstance(getattr(made.add_gradients, "__self__", None), Decoder) is not bool(dropout)
+    assert any("General kernels, slower and with more memory: DoRA with lora_dropout" in line for line in told) is bool(
+        dropout
+    )
 
 
 ROPES: dict[str, dict[str, Any]] = {
