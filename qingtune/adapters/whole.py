@@ -37,15 +37,14 @@ def find_modules(model: Any, names: Sequence[str] | None) -> list[str]:
             raise UserError(f'"{name}" matches no module of this model', where="modules_to_save", fix=fix)
         found += matches
     for name in found:
-        parts = list(modules[name].modules())
-        if isinstance(modules[name], _CONTAINERS) or not any(True for _ in modules[name].parameters()):
-            raise UserError(f"{name} is no module with weights of its own", where="modules_to_save")
-        if any(isinstance(part, QuantizedLinear) for part in parts):
+        if any(isinstance(part, QuantizedLinear) for part in modules[name].modules()):
             raise UserError(
                 f"{name} is held in few bits, and such weights cannot be trained",
                 where="modules_to_save",
                 fix="Train with use_lora instead of use_qlora, or leave it out.",
             )
+        if isinstance(modules[name], _CONTAINERS) or not list(modules[name].parameters()):
+            raise UserError(f"{name} is no module with weights of its own", where="modules_to_save")
     return [name for name in dict.fromkeys(found) if not any(name != o and is_within(name, o) for o in found)]
 
 
