@@ -278,13 +278,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "layers_to_transform": "1",
     },
     "head and norm, lora+": {"modules_to_save": "lm_head,model.norm", "loraplus_lr_ratio": 4},
-    "everything": {
-        "use_dora": True,
-        "use_rslora": True,
-        "init_lora_weights": "olora",
-        "modules_to_save": "embed_tokens",
-    }
-    | {"loraplus_lr_ratio": 4, "lora_dropout": 0.1},
+    "everything": {"use_dora": True, "use_rslora": True, "init_lora_weights": "olora"}
+    | {"modules_to_save": "embed_tokens", "loraplus_lr_ratio": 4, "lora_dropout": 0.1, "bf16": True},
     "dora on 4 bits": {"use_qlora": True, "use_dora": True},
     "head on 8 bits": {"bf16": True, "use_qlora": True, "quantization_bit": 8, "modules_to_save": "lm_head"},
 }
