@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import workload  # noqa: F401  puts the clone on the path
 
 from qingtune.adapters.files import load_adapter, save_adapter
 from qingtune.adapters.lora import add_lora

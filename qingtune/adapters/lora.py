@@ -44,8 +44,9 @@ class LoRALinear(nn.Module):
         self.base = base
         self.r, self.scaling = len(a), scaling
         device = next(base.parameters(), next(base.buffers(), torch.empty(0))).device
-        self.lora_A = nn.Parameter(a.float().to(device))
-        self.lora_B = nn.Parameter(b.float().to(device))
+        # Contiguous, as optimizers take a parameter and its states, which checkpoints bring back so, as flat memory.
+        self.lora_A = nn.Parameter(a.float().to(device).contiguous())
+        self.lora_B = nn.Parameter(b.float().to(device).contiguous())
         self.dropout_probability = dropout_probability
         self.taken: Pair | None = None
         self.rank_stabilised = False

@@ -66,7 +66,7 @@ def _principal(left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, sc
 def _olora(weight: torch.Tensor, r: int, _scaling: float) -> Pair:
     """OLoRA (Büyükakyüz 2024, https://arxiv.org/abs/2406.01775): the first rows of R and columns of Q of W = Q R."""
     q, upper = torch.linalg.qr(weight)
-    return upper[:r].contiguous(), q[:, :r].contiguous()
+    return upper[:r], q[:, :r]
 
 
 # Ways to draw A [r, in] that leave the base alone, B being zero: (r, in features, generator) -> A.
