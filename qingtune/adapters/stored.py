@@ -3,8 +3,8 @@ one tensor at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from qingtune.adapters.variants import LowRank
 from qingtune.adapters.whole import modules_of
 from qingtune.errors import UserError
 
-# Names of modules that hold a model's head or its embedding, by the conventions of Transformers.
-_HEAD_OR_EMBEDDING = frozenset({"lm_head", "embed_out", "embed_tokens", "embed_in", "word_embeddings", "wte"})
+HEAD = "lm_head.weight"
+# Names of modules that hold a model's embedding, by the conventions of Transformers.
+_EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "word_embeddings", "wte"})
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,31 @@ class StoredAdapter:
     folder: Path
     layers: dict[str, LowRank]
     transposed: bool
-    whole: dict[str, torch.Tensor]
-    keeps_tie: bool
+    whole: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    keeps_tie: bool = True
 
     @property
     def names(self) -> set[str]:
-        """The parameters that it changes."""
-        return {*self.layers, *self.whole}
+        """The parameters that it changes; the head too where it stays as it is and the embedding, if tied, does not."""
+        return {*self.layers, *self.whole, *({HEAD} if self._parts_head() else ())}
+
+    def _parts_head(self) -> bool:
+        """Whether head and embedding can be one matrix no longer."""
+        modules = {module.rpartition(".")[2] for module in modules_of(self.whole)}
+        return not self.keeps_tie and (HEAD in self.whole or bool(modules & _EMBEDDINGS))
+
+    def check_names(self, stored: Collection[str]) -> None:
+        """Whether a base holds all that the adapter changes.
+
+        Raises:
+            UserError: it does not.
+        """
+        if unknown := sorted(self.names - set(stored) - {HEAD}):  # a tied head is not stored
+            raise UserError(
+                f"the adapter is for another model: this one has no {unknown[0]}",
+                where=str(self.folder),
+                fix="Name the base model that the adapter was trained on.",
+            )
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """A stored parameter with the adapter's change, in fp32; the parameter itself where there is none.
@@ -67,14 +86,12 @@ class StoredAdapter:
         """Whether head and embedding are one matrix in the base and no longer so in the merged model.
 
         That model's config.json then says tie_word_embeddings false, and its weights hold the head as well:
-        `merged("lm_head.weight", the base's embedding)`.
+        `merged(HEAD, the base's embedding)`.
 
         Args:
             config: the base's config.json; a base that says nothing of tie_word_embeddings may have it either way.
         """
-        named = {module.rpartition(".")[2] for module in modules_of(self.whole)}
-        tied = config.get("tie_word_embeddings") is not False
-        return tied and not self.keeps_tie and bool(named & _HEAD_OR_EMBEDDING)
+        return config.get("tie_word_embeddings") is not False and self._parts_head()
 
     def _check(self, name: str, weight: torch.Tensor, fits: bool) -> None:
         if not fits:

@@ -144,6 +144,16 @@ class LowRank:
             return merged
         return merged * (plain.magnitude.to(merged) / row_norms(merged))[:, None]
 
+    def product(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] times the base's weight [out, in] and the change beside it, as in training: [T, out]."""
+        plain = self.on_unchanged_base(weight)
+        low = x @ plain.a.to(x).t()
+        product = torch.addmm(x @ weight.t(), low, plain.b.to(x).t(), alpha=plain.scaling)
+        if plain.magnitude is None:
+            return product
+        norms = row_norms(merge_weight(weight, plain.a, plain.b, plain.scaling))
+        return product * (plain.magnitude.to(norms) / norms).to(product.dtype)
+
 
 # --- Which layer gets what -------------------------------------------------------------------------------------------
 

@@ -17,10 +17,12 @@ from tiny_runs import LORA, assert_close, assert_equal, lively, lively_model, lo
 from qingtune.adapters.files import load_adapter, save_adapter
 from qingtune.adapters.lora import add_lora, lora_layers, merge_lora, why_not_fast
 from qingtune.adapters.quantize import quantize_model
-from qingtune.adapters.stored import read_adapter
+from qingtune.adapters.stored import HEAD, read_adapter
 from qingtune.adapters.variants import Variant
 from qingtune.adapters.whole import find_modules, train_in_full, untie
+from qingtune.config import MergeConfig
 from qingtune.errors import UserError
+from qingtune.merge import merge
 
 BOUND = 1e-5  # of the logits' largest value, in fp32; where a start is found again from the base, ten times that
 RANK, ALPHA = 4, 6.0
@@ -303,6 +305,19 @@ def test_result_of_a_run_opens_in_peft(
     assert float((logits_of(model) - logits_of(lively_model("qwen2"))).abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("name", ["dora", "head and norm, lora+", "everything"])
+def test_a_run_s_result_merges(name: str, tmp_path: Path, data_file: Path) -> None:
+    base = save_model(tmp_path / "model")
+    train(tmp_path / "out", base, data_file, max_steps=2, **LORA | RUNS[name])
+    merge(MergeConfig(lora_model=str(tmp_path / "out"), output_dir=str(tmp_path / "merged")))
+    model = lively_model("qwen2")
+    load_adapter(model, tmp_path / "out")
+    merged = type(model).from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert_same_logits(logits_of(merged), logits_of(model))
+    tied = merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert tied is merged.config.tie_word_embeddings is ("modules_to_save" not in RUNS[name])
+
+
 @pytest.mark.parametrize("name", ["dora", "pissa", "head and norm, lora+"])
 def test_split_of_a_window_changes_nothing(name: str, tmp_path: Path, data_file: Path) -> None:
     base = save_model(tmp_path / "model")
@@ -405,6 +420,12 @@ def test_a_head_that_is_no_longer_the_embedding_is_told_and_stored(tmp_path: Pat
     assert adapter.unties({"tie_word_embeddings": True})
     assert adapter.unties({})  # Transformers leaves out what is a configuration's default
     assert not adapter.unties({"tie_word_embeddings": False})
-    other = adapted("qwen2", {"modules_to_save": ["model.norm"]})
-    save_adapter(other, tmp_path, "base", 0.0)
-    assert not read_adapter(tmp_path).unties({"tie_word_embeddings": True})
+    for module, unties in (("model.norm", False), ("embed_tokens", True)):
+        save_adapter(adapted("qwen2", {"modules_to_save": [module]}), tmp_path, "base", 0.0)
+        other = read_adapter(tmp_path)
+        assert other.unties({"tie_word_embeddings": True}) is (HEAD in other.names) is unties
+    weight = torch.ones(320, 32)
+    assert other.merged(HEAD, weight) is weight  # the head stays what the embedding was
+    other.check_names({*other.names} - {HEAD})
+    with pytest.raises(UserError, match="another model: this one has no model"):
+        other.check_names({HEAD})

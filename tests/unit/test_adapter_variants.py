@@ -104,5 +104,7 @@ def test_merging_takes_out_adds_and_scales(start: str | None, magnitude: torch.T
         wanted *= (magnitude / wanted.norm(dim=1))[:, None]
         torch.testing.assert_close(row_norms(low.merged(w)), magnitude)
     assert float((low.merged(w) - wanted).abs().max()) < 2e-5
+    x = weight(7, 12)
+    torch.testing.assert_close(low.product(w, x), (x.double() @ wanted.t()).float(), atol=1e-4, rtol=1e-4)
     assert low.merged(w.to(torch.bfloat16)).dtype == torch.float32
     assert merge_weight(w.to(torch.bfloat16), a, b, 0.5).dtype == torch.float32
