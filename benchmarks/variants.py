@@ -24,6 +24,7 @@ import workload  # noqa: F401  puts the clone on the path
 from qingtune.adapters.files import load_adapter, save_adapter
 from qingtune.adapters.lora import add_lora
 from qingtune.adapters.stored import read_adapter
+from qingtune.adapters.targets import linear_layers
 from qingtune.adapters.variants import Variant
 from qingtune.adapters.whole import find_modules, train_in_full, untie
 from qingtune.config import TrainConfig
@@ -105,7 +106,8 @@ def _both_ways(folder: Path, settings: dict[str, Any], samples: list[Sample]) ->
         out = apart(logits(PeftModel.from_pretrained(base(), str(ours_at))), ours)
         joined = apart(merged(ours_at), ours)
 
-        config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear", **settings)
+        names = sorted({name.rpartition(".")[2] for name in linear_layers(base())})
+        config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=names, **settings)
         theirs = get_peft_model(base(), config)
         _train_there(theirs, samples)
         theirs.save_pretrained(str(theirs_at))
