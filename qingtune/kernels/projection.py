@@ -94,9 +94,12 @@ class Projection:
                 self._member_forward(member, x, rows, low, out, add=add)
                 continue
             direction = self._direction(member, x, rows, low).mul_(member.magnitude / self._norms(name, number))
-            out.copy_(out + direction if add else direction)
             if member.base.bias is not None:
-                out.add_(member.base.bias)
+                direction.add_(member.base.bias)
+            if add:
+                out.add_(direction)
+            else:
+                out.copy_(direction)
 
     def backward(
         self,
