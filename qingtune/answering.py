@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 
 from qingtune.adapters.files import load_adapter
 from qingtune.adapters.quantize import shapes_to_read
-from qingtune.adapters.stored import LowRank, StoredAdapter, read_adapter
+from qingtune.adapters.stored import HEAD, StoredAdapter, read_adapter
+from qingtune.adapters.variants import LowRank
 from qingtune.base import SMALLER, check_memory, load_base
 from qingtune.generation import Decoder
 from qingtune.hardware import Hardware, has_int8_units, memory_errors
@@ -174,9 +175,9 @@ class Assembly:
     def _head(self, embedding: torch.Tensor) -> Matrix:
         own = not self.model.config.tie_word_embeddings
         if own:
-            return self._pack(self._read(_HEAD), None)
-        if self.adapter and _HEAD in self.adapter.names:
-            return self._pack(self.adapter.merged(_HEAD, self.stored.read(_EMBEDDING)), None)
+            return self._pack(self._read(HEAD), None)
+        if self.adapter and HEAD in self.adapter.names:
+            return self._pack(self.adapter.merged(HEAD, self.stored.read(_EMBEDDING)), None)
         return self._pack(embedding, None)
 
     def layer(self, number: int, module: Any) -> AnswerLayer:
@@ -218,10 +219,11 @@ class Assembly:
 
     def _beside(self, name: str, module: Any) -> Matrix:
         """One linear layer, its adapter beside it."""
-        weight = self.stored.read(f"{name}.weight").to(self.device, self.dtype)
         bias = self._read(f"{name}.bias").to(self.device, self.dtype) if module.bias is not None else None
         adapter = self.adapter.layers.get(f"{name}.weight") if self.adapter else None
-        return DenseMatrix(weight, bias) if adapter is None else AdaptedMatrix(weight, bias, adapter)
+        if adapter is None:
+            return DenseMatrix(self._read(f"{name}.weight").to(self.device, self.dtype), bias)
+        return AdaptedMatrix(self.stored.read(f"{name}.weight").to(self.device, self.dtype), bias, adapter)
 
     def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
         bias = None if bias is None else bias.to(self.device)
@@ -286,6 +288,6 @@ class AdaptedMatrix:
         return y
 
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
 _QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")

@@ -4,50 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from qingtune.values import (
+    AlphaPattern,
+    CommaList,
+    Integer,
+    Number,
+    Numbers,
+    RankPattern,
+    Start,
+    Strategy,
+    auto_or_switch,
+    whole_number,
+)
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 Method = Literal["full", "lora", "qlora"]
-
-# --- Kinds of values -------------------------------------------------------------------------------------------------
-
-
-def _number_not_bool(value: object) -> object:
-    """Refuse true and false where a number is asked for: pydantic would read them as 1 and 0."""
-    if isinstance(value, bool):
-        raise ValueError("a number is wanted, not true or false")
-    return value
-
-
-def _whole_number(value: object) -> object:
-    """Let a flag's text "4" pass for the number 4 where the choices are numbers."""
-    return int(value) if isinstance(value, str) and value.strip().isdigit() else _number_not_bool(value)
-
-
-def _split_commas(value: object) -> object:
-    """Let "a,b" and ["a", "b"] mean the same; an empty text means nothing given."""
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    return None if value in ("", []) else value
-
-
-def _no_if_false(value: object) -> object:
-    """YAML-minded files write `no` as false; TrainingArguments calls it "no"."""
-    return "no" if value is False else value
-
-
-def _auto_or_switch(value: object) -> object:
-    """resume_from_checkpoint is a switch, a word or a path; a flag's "true" is the switch, and null the default."""
-    return {"true": True, "false": False, "None": "auto"}.get(str(value), value)
-
-
-Integer = Annotated[int, BeforeValidator(_number_not_bool)]
-Number = Annotated[float, BeforeValidator(_number_not_bool)]
-_TEXT_OR_LIST = WithJsonSchema(
-    {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
-)
-CommaList = Annotated[list[str] | None, BeforeValidator(_split_commas), _TEXT_OR_LIST]
-Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_no_if_false)]
 
 
 class Settings(BaseModel):
@@ -79,7 +52,7 @@ class TrainConfig(Settings):
 
     use_lora: bool = _setting(False, "Method", "Train low-rank adapters on frozen weights (LoRA).")
     use_qlora: bool = _setting(False, "Method", "LoRA on quantised weights (QLoRA); see quantization_bit.")
-    quantization_bit: Annotated[Literal[4, 8], BeforeValidator(_whole_number)] = _setting(
+    quantization_bit: Annotated[Literal[4, 8], BeforeValidator(whole_number)] = _setting(
         4, "Method", "Bits a weight in QLoRA: 4 (NF4, double quantisation) or 8 (int8, a scale a row)."
     )
     lora_r: Integer = _setting(16, "Method", "Rank of the adapters.", ge=1, le=65536)
@@ -91,6 +64,37 @@ class TrainConfig(Settings):
         None,
         "Method",
         'Layers to adapt: a comma list of names; "all" or null finds every linear layer but the head.',
+    )
+
+    use_dora: bool = _setting(
+        False, "Adapters", "DoRA: the size of each output of a layer is trained apart from its direction. Slower."
+    )
+    use_rslora: bool = _setting(
+        False, "Adapters", "rsLoRA: adapters are scaled by lora_alpha / sqrt(lora_r), for high ranks."
+    )
+    init_lora_weights: Start = _setting(
+        "default",
+        "Adapters",
+        "How adapters start: default and gaussian at zero; pissa (from the largest singular values; pissa_niter_16: "
+        "nearly these, faster) and olora (from a QR decomposition) as a part of the weights.",
+    )
+    loraplus_lr_ratio: Number | None = _setting(
+        None,
+        "Adapters",
+        "LoRA+: B matrices (and vectors, as in PEFT) learn at so many times the learning rate; the paper uses 16.",
+        ge=1,
+    )
+    rank_pattern: RankPattern = _setting(
+        None, "Adapters", "Ranks of single layers: a JSON object, or q_proj=8,layers.0.mlp.up_proj=32."
+    )
+    alpha_pattern: AlphaPattern = _setting(None, "Adapters", "lora_alpha of single layers, in the same form.")
+    layers_to_transform: Numbers = _setting(
+        None, "Adapters", "Numbers of the decoder layers to adapt, such as 0-3,7 (default: all)."
+    )
+    modules_to_save: CommaList = _setting(
+        None,
+        "Adapters",
+        "Modules trained and saved in full beside the adapters, such as lm_head,embed_tokens,norm; in fp32.",
     )
 
     data_path: CommaList = _setting(
@@ -113,7 +117,7 @@ class TrainConfig(Settings):
 
     output_dir: str = _setting("./output", "Run", "Where the result is written.", min_length=1)
     overwrite_output_dir: bool = _setting(False, "Run", "Replace an earlier run's result in output_dir.")
-    resume_from_checkpoint: Annotated[bool | str, BeforeValidator(_auto_or_switch)] = _setting(
+    resume_from_checkpoint: Annotated[bool | str, BeforeValidator(auto_or_switch)] = _setting(
         "auto", "Run", "auto: go on where output_dir's run stopped; false: start anew; or a checkpoint folder."
     )
     seed: Integer = _setting(42, "Run", "Seed of data order, adapter initialisation and dropout.", ge=0, lt=2**32)
@@ -181,7 +185,7 @@ class TrainConfig(Settings):
         "Trackers, comma-separated: tensorboard, wandb, swanlab, mlflow, trackio, comet_ml, clearml, ...; or none.",
     )
 
-    gradient_checkpointing: Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_switch)] = _setting(
+    gradient_checkpointing: Annotated[bool | Literal["auto"], BeforeValidator(auto_or_switch)] = _setting(
         "auto",
         "Hardware",
         "Recompute activations in the backward pass (less memory, about 1.4 times the work): in all layers, in none, "

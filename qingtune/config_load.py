@@ -225,8 +225,37 @@ def _conflicts(config: TrainConfig) -> list[tuple[tuple[str, ...], str, str]]:
             "max_steps is 0",
             "Give a number of steps, or -1 to go by num_train_epochs.",
         ),
+        *_adapter_conflicts(config),
     ]
     return [(names, what, fix) for wrong, names, what, fix in checks if wrong]
+
+
+def _adapter_conflicts(config: TrainConfig) -> list[tuple[bool, tuple[str, ...], str, str]]:
+    """What is wrong in the settings of kinds of adapters."""
+    fields = TrainConfig.model_fields
+    given = [name for name in _OF_ADAPTERS if getattr(config, name) != fields[name].default]
+    return [
+        (
+            config.method == "full" and bool(given),
+            (*given, "use_lora", "use_qlora"),
+            f"{', '.join(given)} without adapters has no meaning",
+            "Set use_lora or use_qlora.",
+        ),
+        (
+            config.method == "qlora" and config.init_lora_weights in _TAKEN_OUT,
+            ("init_lora_weights", "use_qlora", "use_lora"),
+            f"init_lora_weights {config.init_lora_weights} takes the adapters' start out of the weights, and in QLoRA "
+            "what is left would be rounded to few bits a second time",
+            "Choose use_lora, or another init_lora_weights.",
+        ),
+    ]
+
+
+_OF_ADAPTERS = (
+    "use_dora", "use_rslora", "init_lora_weights", "loraplus_lr_ratio", "rank_pattern", "alpha_pattern",
+    "layers_to_transform", "modules_to_save",
+)  # fmt: skip
+_TAKEN_OUT = ("pissa", "pissa_niter_16", "olora")
 
 
 def _has_evaluation(config: TrainConfig) -> bool:
@@ -242,7 +271,12 @@ def _resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
         reasons.append(f"learning_rate = {chosen['learning_rate']:g}, the default of {config.method} training.")
     if config.method != "full" and config.lora_alpha is None:
         chosen["lora_alpha"] = float(2 * config.lora_r)
-        reasons.append(f"lora_alpha = {2 * config.lora_r}, twice lora_r, so that adapters are scaled by 2 at any rank.")
+        scaled = (
+            f"with use_rslora adapters are then scaled by lora_alpha / sqrt(lora_r) = {2 * config.lora_r**0.5:.4g}"
+            if config.use_rslora
+            else "so that adapters are scaled by 2 at any rank"
+        )
+        reasons.append(f"lora_alpha = {2 * config.lora_r}, twice lora_r, {scaled}.")
     if config.eval_strategy is None:
         chosen["eval_strategy"] = "epoch" if _has_evaluation(config) else "no"
     if config.eval_steps is None:

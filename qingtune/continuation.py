@@ -94,7 +94,9 @@ def _first_whole(found: Sequence[Checkpoint], say: Say) -> tuple[Path, State]:
 
 
 def _same_settings(place: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    if changed := differences(before, now):
+    # A setting that the version of then did not have was at its default.
+    newer = {name: field.default for name, field in TrainConfig.model_fields.items() if name in now}
+    if changed := differences({**newer, **before}, now):
         listing = "".join(f"\n  {line}" for line in changed)
         raise UserError(f"this run was started with other settings:{listing}\n{ANEW}", where=str(place))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qingtune.adapters.lora import member
+from qingtune.adapters.lora import member, why_not_fast
 from qingtune.config import TrainConfig
 from qingtune.data.batch import Batch
 from qingtune.data.prepare import Say
@@ -89,7 +89,11 @@ def make_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardware,
     """
     most_tokens = TOKENS_PER_PASS_ON_CPU if hardware.device.type == "cpu" else ALL
     kind = hardware.device.type
-    reason = why_not(model) or (None if kind in ("cpu", "cuda") else f"ours have not been tried on {kind}")
+    reason = (
+        why_not(model)
+        or why_not_fast(model)
+        or (None if kind in ("cpu", "cuda") else f"ours have not been tried on {kind}")
+    )
     if reason:
         say(f"General kernels, slower and with more memory: {reason}.")
         return _general_engine(config, model, hardware, most_tokens, say)
@@ -177,13 +181,13 @@ def _layers_to_recompute(
 def _general_engine(
     config: TrainConfig, model: PreTrainedModel, hardware: Hardware, most_tokens: int, say: Say
 ) -> Engine:
-    """The model's own modules and autograd; full training multiplies its fp32 weights in the hardware's dtype."""
+    """The model's own modules and autograd; fp32 weights that are trained in full multiply in the hardware's dtype."""
     reason = use_end_to_end(model)
     if reason:
         say(f"Samples go through the model one by one: {reason}.")
     if config.gradient_checkpointing is True:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    mixed = config.method == "full" and hardware.dtype != torch.float32
+    mixed = (config.method == "full" or bool(config.modules_to_save)) and hardware.dtype != torch.float32
 
     def loss(batch: Batch) -> torch.Tensor:
         with torch.autocast(hardware.device.type, hardware.dtype, enabled=mixed):

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from qingtune.adapters.files import save_adapter
-from qingtune.adapters.lora import add_lora
+from qingtune.adapters.lora import LoRALinear, add_lora
+from qingtune.adapters.variants import TAKEN, Variant
+from qingtune.adapters.whole import find_modules, train_in_full
 from qingtune.base import load_base
 from qingtune.config import TrainConfig
 from qingtune.continuation import check_checkpoint_exists, is_finished, load_best, where_to_go_on
@@ -191,16 +193,49 @@ def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware, sa
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # what is loaded as it is stored may lie in the file's pages
     if not full:
-        assert config.lora_alpha is not None
-        adapters = add_lora(
-            model, config.lora_target_modules, config.lora_r, config.lora_alpha, config.lora_dropout, seed=config.seed
-        )
-        kinds = sorted({name.rsplit(".", 1)[-1] for name in adapters})
-        say(f"LoRA: rank {config.lora_r}, alpha {config.lora_alpha:g}, on {len(adapters)} layers ({', '.join(kinds)}).")
+        _add_adapters(config, model, say)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = trained if full else trained + _parameters_of_base(model)
     say(f"Trainable: {trained:,} of {everything:,} parameters ({trained / everything:.2%}).")
     return model
+
+
+def _add_adapters(config: TrainConfig, model: PreTrainedModel, say: Say) -> None:
+    """Put adapters on a model, of the kind that the settings name, and let modules_to_save be trained."""
+    assert config.lora_alpha is not None
+    variant = Variant(
+        init_lora_weights=config.init_lora_weights,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        rank_pattern=config.rank_pattern or {},
+        alpha_pattern=config.alpha_pattern or {},
+        layers_to_transform=config.layers_to_transform,
+    )
+    if config.init_lora_weights in TAKEN:
+        say(f"{config.init_lora_weights}: the adapters' start is taken out of the weights; this may take minutes.")
+    whole = find_modules(model, config.modules_to_save)
+    adapters = add_lora(
+        model, config.lora_target_modules, config.lora_r, config.lora_alpha, config.lora_dropout,
+        seed=config.seed, variant=variant, leave=whole,
+    )  # fmt: skip
+    say(_kind_of_adapters(config, adapters))
+    if config.loraplus_lr_ratio:
+        say(f"LoRA+: B matrices learn at {config.loraplus_lr_ratio:g} times the learning rate that is shown.")
+    for notice in train_in_full(model, whole):
+        say(notice)
+    if whole:
+        say(f"Trained in full, in fp32: {', '.join(whole)}.")
+
+
+def _kind_of_adapters(config: TrainConfig, adapters: dict[str, LoRALinear]) -> str:
+    """A line for the user: kind, rank, scaling, and where."""
+    ranks = sorted({adapter.r for adapter in adapters.values()})
+    rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    scalings = sorted({f"{adapter.scaling:.4g}" for adapter in adapters.values()})
+    scaling = f", scaled by alpha / sqrt(rank) = {' or '.join(scalings)}" if config.use_rslora else ""
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in adapters})
+    name = "DoRA" if config.use_dora else "LoRA"
+    return f"{name}: rank {rank}, alpha {config.lora_alpha:g}{scaling}, on {len(adapters)} layers ({', '.join(kinds)})."
 
 
 def _parameters_of_base(model: PreTrainedModel) -> int:

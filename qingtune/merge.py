@@ -99,7 +99,7 @@ def _write(folder: Path, base: Path, adapter: StoredAdapter) -> None:
         return
     copy_changed(base, folder, adapter.names, adapter.merged)
     settings = read_model_config(base)
-    if HEAD in adapter.names - set(stored):
+    if adapter.unties(settings):
         embedding = StoredWeights(base).read(_EMBEDDING)
         add_tensor(folder, HEAD, adapter.merged(HEAD, embedding).to(embedding.dtype))
         settings["tie_word_embeddings"] = False

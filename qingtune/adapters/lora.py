@@ -1,8 +1,10 @@
-"""The LoRA layer (Hu et al. 2021, https://arxiv.org/abs/2106.09685): y = W x + (alpha / r) B A dropout(x)."""
+"""The LoRA layer (Hu et al. 2021, https://arxiv.org/abs/2106.09685): y = W x + s B A dropout(x); and DoRA's.
+
+What else sets kinds of adapters apart is in variants.py.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,7 +12,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qingtune.adapters.targets import dense_weight, match_layers, replace_layer
+from qingtune.adapters.targets import dense_weight, is_within, match_layers, replace_layer
+from qingtune.adapters.variants import DRAWN, TAKEN, LowRank, Pair, Variant, merge_weight, row_norms, take
+from qingtune.errors import UserError
 from qingtune.kernels.dropout import dropout
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.kernels.projection import Adapter, Member
@@ -19,36 +23,117 @@ from qingtune.kernels.projection import Adapter, Member
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trained low-rank addition.
 
+    Args:
+        base: the layer.
+        a: [r, in], as A starts.
+        b: [out, r], as B starts.
+        scaling: s, the factor on their product.
+        dropout_probability: on A's input.
+
     Attributes:
-        lora_A: fp32 [r, in], uniform as nn.Linear starts.
-        lora_B: fp32 [out, r], zero at the start, so that training begins at the base model.
+        lora_A: fp32 [r, in].
+        lora_B: fp32 [out, r].
+        taken: A and B as they were taken out of the base's weight, fp32 on the CPU; None if it is as it was loaded.
+        rank_stabilised: whether s is alpha / sqrt(r); for the files.
     """
 
     def __init__(
-        self, base: nn.Module, r: int, alpha: float, dropout_probability: float, generator: torch.Generator
+        self, base: nn.Module, a: torch.Tensor, b: torch.Tensor, scaling: float, dropout_probability: float = 0.0
     ) -> None:
         super().__init__()
         self.base = base
-        self.r, self.scaling = r, alpha / r
-        out_features, in_features = _shape(base)
+        self.r, self.scaling = len(a), scaling
         device = next(base.parameters(), next(base.buffers(), torch.empty(0))).device
-        start = nn.init.kaiming_uniform_(torch.empty(r, in_features), a=math.sqrt(5), generator=generator)
-        self.lora_A = nn.Parameter(start.to(device))  # drawn on the CPU, so that every device starts alike
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device))
+        # Contiguous, as optimizers take a parameter and its states, which checkpoints bring back so, as flat memory.
+        self.lora_A = nn.Parameter(a.float().to(device).contiguous())
+        self.lora_B = nn.Parameter(b.float().to(device).contiguous())
         self.dropout_probability = dropout_probability
+        self.taken: Pair | None = None
+        self.rank_stabilised = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] -> [..., out]; the adapter is computed in x's dtype, its gradients are fp32."""
-        dropped = dropout(x, self.dropout_probability) if self.training else x
-        low = dropped @ self.lora_A.to(x.dtype).t()
-        return self.base(x) + (low @ self.lora_B.to(x.dtype).t()) * self.scaling
+        return self.base(x) + self._addition(self._dropped(x))
 
-    def delta(self) -> torch.Tensor:
-        """What merging adds to the weight, fp32 [out, in]."""
-        return self.lora_B.float() @ self.lora_A.float() * self.scaling
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
+        return dropout(x, self.dropout_probability) if self.training else x
+
+    def _addition(self, x: torch.Tensor) -> torch.Tensor:
+        """s B A x."""
+        low = x @ self.lora_A.to(x.dtype).t()
+        return (low @ self.lora_B.to(x.dtype).t()) * self.scaling
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """The base's weight [out, in], as the layer holds it, with the addition, fp32."""
+        return merge_weight(weight, self.lora_A, self.lora_B, self.scaling)
+
+    def low_rank(self) -> LowRank:
+        """The adapter as an addition to the weight as it was loaded, fp32 on the CPU; of twice the rank if taken."""
+        a, b = (matrix.detach().float().cpu() for matrix in (self.lora_A, self.lora_B))
+        if self.taken:
+            a, b = torch.cat([a, self.taken[0]]), torch.cat([b, -self.taken[1]], 1)
+        return LowRank(a, b, self.scaling)
 
 
-def _shape(layer: nn.Module) -> tuple[int, int]:
+class DoRALinear(LoRALinear):
+    """DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353, equation 5): y = m (W + s B A) x / |W + s B A|.
+
+    The norms of the rows follow training but get no gradient (section 4.3). Dropout acts on the base's part too where
+    it is scaled anew, as in PEFT: y = W x + (m / |..| - 1) W dropout(x) + m / |..| s B A dropout(x).
+
+    Attributes:
+        lora_magnitude_vector: m, fp32 [out]; the norms themselves at the start, so that training begins at the base.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        dropout_probability: float = 0.0,
+        magnitude: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__(base, a, b, scaling, dropout_probability)
+        start = self._norms() if magnitude is None else magnitude.float().to(self.lora_A.device)
+        self.lora_magnitude_vector = nn.Parameter(start)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in] -> [..., out]; the norms are computed in fp32."""
+        dropping = self.training and self.dropout_probability > 0
+        factor = self.lora_magnitude_vector / self._norms()
+        out = self.base(x)
+        dropped = self._dropped(x)
+        plain = self.base(dropped) if dropping else out
+        bias = cast("torch.Tensor | None", self.base.bias)
+        plain = plain if bias is None else plain - bias.to(plain.dtype)
+        return out + (factor - 1).to(out.dtype) * plain + factor.to(out.dtype) * self._addition(dropped)
+
+    @torch.no_grad()
+    def _norms(self) -> torch.Tensor:
+        """|W + s B A|, fp32 [out]."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return row_norms(super().merged(_weight_now(self.base)))
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """The base's weight [out, in] with the addition and its rows scaled to their magnitudes, fp32."""
+        merged = super().merged(weight)
+        return merged * (self.lora_magnitude_vector / row_norms(merged))[:, None]
+
+    def low_rank(self) -> LowRank:
+        """The adapter as an addition to the weight as it was loaded, with the magnitudes."""
+        plain = super().low_rank()
+        return LowRank(plain.a, plain.b, plain.scaling, self.lora_magnitude_vector.detach().float().cpu())
+
+
+def _weight_now(layer: nn.Module) -> torch.Tensor:
+    """A layer's weight [out, in], quantised or not, without its history."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.dequantize(torch.float32)
+    return dense_weight(layer).detach()
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int]:
     """Out and in features."""
     if isinstance(layer, QuantizedLinear):
         return layer.out_features, layer.in_features
@@ -57,20 +142,71 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def add_lora(
-    model: Any, names: Sequence[str] | None, r: int, alpha: float, dropout: float, *, seed: int = 0
+    model: Any,
+    names: Sequence[str] | None,
+    r: int,
+    alpha: float,
+    dropout: float,
+    *,
+    seed: int = 0,
+    variant: Variant | None = None,
+    leave: Sequence[str] = (),
 ) -> dict[str, LoRALinear]:
     """Freeze the model and wrap its layers; returns the adapters by the layers' full names.
 
+    Args:
+        names: of the layers, as match_layers takes them.
+        r: rank, where the variant has no other.
+        alpha: the scaling's numerator, likewise.
+        variant: how the adapters differ from plain LoRA.
+        leave: full names of modules in which no layer is adapted, as they are trained in full.
+
     Raises:
-        UserError: a name matches no layer.
+        UserError: a name matches no layer, or the variant does not fit a layer.
     """
-    layers = match_layers(model, names)
+    variant = variant or Variant()
+    layers = {
+        name: layer
+        for name, layer in match_layers(model, names).items()
+        if not any(is_within(name, module) for module in leave)
+    }
+    if not layers:
+        raise UserError("no layer is left for adapters: modules_to_save names them all")
+    chosen = variant.choose(list(layers))
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    adapters = {name: LoRALinear(layer, r, alpha, dropout, generator) for name, layer in layers.items()}
-    for name, adapter in adapters.items():
-        replace_layer(model, name, adapter)
+    adapters: dict[str, LoRALinear] = {}
+    for name in chosen:
+        rank, scaling = variant.rank_and_scaling(name, r, alpha)
+        adapters[name] = _adapter(name, layers[name], rank, scaling, dropout, variant, generator)
+        replace_layer(model, name, adapters[name])
     return adapters
+
+
+def _adapter(
+    name: str, layer: nn.Module, r: int, scaling: float, dropout: float, variant: Variant, generator: torch.Generator
+) -> LoRALinear:
+    """A new adapter, around its layer; what it starts with is taken out of the layer if its start is such."""
+    start, taken = variant.init_lora_weights, None
+    if start in TAKEN:
+        if isinstance(layer, QuantizedLinear):
+            raise TypeError(f"{name} is quantised")  # refused when settings are checked
+        taken = take(start, dense_weight(layer).detach(), r, scaling, name)
+        _take_out(layer, taken, scaling)
+    out_features, in_features = shape_of(layer)
+    # Drawn on the CPU, so that every device starts alike; B is zero, so that training begins at the base model.
+    a, b = taken or (DRAWN[start](r, in_features, generator), torch.zeros(out_features, r))
+    adapter = (DoRALinear if variant.use_dora else LoRALinear)(layer, a, b, scaling, dropout)
+    adapter.taken = (a.cpu().clone(), b.cpu().clone()) if taken else None
+    adapter.rank_stabilised = variant.use_rslora
+    return adapter
+
+
+def _take_out(layer: Any, pair: Pair, scaling: float) -> None:
+    """W becomes W - s B A, computed in fp32 and rounded once to the weight's dtype."""
+    rest = merge_weight(dense_weight(layer).detach(), *pair, -scaling)
+    rest = rest.t() if isinstance(layer, Conv1D) else rest
+    layer.weight.data = rest.contiguous().to(layer.weight.dtype)  # what was loaded may lie in the file's pages
 
 
 def lora_layers(model: Any) -> dict[str, LoRALinear]:
@@ -80,7 +216,7 @@ def lora_layers(model: Any) -> dict[str, LoRALinear]:
 
 @torch.no_grad()
 def merge_lora(model: Any) -> None:
-    """Add every adapter to its layer's weight, in fp32 arithmetic, and take the adapters out again.
+    """Put every adapter into its layer's weight, in fp32 arithmetic, and take the adapters out again.
 
     Raises:
         TypeError: a layer is quantised; merge into the 16-bit base instead.
@@ -89,14 +225,22 @@ def merge_lora(model: Any) -> None:
         base = adapter.base
         if isinstance(base, QuantizedLinear):
             raise TypeError(f"{name} is quantised")
-        delta = adapter.delta()
         weight = cast("torch.Tensor", base.weight)
-        weight.copy_((weight.float() + (delta.t() if isinstance(base, Conv1D) else delta)).to(weight.dtype))
+        merged = adapter.merged(dense_weight(base))
+        weight.copy_((merged.t() if isinstance(base, Conv1D) else merged).to(weight.dtype))
         replace_layer(model, name, base)
+
+
+def why_not_fast(model: Any) -> str | None:
+    """The reason why a model's adapters need the model's own modules; None if the fast kernels compute them."""
+    if any(isinstance(layer, DoRALinear) and layer.dropout_probability for layer in lora_layers(model).values()):
+        return "DoRA with lora_dropout multiplies by each weight twice, which the fast ones do not"
+    return None
 
 
 def member(layer: nn.Module) -> Member:
     """A linear layer, wrapped or not, as the decoder's projections take it."""
-    if isinstance(layer, LoRALinear):
-        return Member(layer.base, Adapter(layer.lora_A, layer.lora_B, layer.scaling))
-    return Member(layer, None)
+    if not isinstance(layer, LoRALinear):
+        return Member(layer, None)
+    magnitude = layer.lora_magnitude_vector if isinstance(layer, DoRALinear) else None
+    return Member(layer.base, Adapter(layer.lora_A, layer.lora_B, layer.scaling, magnitude))

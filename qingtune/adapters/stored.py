@@ -3,54 +3,50 @@ one tensor at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qingtune.adapters.files import read_adapter_config, read_adapter_tensors
+from qingtune.adapters.files import read_files
+from qingtune.adapters.variants import LowRank
+from qingtune.adapters.whole import modules_of
 from qingtune.errors import UserError
 
 HEAD = "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What an adapter adds to one weight.
-
-    Attributes:
-        a: fp32 [r, in].
-        b: fp32 [out, r].
-        scaling: of their product.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float
-
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight [out, in] with the addition, fp32."""
-        return torch.addmm(weight.float(), self.b, self.a, alpha=self.scaling)
-
-    def product(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in] times the weight [out, in] and the addition beside it, as in training: [T, out]."""
-        low = x @ self.a.to(x).t()
-        return torch.addmm(x @ weight.t(), low, self.b.to(x).t(), alpha=self.scaling)
+# Names of modules that hold a model's embedding, by the conventions of Transformers.
+_EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "word_embeddings", "wte"})
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter by the full names of the parameters that it changes, such as `model.layers.0.mlp.up_proj.weight`."""
+    """An adapter by the full names of the parameters that it changes, such as `model.layers.0.mlp.up_proj.weight`.
+
+    Attributes:
+        folder: where its files lie.
+        layers: low-rank changes of weights.
+        whole: parameters that take the place of the base's.
+        transposed: whether the base holds weights as [in, out], as GPT-2 does.
+        keeps_tie: whether a head and an embedding that are one matrix stay so.
+    """
 
     folder: Path
     layers: dict[str, LowRank]
-    transposed: bool  # GPT-2's weights are held as [in, out]
+    transposed: bool
+    whole: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    keeps_tie: bool = True
 
     @property
     def names(self) -> set[str]:
-        """The parameters that it changes."""
-        return set(self.layers)
+        """The parameters that it changes; the head too where it stays as it is and the embedding, if tied, does not."""
+        return {*self.layers, *self.whole, *({HEAD} if self._parts_head() else ())}
+
+    def _parts_head(self) -> bool:
+        """Whether head and embedding can be one matrix no longer."""
+        modules = {module.rpartition(".")[2] for module in modules_of(self.whole)}
+        return not self.keeps_tie and (HEAD in self.whole or bool(modules & _EMBEDDINGS))
 
     def check_names(self, stored: Collection[str]) -> None:
         """Whether a base holds all that the adapter changes.
@@ -68,21 +64,42 @@ class StoredAdapter:
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """A stored parameter with the adapter's change, in fp32; the parameter itself where there is none.
 
+        Args:
+            name: the parameter's.
+            weight: as the base stores it. The head's of a model whose head is its embedding is the embedding.
+
         Raises:
             UserError: their shapes do not fit.
         """
+        if name in self.whole:
+            self._check(name, weight, self.whole[name].shape == weight.shape)
+            return self.whole[name].float()
         layer = self.layers.get(name)
         if layer is None:
             return weight
         dense = weight.t() if self.transposed else weight
-        if dense.shape != (len(layer.b), layer.a.shape[1]):
+        self._check(name, weight, tuple(dense.shape) == (len(layer.b), layer.a.shape[1]))
+        merged = layer.merged(dense)
+        return merged.t() if self.transposed else merged
+
+    def unties(self, config: Mapping[str, Any]) -> bool:
+        """Whether head and embedding are one matrix in the base and no longer so in the merged model.
+
+        That model's config.json then says tie_word_embeddings false, and its weights hold the head as well:
+        `merged(HEAD, the base's embedding)`.
+
+        Args:
+            config: the base's config.json; a base that says nothing of tie_word_embeddings may have it either way.
+        """
+        return config.get("tie_word_embeddings") is not False and self._parts_head()
+
+    def _check(self, name: str, weight: torch.Tensor, fits: bool) -> None:
+        if not fits:
             raise UserError(
                 f"the adapter does not fit: {name} is {list(weight.shape)} in the base",
                 where=str(self.folder),
                 fix="Name the base model that the adapter was trained on.",
             )
-        merged = layer.merged(dense)
-        return merged.t() if self.transposed else merged
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
@@ -91,13 +108,11 @@ def read_adapter(folder: Path) -> StoredAdapter:
     Raises:
         UserError: no adapter here, a broken one, or one of a kind that is not supported.
     """
-    config = read_adapter_config(folder)
-    tensors = read_adapter_tensors(folder)
-    scaling = float(config["lora_alpha"]) / int(config["r"])
-    layers: dict[str, LowRank] = {}
-    for layer in sorted({name.rsplit(".lora_", 1)[0] for name in tensors}):
-        a, b = (tensors.get(f"{layer}.lora_{part}.weight") for part in "AB")
-        if a is None or b is None:
-            raise UserError(f"the adapter is not whole: {layer} has only one matrix", where=str(folder))
-        layers[f"{layer}.weight"] = LowRank(a.float(), b.float(), scaling)
-    return StoredAdapter(folder, layers, bool(config.get("fan_in_fan_out")))
+    files = read_files(folder)
+    return StoredAdapter(
+        folder,
+        {f"{name}.weight": low for name, low in files.layers.items()},
+        files.transposed,
+        files.whole,
+        keeps_tie=bool(files.config.get("ensure_weight_tying")) or not files.config.get("modules_to_save"),
+    )

@@ -53,6 +53,11 @@ def ends_with(layer: str, name: str) -> bool:
     return layer == name or layer.endswith(f".{name}")
 
 
+def is_within(name: str, module: str) -> bool:
+    """Whether a full name is a module's or that of something in it."""
+    return name == module or name.startswith(f"{module}.")
+
+
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a layer in another's place."""
     parent, _, last = name.rpartition(".")

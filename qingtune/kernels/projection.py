@@ -1,9 +1,10 @@
 """Linear layers that read one input, with their adapters: forward, and a backward that keeps next to nothing.
 
-y_i = W_i x + b_i + s_i B_i A_i dropout(x). Beside the input, which its block keeps or computes again, only the
-adapters' small A x is kept. Frozen weights may be dense, NF4 (a layer at a time is dequantised) or int8 (multiplied as
-they are, where the CPU has int8 units). The layers of one group share the input's dropout mask, its quantised form and
-one product with all A_i.
+y_i = W_i x + b_i + s_i B_i A_i dropout(x), or for DoRA m_i (W_i x + s_i B_i A_i x) / |W_i + s_i B_i A_i| + b_i, without
+dropout. Beside the input, which its block keeps or computes again, only the adapters' small A x and DoRA's norms are
+kept. Frozen weights may be dense, NF4 (a layer at a time is dequantised) or int8 (multiplied as they are, where the CPU
+has int8 units). The layers of one group share the input's dropout mask, its quantised form and one product with all
+A_i.
 """
 
 from __future__ import annotations
@@ -23,11 +24,16 @@ from qingtune.kernels.workspace import Workspace
 
 @dataclass(frozen=True)
 class Adapter:
-    """A layer's low-rank addition: A [r, in], B [out, r], both trained, and the factor on their product."""
+    """A layer's low-rank addition: A [r, in], B [out, r], both trained, and the factor on their product.
+
+    DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353) trains a magnitude [out] too, and divides by the norms of
+    the merged weight's rows, which get no gradient (section 4.3).
+    """
 
     a: nn.Parameter
     b: nn.Parameter
     scaling: float
+    magnitude: nn.Parameter | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,11 @@ class Member:
     def shape(self) -> tuple[int, int]:
         """Out and in features."""
         return self.base.out_features, self.base.in_features
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """DoRA's, if it is that."""
+        return self.adapter.magnitude if self.adapter else None
 
 
 class Projection:
@@ -58,6 +69,9 @@ class Projection:
         self.int8_units = int8_units
         self.adapters = [member.adapter for member in members if member.adapter]
         self.ranks = [adapter.a.shape[0] for adapter in self.adapters]
+        self.dora = any(member.magnitude is not None for member in members)
+        if self.dora and dropout:
+            raise ValueError("DoRA with dropout multiplies by each weight twice, which is not done here")
 
     def forward(
         self, name: str, x: torch.Tensor, outs: Sequence[torch.Tensor], seed: int | None, *, add: bool = False
@@ -71,14 +85,21 @@ class Projection:
             seed: of the dropout mask; None for no dropout.
             add: add to what outs hold.
         """
-        rows = quantize_rows(x, None, self.workspace, "projection.x") if self._any_int8() else None
+        rows = self._int8_rows(x)
         self.keep_low(name, x, seed)
         parts = iter(self._low(name, x).split(self.ranks, 1))
-        for member, out in zip(self.members, outs, strict=True):
-            self._frozen_forward(member.base, x, rows, out, add=add)
-            if member.adapter:
-                b = self._small(member.adapter.b, "b", x.dtype)
-                out.addmm_(next(parts), b.t(), alpha=member.adapter.scaling)
+        for number, (member, out) in enumerate(zip(self.members, outs, strict=True)):
+            low = next(parts) if member.adapter else None
+            if member.magnitude is None:
+                self._member_forward(member, x, rows, low, out, add=add)
+                continue
+            direction = self._direction(member, x, rows, low).mul_(member.magnitude / self._norms(name, number))
+            if member.base.bias is not None:
+                direction.add_(member.base.bias)
+            if add:
+                out.add_(direction)
+            else:
+                out.copy_(direction)
 
     def backward(
         self,
@@ -97,6 +118,8 @@ class Projection:
             grad_x: [T, in], overwritten; None if nobody wants it.
             seed: as in forward.
         """
+        if self.dora:
+            grads = self._through_magnitudes(name, x, grads)
         for member, grad in zip(self.members, grads, strict=True):
             self._dense_gradients(member.base, x, grad)
         if grad_x is not None:
@@ -105,8 +128,28 @@ class Projection:
         if self.adapters:
             self._adapter_gradients(name, x, grads, grad_x, seed)
 
-    def _any_int8(self) -> bool:
-        return self.int8_units and any(isinstance(member.base, Int8Linear) for member in self.members)
+    def _int8_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The input's rows in 8 bits, where a layer multiplies them so."""
+        if not (self.int8_units and any(isinstance(member.base, Int8Linear) for member in self.members)):
+            return None
+        return quantize_rows(x, None, self.workspace, "projection.x")
+
+    def _member_forward(
+        self,
+        member: Member,
+        x: torch.Tensor,
+        rows: tuple[torch.Tensor, torch.Tensor] | None,
+        low: torch.Tensor | None,
+        out: torch.Tensor,
+        *,
+        add: bool = False,
+        bias: bool = True,
+    ) -> None:
+        """W x + b + s B low, put or added to out."""
+        self._frozen_forward(member.base, x, rows, out, add=add, bias=bias)
+        if member.adapter and low is not None:
+            b = self._small(member.adapter.b, "b", x.dtype)
+            out.addmm_(low, b.t(), alpha=member.adapter.scaling)
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
@@ -114,6 +157,9 @@ class Projection:
         """Keep what backward needs beside the input."""
         if self.adapters:
             torch.mm(self._dropped(x, seed), self._all_a(x.dtype).t(), out=self._low(name, x))
+        for number, member in enumerate(self.members):
+            if member.adapter and member.magnitude is not None:
+                self._norms(name, number).copy_(self._row_norms(member.base, member.adapter))
 
     def _low(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """All A_i dropout(x) side by side, [T, sum of ranks]."""
@@ -160,6 +206,49 @@ class Projection:
     def _small(self, matrix: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
         return self.workspace.take("projection." + name, matrix.shape, dtype).copy_(matrix)
 
+    # --- DoRA --------------------------------------------------------------------------------------------------------
+
+    def _norms(self, name: str, number: int) -> torch.Tensor:
+        """Where a layer's |W + s B A| is kept, fp32 [out] (fp64 for fp64)."""
+        member = self.members[number]
+        assert member.magnitude is not None
+        dtype = torch.promote_types(member.magnitude.dtype, torch.float32)
+        return self.workspace.take(f"{name}.norms{number}", member.shape[:1], dtype)
+
+    def _row_norms(self, base: Any, adapter: Adapter) -> torch.Tensor:
+        dtype = torch.promote_types(adapter.a.dtype, torch.float32)
+        weight = self._weight(base, dtype)
+        merged = self.workspace.take("projection.merged", weight.shape, dtype)
+        torch.addmm(weight, adapter.b.to(dtype), adapter.a.to(dtype), alpha=adapter.scaling, out=merged)
+        return torch.linalg.vector_norm(merged, dim=1)
+
+    def _direction(
+        self,
+        member: Member,
+        x: torch.Tensor,
+        rows: tuple[torch.Tensor, torch.Tensor] | None,
+        low: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """W x + s B A x, [T, out], until the next one."""
+        direction = self.workspace.take("projection.direction", (len(x), member.shape[0]), x.dtype)
+        self._member_forward(member, x, rows, low, direction, bias=False)
+        return direction
+
+    def _through_magnitudes(self, name: str, x: torch.Tensor, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Add the magnitudes' gradients; returns those of what the magnitudes scale, W x + s B A x, computed again."""
+        rows, parts = self._int8_rows(x), iter(self._low(name, x).split(self.ranks, 1))
+        scaled = list(grads)
+        for number, (member, grad) in enumerate(zip(self.members, grads, strict=True)):
+            low = next(parts) if member.adapter else None
+            if member.magnitude is None:
+                continue
+            norms = self._norms(name, number)
+            product = self._direction(member, x, rows, low).mul_(grad)
+            gradient(member.magnitude).add_(product.sum(0, dtype=norms.dtype).div_(norms))
+            mine = self.workspace.take(f"projection.scaled{number}", grad.shape, grad.dtype)
+            scaled[number] = mine.copy_(grad).mul_(member.magnitude / norms)
+        return scaled
+
     # --- Frozen and dense weights ------------------------------------------------------------------------------------
 
     def _frozen_forward(
@@ -170,20 +259,21 @@ class Projection:
         out: torch.Tensor,
         *,
         add: bool,
+        bias: bool,
     ) -> None:
-        bias = base.bias
+        vector = base.bias if bias else None
         if rows is not None and isinstance(base, Int8Linear):
             packed, scale = base.packed_and_scale()
             int8_product(*rows, packed.t(), scale.view(-1), out, self.workspace, add=add)
         elif add:
             out.addmm_(x, self._weight(base, x.dtype).t())
-        elif bias is not None:
-            torch.addmm(bias.to(x.dtype), x, self._weight(base, x.dtype).t(), out=out)
+        elif vector is not None:
+            torch.addmm(vector.to(x.dtype), x, self._weight(base, x.dtype).t(), out=out)
             return
         else:
             torch.mm(x, self._weight(base, x.dtype).t(), out=out)
-        if bias is not None:
-            out.add_(bias)
+        if vector is not None:
+            out.add_(vector)
 
     def _frozen_backward(self, base: Any, grad: torch.Tensor, grad_x: torch.Tensor, *, add: bool) -> None:
         if self.int8_units and isinstance(base, Int8Linear):

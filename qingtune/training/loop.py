@@ -228,7 +228,7 @@ def _sum_gradients(parameters: Sequence[torch.nn.Parameter], processes: Processe
 def _update(work: Work, rate: float, finite: bool, progress: Progress) -> None:
     """Step if everything is finite. In fp16 the scaler lowers its scale instead, which is normal at the start."""
     for group in work.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_ratio", 1.0)
     if finite:
         with memory_errors("the weights were updated", None, LEANER):
             work.scaler.step(work.optimizer)

@@ -15,12 +15,25 @@ Schedule = Callable[[int], float]
 EIGHT_BITS = frozenset({"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"})
 
 
-def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms and other vectors do not."""
-    parameters = [parameter for _, parameter in named]
+def parameter_groups(
+    named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float, ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and other vectors do not.
+
+    Args:
+        named: the trained parameters by name.
+        weight_decay: of matrices.
+        ratio: LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354): B matrices learn at so many times the
+            learning rate, and so do vectors, as in PEFT's create_loraplus_optimizer. A group's factor on the schedule
+            stands under `lr_ratio`.
+    """
+    parameters = list(named)
+    quick = {id(p) for name, p in parameters if name.endswith("lora_B") or p.ndim < 2} if ratio != 1 else set[int]()
+    matrices = [p for _, p in parameters if p.ndim >= 2]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in matrices if id(p) not in quick], "weight_decay": weight_decay, "lr_ratio": 1.0},
+        {"params": [p for p in matrices if id(p) in quick], "weight_decay": weight_decay, "lr_ratio": ratio},
+        {"params": [p for _, p in parameters if p.ndim < 2], "weight_decay": 0.0, "lr_ratio": ratio},
     ]
     return [group for group in groups if group["params"]]
 
@@ -30,7 +43,7 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, str | None]:
     """The optimizer that the configuration names, and a line for the user where another one stands in for it."""
     assert config.learning_rate is not None
-    groups = parameter_groups(named, config.weight_decay)
+    groups = parameter_groups(named, config.weight_decay, config.loraplus_lr_ratio or 1.0)
     if config.optim == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate), None
     adam: dict[str, Any] = {

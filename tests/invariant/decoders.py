@@ -14,6 +14,7 @@ from tiny_runs import lively, make_samples, move_adapters
 
 from qingtune.adapters.lora import add_lora, member
 from qingtune.adapters.quantize import quantize_model
+from qingtune.adapters.variants import Variant
 from qingtune.data.batch import Batch, collate
 from qingtune.data.tokenize import Sample
 from qingtune.kernels.blocks import AttentionBlock, MLPBlock
@@ -40,6 +41,8 @@ TRAINED: dict[str, list[str] | None] = {
     "lora on q": ["q_proj"],
     "lora on k and down": ["k_proj", "down_proj"],
     "lora on the last mlp": ["layers.1.mlp.gate_proj", "layers.1.mlp.down_proj"],
+    "dora": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "dora on v and the last mlp": ["v_proj", "layers.1.mlp.gate_proj", "layers.1.mlp.down_proj"],
 }
 Gradients = dict[str, torch.Tensor]
 
@@ -53,7 +56,7 @@ def make_decodable(
     if bits:
         quantize_model(model, bits, torch.device("cpu"))
     if (layers := TRAINED[trained]) is not None:
-        add_lora(model, layers, r=3, alpha=6, dropout=0.0)
+        add_lora(model, layers, r=3, alpha=6, dropout=0.0, variant=Variant(use_dora=trained.startswith("dora")))
         move_adapters(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

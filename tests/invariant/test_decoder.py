@@ -90,7 +90,7 @@ def test_same_as_transformers_in_fp64_whatever_is_trained(kind: str, trained: st
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama biases linear"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_bases_are_their_dequantised_weights(bits: int, kind: str) -> None:
-    for trained in ("lora", "lora on the last mlp"):
+    for trained in ("lora", "lora on the last mlp", *(["dora"] if kind == "qwen2" else [])):
         model = make_decodable(kind, trained, bits=bits)
         for number, (name, batch) in enumerate(batches().items()):
             assert_same(model, batch, name, recompute=number % 3, int8_units=bits == 4)  # of no account at 4 bits
@@ -107,7 +107,7 @@ def test_int8_units_are_near_the_dequantised_weights(kind: str) -> None:
         assert 1e-4 < apart_in_all(gradients, wanted) < INT8[1], name
 
 
-@pytest.mark.parametrize("trained", ["full", "lora"])
+@pytest.mark.parametrize("trained", ["full", "lora", "dora"])
 def test_bf16_is_near_fp32(trained: str) -> None:
     model = make_decodable("qwen2", trained)
     half = Decoder(model, torch.bfloat16, member)

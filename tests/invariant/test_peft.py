@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qingtune.adapters.files import load_adapter, read_adapter_config, save_adapter
 from qingtune.adapters.lora import add_lora, lora_layers
+from qingtune.adapters.stored import read_adapter
 from qingtune.errors import UserError
 
 BOUND = 1e-5  # of the logits' largest value, in fp32
@@ -96,31 +98,65 @@ def test_result_of_a_run_opens_in_peft(settings: dict[str, Any], tmp_path: Path,
 
 
 # Settings that change what an adapter computes. PEFT writes each; loading one as plain LoRA would be wrong in silence.
-UNSUPPORTED = {
-    "use_dora": True,
-    "use_rslora": True,
-    "modules_to_save": ["lm_head"],
-    "rank_pattern": {"q_proj": 2},
-    "alpha_pattern": {"q_proj": 1},
+UNSUPPORTED: dict[str, Any] = {
     "bias": "all",
-    "lora_bias": True,
     "trainable_token_indices": [1, 2],
+    "target_parameters": ["mlp.up_proj.weight"],
+    "lora_bias": True,
+    "layer_replication": [[0, 2], [0, 2]],
+    "megatron_config": {"a": 1},
     "alora_invocation_tokens": [5, 6],
-    "init_lora_weights": "pissa",
+    "use_qalora": True,
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 1},
+    "kasa_config": {"beta": 1},
+    "monteclora_config": {"num_samples": 2},
+    "velora_config": {"rank": 1},
 }
+# Starts that take a part out of the base that the files do not tell; the others are in test_variants.py.
+UNTOLD = ("pissa_niter_4", "corda", "loftq", "lora_ga", "something new")
+WRITTEN_BY_PEFT = ("bias", "lora_bias", "trainable_token_indices", "alora_invocation_tokens")
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_adapters_that_compute_otherwise_are_refused_by_name(name: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"r": 3, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", name: UNSUPPORTED[name]}
-    get_peft_model(lively_model("llama"), LoraConfig(**settings)).save_pretrained(str(tmp_path))
+def assert_refused(folder: Path, name: str) -> None:
     model = lively_model("llama")
-    with pytest.raises(UserError, match=name):
-        load_adapter(model, tmp_path)
+    for read in (read_adapter_config, read_adapter, lambda folder: load_adapter(model, folder)):
+        with pytest.raises(UserError, match=name):
+            read(folder)
     assert not lora_layers(model)
 
 
-@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("name", WRITTEN_BY_PEFT)
+def test_adapters_that_compute_otherwise_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"r": 3, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", name: UNSUPPORTED[name]}
+    get_peft_model(lively_model("llama"), LoraConfig(**settings)).save_pretrained(str(tmp_path))
+    assert_refused(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [*UNSUPPORTED.items(), *(("init_lora_weights", start) for start in UNTOLD)], ids=str
+)
+def test_every_kind_that_is_not_supported_is_named(name: str, value: Any, tmp_path: Path) -> None:
+    model = lively_model("llama")
+    add_lora(model, ["q_proj"], r=3, alpha=5, dropout=0.0)
+    save_adapter(model, tmp_path, "base", 0.0)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    assert_refused(tmp_path, f"{name}.*{value}" if name == "init_lora_weights" else name)
+
+
+def test_every_setting_of_peft_s_is_decided_on() -> None:
+    """A new PEFT may bring settings that change what an adapter computes: each is to be looked at once."""
+    known = {"peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"}
+    known |= {"peft_version", "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "init_lora_weights", "use_rslora"}
+    known |= {"use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "ensure_weight_tying"}
+    # They only say which layers are adapted, as the tensors' names do, or how training went about it.
+    known |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core"}
+    known |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"}
+    assert {field.name for field in dataclasses.fields(LoraConfig)} - known == set(UNSUPPORTED)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica"])
 def test_ways_to_start_that_leave_the_base_alone_are_fine(start: bool | str, tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=start)  # type: ignore
     peft = get_peft_model(lively_model("llama"), config)

@@ -159,7 +159,7 @@ def test_layer_of_each_bit_count() -> None:
 
 def test_adapter_on_quantised_layer_starts_as_its_base() -> None:
     layer = quantize_layer(make_weight((8, 64), torch.float32), None, 4)
-    adapter = LoRALinear(layer, 4, 8, 0.5, torch.Generator())
+    adapter = LoRALinear(layer, torch.randn(4, 64), torch.zeros(8, 4), 2.0, 0.5)
     x = torch.ones(2, 64)
     assert torch.equal(adapter(x), layer(x))
 

@@ -84,9 +84,13 @@ def assert_same_run(one: Path, two: Path) -> None:
         (LORA | DROPOUT, 7, signal.SIGINT),  # in the evaluation after step 2
         (QLORA4 | DROPOUT, 6, signal.SIGTERM),
         (QLORA8 | DROPOUT, 2, signal.SIGTERM),  # in the first step
+        (LORA | DROPOUT | {"use_dora": True}, 7, signal.SIGTERM),
+        (LORA | DROPOUT | {"init_lora_weights": "pissa"}, 6, signal.SIGTERM),
+        (LORA | {"init_lora_weights": "pissa_niter_16", "loraplus_lr_ratio": 4}, 9, signal.SIGTERM),
+        (LORA | {"modules_to_save": "lm_head,norm", "loraplus_lr_ratio": 4}, 7, signal.SIGTERM),
         ({"save_strategy": "no", "optim": "sgd"}, 10, signal.SIGTERM),  # in the last window of the epoch
     ],
-    ids=["full", "lora", "qlora4", "qlora8", "full, nothing saved unasked"],
+    ids=["full", "lora", "qlora4", "qlora8", "dora", "pissa", "lora+", "head", "full, nothing saved unasked"],
 )
 def test_interrupted_run_equals_whole(
     settings: dict[str, Any],

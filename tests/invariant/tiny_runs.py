@@ -12,7 +12,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 
-from qingtune.adapters.lora import lora_layers
+from qingtune.adapters.lora import DoRALinear, lora_layers
 from qingtune.config_load import load_train_config
 from qingtune.data.tokenize import Sample
 from qingtune.finetune import finetune
@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA, "qlora4": QLORA4
 # Length and trained places. Among them single tokens, samples that train nothing, and first tokens marked as trained,
 # which nothing before them can predict: neither their own sample nor the one that lies in front of it.
 SHAPES = ((9, range(4, 9)), (1, [0]), (17, range(17)), (6, []), (1, []), (12, [0, 5, 11]), (2, [1]), (1, [0]))
+BOUND = 1e-5  # of the logits' largest value, in fp32
 MEASURED = ("seconds", "peak_bytes", "eval_seconds")  # what no two runs have in common
 
 
@@ -89,6 +90,9 @@ def move_adapters(model: Any) -> None:
     with torch.no_grad():
         for adapter in lora_layers(model).values():
             adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator) * 0.1)
+            if isinstance(adapter, DoRALinear):
+                magnitude = adapter.lora_magnitude_vector
+                magnitude.mul_(1 + 0.3 * torch.randn(magnitude.shape, generator=generator))
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -146,3 +150,9 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
     assert one.keys() == two.keys()
     different = [name for name in one if not torch.equal(one[name], two[name])]
     assert not different, f"{len(different)} of {len(one)} differ: {different[:3]}"
+
+
+def assert_same_logits(one: torch.Tensor, two: torch.Tensor, bound: float = BOUND) -> None:
+    """They differ by no more than a share of the largest."""
+    apart, size = float((one - two).abs().max()), float(two.abs().max())
+    assert apart < bound * size, f"{apart / size:.1e} of {size:.1f}"

@@ -50,14 +50,15 @@ def make_base(kind: str, out: int, bias: bool, dtype: torch.dtype = torch.float3
     return layer.requires_grad_(trained)
 
 
-def make_member(base: Any, rank: int, dtype: torch.dtype = torch.float32) -> Member:
+def make_member(base: Any, rank: int, dtype: torch.dtype = torch.float32, dora: bool = False) -> Member:
     """Rank 0 for no adapter."""
     if not rank:
         return Member(base, None)
     a, b = (
         nn.Parameter(torch.randn(s, dtype=torch.float64).to(dtype)) for s in ((rank, WIDTH), (base.out_features, rank))
     )
-    return Member(base, Adapter(a, b, 0.5 * rank))
+    magnitude = nn.Parameter(torch.rand(base.out_features, dtype=torch.float64).to(dtype) + 0.5) if dora else None
+    return Member(base, Adapter(a, b, 0.5 * rank, magnitude))
 
 
 @dataclass
@@ -85,6 +86,7 @@ class Call:
         for member in self.members:
             found += [p for p in member.base.parameters() if p.requires_grad]
             found += [member.adapter.a, member.adapter.b] if member.adapter else []
+            found += [member.magnitude] if member.magnitude is not None else []
         return found
 
     def plain(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -102,19 +104,19 @@ class Call:
         outs = []
         for member, before in zip(self.members, self.before, strict=True):
             base, adapter = member.base, member.adapter
+            quantized = isinstance(base, QuantizedLinear)
+            weight = (base.dequantize(self.dtype) if quantized else wide(base.weight)).double()
             if self.int8_units and isinstance(base, Int8Linear):
                 y = _Int8Product.apply(x, *base.packed_and_scale())
             else:
-                y = (
-                    x
-                    @ (base.dequantize(self.dtype) if isinstance(base, QuantizedLinear) else wide(base.weight))
-                    .double()
-                    .t()
-                )
-            if base.bias is not None:
-                y = y + wide(base.bias)
+                y = x @ weight.t()
             if adapter:
                 y = y + adapter.scaling * (dropped @ wide(adapter.a).t() @ wide(adapter.b).t())
+            if adapter and adapter.magnitude is not None:
+                norms = (weight + adapter.scaling * wide(adapter.b) @ wide(adapter.a)).norm(dim=1)
+                y = y * wide(adapter.magnitude) / norms.detach()
+            if base.bias is not None:
+                y = y + wide(base.bias)
             outs.append(y + before.double() if self.add else y)
         total = sum((y * grad.double()).sum() for y, grad in zip(outs, self.grads, strict=True))
         return [y.detach() for y in outs], list(torch.autograd.grad(total, [x, *leaves.values()]))

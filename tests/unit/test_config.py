@@ -124,6 +124,40 @@ def test_target_modules_from_text(typed: str, layers: list[str] | None) -> None:
     assert resolved(use_lora="true", lora_target_modules=typed).lora_target_modules == layers
 
 
+@pytest.mark.parametrize(
+    ("name", "typed", "value"),
+    [
+        ("layers_to_transform", "0-3, 7", [0, 1, 2, 3, 7]),
+        ("layers_to_transform", "5", [5]),
+        ("layers_to_transform", "", None),
+        ("rank_pattern", "q_proj=8, layers.0.mlp.up_proj=16", {"q_proj": 8, "layers.0.mlp.up_proj": 16}),
+        ("rank_pattern", '{"layers\\\\.[0-3]\\\\..*": 4}', {"layers\\.[0-3]\\..*": 4}),
+        ("rank_pattern", "", None),
+        ("alpha_pattern", "q_proj=8.5", {"q_proj": 8.5}),
+        ("modules_to_save", "lm_head,norm", ["lm_head", "norm"]),
+        ("init_lora_weights", "true", "default"),
+        ("init_lora_weights", "pissa_niter_16", "pissa_niter_16"),
+    ],
+)
+def test_kinds_of_adapters_from_text(name: str, typed: str, value: object) -> None:
+    assert getattr(resolved(use_lora="true", **{name: typed}), name) == value
+
+
+def test_json_has_the_same_forms(tmp_path: Path) -> None:
+    content = {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q": 1.5}, "layers_to_transform": 3}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(DATA | {"use_lora": True, "init_lora_weights": True} | content))
+    config = load_train_config(str(file), {}).config
+    assert (config.rank_pattern, config.alpha_pattern, config.layers_to_transform) == ({"q_proj": 8}, {"q": 1.5}, [3])
+    assert config.init_lora_weights == "default"
+
+
+def test_alpha_left_out_is_told_with_what_it_scales() -> None:
+    assert "lora_alpha = 32, twice lora_r, so that adapters are scaled by 2 at any rank." in notices(use_lora="true")
+    (told,) = (line for line in notices(use_lora="true", use_rslora="true") if "lora_alpha" in line)
+    assert told.endswith("with use_rslora adapters are then scaled by lora_alpha / sqrt(lora_r) = 8.")
+
+
 @pytest.mark.parametrize(("typed", "trackers"), [("none", None), ("None", None), ("wandb,mlflow", ["wandb", "mlflow"])])
 def test_trackers_from_text(typed: str, trackers: list[str] | None) -> None:
     assert resolved(report_to=typed).report_to == trackers

@@ -10,7 +10,8 @@ import torch
 from conftest import make_model
 
 from qingtune import engine
-from qingtune.adapters.lora import member
+from qingtune.adapters.lora import add_lora, member
+from qingtune.adapters.variants import Variant
 from qingtune.config import TrainConfig
 from qingtune.data.batch import collate
 from qingtune.data.tokenize import Sample
@@ -49,6 +50,18 @@ def test_each_reason_for_general_kernels_is_told(kind: str, changes: dict[str, A
     made = make_engine(config_of(), model, CPU, TOKENS, told.append)
     assert told[0] == f"General kernels, slower and with more memory: {reason}."
     assert not isinstance(getattr(made.add_gradients, "__self__", None), Decoder)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_dora_with_dropout_is_a_reason(dropout: float) -> None:
+    model, told = make_model("qwen2"), list[str]()
+    add_lora(model, None, 2, 4.0, dropout, variant=Variant(use_dora=True))
+    config = config_of(use_lora=True, use_dora=True, lora_dropout=dropout, gradient_checkpointing=False)
+    made = make_engine(config, model, CPU, TOKENS, told.append)
+    assert isinstance(getattr(made.add_gradients, "__self__", None), Decoder) is not bool(dropout)
+    assert any("General kernels, slower and with more memory: DoRA with lora_dropout" in line for line in told) is bool(
+        dropout
+    )
 
 
 ROPES: dict[str, dict[str, Any]] = {

@@ -81,6 +81,23 @@ def test_a_group_of_nothing_is_left_out() -> None:
     assert [len(group["params"]) for group in groups] == [1]
 
 
+def test_lora_plus_parts_the_b_matrices_and_vectors() -> None:
+    """As in PEFT's create_loraplus_optimizer, but that no vector decays."""
+    shapes = {"q.lora_A": (2, 2), "q.lora_B": (2, 2), "q.lora_magnitude_vector": (2,), "head": (2, 2)}
+    named = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    names = {id(parameter): name for name, parameter in named.items()}
+    groups = parameter_groups(named.items(), 0.1, 4.0)
+    found = [([names[id(p)] for p in group["params"]], group["weight_decay"], group["lr_ratio"]) for group in groups]
+    assert found == [
+        (["q.lora_A", "head"], 0.1, 1.0),
+        (["q.lora_B"], 0.1, 4.0),
+        (["q.lora_magnitude_vector"], 0.0, 4.0),
+    ]
+    plain = parameter_groups(named.items(), 0.1)
+    assert [len(group["params"]) for group in plain] == [3, 1]
+    assert [group["lr_ratio"] for group in plain] == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("optim", "kind"),
     [

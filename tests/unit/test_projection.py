@@ -123,6 +123,41 @@ def test_int8_units_stay_close_to_dequantised_weights() -> None:
     check(call, factor=10)
 
 
+# --- DoRA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_dora_beside_plain_adapters(add: bool, wanted: bool) -> None:
+    torch.manual_seed(0)
+    members = [
+        make_member(make_base("dense", out, bias, torch.float64), rank, torch.float64, dora)
+        for out, bias, rank, dora in (
+            (16, True, 3, True),
+            (8, False, 2, False),
+            (9, False, 4, True),
+            (5, True, 0, False),
+        )
+    ]
+    check(Call(members, rows=30, add=add), wanted=wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("kind", "int8_units"), [("dense", False), ("nf4", False), ("int8", False), ("int8", True)])
+def test_dora_on_weights_of_any_kind(kind: str, int8_units: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    members = [make_member(make_base(kind, out, bias, dtype), 4, dora=True) for out, bias in ((16, True), (8, False))]
+    call = Call(members, dtype, rows=50, int8_units=int8_units)
+    check(call, factor=1 if kind == "dense" else 10)
+    assert {p.grad.dtype for p in call.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_dora_with_dropout_is_refused() -> None:
+    call = Call([make_member(make_base("dense", 8, True), 4, dora=True)], torch.float32, dropout=0.1)
+    with pytest.raises(ValueError, match="dropout"):
+        call.projection(Workspace(CPU))
+
+
 # --- Buffers ---------------------------------------------------------------------------------------------------------
 
 
@@ -143,13 +178,15 @@ def test_layers_interleave_under_their_own_names_while_sizes_grow_and_shrink(kin
                 close(x, twin, torch.float32, 10)
 
 
-def test_the_low_product_can_be_made_again_instead_of_forward() -> None:
+@pytest.mark.parametrize(("dora", "dropout"), [(False, 0.3), (True, 0.0)])
+def test_the_low_product_can_be_made_again_instead_of_forward(dora: bool, dropout: float) -> None:
     torch.manual_seed(0)
     workspace = Workspace(CPU)
-    call = Call([make_member(make_base("dense", 8, False, torch.float64), 4, torch.float64)], dropout=0.3)
+    call = Call([make_member(make_base("dense", 8, False, torch.float64), 4, torch.float64, dora)], dropout=dropout)
     with torch.no_grad():
         call.forward(workspace, "a")
-        Call(call.members, rows=30).forward(workspace, "a")  # another layer of which nothing is kept
+        other = make_member(make_base("dense", 8, False, torch.float64), 4, torch.float64, dora)
+        Call([other], rows=30).forward(workspace, "a")  # another layer of which nothing is kept
         call.projection(workspace).keep_low("a", call.x, call.seed)
         grad_x = call.backward(workspace, "a")
     for mine, twin in zip([grad_x, *(p.grad for p in call.parameters())], call.plain()[1], strict=True):
