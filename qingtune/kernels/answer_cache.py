@@ -184,8 +184,8 @@ class TokenEach:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.slots, :, self.places] = k
         values[self.slots, :, self.places] = v
-        seen = (held[: self.count, :, : self.end] for held in (keys, values))
-        return _attend_rows(q, *seen, self.mask, self.cache.shape)
+        keys, values = keys[: self.count, :, : self.end], values[: self.count, :, : self.end]
+        return _attend_rows(q, keys, values, self.mask, self.cache.shape)
 
 
 def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

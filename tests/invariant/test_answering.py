@@ -11,19 +11,22 @@ import torch
 from conftest import make_model
 from decoders import MODELS, make_decodable
 from packed_twin import stands_for
-from tiny_runs import lively, lively_model
+from tiny_runs import LORA, lively, lively_model, save_model, train
 
 from qingtune import answering
-from qingtune.adapters.files import save_adapter
+from qingtune.adapters.files import load_adapter, save_adapter
 from qingtune.adapters.lora import lora_layers, merge_lora
 from qingtune.adapters.targets import linear_layers
 from qingtune.answering import Decoder, ModulesDecoder, load_decoder
+from qingtune.config import MergeConfig
 from qingtune.errors import UserError
 from qingtune.generation import Decoding, generate, generate_many
 from qingtune.hardware import Hardware, has_int8_units
 from qingtune.kernels import answer_cache, cached_decoder
 from qingtune.kernels.cached_decoder import CachedDecoder
 from qingtune.kernels.packed import Int4Matrix, Int8Matrix
+from qingtune.merge import merge
+from qingtune.models.load import load_model
 
 FP32 = Hardware(torch.device("cpu"), torch.float32, "")
 IDS = [5, 17, 200, 3, 42, 42, 99, 310, 7, 11, 250]
@@ -224,3 +227,34 @@ def test_bf16_is_near_fp32(tmp_path: Path) -> None:
 def test_int8_units_are_near(tmp_path: Path) -> None:
     model, folder = saved(tmp_path, "qwen2")
     assert 1e-4 < apart(opened(folder, bits=8).start(IDS), logits_of(model, IDS)[-1]) < 0.1
+
+
+KINDS_OF_ADAPTERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "ranks": {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "layers_to_transform": [1]},
+    "own head": {"modules_to_save": ["lm_head"]},
+    "own embedding and norm": {"modules_to_save": ["embed_tokens", "model.norm"]},
+    "own layer": {"lora_target_modules": ["q_proj"], "modules_to_save": ["layers.0.mlp.up_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("name", KINDS_OF_ADAPTERS)
+def test_every_kind_of_adapter_answers_and_merges(name: str, kind: str, tmp_path: Path, data_file: Path) -> None:
+    folder = save_model(tmp_path / "model", kind)
+    adapter = tmp_path / "adapter"
+    train(adapter, folder, data_file, max_steps=3, learning_rate=0.05, **LORA, **KINDS_OF_ADAPTERS[name])
+    model = load_model(folder, torch.float32)
+    before = logits_of(model, IDS)[-1]
+    load_adapter(model, adapter)
+    wanted = logits_of(model.eval(), IDS)[-1]
+    assert apart(before, wanted) > 1e-3
+    assert apart(opened(folder, adapter).start(IDS), wanted) < 1e-4
+    merge(MergeConfig(lora_model=str(adapter), output_dir=str(tmp_path / "merged")))
+    merged = load_model(tmp_path / "merged", torch.float32)
+    assert apart(logits_of(merged, IDS)[-1], wanted) < 1e-4
+    unties = kind == "qwen2" and ("head" in name or "embedding" in name)
+    assert merged.config.tie_word_embeddings is (kind == "qwen2" and not unties)
+    assert apart(opened(tmp_path / "merged").start(IDS), wanted) < 1e-4
