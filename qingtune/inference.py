@@ -17,11 +17,12 @@ import torch
 from qingtune.adapters.files import load_adapter, read_adapter_config
 from qingtune.base import load_base
 from qingtune.chat import chat
+from qingtune.chat_session import ChatSession
 from qingtune.config import DEFAULT_MODEL, InferConfig, ModelSettings
 from qingtune.data.format import Message, rows_with_prompts
 from qingtune.data.tokenize import Template, make_template, prompt_ids
 from qingtune.errors import UserError
-from qingtune.generation import Answer, ChatSession, Decoding, generate
+from qingtune.generation import Answer, Decoding, generate
 from qingtune.hardware import choose_hardware
 from qingtune.models.load import load_tokenizer, local_folder, stop_ids
 from qingtune.models.source import context_length, find_model, fingerprint
@@ -51,10 +52,10 @@ class Speaker:
             messages = prompt[-1].content
         elif not isinstance(prompt, str) and self.system_prompt is not None and prompt[0].role != "system":
             messages = (Message("system", self.system_prompt), *prompt)
-        return self.continue_from(prompt_ids(self.template, messages))
+        return self.continue_from(prompt_ids(self.template, messages), self.decoding)
 
-    def continue_from(self, ids: Sequence[int], attempt: int = 0) -> Answer:
-        """Start an answer to a prompt given as ids; each attempt draws otherwise, and the same each time.
+    def continue_from(self, ids: Sequence[int], decoding: Decoding) -> Answer:
+        """Start an answer to a prompt given as ids.
 
         Raises:
             UserError: the prompt leaves no room in the model's context.
@@ -64,11 +65,7 @@ class Speaker:
             raise UserError(
                 f"the prompt has {len(ids):,} tokens, the model reads {self.context_length:,}", fix="Shorten it."
             )
-        decoding = replace(
-            self.decoding,
-            max_new_tokens=min(self.decoding.max_new_tokens, room),
-            seed=self.decoding.seed + attempt,
-        )
+        decoding = replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
         return Answer(self.template, generate(self.model, ids, decoding, self.template.stop_ids))
 
 
@@ -86,7 +83,7 @@ def infer(config: InferConfig) -> None:
     speaker = load_speaker(config)
     if config.chat:
         session = ChatSession(speaker.template, speaker.context_length, speaker.system_prompt)
-        chat(speaker.continue_from, session, speaker.decoding.max_new_tokens)
+        chat(speaker.continue_from, session, speaker.decoding)
     elif config.prompt is not None:
         _stream(speaker.answer((Message("user", config.prompt),)))
     elif config.prompt_file:

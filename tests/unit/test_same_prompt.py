@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from conftest import CHATML, make_tokenizer, write_jsonl
 
+from qingtune.chat_session import ChatSession
 from qingtune.data.format import Message, read_conversations, rows_with_prompts
 from qingtune.data.tokenize import make_template, prompt_ids, tokenize
-from qingtune.generation import ChatSession, Decoding
+from qingtune.generation import Decoding
 from qingtune.inference import Speaker
 
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + CHATML
@@ -36,7 +37,7 @@ SYSTEM_PROMPTS = [None, "Be kind.", ""]  # an empty one keeps the template from 
 def test_a_file_of_prompts_shows_the_prompts_of_training(
     row: str, system_prompt: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Speaker, "continue_from", lambda _, ids: ids)
+    monkeypatch.setattr(Speaker, "continue_from", lambda _, ids, __: ids)
     template = make_template(make_tokenizer(DEFAULT_SYSTEM), [])
     path = str(write_jsonl(tmp_path / "rows.jsonl", [json.loads(row)]))
     conversations = read_conversations([path], system_prompt, "raise").conversations
@@ -68,7 +69,7 @@ def test_a_chat_shows_the_prompts_of_training(
 
 
 def test_a_model_of_plain_text_goes_on_from_the_prompt_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Speaker, "continue_from", lambda _, ids: ids)
+    monkeypatch.setattr(Speaker, "continue_from", lambda _, ids, __: ids)
     template = make_template(make_tokenizer(), [])
     speaker = Speaker(None, template, Decoding(), "Be kind.", plain=True, context_length=512)
     shown: Any = speaker.answer((Message("user", "Fresh bread"),))
