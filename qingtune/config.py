@@ -312,6 +312,14 @@ class InferConfig(ModelSettings):
     seed: Integer = _setting(42, "Decoding", "Seed of the sampling.", ge=0, lt=2**32)
 
 
+class ChatOptions(Settings):
+    """What /set changes in a chat beside the decoding."""
+
+    stats: Literal["on", "off"] = _setting("off", "Chat", "Tell tokens and seconds after each answer.")
+    thinking: Literal["fold", "show"] = _setting("fold", "Chat", "Count a model's thinking, or show it.")
+    history: Literal["on", "off"] = _setting("on", "Chat", "Keep what is typed for later chats.")
+
+
 class MergeConfig(ModelSettings):
     """Settings of `qingtune merge`."""
 

@@ -1,15 +1,14 @@
-"""Decoding with a key/value cache, streaming, and the state of a chat."""
+"""Decoding: one answer or many at a time, and streaming."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 
-from qingtune.data.format import Message
-from qingtune.data.tokenize import Template, prompt_ids
+from qingtune.data.tokenize import Template
 
 
 @dataclass(frozen=True)
@@ -188,47 +187,3 @@ class Answer:
 def decode_answer(template: Template, tokens: Sequence[int]) -> str:
     """The text of an answer's tokens."""
     return cast("Any", template.tokenizer).decode(list(tokens), skip_special_tokens=True)
-
-
-@dataclass
-class ChatSession:
-    """The turns of a chat, kept within the model's context.
-
-    Attributes:
-        template: makes the prompt, as in training.
-        context_length: tokens that prompt and answer may take together.
-        system_prompt: the first message, if any.
-        turns: user and assistant in turn.
-        dropped: pairs of turns that the context had no more room for.
-        asked: questions answered so far.
-    """
-
-    template: Template
-    context_length: int
-    system_prompt: str | None = None
-    turns: list[Message] = field(default_factory=list)
-    dropped: int = 0
-    asked: int = 0
-
-    def messages(self) -> list[Message]:
-        """All turns, the system message first."""
-        system = [] if self.system_prompt is None else [Message("system", self.system_prompt)]
-        return [*system, *self.turns]
-
-    def prompt(self, room_for_answer: int) -> list[int]:
-        """Ids for the next answer; the oldest turns are dropped for good until it fits, the last one never."""
-        room = max(1, self.context_length - min(room_for_answer, self.context_length // 2))
-        ids = prompt_ids(self.template, self.messages())
-        while len(ids) > room and len(self.turns) > 2:
-            del self.turns[:2]
-            self.dropped += 1
-            ids = prompt_ids(self.template, self.messages())
-        return ids
-
-    def undo(self) -> Message | None:
-        """Take back the last question and its answer; returns the question."""
-        while self.turns:
-            turn = self.turns.pop()
-            if turn.role == "user":
-                return turn
-        return None

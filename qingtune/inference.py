@@ -16,12 +16,13 @@ from qingtune.adapters.files import read_adapter_config
 from qingtune.answer_file import AnswerFile, Question, answer_file, with_seed
 from qingtune.answering import load_decoder
 from qingtune.chat import chat
+from qingtune.chat_session import ChatSession
 from qingtune.config import DEFAULT_MODEL, InferConfig, ModelSettings
 from qingtune.data.format import Message, rows_with_prompts
 from qingtune.data.tokenize import Template, make_template, prompt_ids
 from qingtune.errors import UserError
 from qingtune.files import sha256_of
-from qingtune.generation import Answer, ChatSession, Decoder, Decoding, generate
+from qingtune.generation import Answer, Decoder, Decoding, generate
 from qingtune.hardware import choose_hardware
 from qingtune.models.load import load_tokenizer, local_folder, stop_ids
 from qingtune.models.source import context_length, find_model, fingerprint

@@ -21,6 +21,11 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# As Qwen3's: an earlier answer is written without its thinking.
+THINKING_TEMPLATE = CHATML.replace(
+    "{{ message['content'] }}",
+    "{{ message['content'] if loop.last else message['content'].split('</think>')[-1].lstrip('\\n') }}",
+)
 TEXTS = [
     "Write a social post for this shop.",
     "Name: Blue Door\nCategory: Bakery\nAddress: 4 Mill Lane",

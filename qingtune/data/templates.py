@@ -39,7 +39,11 @@ def render_template(
         "template": template, "variables": dict(variables), "messages": [dict(message) for message in messages],
         "add_generation_prompt": add_generation_prompt,
     }  # fmt: skip
-    answer = _worker().ask(request)
+    try:
+        answer = _worker().ask(request)
+    except BaseException:  # Ctrl-C, above all: the answer is still to come, and the next one to ask would get it
+        _worker.cache_clear()
+        raise
     if answer is None:
         _worker.cache_clear()
         raise TemplateError(f"it was stopped after {SECONDS:g} s, or ended its process")

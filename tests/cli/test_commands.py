@@ -16,7 +16,10 @@ from conftest import ROOT, write_jsonl
 from qingtune import __version__
 from qingtune.cli import USAGE, main
 
-HEAVY = ("torch", "transformers", "numpy", "peft", "accelerate", "bitsandbytes", "matplotlib", "pyarrow", "datasets")
+HEAVY = (
+    "torch", "transformers", "numpy", "peft", "accelerate", "bitsandbytes", "matplotlib", "pyarrow", "datasets",
+    "prompt_toolkit",
+)  # fmt: skip
 
 
 def call(*argv: str | Path) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""Decoding gives what Transformers' own generate gives; answers and chats keep their promises."""
+"""Decoding gives what Transformers' own generate gives; answers keep their promises."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from conftest import make_tokenizer
 from tiny_runs import lively_model
 
 from qingtune.answering import ModulesDecoder
-from qingtune.data.format import Message
-from qingtune.data.tokenize import Template, make_template, prompt_ids
-from qingtune.generation import Answer, ChatSession, Decoding, choose, generate
+from qingtune.data.tokenize import Template, make_template
+from qingtune.generation import Answer, Decoding, choose, generate
 
 NEVER: frozenset[int] = frozenset()
 KINDS = ["qwen2", "qwen3", "llama", "gpt2", "mistral"]
@@ -135,47 +134,3 @@ def test_answer_cut_within_a_character_loses_nothing_before_it(template: Templat
     assert "".join(answer) == answer.text
     assert answer.text.rstrip("\ufffd") == "ab"
     assert not answer.ended
-
-
-def test_chat_drops_the_oldest_turns_to_fit(template: Template) -> None:
-    session = ChatSession(template, context_length=120, system_prompt="Be brief.")
-    sizes: list[int] = []
-    for number in range(8):
-        session.turns.append(Message("user", f"question {number}?"))
-        ids = session.prompt(room_for_answer=40)
-        sizes.append(len(ids))
-        assert len(ids) <= 80
-        assert ids == prompt_ids(template, session.messages())
-        assert session.messages()[0] == Message("system", "Be brief.")
-        assert session.turns[0].role == "user"
-        assert session.turns[-1].content == f"question {number}?"
-        session.turns.append(Message("assistant", f"answer {number}."))
-    assert session.dropped > 0
-    assert session.turns[0].content == f"question {session.dropped}?"  # the oldest went, the rest is in order
-    assert [turn.content for turn in session.turns[-2:]] == ["question 7?", "answer 7."]
-    # No more was dropped than had to be: the next older pair would not have fitted.
-    pair = [Message("user", f"question {session.dropped - 1}?"), Message("assistant", f"answer {session.dropped - 1}.")]
-    longer = [session.messages()[0], *pair, *session.turns[:-1]]
-    assert len(prompt_ids(template, longer)) > 80
-
-
-def test_chat_keeps_a_question_that_is_too_long(template: Template) -> None:
-    session = ChatSession(template, context_length=40)
-    session.turns += [Message("user", "a"), Message("assistant", "b"), Message("user", "x y z " * 30)]
-    assert len(session.prompt(room_for_answer=10)) > 40
-    assert [turn.content for turn in session.turns] == ["x y z " * 30]
-
-
-def test_undo_takes_back_the_last_exchange(template: Template) -> None:
-    session = ChatSession(template, context_length=500)
-    first, second = Message("user", "one"), Message("user", "two")
-    session.turns += [first, Message("assistant", "1"), second, Message("assistant", "2")]
-    before = session.prompt(10)
-    assert session.undo() == second
-    assert [turn.content for turn in session.turns] == ["one", "1"]
-    session.turns += [second, Message("assistant", "2")]
-    assert session.prompt(10) == before
-    session.turns.append(Message("user", "unanswered"))
-    assert session.undo() == Message("user", "unanswered")
-    assert (session.undo(), session.undo(), session.undo()) == (second, first, None)
-    assert session.turns == []

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from conftest import CHATML, make_tokenizer, write_jsonl
 
+from qingtune.chat_session import ChatSession
 from qingtune.data.format import Message, read_conversations, rows_with_prompts
 from qingtune.data.tokenize import Template, make_template, prompt_ids, tokenize
-from qingtune.generation import ChatSession, Decoding
+from qingtune.generation import Decoding
 from qingtune.inference import Speaker
 
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + CHATML

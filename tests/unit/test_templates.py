@@ -155,6 +155,22 @@ def test_ctrl_c_is_the_parents_to_answer() -> None:
     assert templates._worker()._process is process
 
 
+def test_what_ctrl_c_broke_off_does_not_answer_the_next_question() -> None:
+    render("x")
+    process: Any = templates._worker()._process
+    pipe = process.stdout
+
+    class InterruptedOnce:
+        def readline(self) -> bytes:
+            process.stdout = pipe
+            raise KeyboardInterrupt
+
+    process.stdout = InterruptedOnce()
+    with pytest.raises(KeyboardInterrupt):
+        render("first")
+    assert render("second") == "second"
+
+
 def test_a_lower_limit_of_the_shell_is_no_hindrance(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (5 * 10**8, 5 * 10**8))\n"
