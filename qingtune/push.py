@@ -166,10 +166,10 @@ class _HuggingFace:
 
 def _modelscope() -> Hub:
     try:
-        import modelscope.hub.api  # pyright: ignore[reportMissingImports]
+        from modelscope.hub.api import HubApi  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("ModelScope's package is not installed", fix="pip install modelscope") from None
-    return _ModelScope(modelscope.hub.api.HubApi())
+    return _ModelScope(HubApi())
 
 
 class _ModelScope:
