@@ -25,7 +25,7 @@ from qingtune.files import disk_errors, move_into_place, sha256_of, staging_fold
 from qingtune.inference import find_base
 from qingtune.model_card import CARD, ExportedFile, Origin, shown_name, write_card
 from qingtune.modelfile import GO_PLAIN, TemplateNotExpressible, find_turns, modelfile
-from qingtune.models.gguf_file import Plan, Read, check_gguf, write_gguf
+from qingtune.models.gguf_file import KINDS, Plan, Read, check_gguf, write_gguf
 from qingtune.models.gguf_layout import Layout, Value, layout_of
 from qingtune.models.gguf_vocab import MOST_ENDS, Ending, normalizes, vocabulary_of
 from qingtune.models.load import StoredWeights, load_tokenizer, stop_ids
@@ -69,19 +69,20 @@ def export(config: ExportConfig) -> None:
         raise UserError("no model is named", fix="Pass --lora_model, --base_model, or both.")
     adapter_folder = Path(config.lora_model) if config.lora_model else None
     output_dir = Path(config.output_dir)
-    _check_output(output_dir, config.overwrite_output_dir)
+    name = re.sub(r"[^\w.-]+", "-", output_dir.absolute().name).strip("-") or "model"
+    _check_output(output_dir, name, config.overwrite_output_dir)
     adapter = read_adapter(adapter_folder) if adapter_folder else None
     base, record = find_base(config, adapter_folder)
     weights = StoredWeights(base)
     layout = layout_of(base, weights.shapes)
     read = _reader(weights, layout, adapter)
     speech = _speech(config, base, record, layout)
-    name = re.sub(r"[^\w.-]+", "-", output_dir.absolute().name).strip("-") or "model"
+    metadata = _metadata(name, layout, speech)
     with (
         disk_errors("the export", output_dir, "Make room, or choose another output_dir."),
         staging_folder(output_dir) as half_done,
     ):
-        files = [_write(half_done, name, kind, layout, speech, read) for kind in dict.fromkeys(config.quantize)]
+        files = [_write(half_done, name, Plan(layout, metadata, kind), read) for kind in dict.fromkeys(config.quantize)]
         remarks = _write_modelfile(half_done, files[0].name, base, speech)
         origin = Origin(shown_name(_base_name(config, record)), fingerprint(base), base, adapter_folder, record)
         write_card(half_done / CARD, name, origin, files, [*remarks, *_limits(speech)])
@@ -101,11 +102,12 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _check_output(output_dir: Path, overwrite: bool) -> None:
+def _check_output(output_dir: Path, name: str, overwrite: bool) -> None:
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
         return
-    names = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else [""]
-    if any(name not in (MODELFILE, CARD) and not name.endswith(".gguf") for name in names):
+    ours = {MODELFILE, CARD, *(f"{name}-{kind}.gguf" for kind in KINDS)}
+    there = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set[str]()
+    if MODELFILE not in there or not there <= ours:
         raise UserError("output_dir holds something else", where=str(output_dir), fix="Choose another output_dir.")
     if not overwrite:
         raise UserError(
@@ -153,28 +155,30 @@ def _reader(weights: StoredWeights, layout: Layout, adapter: StoredAdapter | Non
     return read
 
 
-def _write(folder: Path, name: str, quantize: str, layout: Layout, speech: Speech, read: Read) -> ExportedFile:
+def _metadata(name: str, layout: Layout, speech: Speech) -> dict[str, Value]:
+    """All that a file holds besides tensors and its kind."""
+    tokenizer = speech.template.tokenizer
+    metadata: dict[str, Value] = {"general.type": "model", "general.name": name, **layout.metadata}
+    metadata |= vocabulary_of(tokenizer, layout.embeddings, speech.ending)
+    if not speech.plain:
+        metadata["tokenizer.chat_template"] = tokenizer.get_chat_template()
+    return metadata
+
+
+def _write(folder: Path, name: str, plan: Plan, read: Read) -> ExportedFile:
     """Write one GGUF file, read it back and compare it."""
-    template = speech.template.tokenizer.get_chat_template()
-    about: dict[str, Value] = {"general.type": "model", "general.name": name}
-    vocabulary = vocabulary_of(speech.template.tokenizer, layout.embeddings, speech.ending)
-    spoken: dict[str, Value] = {} if speech.plain else {"tokenizer.chat_template": template}
-    plan = Plan(layout, {**about, **layout.metadata, **vocabulary, **spoken}, quantize)
-    path = folder / f"{name}-{quantize}.gguf"
-    _say(f"Writing {path.name} ({len(layout.tensors)} tensors) ...")
+    path = folder / f"{name}-{plan.quantize}.gguf"
+    _say(f"Writing {path.name} ({len(plan.layout.tensors)} tensors) ...")
     if plan.undivided:
         _say(
             f"{len(plan.undivided)} tensors stay in 16 bits, as their rows do not divide by 32: {plan.undivided[0]} ..."
         )
     write_gguf(path, plan, read)
     _say(f"Reading {path.name} back ...")
-    checked = check_gguf(path, plan, read)
-    errors = {kind.name: error for kind, error in checked.errors.items()}
-    told = ", ".join(
-        f"{kind} {error:.3%} ({checked.worst[key]})"
-        for (kind, error), key in zip(errors.items(), checked.errors, strict=True)
-    )
-    _say(f"Read back and compared with base + adapter; the largest error of a tensor: {told}.")
+    worst = check_gguf(path, plan, read)
+    told = ", ".join(f"{kind} {error:.3%} ({tensor})" for kind, (error, tensor) in worst.items())
+    _say(f"Read back and compared with what it was made of; the largest error of a tensor: {told}.")
+    errors = {kind: error for kind, (error, _) in worst.items()}
     return ExportedFile(path.name, path.stat().st_size, sha256_of(path), errors)
 
 
@@ -197,8 +201,9 @@ def _speech(config: ExportConfig, base: Path, record: Record | None, layout: Lay
     add_bos = bos is not None and probe[0] == bos
     if plain and probe[add_bos:] != cast("Any", tokenizer)("a", add_special_tokens=False)["input_ids"]:
         raise UserError("the tokenizer puts other tokens around a text than llama.cpp can", where=str(base))
-    if bos is None:
-        bos = read_model_config(base).get("bos_token_id")
+    of_model = read_model_config(base).get("bos_token_id")
+    if bos is None and isinstance(of_model, int):
+        bos = of_model
     others = sorted(number for number in template.stop_ids - {template.end_of_turn} if number < layout.embeddings)
     system = config.system_prompt if config.system_prompt is not None else record.system_prompt if record else None
     return Speech(template, plain, Ending(template.end_of_turn, others, bos, add_bos), system)

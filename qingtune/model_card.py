@@ -74,8 +74,7 @@ def write_card(path: Path, name: str, origin: Origin, files: Sequence[ExportedFi
         *_front_matter(origin),
         f"# {name}",
         "",
-        f"{origin.base_model}{' with an adapter merged in' * (origin.adapter is not None)}, "
-        f"exported as GGUF by qingtune {__version__}.",
+        f"{_what(origin)}, exported as GGUF by qingtune {__version__}.",
         "",
         "## Training",
         "",
@@ -97,6 +96,12 @@ def write_card(path: Path, name: str, origin: Origin, files: Sequence[ExportedFi
         unknown.append("The licence is not known here: it follows from the base model's and the data's.")
     lines += ["", "## What to know", "", *(f"- {sentence}" for sentence in [*limits, *unknown])]
     path.write_text(redact("\n".join(lines) + "\n"), encoding="utf-8", newline="\n")
+
+
+def _what(origin: Origin) -> str:
+    if origin.record:
+        return f"{origin.base_model} after {_METHODS.get(origin.record.method, origin.record.method)}"
+    return origin.base_model + " with an adapter merged in" * (origin.adapter is not None)
 
 
 def _front_matter(origin: Origin) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,14 +73,6 @@ class Plan:
         return [tensor.name for tensor in self.layout.tensors if self.kind(tensor) not in wanted]
 
 
-@dataclass
-class Checked:
-    """What reading a file back has shown: the largest error of a tensor, by the form in which it is kept."""
-
-    errors: dict[Kind, float] = field(default_factory=dict)
-    worst: dict[Kind, str] = field(default_factory=dict)
-
-
 def write_gguf(path: Path, plan: Plan, read: Read) -> None:
     """Write a file, holding one tensor at a time.
 
@@ -146,8 +138,11 @@ def _encode(tensor: torch.Tensor, kind: Kind) -> NDArray[np.uint8]:
 # --- Reading back ----------------------------------------------------------------------------------------------------
 
 
-def check_gguf(path: Path, plan: Plan, read: Read) -> Checked:
+def check_gguf(path: Path, plan: Plan, read: Read) -> dict[str, tuple[float, str]]:
     """Read a file back and compare everything in it with what it was made of.
+
+    Returns:
+        The largest error of a tensor, and which one it is, by the form in which tensors are kept.
 
     Raises:
         UserError: it is not the same, or a tensor differs by more than rounding can do.
@@ -163,7 +158,7 @@ def check_gguf(path: Path, plan: Plan, read: Read) -> Checked:
     for name, array in plan.layout.constants.items():
         if not np.array_equal(stored[name].data, array):
             raise UserError(f"the file does not hold {name} as it was written", where=path.name)
-    checked = Checked()
+    worst: dict[str, tuple[float, str]] = {}
     for tensor in plan.layout.tensors:
         kind = plan.kind(tensor)
         error = _error(path, stored[tensor.name], kind, tensor.arrange(read(tensor.source)))
@@ -173,9 +168,8 @@ def check_gguf(path: Path, plan: Plan, read: Read) -> Checked:
                 f"({MOST_ERROR[kind]:.3%}); nothing was written",
                 fix="Try --quantize bf16, which holds any size of number." if kind == Kind.F16 else None,
             )
-        if error >= checked.errors.get(kind, 0.0):
-            checked.errors[kind], checked.worst[kind] = error, tensor.name
-    return checked
+        worst[kind.name] = max(worst.get(kind.name, (0.0, "")), (error, tensor.name))
+    return worst
 
 
 def _error(path: Path, stored: Any, kind: Kind, wanted: torch.Tensor) -> float:
