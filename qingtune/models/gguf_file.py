@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -138,6 +138,19 @@ def _encode(tensor: torch.Tensor, kind: Kind) -> NDArray[np.uint8]:
 # --- Reading back ----------------------------------------------------------------------------------------------------
 
 
+class _Stored(NamedTuple):
+    """Where a tensor lies in a file, and in what form."""
+
+    kind: Kind
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+    def rows(self, path: Path) -> NDArray[np.uint8]:
+        """Its bytes, uint8 [rows, bytes a row]; a vector is one row."""
+        return np.fromfile(path, np.uint8, self.bytes, offset=self.offset).reshape(math.prod(self.shape[:-1]), -1)
+
+
 def check_gguf(path: Path, plan: Plan, read: Read) -> dict[str, tuple[float, str]]:
     """Read a file back and compare everything in it with what it was made of.
 
@@ -147,21 +160,14 @@ def check_gguf(path: Path, plan: Plan, read: Read) -> dict[str, tuple[float, str
     Raises:
         UserError: it is not the same, or a tensor differs by more than rounding can do.
     """
-    reader = GGUFReader(path)
-    for name, value in plan.metadata.items():
-        found = reader.fields[name].contents() if name in reader.fields else None
-        if found != (float(np.float32(value)) if isinstance(value, float) else value):
-            raise UserError(f"the file does not hold {name} as it was written", where=path.name)
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    if stored.keys() != {*plan.layout.constants, *(tensor.name for tensor in plan.layout.tensors)}:
-        raise UserError("the file does not hold the tensors that were written", where=path.name)
+    stored = _check_header(path, plan)
     for name, array in plan.layout.constants.items():
-        if not np.array_equal(stored[name].data, array):
+        if not np.array_equal(stored[name].rows(path), array.reshape(1, -1).view(np.uint8)):
             raise UserError(f"the file does not hold {name} as it was written", where=path.name)
     worst: dict[str, tuple[float, str]] = {}
     for tensor in plan.layout.tensors:
         kind = plan.kind(tensor)
-        error = _error(path, stored[tensor.name], kind, tensor.arrange(read(tensor.source)))
+        error = _error(stored[tensor.name].rows(path), kind, tensor.arrange(read(tensor.source)))
         if not error <= MOST_ERROR[kind]:  # also where it is no number
             raise UserError(
                 f"{tensor.source} kept as {kind.name} differs by {error:.3%}, more than rounding does "
@@ -172,15 +178,34 @@ def check_gguf(path: Path, plan: Plan, read: Read) -> dict[str, tuple[float, str
     return worst
 
 
-def _error(path: Path, stored: Any, kind: Kind, wanted: torch.Tensor) -> float:
+def _check_header(path: Path, plan: Plan) -> dict[str, _Stored]:
+    """Compare a file's metadata, and its tensors' names, forms and shapes; returns where the tensors are.
+
+    The reader, which takes hundreds of megabytes for a large vocabulary, is let go of.
+    """
+    reader = GGUFReader(path)
+    for name, value in plan.metadata.items():
+        found = reader.fields[name].contents() if name in reader.fields else None
+        if found != (float(np.float32(value)) if isinstance(value, float) else value):
+            raise UserError(f"the file does not hold {name} as it was written", where=path.name)
+    stored = {
+        tensor.name: _Stored(
+            tensor.tensor_type, tuple(reversed(tensor.shape.tolist())), int(tensor.data_offset), int(tensor.n_bytes)
+        )
+        for tensor in reader.tensors
+    }
+    wanted = {tensor.name: (plan.kind(tensor), tensor.shape) for tensor in plan.layout.tensors}
+    wanted |= {name: (Kind.F32, array.shape) for name, array in plan.layout.constants.items()}
+    if {name: (tensor.kind, tensor.shape) for name, tensor in stored.items()} != wanted:
+        raise UserError("the file does not hold the tensors that were written, in their forms", where=path.name)
+    return stored
+
+
+def _error(stored: NDArray[np.uint8], kind: Kind, wanted: torch.Tensor) -> float:
     """How far a stored tensor is from the one wanted, as a share of its size (Frobenius norms)."""
-    if stored.tensor_type != kind or tuple(reversed(stored.shape.tolist())) != tuple(wanted.shape):
-        raise UserError(f"the file does not hold {stored.name} in its form", where=path.name)
-    rows = math.prod(wanted.shape[:-1])
-    raw = np.fromfile(path, np.uint8, count=int(stored.n_bytes), offset=int(stored.data_offset)).reshape(rows, -1)
     apart = size = 0.0
     for place, block in _blocks(wanted):
         with np.errstate(invalid="ignore"):
-            apart += float(np.sum((dequantize(raw[place], kind) - block).astype(np.float64) ** 2))
+            apart += float(np.sum((dequantize(stored[place], kind) - block).astype(np.float64) ** 2))
         size += float(np.sum(block.astype(np.float64) ** 2))
     return math.sqrt(apart / size) if size else math.sqrt(apart)

@@ -118,7 +118,7 @@ def test_a_file_that_is_not_what_it_should_be_is_found_out(model: tuple[Plan, Re
     fewer = replace(plan.layout, tensors=plan.layout.tensors[:-1])
     with pytest.raises(UserError, match="the tensors that were written"):
         check_gguf(path, replace(plan, layout=fewer), read)
-    with pytest.raises(UserError, match="in its form"):
+    with pytest.raises(UserError, match="in their forms"):
         check_gguf(path, replace(plan, quantize="f16"), read)
 
 
