@@ -57,8 +57,11 @@ class Plan:
     quantize: str
 
     def kind(self, tensor: PlacedTensor) -> Kind:
-        """In what form a tensor is kept: vectors in fp32; in 4-bit files the embedding and the head in 8 bits, as
-        they lose most; and in 16 bits what does not divide into blocks."""
+        """In what form a tensor is kept.
+
+        Vectors are kept in fp32; in 4-bit files the embedding and the head in 8 bits, as they lose most; and in 16 bits
+        whatever does not divide into blocks.
+        """
         if len(tensor.shape) == 1:
             return Kind.F32
         kind = KINDS[self.quantize]
@@ -130,7 +133,7 @@ def _encode(tensor: torch.Tensor, kind: Kind) -> NDArray[np.uint8]:
     rows = math.prod(tensor.shape[:-1])
     out = np.empty(quant_shape_to_byte_shape((rows, tensor.shape[-1]), kind), np.uint8)
     for place, block in _blocks(tensor):
-        with np.errstate(over="ignore"):  # a number too large for 16 bits is found when the file is read back
+        with np.errstate(over="ignore", invalid="ignore"):  # what is lost is found when the file is read back
             out[place] = np.ascontiguousarray(quantize(block, kind)).view(np.uint8)
     return out
 

@@ -165,11 +165,11 @@ def _tokens(content: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
     if max(texts) >= rows:
         raise UserError(f"the tokenizer knows id {max(texts):,}, the model has embeddings for {rows:,} ids")
     for number, text in texts.items():
+        if number in added:
+            types[number] = int(TokenType.CONTROL if added[number]["special"] else TokenType.USER_DEFINED)
+        elif text != tokens[number]:  # models that come from GGUF bring its unused tokens along
+            types[number] = int(TokenType.NORMAL)
         tokens[number] = text
-        special = number in added and added[number]["special"]
-        types[number] = int(
-            TokenType.CONTROL if special else TokenType.USER_DEFINED if number in added else TokenType.NORMAL
-        )
     if len(set(tokens)) != rows:
         raise _refusal("two of its ids have the same text")
     return tokens, types
