@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qingtune.data.format import Message
+from qingtune.data.format import Message, Role
 from qingtune.data.templates import TemplateError
 
 Render = Callable[[Sequence[Message], bool], str]
@@ -145,11 +145,11 @@ def _compare(turns: Turns, render: Render) -> tuple[str, ...]:
         TemplateNotExpressible: the two differ in more than that.
     """
     plain = ("Hi.", "two\nlines", "你好，世界 🥖", "{{ .Role }} {% if %}")
-    shapes = (
+    shapes: tuple[tuple[Role, ...], ...] = (
         ("user",),
         ("system", "user"),
         ("user", "assistant", "user"),
-        ("system", *("user", "assistant") * 2, "user"),
+        ("system", "user", "assistant", "user", "assistant", "user"),
     )
     for shape, first in itertools.product(shapes, range(len(plain))):
         messages = [Message(role, plain[(first + place) % len(plain)]) for place, role in enumerate(shape)]

@@ -41,11 +41,17 @@ def export_to(output: Path, adapter: Path | None, **settings: Any) -> None:
 
 
 def read_by_transformers(path: Path) -> Any:
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    quantization = GgufConfig(dequantize=True)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    if config.model_type == "qwen3":  # the reader takes all of them to be as wide as those that are published
+        config.head_dim = GGUFReader(path).fields["qwen3.attention.key_length"].contents()
     return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=quantization
+        path.parent,
+        gguf_file=path.name,
+        config=config,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
     )
 
 

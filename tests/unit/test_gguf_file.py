@@ -108,7 +108,7 @@ def test_a_file_that_is_not_what_it_should_be_is_found_out(model: tuple[Plan, Re
     write_gguf(path, plan, read)
 
     def other(name: str) -> torch.Tensor:
-        return read(name) * (1.01 if name == "model.layers.1.self_attn.q_proj.weight" else 1.0)
+        return read(name).float() * (1.01 if name == "model.layers.1.self_attn.q_proj.weight" else 1.0)
 
     with pytest.raises(UserError, match=r"layers.1.self_attn.q_proj.weight .* differs by 0.990%"):
         check_gguf(path, plan, other)
