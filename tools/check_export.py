@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +139,7 @@ def _ask(python: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _tiny(kind: str, settings: dict[str, Any], tokenizer_of: str) -> Iterator[Path]:
+def _tiny(kind: str, settings: dict[str, Any], tokenizer_of: str) -> Generator[Path]:
     """The folder of a random model with another's tokenizer; its weights are large enough to have opinions."""
     import transformers
 
