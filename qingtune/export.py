@@ -83,13 +83,15 @@ def export(config: ExportConfig) -> None:
         staging_folder(output_dir) as half_done,
     ):
         files = [_write(half_done, name, Plan(layout, metadata, kind), read) for kind in dict.fromkeys(config.quantize)]
-        remarks = _write_modelfile(half_done, files[0].name, base, speech)
+        remarks = [
+            *_write_modelfile(half_done, files[0].name, base, speech), *_limits(speech, config.quantize)
+        ]  # fmt: skip
         origin = Origin(shown_name(_base_name(config, record)), fingerprint(base), base, adapter_folder, record)
-        write_card(half_done / CARD, name, origin, files, [*remarks, *_limits(speech)])
+        write_card(half_done / CARD, name, origin, files, remarks)
         if output_dir.exists():
             shutil.rmtree(output_dir)
         move_into_place(half_done, output_dir)
-    for remark in [*remarks, *_limits(speech)]:
+    for remark in remarks:
         _say(f"Note: {remark}")
     print(
         f"Exported: {output_dir} ({', '.join(file.name for file in files)}, {MODELFILE}, {CARD})\n"
@@ -209,9 +211,13 @@ def _speech(config: ExportConfig, base: Path, record: Record | None, layout: Lay
     return Speech(template, plain, Ending(template.end_of_turn, others, bos, add_bos), system)
 
 
-def _limits(speech: Speech) -> list[str]:
-    """What the file cannot say."""
+def _limits(speech: Speech, quantize: Sequence[str]) -> list[str]:
+    """What the files cannot say, or say less well."""
     limits: list[str] = []
+    if "q4_0" in quantize:
+        limits.append(
+            "q4_0 is coarse, and a model of less than a billion weights may answer otherwise: try it before use."
+        )
     if normalizes(speech.template.tokenizer):
         limits.append("llama.cpp does not bring text into Unicode's composed form (NFC) as this tokenizer does.")
     if len(speech.ending.others) > MOST_ENDS - 1:
