@@ -92,6 +92,8 @@ def write_card(path: Path, name: str, origin: Origin, files: Sequence[ExportedFi
         "```",
     ]
     unknown = ["Nobody has judged the model's answers, unless it is said here by hand."]
+    if "/" not in origin.base_model:
+        unknown.append("The base model's name on a hub is not known here; add `base_model: OWNER/NAME` above.")
     if _licence(origin.base) is None:
         unknown.append("The licence is not known here: it follows from the base model's and the data's.")
     lines += ["", "## What to know", "", *(f"- {sentence}" for sentence in [*limits, *unknown])]
@@ -110,7 +112,7 @@ def _front_matter(origin: Origin) -> list[str]:
     licence = _licence(origin.base)
     return [
         "---",
-        f"base_model: {json.dumps(origin.base_model, ensure_ascii=False)}",
+        *([f"base_model: {origin.base_model}"] if "/" in origin.base_model else []),
         "library_name: gguf",
         *([f"license: {licence}"] if licence else []),
         "pipeline_tag: text-generation",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gguf import TokenType
 
@@ -95,7 +95,7 @@ def _content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """
     if not tokenizer.is_fast:
         raise _refusal("it is written in Python and has no tokenizer.json")
-    content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())  # pyright: ignore[reportAttributeAccessIssue]
+    content: dict[str, Any] = json.loads(cast("Any", tokenizer).backend_tokenizer.to_str())
     model, normalizer, decoder = content["model"], content["normalizer"], content["decoder"] or {}
     if model["type"] != "BPE" or model.get("byte_fallback") or decoder.get("type") != "ByteLevel":
         kind = "SentencePiece" if model.get("byte_fallback") or model["type"] == "Unigram" else model["type"]
@@ -127,9 +127,9 @@ def _pre_tokenizer(content: dict[str, Any]) -> str:
     Raises:
         UserError: it has none that is known to be the same.
     """
-    outer = content["pre_tokenizer"] or {"type": "Sequence", "pretokenizers": []}
-    parts = outer["pretokenizers"] if outer["type"] == "Sequence" else [outer]
-    steps = tuple((part["type"], _detail(part)) for part in parts)
+    outer: dict[str, Any] = content["pre_tokenizer"] or {"type": "Sequence", "pretokenizers": []}
+    parts: list[dict[str, Any]] = outer["pretokenizers"] if outer["type"] == "Sequence" else [outer]
+    steps = tuple((str(part["type"]), _detail(part)) for part in parts)
     ignore_merges = bool(content["model"].get("ignore_merges"))
     if steps not in _PRE_TOKENIZERS:
         raise _refusal(f"the way it cuts text first is none that is known here ({steps})")
