@@ -140,7 +140,7 @@ class Assembly:
         self.dtype, self.device = hardware.dtype, hardware.device
         self.workspace = Workspace(self.device)
         if adapter:
-            adapter.check_names(stored.names)
+            adapter.check_names(stored.shapes)
 
     def decoder(self, slots: int = 1, *, lazy: bool = False) -> CachedDecoder:
         """Everything in its place; with lazy, layers are read each time they are asked for, and not kept."""

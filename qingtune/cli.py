@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from qingtune import __version__
-from qingtune.config import CheckConfig, InferConfig, MergeConfig, TrainConfig
+from qingtune.config import CheckConfig, ExportConfig, InferConfig, MergeConfig, PushConfig, TrainConfig
 from qingtune.config_load import check_flags, load_train_config
 from qingtune.errors import UserError
 from qingtune.flags import parse_flags
@@ -26,6 +26,8 @@ commands:
   infer   answer prompts with a model, with or without an adapter
   chat    talk to a model
   merge   write base model and adapter as one model
+  export  write a model, with or without an adapter, as GGUF for llama.cpp and Ollama
+  push    upload a folder to Hugging Face or ModelScope; shows what it would do first
   check   report on a data set without training
 
 `qingtune COMMAND --help` lists a command's settings."""
@@ -63,7 +65,10 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
 
 def _run(argv: Sequence[str], program: str | None) -> int:
     command, *rest = argv or ["--help"]
-    commands = {"train": _train, "infer": _infer, "chat": _chat, "merge": _merge, "check": _check}
+    commands = {
+        "train": _train, "infer": _infer, "chat": _chat, "merge": _merge,
+        "export": _export, "push": _push, "check": _check,
+    }  # fmt: skip
     if command in ("-h", "--help", "help"):
         print(USAGE)
     elif command in ("-V", "--version"):
@@ -107,6 +112,24 @@ def _merge(argv: Sequence[str], program: str) -> int:
     from qingtune.merge import merge
 
     merge(config)
+    return DONE
+
+
+def _export(argv: Sequence[str], program: str) -> int:
+    _, flags = parse_flags(ExportConfig, program, "Write a model as GGUF for llama.cpp and Ollama.", argv)
+    config = check_flags(ExportConfig, flags)
+    from qingtune.export import export
+
+    export(config)
+    return DONE
+
+
+def _push(argv: Sequence[str], program: str) -> int:
+    _, flags = parse_flags(PushConfig, program, "Upload a folder to Hugging Face or ModelScope.", argv)
+    config = check_flags(PushConfig, flags)
+    from qingtune.push import push
+
+    push(config, again=f"{program} {shlex.join(argv)}")
     return DONE
 
 

@@ -12,6 +12,7 @@ from qingtune.values import (
     Integer,
     Number,
     Numbers,
+    Quantizations,
     RankPattern,
     Start,
     Strategy,
@@ -254,11 +255,11 @@ _ONLY_IDLE_NAMES = (
 ONLY_IDLE = frozenset(_ONLY_IDLE_NAMES.split())
 NO_EFFECT = {name: reason for reason, names in _NO_EFFECT_GROUPS.items() for name in names.split()}
 
-# --- Inference and merging -------------------------------------------------------------------------------------------
+# --- Inference, merging, export ---------------------------------------------------------------------------------------
 
 
 class ModelSettings(Settings):
-    """The settings by which infer, chat and merge find a base model and an adapter."""
+    """The settings by which infer, chat, merge and export find a base model and an adapter."""
 
     base_model: str | None = _setting(
         None,
@@ -326,6 +327,36 @@ class MergeConfig(ModelSettings):
     lora_model: str = _setting(..., "Model", "Folder of the adapter.")
     output_dir: str = _setting(..., "Result", "Where the merged model is written.")
     overwrite_output_dir: bool = _setting(False, "Result", "Replace an earlier merge in output_dir.")
+
+
+class ExportConfig(ModelSettings):
+    """Settings of `qingtune export`."""
+
+    lora_model: str | None = _setting(None, "Model", "Folder of an adapter to merge in; without it the base alone.")
+
+    output_dir: str = _setting(
+        ..., "Result", "Where the files are written; its last part names the model.", min_length=1
+    )
+    format: Literal["gguf"] = _setting(
+        "gguf", "Result", "The format, for llama.cpp, Ollama and programs built on them."
+    )
+    quantize: Quantizations = _setting(
+        ["q8_0"], "Result", "How weights are kept, one file each: f32, f16, bf16, q8_0, q4_0, comma-separated."
+    )
+    overwrite_output_dir: bool = _setting(False, "Result", "Replace an earlier export in output_dir.")
+    system_prompt: str | None = _setting(
+        None, "Result", "System message in Ollama's Modelfile (default: the one used in training); empty for none."
+    )
+
+
+class PushConfig(Settings):
+    """Settings of `qingtune push`."""
+
+    folder: str = _setting(..., "What", "The folder to publish: an export, a merged model or an adapter.", min_length=1)
+    repo: str = _setting(..., "Where", "OWNER/NAME on the hub.", pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+    to: Literal["hf", "modelscope"] = _setting("hf", "Where", "Hugging Face or ModelScope.")
+    private: bool = _setting(False, "Where", "Make a repository that only its owner sees, if there is none yet.")
+    confirm: bool = _setting(False, "Where", "Upload; without this, only what would be done is shown.")
 
 
 class CheckConfig(Settings):

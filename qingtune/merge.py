@@ -89,7 +89,7 @@ def _check_output(output_dir: Path, overwrite: bool) -> None:
 
 def _write(folder: Path, base: Path, adapter: StoredAdapter) -> None:
     """Write the merged weights and their configuration, one tensor in memory at a time where names allow it."""
-    stored = StoredWeights(base).names
+    stored = StoredWeights(base).shapes
     if not adapter.names - {HEAD} <= set(stored):  # stored under names that Transformers translates while it loads
         print("Merging in whole: the base's tensors have other names in its files than in the model.", file=sys.stderr)
         model = load_model(base, torch.float32)

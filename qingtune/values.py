@@ -87,6 +87,7 @@ def _any_of(*kinds: dict[str, Any]) -> WithJsonSchema:
 
 
 CommaList = Annotated[list[str] | None, BeforeValidator(_split_commas), _TEXT_OR_LIST]
+Quantizations = Annotated[list[Literal["f32", "f16", "bf16", "q8_0", "q4_0"]], BeforeValidator(_split_commas)]
 Numbers = Annotated[
     list[NonNegativeInt] | None,
     BeforeValidator(_split_numbers),

@@ -9,13 +9,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qingtune.config import ALIASES, NO_EFFECT, CheckConfig, InferConfig, MergeConfig, Settings, TrainConfig  # noqa: E402
+from qingtune.config import (  # noqa: E402
+    ALIASES,
+    NO_EFFECT,
+    CheckConfig,
+    ExportConfig,
+    InferConfig,
+    MergeConfig,
+    PushConfig,
+    Settings,
+    TrainConfig,
+)
 from qingtune.flags import default_of, group_of, value_of  # noqa: E402
 
 COMMANDS: dict[str, type[Settings]] = {
     "qingtune train (fine_tune_qwen.py)": TrainConfig,
     "qingtune infer, qingtune chat (inference_lora.py)": InferConfig,
     "qingtune merge": MergeConfig,
+    "qingtune export": ExportConfig,
+    "qingtune push": PushConfig,
     "qingtune check": CheckConfig,
 }
 

@@ -178,26 +178,25 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 class StoredWeights:
-    """The tensors of a model folder, read one at a time, so that a process never holds the files' pages all at once."""
+    """The tensors of a model folder, read one at a time, so that a process never holds the files' pages all at once.
+
+    Attributes:
+        shapes: of the tensors, by name.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
         parts = {whole.name} if whole.exists() else set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         for path in (folder / part for part in sorted(parts)):
             with safe_open(path, "pt") as file:
                 for name in list(file.keys()):
-                    self._files[name], self._shapes[name] = path, tuple(file.get_slice(name).get_shape())
-
-    @property
-    def names(self) -> list[str]:
-        """Of all tensors."""
-        return list(self._files)
+                    self._files[name], self.shapes[name] = path, tuple(file.get_slice(name).get_shape())
 
     def fit(self, shapes: dict[str, tuple[int, ...]]) -> bool:
         """Whether all of these are there, in their shapes."""
-        return shapes.items() <= self._shapes.items()
+        return shapes.items() <= self.shapes.items()
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor in memory of its own."""

@@ -58,11 +58,11 @@ def assert_refused(folder: Path, argv: tuple[str | Path, ...], *messages: str) -
 @pytest.mark.parametrize("argv", [("--help",), ("-h",), ("help",)])
 def test_usage_names_the_commands(argv: tuple[str, ...]) -> None:
     assert call(*argv) == (0, USAGE + "\n", "")
-    for command in ("train", "infer", "chat", "merge"):
+    for command in ("train", "infer", "chat", "merge", "export", "push"):
         assert f"\n  {command} " in USAGE
 
 
-@pytest.mark.parametrize("command", ["train", "infer", "chat", "merge"])
+@pytest.mark.parametrize("command", ["train", "infer", "chat", "merge", "export", "push"])
 def test_every_command_has_help(command: str) -> None:
     code, out, err = call(command, "--help")
     assert (code, err) == (0, "")
@@ -120,7 +120,7 @@ def test_error_in_a_process_of_its_own(run: Callable[..., subprocess.CompletedPr
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("zzz",), '"zzz" is not a command. The commands are train, infer, chat, merge, check.'),
+        (("zzz",), '"zzz" is not a command. The commands are train, infer, chat, merge, export, push, check.'),
         (("--lora_r", "8"), '"--lora_r" is not a command'),
         (("train",), "data_path is missing"),
         (("train", "stray.json"), '"stray.json" stands alone'),
@@ -133,6 +133,11 @@ def test_error_in_a_process_of_its_own(run: Callable[..., subprocess.CompletedPr
         (("infer", "--use_lora"), '--use_lora: "use_lora" is not a setting'),
         (("chat", "--temperature", "hot"), '--temperature: "temperature" is "hot"'),
         (("merge", "--lora_model", "none", "--output_dir", "out"), "none: no adapter_config.json here"),
+        (("export", "--lora_model", "none", "--output_dir", "out"), "none: no adapter_config.json here"),
+        (("export", "--output_dir", "out"), "no model is named. Pass --lora_model"),
+        (("export", "--base_model", "x", "--output_dir", "o", "--quantize", "q5"), '--quantize: "quantize" is "q5"'),
+        (("push", "--folder", "none", "--repo", "me/mine"), "none: there is no such folder"),
+        (("push", "--folder", "none", "--repo", "mine"), '--repo: "repo" is "mine"'),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -196,7 +201,7 @@ def test_faulty_rows_are_listed_and_nothing_is_trained(empty: Path, tiny: Callab
 
 
 @pytest.mark.parametrize("flags", [(), ("--overwrite_output_dir",)], ids=["plain", "overwrite"])
-@pytest.mark.parametrize("command", ["train", "merge"])
+@pytest.mark.parametrize("command", ["train", "merge", "export"])
 def test_folder_of_other_files_is_left_alone(
     empty: Path, tiny: Callable[..., Path], data_file: Path, tmp_path: Path, command: str, flags: tuple[str, ...]
 ) -> None:
@@ -209,6 +214,7 @@ def test_folder_of_other_files_is_left_alone(
     what = {
         "train": ("--model_name_or_path", tiny(), "--data_path", data_file, "--report_to", "none"),
         "merge": ("--base_model", tiny(), "--lora_model", adapter),
+        "export": ("--base_model", tiny()),
     }
     assert_refused(empty, (command, *what[command], "--output_dir", theirs, *flags), f"{theirs}: output_dir holds")
     assert [path.name for path in theirs.iterdir()] == ["thesis.txt"]

@@ -275,6 +275,21 @@ def test_merged_model_is_replaced_only_if_asked(tmp_path: Path, trained: Callabl
     assert contents(tmp_path / "merged")["model.safetensors"] == before["model.safetensors"]
 
 
+# --- Exporting and publishing ----------------------------------------------------------------------------------------
+
+
+def test_an_export_can_be_published_and_is_not_unasked(tmp_path: Path, trained: Callable[[str], Path]) -> None:
+    shop = tmp_path / "shop"
+    code, out, err = call("export", "--lora_model", trained("qlora4"), "--output_dir", shop)
+    assert (code, "the largest error of a tensor: " in err) == (0, True), err
+    assert out.startswith(f"Exported: {shop} (shop-q8_0.gguf, Modelfile, README.md)\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["shop"]
+    code, out, err = call("push", "--folder", shop, "--repo", "me/shop", "--private")
+    assert (code, err) == (0, "")
+    last = f"Nothing was uploaded. To do it: qingtune push --folder {shop} --repo me/shop --private --confirm\n"
+    assert out.endswith(last)
+
+
 @pytest.mark.parametrize("command", ["infer", "merge"])
 def test_adapter_on_another_base_is_refused(
     tiny: Callable[..., Path], tmp_path: Path, trained: Callable[[str], Path], command: str

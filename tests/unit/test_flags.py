@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from qingtune.config import InferConfig, MergeConfig, Settings, TrainConfig
+from qingtune.config import ExportConfig, InferConfig, MergeConfig, PushConfig, Settings, TrainConfig
 from qingtune.config_load import load_train_config
 from qingtune.errors import UserError
 from qingtune.flags import default_of, group_of, parse_flags
 
-SCHEMAS: list[type[Settings]] = [TrainConfig, InferConfig, MergeConfig]
+SCHEMAS: list[type[Settings]] = [TrainConfig, InferConfig, MergeConfig, ExportConfig, PushConfig]
 
 
 def parsed(*argv: str, schema: type[Settings] = TrainConfig) -> dict[str, str]:

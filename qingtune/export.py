@@ -1,0 +1,262 @@
+"""The recipe of exporting: base and adapter become GGUF files that are read back and compared, each tensor in its turn;
+beside them Ollama's Modelfile and a model card."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from qingtune.adapters.files import read_adapter_config
+from qingtune.adapters.stored import StoredAdapter, read_adapter
+from qingtune.config import DEFAULT_MODEL, ExportConfig
+from qingtune.data.format import Message
+from qingtune.data.templates import render_template
+from qingtune.data.tokenize import Template, make_template, prompt_ids
+from qingtune.errors import UserError
+from qingtune.files import disk_errors, move_into_place, sha256_of, staging_folder
+from qingtune.inference import find_base
+from qingtune.model_card import CARD, ExportedFile, Origin, shown_name, write_card
+from qingtune.modelfile import GO_PLAIN, TemplateNotExpressible, find_turns, modelfile
+from qingtune.models.gguf_file import KINDS, Plan, Read, check_gguf, write_gguf
+from qingtune.models.gguf_layout import Layout, Value, layout_of
+from qingtune.models.gguf_vocab import MOST_ENDS, Ending, normalizes, vocabulary_of
+from qingtune.models.load import StoredWeights, load_tokenizer, stop_ids
+from qingtune.models.source import fingerprint, read_model_config
+from qingtune.quiet import quieten
+from qingtune.record import Record
+
+MODELFILE = "Modelfile"
+# generation_config.json -> Ollama's parameters
+_SAMPLING = {
+    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Speech:
+    """How the model is spoken to.
+
+    Attributes:
+        template: tokenizer and chat template.
+        plain: whether it was trained on plain text, without a template.
+        ending: how answers end.
+        system_prompt: of training, or as the settings say.
+    """
+
+    template: Template
+    plain: bool
+    ending: Ending
+    system_prompt: str | None
+
+
+def export(config: ExportConfig) -> None:
+    """Write a model to output_dir as GGUF files with a Modelfile and a model card.
+
+    Raises:
+        UserError: something is missing, does not fit, or cannot be expressed; or a file is not what it should be.
+    """
+    quieten()
+    if config.base_model is None and config.lora_model is None:
+        raise UserError("no model is named", fix="Pass --lora_model, --base_model, or both.")
+    adapter_folder = Path(config.lora_model) if config.lora_model else None
+    output_dir = Path(config.output_dir)
+    name = re.sub(r"[^\w.-]+", "-", output_dir.absolute().name).strip("-") or "model"
+    _check_output(output_dir, name, config.overwrite_output_dir)
+    adapter = read_adapter(adapter_folder) if adapter_folder else None
+    base, record = find_base(config, adapter_folder)
+    weights = StoredWeights(base)
+    layout = layout_of(base, weights.shapes)
+    read = _reader(weights, layout, adapter)
+    speech = _speech(config, base, record, layout)
+    metadata = _metadata(name, layout, speech)
+    with (
+        disk_errors("the export", output_dir, "Make room, or choose another output_dir."),
+        staging_folder(output_dir) as half_done,
+    ):
+        files = [_write(half_done, name, Plan(layout, metadata, kind), read) for kind in dict.fromkeys(config.quantize)]
+        remarks = [
+            *_write_modelfile(half_done, files[0].name, base, speech), *_limits(speech, config.quantize)
+        ]  # fmt: skip
+        origin = Origin(shown_name(_base_name(config, record)), fingerprint(base), base, adapter_folder, record)
+        write_card(half_done / CARD, name, origin, files, remarks)
+        if output_dir.exists():
+            shutil.rmtree(output_dir)
+        move_into_place(half_done, output_dir)
+    for remark in remarks:
+        _say(f"Note: {remark}")
+    print(
+        f"Exported: {output_dir} ({', '.join(file.name for file in files)}, {MODELFILE}, {CARD})\n"
+        f"Talk to it: llama-cli -m {output_dir / files[0].name} --jinja\n"
+        f"or: cd {output_dir} && ollama create {name} -f {MODELFILE} && ollama run {name}"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _check_output(output_dir: Path, name: str, overwrite: bool) -> None:
+    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+        return
+    ours = {MODELFILE, CARD, *(f"{name}-{kind}.gguf" for kind in KINDS)}
+    there = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set[str]()
+    if MODELFILE not in there or not there <= ours:
+        raise UserError("output_dir holds something else", where=str(output_dir), fix="Choose another output_dir.")
+    if not overwrite:
+        raise UserError(
+            "output_dir holds an export already",
+            where=str(output_dir),
+            fix="Pass --overwrite_output_dir to replace it.",
+        )
+
+
+def _base_name(config: ExportConfig, record: Record | None) -> str:
+    if record:
+        return record.base_model
+    own = read_adapter_config(Path(config.lora_model)).get("base_model_name_or_path") if config.lora_model else None
+    return config.base_model or own or DEFAULT_MODEL
+
+
+# --- Weights ---------------------------------------------------------------------------------------------------------
+
+
+def _reader(weights: StoredWeights, layout: Layout, adapter: StoredAdapter | None) -> Read:
+    """A function that gives a tensor of base + adapter.
+
+    Raises:
+        UserError: the adapter changes what the file will not hold.
+    """
+    if adapter is None:
+        return weights.read
+    if unknown := sorted(adapter.names - {tensor.source for tensor in layout.tensors}):
+        raise UserError(
+            f"the adapter changes {unknown[0]}, which this base has not",
+            where=str(adapter.folder),
+            fix="Name the base model that the adapter was trained on.",
+        )
+
+    def read(name: str) -> torch.Tensor:
+        tensor = weights.read(name)
+        merged = adapter.merged(name, tensor) if name in adapter.names else tensor
+        if merged.shape != tensor.shape:
+            raise UserError(
+                f"the adapter makes {name} {list(merged.shape)}, the base has {list(tensor.shape)}",
+                where=str(adapter.folder),
+            )
+        return merged
+
+    return read
+
+
+def _metadata(name: str, layout: Layout, speech: Speech) -> dict[str, Value]:
+    """All that a file holds besides tensors and its kind."""
+    tokenizer = speech.template.tokenizer
+    metadata: dict[str, Value] = {"general.type": "model", "general.name": name, **layout.metadata}
+    metadata |= vocabulary_of(tokenizer, layout.embeddings, speech.ending)
+    if not speech.plain:
+        metadata["tokenizer.chat_template"] = tokenizer.get_chat_template()
+    return metadata
+
+
+def _write(folder: Path, name: str, plan: Plan, read: Read) -> ExportedFile:
+    """Write one GGUF file, read it back and compare it."""
+    path = folder / f"{name}-{plan.quantize}.gguf"
+    _say(f"Writing {path.name} ({len(plan.layout.tensors)} tensors) ...")
+    if plan.undivided:
+        _say(
+            f"{len(plan.undivided)} tensors stay in 16 bits, as their rows do not divide by 32: {plan.undivided[0]} ..."
+        )
+    write_gguf(path, plan, read)
+    _say(f"Reading {path.name} back ...")
+    worst = check_gguf(path, plan, read)
+    told = ", ".join(f"{kind} {error:.3%} ({tensor})" for kind, (error, tensor) in worst.items())
+    _say(f"Read back and compared with what it was made of; the largest error of a tensor: {told}.")
+    errors = {kind: error for kind, (error, _) in worst.items()}
+    return ExportedFile(path.name, path.stat().st_size, sha256_of(path), errors)
+
+
+# --- Speech ----------------------------------------------------------------------------------------------------------
+
+
+def _speech(config: ExportConfig, base: Path, record: Record | None, layout: Layout) -> Speech:
+    """Tokenizer, template and endings, as inference uses them.
+
+    Raises:
+        UserError: the tokenizer adds what llama.cpp cannot.
+    """
+    adapter = Path(config.lora_model) if config.lora_model else None
+    own = adapter is not None and (adapter / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(adapter if own and adapter else base)
+    template = make_template(tokenizer, record.stop_ids if record else stop_ids(base))
+    plain = record is not None and record.prompt_style == "plain"
+    probe = prompt_ids(template, "a" if plain else [Message("user", "a")])
+    bos = cast("int | None", tokenizer.bos_token_id)
+    add_bos = bos is not None and probe[0] == bos
+    if plain and probe[add_bos:] != cast("Any", tokenizer)("a", add_special_tokens=False)["input_ids"]:
+        raise UserError("the tokenizer puts other tokens around a text than llama.cpp can", where=str(base))
+    of_model = read_model_config(base).get("bos_token_id")
+    if bos is None and isinstance(of_model, int):
+        bos = of_model
+    others = sorted(number for number in template.stop_ids - {template.end_of_turn} if number < layout.embeddings)
+    system = config.system_prompt if config.system_prompt is not None else record.system_prompt if record else None
+    return Speech(template, plain, Ending(template.end_of_turn, others, bos, add_bos), system)
+
+
+def _limits(speech: Speech, quantize: Sequence[str]) -> list[str]:
+    """What the files cannot say, or say less well."""
+    limits: list[str] = []
+    if "q4_0" in quantize:
+        limits.append(
+            "q4_0 is coarse, and a model of less than a billion weights may answer otherwise: try it before use."
+        )
+    if normalizes(speech.template.tokenizer):
+        limits.append("llama.cpp does not bring text into Unicode's composed form (NFC) as this tokenizer does.")
+    if len(speech.ending.others) > MOST_ENDS - 1:
+        limits.append(f"GGUF holds {MOST_ENDS} ids that end an answer, this model has {len(speech.ending.others) + 1}.")
+    return limits
+
+
+def _write_modelfile(folder: Path, gguf: str, base: Path, speech: Speech) -> list[str]:
+    """Write the Modelfile; returns remarks on its template."""
+    tokenizer = speech.template.tokenizer
+    text = tokenizer.get_chat_template()
+
+    def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        return render_template(text, tokenizer.special_tokens_map, turns, add_generation_prompt=add_generation_prompt)
+
+    template, remarks = GO_PLAIN, list[str]()
+    if not speech.plain:
+        bos = cast("str", tokenizer.bos_token) if speech.ending.add_bos else None
+        try:
+            turns = find_turns(text, render, bos)
+            template = turns.go_template()
+            remarks = [
+                f"The Modelfile's template leaves alone what the model's own changes: {c}." for c in turns.changed
+            ]
+        except TemplateNotExpressible as reason:
+            template = None
+            remarks = [
+                f"The Modelfile has no TEMPLATE, as the model's own has no equal in Go's template language: {reason}. "
+                "llama.cpp renders the one inside the GGUF file (llama-server --jinja)."
+            ]
+    stops = [cast("str", tokenizer.convert_ids_to_tokens(number)) for number in sorted(speech.template.stop_ids)]
+    written = modelfile(gguf, template, remarks, stops, speech.system_prompt, _sampling(base))
+    (folder / MODELFILE).write_text(written, encoding="utf-8", newline="\n")
+    return remarks
+
+
+def _sampling(base: Path) -> dict[str, float]:
+    """The model's own sampling settings, by Ollama's names."""
+    path = base / "generation_config.json"
+    own = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {theirs: own[ours] for ours, theirs in _SAMPLING.items() if isinstance(own.get(ours), (int, float))}

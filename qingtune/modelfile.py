@@ -1,0 +1,212 @@
+"""Ollama's Modelfile: the chat template in Go's template language, stop tokens, system prompt and sampling.
+
+A model's own template is Jinja, which Ollama does not read. What it does is found out by rendering conversations of
+known contents and looking at the text between these; a template whose turns do not simply follow one another is left
+out rather than guessed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from qingtune.data.format import Message, Role
+from qingtune.data.templates import TemplateError
+
+Render = Callable[[Sequence[Message], bool], str]
+
+_QUOTES = '"""'
+GO_PLAIN = "{{ .Prompt }}"  # for models trained on plain text
+# Contents by which a template is probed; no template writes these by itself.
+_SYSTEM, _USER, _ANSWER, _AGAIN = (f"\u3014{number}\u3015" for number in range(4))
+_TODAY = ("strftime_now", "date_string")
+# Contents that templates are known to change: each with the words that tell so.
+_CHANGED = {
+    " spaces around \n": "spaces and line breaks at the edges of a text",
+    "<think>\na\n</think>\n\nb": "thoughts (<think> ... </think>) in earlier answers",
+}
+
+
+class TemplateNotExpressible(Exception):
+    """A chat template that Go's language cannot be made to render alike; says why."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A chat template as the text around each turn.
+
+    Attributes:
+        opening: stands first where the first message is not the system's.
+        system, user, assistant: before and after the content of a turn.
+        prompt: before the answer to be made.
+        changed: what the model's own template does to some contents and this does not.
+    """
+
+    opening: str
+    system: tuple[str, str]
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    prompt: str
+    changed: tuple[str, ...] = ()
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """A conversation up to the answer to be made."""
+        around = {"system": self.system, "user": self.user, "assistant": self.assistant}
+        opening = self.opening if messages[0].role != "system" else ""
+        turns = (around[message.role][0] + message.content + around[message.role][1] for message in messages)
+        return opening + "".join(turns) + self.prompt
+
+    def go_template(self) -> str:
+        """The same in Go's template language with Ollama's variables."""
+        parts = ["{{ range $i, $_ := .Messages }}"]
+        if self.opening:
+            parts.append('{{ if and (eq $i 0) (ne .Role "system") }}' + _literal(self.opening) + "{{ end }}")
+        for word, role in (("if", "system"), ("else if", "user"), ("else if", "assistant")):
+            before, after = {"system": self.system, "user": self.user, "assistant": self.assistant}[role]
+            parts.append(f'{{{{ {word} eq .Role "{role}" }}}}{_literal(before)}{{{{ .Content }}}}{_literal(after)}')
+        return "".join([*parts, "{{ end }}{{ end }}", _literal(self.prompt)])
+
+
+def _literal(text: str) -> str:
+    """Text that a Go template writes as it is."""
+    return text.replace("{{", '{{ "{{" }}')
+
+
+def find_turns(template: str, render: Render, bos: str | None) -> Turns:
+    """Find out what a chat template writes around each turn.
+
+    Args:
+        template: Jinja, looked at for words only.
+        render: writes messages, with or without what stands before an answer.
+        bos: text of the token that llama.cpp puts before a prompt by itself, to be left out here; None if it does not.
+
+    Raises:
+        TemplateNotExpressible: its turns do not simply follow one another.
+    """
+    if any(word in template for word in _TODAY):
+        raise TemplateNotExpressible("it writes today's date")
+    system, user, answer, again = (
+        Message("system", _SYSTEM), Message("user", _USER), Message("assistant", _ANSWER), Message("user", _AGAIN)
+    )  # fmt: skip
+    try:
+        alone = render([user], False)
+        opening, after_user = _cut(alone, _USER)
+        prompt = _after(render([user], True), alone)
+        before_system, after_system, after_user_and_more, after_answer, end = _cut(
+            render([system, user, answer, again], True), _SYSTEM, _USER, _ANSWER, _AGAIN
+        )
+        after_answer_at_end = _cut(render([user, answer], False), _ANSWER)[1]
+    except TemplateError as error:
+        raise TemplateNotExpressible(f"it refuses a conversation ({error})") from None
+    before_user = _after(after_answer, after_answer_at_end)
+    turns = Turns(
+        opening=_before(opening, before_user),
+        system=(before_system, _before(after_system, before_user)),
+        user=(before_user, after_user),
+        assistant=(_after(after_user_and_more, after_user), after_answer_at_end),
+        prompt=prompt,
+    )
+    if end != after_user + prompt:
+        raise TemplateNotExpressible("a later turn is written otherwise than the first")
+    if _QUOTES in turns.go_template():
+        raise TemplateNotExpressible(f"it writes {_QUOTES}, with which a Modelfile ends it")
+    turns = replace(turns, changed=_compare(turns, render))
+    return _without_bos(turns, bos) if bos else turns
+
+
+def _cut(text: str, *contents: str) -> list[str]:
+    """The pieces of a text between contents that each stand in it once, in order."""
+    pieces: list[str] = []
+    for content in contents:
+        piece, found, text = text.partition(content)
+        if not found or content in text:
+            raise TemplateNotExpressible("it does not write each content once, in order")
+        pieces.append(piece)
+    return [*pieces, text]
+
+
+def _after(text: str, start: str) -> str:
+    if not text.startswith(start):
+        raise TemplateNotExpressible("what it writes around a turn depends on the turns around it")
+    return text[len(start) :]
+
+
+def _before(text: str, end: str) -> str:
+    if not text.endswith(end):
+        raise TemplateNotExpressible("what it writes around a turn depends on the turns around it")
+    return text[: len(text) - len(end)]
+
+
+def _compare(turns: Turns, render: Render) -> tuple[str, ...]:
+    """What the template does to contents that these turns leave alone.
+
+    Raises:
+        TemplateNotExpressible: the two differ in more than that.
+    """
+    plain = ("Hi.", "two\nlines", "你好，世界 🥖", "{{ .Role }} {% if %}")
+    shapes: tuple[tuple[Role, ...], ...] = (
+        ("user",),
+        ("system", "user"),
+        ("user", "assistant", "user"),
+        ("system", "user", "assistant", "user", "assistant", "user"),
+    )
+    for shape, first in itertools.product(shapes, range(len(plain))):
+        messages = [Message(role, plain[(first + place) % len(plain)]) for place, role in enumerate(shape)]
+        if not _alike(turns, render, messages):
+            raise TemplateNotExpressible("what it writes around a turn depends on its content")
+    return tuple(
+        words
+        for content, words in _CHANGED.items()
+        if not all(_alike(turns, render, [Message(role, content) for role in shape]) for shape in shapes)
+    )
+
+
+def _alike(turns: Turns, render: Render, messages: Sequence[Message]) -> bool:
+    try:
+        return render(messages, True) == turns.render(messages)
+    except TemplateError:
+        return False
+
+
+def _without_bos(turns: Turns, bos: str) -> Turns:
+    """The turns without the token that llama.cpp puts in front itself."""
+    if not turns.system[0].startswith(bos):
+        raise TemplateNotExpressible("it begins with another token than the model's texts do")
+    system = (turns.system[0].removeprefix(bos), turns.system[1])
+    if turns.opening.startswith(bos):
+        return replace(turns, opening=turns.opening.removeprefix(bos), system=system)
+    raise TemplateNotExpressible("it does not always begin with the token that the model's texts begin with")
+
+
+# --- The file --------------------------------------------------------------------------------------------------------
+
+
+def modelfile(
+    gguf: str,
+    template: str | None,
+    remarks: Sequence[str],
+    stops: Sequence[str],
+    system_prompt: str | None,
+    sampling: Mapping[str, float],
+) -> str:
+    """The text of a Modelfile.
+
+    Args:
+        gguf: name of the file beside it.
+        template: in Go's template language; None to leave it to Ollama.
+        remarks: on the template.
+        stops: texts at which an answer ends.
+        system_prompt: of training.
+        sampling: Ollama's parameters.
+    """
+    lines = ["# ollama create NAME -f Modelfile", f"FROM ./{gguf}", "", *(f"# {remark}" for remark in remarks)]
+    if template is not None:
+        lines.append(f"TEMPLATE {_QUOTES}{template}{_QUOTES}")
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    lines += [f"PARAMETER {name} {value:g}" for name, value in sampling.items()]
+    if system_prompt and _QUOTES in system_prompt:
+        lines.append(f"# No SYSTEM: the system prompt of training holds {_QUOTES}, which a Modelfile cannot.")
+    elif system_prompt:
+        lines.append(f"SYSTEM {_QUOTES}{system_prompt}{_QUOTES}")
+    return "\n".join(lines) + "\n"

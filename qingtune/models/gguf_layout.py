@@ -1,0 +1,275 @@
+"""How a model of Transformers' layout lies in a GGUF file: names, order of rows, and the settings llama.cpp reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qingtune.errors import UserError
+from qingtune.models.source import read_model_config
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# model_type of Transformers -> architecture of llama.cpp. The names agree; what lies behind them differs in places.
+ARCHITECTURES = ("qwen2", "qwen3", "llama")
+
+# Parts of a tensor's name, there and here. Layers are `model.layers.N.X` and `blk.N.Y`.
+_OUTSIDE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_IN_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_WEIGHTS = {
+    f"{part}.weight"
+    for part in ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+}
+_QKV_BIASES = {"attn_q.bias", "attn_k.bias", "attn_v.bias"}
+# What llama.cpp wants of each layer, and what it loads besides; anything else it would leave out in silence.
+_MUST_HAVE = {
+    "qwen2": _WEIGHTS,
+    "qwen3": _WEIGHTS | {"attn_q_norm.weight", "attn_k_norm.weight"},
+    "llama": _WEIGHTS,
+}
+_MAY_HAVE = {
+    "qwen2": _QKV_BIASES,
+    "qwen3": _QKV_BIASES,
+    "llama": _QKV_BIASES | {"attn_output.bias", "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"},
+}
+
+Value = str | bool | int | float | list[str] | list[int]
+
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """A tensor of the file to be.
+
+    Attributes:
+        name: in the GGUF file.
+        source: in the model's folder.
+        shape: as in the folder; GGUF counts dimensions the other way round.
+        interleaved_heads: heads whose rows are put in another order; 0 for none.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    interleaved_heads: int = 0
+
+    def arrange(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as it lies in the file.
+
+        Transformers turns the halves of a head against each other, llama.cpp's `llama` neighbouring rows.
+        """
+        if not self.interleaved_heads:
+            return tensor
+        halves = tensor.reshape(self.interleaved_heads, 2, -1, *tensor.shape[1:])
+        return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model in GGUF, without its tokenizer.
+
+    Attributes:
+        architecture: llama.cpp's name.
+        metadata: the settings, in order.
+        tensors: those that come from the folder, in order.
+        constants: further tensors, fp32.
+        embeddings: rows of the embedding, which the vocabulary must fill.
+    """
+
+    architecture: str
+    metadata: dict[str, Value]
+    tensors: list[PlacedTensor]
+    embeddings: int
+    constants: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+
+def layout_of(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    """How a model lies in GGUF.
+
+    Args:
+        folder: of the model.
+        shapes: of its stored tensors, by name.
+
+    Raises:
+        UserError: the architecture, or something about this model, cannot be expressed.
+    """
+    import transformers
+
+    kind = read_model_config(folder)["model_type"]
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f'the architecture "{kind}" cannot be exported', where=str(folder), fix=f"{', '.join(ARCHITECTURES)} can."
+        )
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if problem := _inexpressible(config, kind):
+        raise UserError(f"llama.cpp's {kind} cannot express this model: {problem}", where=str(folder))
+    head_dim = _head_dim(config)
+    metadata: dict[str, Value] = {
+        f"{kind}.block_count": config.num_hidden_layers,
+        f"{kind}.context_length": config.max_position_embeddings,
+        f"{kind}.embedding_length": config.hidden_size,
+        f"{kind}.feed_forward_length": config.intermediate_size,
+        f"{kind}.attention.head_count": config.num_attention_heads,
+        f"{kind}.attention.head_count_kv": config.num_key_value_heads,
+        f"{kind}.attention.key_length": head_dim,
+        f"{kind}.attention.value_length": head_dim,
+        f"{kind}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        f"{kind}.vocab_size": config.vocab_size,
+        f"{kind}.rope.dimension_count": head_dim,
+        f"{kind}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
+    }
+    constants: dict[str, NDArray[np.float32]] = {}
+    _add_rope_scaling(config, kind, folder, metadata, constants)
+    tensors = _place(config, kind, folder, shapes)
+    embeddings = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
+    return Layout(kind, metadata, tensors, embeddings, constants)
+
+
+def _head_dim(config: Any) -> int:
+    own = getattr(config, "head_dim", None)  # Qwen2's configuration has no such setting
+    return own or config.hidden_size // config.num_attention_heads
+
+
+def _inexpressible(config: Any, kind: str) -> str | None:
+    """What llama.cpp would pass over, computing something else."""
+    if config.hidden_act != "silu":
+        return f"hidden_act is {config.hidden_act}"
+    layers = getattr(config, "layer_types", None) or []
+    if any(layer != "full_attention" for layer in layers):
+        return "some of its layers use a sliding window (use_sliding_window)"
+    if kind == "qwen2" and _head_dim(config) * config.num_attention_heads != config.hidden_size:
+        return "its heads do not make up hidden_size"
+    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        return "only a part of each head is rotated (partial_rotary_factor)"
+    return None
+
+
+# --- Tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _place(config: Any, kind: str, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[PlacedTensor]:
+    """Every stored tensor at its place.
+
+    Raises:
+        UserError: one has no place, or one is missing.
+    """
+    tied = bool(config.tie_word_embeddings)
+    if not tied and "lm_head.weight" not in shapes:
+        raise UserError("the head (lm_head.weight) is missing", where=str(folder), fix="Fetch the model again.")
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if kind == "llama" else {}
+    placed: dict[str, PlacedTensor] = {}
+    for source, shape in shapes.items():
+        if source == "lm_head.weight" and tied:
+            continue  # llama.cpp takes the embedding where there is no head
+        if source.endswith("rotary_emb.inv_freq"):
+            continue  # old folders hold this; it follows from the settings
+        name = _name_in_gguf(source, kind)
+        if name is None:
+            raise UserError(f"{source} has no place in llama.cpp's {kind}", where=str(folder))
+        part = name.split(".")[2] if name.startswith("blk.") else ""
+        placed[name] = PlacedTensor(name, source, shape, heads.get(part, 0))
+    wanted = [f"blk.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in sorted(_MUST_HAVE[kind])]
+    if missing := [name for name in ("token_embd.weight", "output_norm.weight", *wanted) if name not in placed]:
+        raise UserError(
+            f"{len(missing)} weights are missing, for example {missing[0]}", where=str(folder), fix="Fetch it again."
+        )
+    return sorted(placed.values(), key=lambda tensor: _order(tensor.name))
+
+
+def _name_in_gguf(source: str, kind: str) -> str | None:
+    if source in _OUTSIDE:
+        return _OUTSIDE[source]
+    if not source.startswith("model.layers."):
+        return None
+    number, _, rest = source.removeprefix("model.layers.").partition(".")
+    part, _, last = rest.rpartition(".")
+    name = f"{_IN_LAYER.get(part)}.{last}"
+    return f"blk.{number}.{name}" if name in _MUST_HAVE[kind] | _MAY_HAVE[kind] else None
+
+
+def _order(name: str) -> tuple[int, int, str]:
+    """Embedding, head, layers by number, as llama.cpp's own files have them."""
+    parts = name.split(".")
+    return (1, int(parts[1]), name) if parts[0] == "blk" else (0 if parts[0] == "token_embd" else 2, 0, name)
+
+
+# --- Rotary positions ------------------------------------------------------------------------------------------------
+
+
+def _add_rope_scaling(
+    config: Any, kind: str, folder: Path, metadata: dict[str, Value], constants: dict[str, NDArray[np.float32]]
+) -> None:
+    """Add what stretches the positions beyond those of pretraining.
+
+    Raises:
+        UserError: it is of a kind that llama.cpp does not have for this architecture.
+    """
+    rope = config.rope_parameters
+    scaling = rope.get("rope_type", "default")
+    if scaling == "linear":
+        metadata |= {f"{kind}.rope.scaling.type": "linear", f"{kind}.rope.scaling.factor": float(rope["factor"])}
+    elif scaling == "yarn" and not _unlike_llama_cpp(rope):
+        metadata |= {
+            f"{kind}.rope.scaling.type": "yarn",
+            f"{kind}.rope.scaling.factor": float(rope["factor"]),
+            f"{kind}.rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
+        }
+    elif scaling == "llama3" and kind == "llama":
+        constants["rope_freqs.weight"] = _llama3_factors(config)
+    elif scaling != "default":
+        detail = f" with {', '.join(_unlike_llama_cpp(rope))}" if scaling == "yarn" else ""
+        raise UserError(
+            f"llama.cpp's {kind} cannot express this model: its rope_type {scaling}{detail}",
+            where=str(folder / "config.json"),
+            fix="default, linear, yarn and, for llama, llama3 can be exported.",
+        )
+
+
+def _unlike_llama_cpp(rope: Mapping[str, Any]) -> Sequence[str]:
+    """Settings of YaRN (Peng et al. 2023, https://arxiv.org/abs/2309.00071) that are not llama.cpp's fixed ones."""
+    factor = float(rope["factor"])
+    usual = {
+        "attention_factor": 0.1 * math.log(factor) + 1 if factor > 1 else 1.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": True,
+        "mscale": None,
+        "mscale_all_dim": None,
+    }
+    return [
+        f"{name} {rope[name]}"
+        for name, value in usual.items()
+        if rope.get(name) is not None and (value is None or not math.isclose(rope[name], value, rel_tol=1e-6))
+    ]
+
+
+def _llama3_factors(config: Any) -> NDArray[np.float32]:
+    """By what llama.cpp divides each of a head's frequencies, fp32 [head_dim / 2]."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    dim = _head_dim(config)
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    return (plain / scaled.double()).float().numpy()

@@ -1,0 +1,91 @@
+"""A model card tells what is known, and nothing of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qingtune.config import TrainConfig
+from qingtune.model_card import ExportedFile, Origin, shown_name, write_card
+from qingtune.record import Record, settings_to_compare
+
+FILE = ExportedFile("shop-q8_0.gguf", 531_000_000, "ab" * 32, {"Q8_0": 0.00621, "F32": 0.0})
+SECRET = "hf_" + "a1B2c3D4e5" * 3
+
+
+def record(results: dict[str, Any] | None = None, **settings: Any) -> Record:
+    config = TrainConfig(data_path=["/srv/rows/train.jsonl"], **settings)
+    return Record(
+        method="lora",
+        base_model="Qwen/Qwen2.5-0.5B-Instruct",
+        base_fingerprint="0123",
+        system_prompt=config.system_prompt,
+        prompt_style="chat",
+        stop_ids=[2],
+        settings=settings_to_compare(config, 1, "4567", "0123"),
+        results=results or {},
+        versions={"qingtune": "0.1.0"},
+    )
+
+
+def card(tmp_path: Path, of: Record | None, base_model: str = "Qwen/Qwen2.5-0.5B-Instruct") -> str:
+    write_card(tmp_path / "card.md", "shop", Origin(base_model, "0123", tmp_path, None, of), [FILE], ["a limit"])
+    return (tmp_path / "card.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("gpt2", "gpt2"),
+        ("/srv/models/Qwen2.5/", "Qwen2.5"),
+        ("./Qwen2.5", "Qwen2.5"),
+        ("~/Qwen2.5", "Qwen2.5"),
+        ("a/b/Qwen2.5.gguf", "Qwen2.5.gguf"),
+        ("here/Qwen2.5", "Qwen2.5"),
+        (r"C:\models\Qwen2.5", "Qwen2.5"),
+    ],
+)
+def test_names_lose_the_folders_of_this_machine(
+    name: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert shown_name(name) == shown
+
+
+def test_the_front_matter_is_what_hubs_read(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\nlicense: other\n", encoding="utf-8")
+    assert card(tmp_path, record()).splitlines()[:9] == [
+        "---", "base_model: Qwen/Qwen2.5-0.5B-Instruct", "library_name: gguf", "license: apache-2.0",
+        "pipeline_tag: text-generation", "tags:", "- gguf", "- qingtune", "- lora",
+    ]  # fmt: skip
+
+
+def test_measured_results_are_told_and_others_named_as_such(tmp_path: Path) -> None:
+    results = {"steps": 1200, "seconds": 61.4, "peak_bytes": 2.26e9, "eval_loss_before": 2.5, "eval_loss": 1.25}
+    text = card(tmp_path, record(results))
+    for row in (
+        "| evaluation loss | before 2.5000, after 1.2500 |", "| optimizer steps | 1,200 |", "| duration | 61 s |",
+        "| peak memory | 2.26 GB |", "| training loss | not measured |", "- a limit", "| data | `train.jsonl` |",
+        "| `shop-q8_0.gguf` | 531 MB | Q8_0 0.621%, F32 0.000% |",
+    ):  # fmt: skip
+        assert row in text, row
+    assert "| evaluation loss | not measured |" in card(tmp_path, record())
+    assert "no record of qingtune's" in card(tmp_path, None)
+
+
+def test_settings_are_shown_where_they_are_not_the_defaults(tmp_path: Path) -> None:
+    text = card(tmp_path, record(lora_r=64, lora_target_modules=["q_proj", "v_proj"], warmup_ratio=0.0))
+    assert "| `lora_r` | `64` |" in text
+    assert '| `lora_target_modules` | `["q_proj", "v_proj"]` |' in text
+    assert "warmup_ratio" not in text
+
+
+def test_no_secret_and_no_path_gets_in(tmp_path: Path) -> None:
+    text = card(tmp_path, record(system_prompt=f"key {SECRET} | `x`\nline", model_name_or_path="/srv/models/q"))
+    assert SECRET not in text
+    assert "/srv" not in text
+    assert r"| system prompt | `` key *** \| `x`<br>line `` |" in text
