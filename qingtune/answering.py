@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from qingtune.adapters.files import load_adapter
 from qingtune.adapters.quantize import shapes_to_read
-from qingtune.adapters.stored import HEAD, StoredAdapter, read_adapter
+from qingtune.adapters.stored import EMBEDDING, HEAD, StoredAdapter, read_adapter
 from qingtune.adapters.variants import LowRank
 from qingtune.base import SMALLER, check_memory, load_base
 from qingtune.generation import Decoder
@@ -167,9 +167,9 @@ class Assembly:
 
     def _embedding(self) -> torch.Tensor:
         """[V, D]: only rows of it are looked up, so on a CPU it stays in its file if the adapter does not change it."""
-        if self.adapter and _EMBEDDING in self.adapter.names:
-            return self._read(_EMBEDDING).to(self.device, self.dtype)
-        mapped = self.stored.mapped(_EMBEDDING)
+        if self.adapter and EMBEDDING in self.adapter.names:
+            return self._read(EMBEDDING).to(self.device, self.dtype)
+        mapped = self.stored.mapped(EMBEDDING)
         return mapped if self.device.type == "cpu" else mapped.to(self.device, self.dtype)
 
     def _head(self, embedding: torch.Tensor) -> Matrix:
@@ -177,7 +177,7 @@ class Assembly:
         if own:
             return self._pack(self._read(HEAD), None)
         if self.adapter and HEAD in self.adapter.names:
-            return self._pack(self.adapter.merged(HEAD, self.stored.read(_EMBEDDING)), None)
+            return self._pack(self.adapter.merged(HEAD, self.stored.read(EMBEDDING)), None)
         return self._pack(embedding, None)
 
     def layer(self, number: int, module: Any) -> AnswerLayer:
@@ -288,6 +288,5 @@ class AdaptedMatrix:
         return y
 
 
-_EMBEDDING = "model.embed_tokens.weight"
 _QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")

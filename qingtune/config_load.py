@@ -127,8 +127,8 @@ def _validate(
 ) -> tuple[Checked | None, set[str]]:
     """Check values against a schema, adding a problem for each fault.
 
-    Returns the settings with faulty ones left at their defaults, so that further checks can go on, and the faulty
-    names.
+    Returns the settings with faulty ones left at their defaults, so that further checks can go on (None where one has
+    no default), and the faulty names.
     """
     try:
         return schema.model_validate(dict(values)), set()
@@ -139,7 +139,7 @@ def _validate(
             problems.append(UserError(f"--{name} is missing", fix=schema.model_fields[name].description))
         else:
             problems.append(_problem(schema, name, values[name], fault["msg"], fault["type"], origin[name]))
-    if any(fault["type"] == "missing" for fault in faults.values()):
+    if any(name in schema.model_fields and schema.model_fields[name].is_required() for name in faults):
         return None, set(faults)
     return schema.model_validate({k: v for k, v in values.items() if k not in faults}), set(faults)
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from qingtune.adapters.files import read_adapter_config
-from qingtune.adapters.stored import StoredAdapter, read_adapter
+from qingtune.adapters.stored import EMBEDDING, HEAD, StoredAdapter, read_adapter
 from qingtune.config import DEFAULT_MODEL, ExportConfig
 from qingtune.data.format import Message
 from qingtune.data.templates import render_template
@@ -74,7 +74,9 @@ def export(config: ExportConfig) -> None:
     adapter = read_adapter(adapter_folder) if adapter_folder else None
     base, record = find_base(config, adapter_folder)
     weights = StoredWeights(base)
-    layout = layout_of(base, weights.shapes)
+    unties = adapter is not None and adapter.unties(read_model_config(base))
+    head = {HEAD: weights.shapes[EMBEDDING]} if unties else {}
+    layout = layout_of(base, weights.shapes | head, untie=unties)
     read = _reader(weights, layout, adapter)
     speech = _speech(config, base, record, layout)
     metadata = _metadata(name, layout, speech)
@@ -145,7 +147,7 @@ def _reader(weights: StoredWeights, layout: Layout, adapter: StoredAdapter | Non
         )
 
     def read(name: str) -> torch.Tensor:
-        tensor = weights.read(name)
+        tensor = weights.read(name if name in weights.shapes else EMBEDDING)  # of which a head of its own is made
         merged = adapter.merged(name, tensor) if name in adapter.names else tensor
         if merged.shape != tensor.shape:
             raise UserError(

@@ -11,7 +11,7 @@ import torch
 
 from qingtune.adapters.files import load_adapter, read_adapter_config
 from qingtune.adapters.lora import merge_lora
-from qingtune.adapters.stored import HEAD, StoredAdapter, read_adapter
+from qingtune.adapters.stored import EMBEDDING, HEAD, StoredAdapter, read_adapter
 from qingtune.config import MergeConfig
 from qingtune.data.tokenize import Template, make_template, prompt_ids
 from qingtune.errors import UserError
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 MOST_MEAN_DIFFERENCE = 0.03  # of the logits' standard deviation
 PROMPT_TOKENS = 160  # of each prompt that is compared, at most
 
-_EMBEDDING = "model.embed_tokens.weight"
 _SMALLER = "Close other programs, or merge on a machine with more memory."
 
 
@@ -100,7 +99,7 @@ def _write(folder: Path, base: Path, adapter: StoredAdapter) -> None:
     copy_changed(base, folder, adapter.names, adapter.merged)
     settings = read_model_config(base)
     if adapter.unties(settings):
-        embedding = StoredWeights(base).read(_EMBEDDING)
+        embedding = StoredWeights(base).read(EMBEDDING)
         add_tensor(folder, HEAD, adapter.merged(HEAD, embedding).to(embedding.dtype))
         settings["tie_word_embeddings"] = False
     write_json(folder / "config.json", settings)

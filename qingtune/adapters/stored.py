@@ -15,7 +15,7 @@ from qingtune.adapters.variants import LowRank
 from qingtune.adapters.whole import modules_of
 from qingtune.errors import UserError
 
-HEAD = "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Names of modules that hold a model's embedding, by the conventions of Transformers.
 _EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "word_embeddings", "wte"})
 

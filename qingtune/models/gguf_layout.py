@@ -105,12 +105,13 @@ class Layout:
     constants: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
-def layout_of(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+def layout_of(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, untie: bool = False) -> Layout:
     """How a model lies in GGUF.
 
     Args:
         folder: of the model.
         shapes: of its stored tensors, by name.
+        untie: the head is a matrix of its own here, though the model's configuration has it tied.
 
     Raises:
         UserError: the architecture, or something about this model, cannot be expressed.
@@ -142,6 +143,7 @@ def layout_of(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     }
     constants: dict[str, NDArray[np.float32]] = {}
     _add_rope_scaling(config, kind, folder, metadata, constants)
+    config.tie_word_embeddings = config.tie_word_embeddings and not untie
     tensors = _place(config, kind, folder, shapes)
     embeddings = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
     return Layout(kind, metadata, tensors, embeddings, constants)

@@ -163,3 +163,13 @@ def test_refusals_leave_nothing_behind(trained: Trained, tmp_path: Path, monkeyp
     with pytest.raises(UserError, match="other weights"):
         export_to(tmp_path / "next", adapter)
     assert not (tmp_path / "next").exists()
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"use_dora": True}], ids=["own head", "dora"])
+def test_other_kinds_of_adapters_are_exported(settings: dict[str, Any], trained: Trained, tmp_path: Path) -> None:
+    adapter = trained("qwen2", **settings)
+    export_to(tmp_path / "out", adapter, quantize=["f32"])
+    model = read_by_transformers(tmp_path / "out" / "out-f32.gguf")
+    wanted = adapted(tmp_path / "model", adapter)
+    assert float((logits_of(model) - wanted).abs().max()) < 1e-3
+    assert model.config.tie_word_embeddings is ("modules_to_save" not in settings)
