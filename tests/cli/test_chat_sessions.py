@@ -62,7 +62,7 @@ class Terminal:
             env={**kept, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONPATH": str(ROOT)} | environment,
         )  # fmt: skip
         self._slave = slave
-        self.seen = ""
+        self.seen = self.all_seen = ""
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
@@ -73,7 +73,9 @@ class Terminal:
         while text not in self.seen:
             ready, _, _ = select.select([self._master], [], [], max(0.0, end - time.monotonic()))
             assert ready, f"{text!r} did not come; there is {self.seen!r}"
-            self.seen = _ESCAPES.sub("", self.seen + os.read(self._master, 65536).decode(errors="replace"))
+            shown = os.read(self._master, 65536).decode(errors="replace")
+            self.all_seen += shown
+            self.seen = _ESCAPES.sub("", self.seen + shown)
         before, _, self.seen = self.seen.partition(text)
         return before + text
 
@@ -120,8 +122,11 @@ def test_a_conversation_at_a_terminal(open_terminal: Callable[..., Terminal], tm
     assert "hmm" not in terminal.wait_for("thinking… 3 characters\r\nBecause.\r\n")
     terminal.ask("count")
     terminal.wait_for(" 0 1 2 3")
-    terminal.type("typed meanwhile" + CTRL_C)  # shows nothing, and Ctrl-C forgets it, as it does in a shell
-    assert "typed" not in terminal.wait_for("[stopped; the answer so far is kept]")
+    terminal.type("typed meanwhile")
+    terminal.wait_for(" 30")
+    terminal.type(CTRL_C)  # forgets what was typed, as it does in a shell
+    terminal.wait_for("[stopped; the answer so far is kept]")
+    assert "typed" not in terminal.all_seen
     terminal.ask("count")
     terminal.wait_for(" 0 1 2 3")
     terminal.type(CTRL_C)

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chat_twin import CTRL_C, make_state, talk
+from chat_twin import CTRL_C, Script, make_state, talk
 from conftest import CHATML, THINKING_TEMPLATE
 
+from qingtune.chat import Chat
 from qingtune.chat_screen import Screen
 from qingtune.data.format import Message, read_conversations
 from qingtune.data.tokenize import prompt_ids
-from qingtune.generation import Decoding
+from qingtune.generation import Answer, Decoding
 
 Captured = pytest.CaptureFixture[str]
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
@@ -57,6 +58,7 @@ def test_ctrl_c_keeps_the_answer_so_far(capsys: Captured) -> None:
 
 def test_ctrl_c_pressed_again_and_again_ends_nothing_else(capsys: Captured) -> None:
     state = make_state()
+    cleaned_up: list[bool] = []
 
     def impatient() -> Iterator[int]:
         yield from state.session.template.tokenizer("At", add_special_tokens=False)["input_ids"]
@@ -64,10 +66,11 @@ def test_ctrl_c_pressed_again_and_again_ends_nothing_else(capsys: Captured) -> N
             signal.raise_signal(signal.SIGINT)
         finally:
             signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
+            cleaned_up.append(True)
 
     assert talk(["Bread?", "Now?"], [impatient(), "Yes."], state=state).turns == ["Bread?", "At", "Now?", "Yes."]
     assert "stopped; the answer so far is kept" in capsys.readouterr().err
+    assert cleaned_up
 
 
 def test_ctrl_c_while_text_is_shown_loses_none_of_it(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +85,21 @@ def test_ctrl_c_while_text_is_shown_loses_none_of_it(capsys: Captured, monkeypat
     assert talked.turns[1] in "Seven."
     assert capsys.readouterr().out == f"{talked.turns[1]}\n"
     assert len(talked.turns) == 2
+
+
+def test_ctrl_c_just_before_a_piece_is_given_loses_none_of_it(capsys: Captured) -> None:
+    state = make_state()
+
+    class CaughtInBetween(Answer):
+        def __iter__(self) -> Iterator[str]:
+            self.text = "Seven."
+            signal.raise_signal(signal.SIGINT)
+            yield self.text
+
+    answer = CaughtInBetween(state.session.template, [])
+    Chat(lambda ids, decoding: answer, state, Script(["Bread?"]), Screen(live=False)).talk()
+    assert state.session.turns[1].content == "Seven."
+    assert capsys.readouterr().out == "Seven.\n"
 
 
 @pytest.mark.parametrize("reply", [CTRL_C + "Seven.", "<think>\nLet me" + CTRL_C, " \n" + CTRL_C])
