@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -41,6 +42,12 @@ def _auto_or_switch(value: object) -> object:
     return {"true": True, "false": False, "None": "auto"}.get(str(value), value)
 
 
+def _owner_and_name(value: object) -> object:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(value)):
+        raise ValueError("should be OWNER/NAME, such as me/my-shop")
+    return value
+
+
 Integer = Annotated[int, BeforeValidator(_number_not_bool)]
 Number = Annotated[float, BeforeValidator(_number_not_bool)]
 _TEXT_OR_LIST = WithJsonSchema(
@@ -48,6 +55,7 @@ _TEXT_OR_LIST = WithJsonSchema(
 )
 CommaList = Annotated[list[str] | None, BeforeValidator(_split_commas), _TEXT_OR_LIST]
 Quantizations = Annotated[list[Literal["f32", "f16", "bf16", "q8_0", "q4_0"]], BeforeValidator(_split_commas)]
+RepositoryName = Annotated[str, BeforeValidator(_owner_and_name)]
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_no_if_false)]
 
 
@@ -336,7 +344,7 @@ class PushConfig(Settings):
     """Settings of `qingtune push`."""
 
     folder: str = _setting(..., "What", "The folder to publish: an export, a merged model or an adapter.", min_length=1)
-    repo: str = _setting(..., "Where", "OWNER/NAME on the hub.", pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+    repo: RepositoryName = _setting(..., "Where", "OWNER/NAME on the hub.")
     to: Literal["hf", "modelscope"] = _setting("hf", "Where", "Hugging Face or ModelScope.")
     private: bool = _setting(False, "Where", "Make a repository that only its owner sees, if there is none yet.")
     confirm: bool = _setting(False, "Where", "Upload; without this, only what would be done is shown.")

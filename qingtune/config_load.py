@@ -139,7 +139,8 @@ def _validate(
             problems.append(UserError(f"--{name} is missing", fix=schema.model_fields[name].description))
         else:
             problems.append(_problem(schema, name, values[name], fault["msg"], fault["type"], origin[name]))
-    if any(fault["type"] == "missing" for fault in faults.values()):
+    required = {name for name, field in schema.model_fields.items() if field.is_required()}
+    if required & set(faults):
         return None, set(faults)
     return schema.model_validate({k: v for k, v in values.items() if k not in faults}), set(faults)
 
