@@ -14,6 +14,7 @@ from qingtune.values import (
     Numbers,
     Quantizations,
     RankPattern,
+    RepositoryName,
     Start,
     Strategy,
     auto_or_switch,
@@ -353,7 +354,7 @@ class PushConfig(Settings):
     """Settings of `qingtune push`."""
 
     folder: str = _setting(..., "What", "The folder to publish: an export, a merged model or an adapter.", min_length=1)
-    repo: str = _setting(..., "Where", "OWNER/NAME on the hub.", pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+    repo: RepositoryName = _setting(..., "Where", "OWNER/NAME on the hub.")
     to: Literal["hf", "modelscope"] = _setting("hf", "Where", "Hugging Face or ModelScope.")
     private: bool = _setting(False, "Where", "Make a repository that only its owner sees, if there is none yet.")
     confirm: bool = _setting(False, "Where", "Upload; without this, only what would be done is shown.")

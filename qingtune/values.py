@@ -70,6 +70,12 @@ def _pattern(value: object) -> object:
     return value or None
 
 
+def _owner_and_name(value: object) -> object:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(value)):
+        raise ValueError("should be OWNER/NAME, such as me/my-shop")
+    return value
+
+
 def _start(value: object) -> object:
     """PEFT calls the default start true."""
     return "default" if value is True or str(value).lower() == "true" else value
@@ -88,6 +94,7 @@ def _any_of(*kinds: dict[str, Any]) -> WithJsonSchema:
 
 CommaList = Annotated[list[str] | None, BeforeValidator(_split_commas), _TEXT_OR_LIST]
 Quantizations = Annotated[list[Literal["f32", "f16", "bf16", "q8_0", "q4_0"]], BeforeValidator(_split_commas)]
+RepositoryName = Annotated[str, BeforeValidator(_owner_and_name)]
 Numbers = Annotated[
     list[NonNegativeInt] | None,
     BeforeValidator(_split_numbers),

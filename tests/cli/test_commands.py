@@ -137,7 +137,8 @@ def test_error_in_a_process_of_its_own(run: Callable[..., subprocess.CompletedPr
         (("export", "--output_dir", "out"), "no model is named. Pass --lora_model"),
         (("export", "--base_model", "x", "--output_dir", "o", "--quantize", "q5"), '--quantize: "quantize" is "q5"'),
         (("push", "--folder", "none", "--repo", "me/mine"), "none: there is no such folder"),
-        (("push", "--folder", "none", "--repo", "mine"), '--repo: "repo" is "mine"'),
+        (("push", "--folder", "none", "--repo", "mine"), '--repo: "repo" is "mine": should be OWNER/NAME'),
+        (("export", "--base_model", "x", "--output_dir", ""), '--output_dir: "output_dir" is ""'),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
