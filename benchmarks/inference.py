@@ -143,10 +143,10 @@ def measure(system: str, model: Path) -> dict[str, Any]:
     decode: list[float] = []
     for prompt in prompts:
         began = time.perf_counter()
-        token = int(decoder.start(prompt).argmax())
+        token = int(decoder.start(prompt).float().argmax())
         read = time.perf_counter()
         for _ in range(NEW):
-            token = int(decoder.step([token])[0].argmax())
+            token = int(decoder.step([token])[0].float().argmax())
         prefill.append(PROMPT / (read - began))
         decode.append(NEW / (time.perf_counter() - read))
     assert torch.get_num_threads() == os.cpu_count()

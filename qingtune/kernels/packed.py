@@ -7,7 +7,8 @@ come at once (a prompt), packed weights are unpacked into a buffer and multiplie
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+import warnings
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,30 +65,40 @@ class Int8Matrix:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, *, units: bool) -> None:
-        packed, self.scale = round_to_int8(weight)
+        packed, scale = round_to_int8(weight)
         self.bias, self.units = bias, units
-        self.held_bytes = packed.numel() + self.scale.numel() * self.scale.element_size()
-        self._zeros = torch.zeros(len(packed) if units else 0, dtype=torch.int64)
-        if not units:
-            self.scale = self.scale.to(dtype)
-        self._packed = torch.ops.onednn.qlinear_prepack(packed, None) if units else packed
+        self.held_bytes = packed.numel() + scale.numel() * scale.element_size()
+        self._packed: Any = _packed_for_units(packed, scale) if units else packed
+        self.scale = scale.to(dtype)
 
     def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """[T, K] -> [T, N]."""
         if self.units:
-            return _sum(self._product_of_bytes(x).to(x.dtype), self.bias, added)
+            return _sum(self._product_of_bytes(x.float()).to(x.dtype), self.bias, added)
         if len(x) < UNPACK_FROM[8]:
             return _sum(aten._weight_int8pack_mm(x, self._packed, self.scale), self.bias, added)
         return _sum((x @ self._packed.to(x.dtype).t()).mul_(self.scale), self.bias, added)
 
     def _product_of_bytes(self, x: torch.Tensor) -> torch.Tensor:
-        """fp32 [T, N]; rows are rounded as in training (kernels/int8.py), and moved to 1..255 as oneDNN wants them."""
-        numbers, scale = round_to_int8(x)
-        moved = numbers.to(torch.int16).add_(128).to(torch.uint8)
-        y = torch.ops.onednn.qlinear_pointwise(
-            moved, 1.0, 128, self._packed, self.scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return y.mul_(scale[:, None])
+        """fp32 [T, K] -> [T, N]; the library rounds all rows by one scale, so they are brought to one size first."""
+        if len(x) == 1:
+            return torch.ops.quantized.linear_dynamic(x, self._packed)
+        largest = x.abs().amax(1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+        return torch.ops.quantized.linear_dynamic(x / largest, self._packed).mul_(largest)
+
+
+def _packed_for_units(numbers: torch.Tensor, scale: torch.Tensor) -> Any:
+    """int8 [N, K] and fp32 scales [N] as FBGEMM, which comes with PyTorch for x86, multiplies them."""
+    zeros = torch.zeros(len(numbers), dtype=torch.int64)
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this way of quantising models may be taken out of PyTorch one day
+            weight = torch._make_per_channel_quantized_tensor(numbers, scale.double(), zeros, 0)
+            return torch.ops.quantized.linear_prepack(weight, None)
+    finally:
+        torch.backends.quantized.engine = before
 
 
 def round_to_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
