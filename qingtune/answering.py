@@ -156,10 +156,10 @@ class Assembly:
             context_length=config.max_position_embeddings,
         )
         layers = _Layers(self, body.layers)
-        embedding = self._embedding()
+        head = self._head()  # first, as packing it takes the most for a moment
         norm = self._norm("model.norm", body.norm)
-        head = self._head(embedding)
-        return CachedDecoder(shape, embedding, layers if lazy else list(layers), norm, head, self._rotary(), slots)
+        layers = layers if lazy else list(layers)
+        return CachedDecoder(shape, self._embedding(), layers, norm, head, self._rotary(), slots)
 
     def _read(self, name: str) -> torch.Tensor:
         weight = self.stored.read(name)
@@ -172,13 +172,13 @@ class Assembly:
         mapped = self.stored.mapped(EMBEDDING)
         return mapped if self.device.type == "cpu" else mapped.to(self.device, self.dtype)
 
-    def _head(self, embedding: torch.Tensor) -> Matrix:
+    def _head(self) -> Matrix:
         own = not self.model.config.tie_word_embeddings
         if own:
             return self._pack(self._read(HEAD), None)
         if self.adapter and HEAD in self.adapter.names:
             return self._pack(self.adapter.merged(HEAD, self.stored.read(EMBEDDING)), None)
-        return self._pack(embedding, None)
+        return self._pack(self._embedding(), None)  # mapped anew: pages that were read here are given back
 
     def layer(self, number: int, module: Any) -> AnswerLayer:
         """A layer's weights, read from the files."""

@@ -18,6 +18,7 @@ from qingtune.kernels.workspace import Workspace
 aten = torch.ops.aten
 GROUP_SIZE = 32  # weights of a row that share a scale and an offset in 4 bits
 INT4_ROWS = 64  # the packed form's blocks; rows are filled up to a multiple
+ROWS_AT_A_TIME = 8192  # rounded at once: what that takes for a moment is several times the weight
 # From how many rows on unpacking pays; below, packed products go through all weights once for a few rows.
 UNPACK_FROM = {8: 16, 4: 96}
 
@@ -65,7 +66,8 @@ class Int8Matrix:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, *, units: bool) -> None:
-        packed, scale = round_to_int8(weight)
+        parts = [round_to_int8(rows) for rows in weight.split(ROWS_AT_A_TIME)]
+        packed, scale = (torch.cat(part) for part in zip(*parts, strict=True))
         self.bias, self.units = bias, units
         self.held_bytes = packed.numel() + scale.numel() * scale.element_size()
         self._packed: Any = _packed_for_units(packed, scale) if units else packed
@@ -122,10 +124,9 @@ class Int4Matrix:
         self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, workspace: Workspace
     ) -> None:
         self.rows, self.columns = weight.shape
-        filled = F.pad(weight, (0, 0, 0, -self.rows % INT4_ROWS))
-        numbers, scale, middle = round_to_int4(filled, dtype)
-        self.packed = aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
-        self.scales_and_middles = torch.stack([scale, middle], 2).transpose(0, 1).contiguous()  # [K / 32, N, 2]
+        parts = [_packed_int4(rows, dtype) for rows in weight.split(ROWS_AT_A_TIME)]
+        self.packed, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+        self.scales_and_middles = scales.transpose(0, 1).contiguous()  # [K / 32, N, 2]
         self.bias, self.workspace = bias, workspace
 
     @property
@@ -160,6 +161,12 @@ def _sum(y: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor | None)
         if part is not None:
             y.add_(part)
     return y
+
+
+def _packed_int4(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows filled up to a multiple of 64 in PyTorch's layout, and scales and middles [N, K / 32, 2]."""
+    numbers, scale, middle = round_to_int4(F.pad(weight, (0, 0, 0, -len(weight) % INT4_ROWS)), dtype)
+    return aten._convert_weight_to_int4pack_for_cpu(numbers, 1), torch.stack([scale, middle], 2)
 
 
 def round_to_int4(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -117,3 +117,11 @@ def test_another_layout_of_4_bits_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     packed.has_int4_kernels.cache_clear()
     assert not packed.has_int4_kernels()
     packed.has_int4_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_large_weights_are_packed_in_parts(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = random(300, 64), random(3, 64, seed=1)
+    whole = packed_of(weight, bits).multiply(x)
+    monkeypatch.setattr(packed, "ROWS_AT_A_TIME", 128)
+    assert torch.equal(packed_of(weight, bits).multiply(x), whole)
