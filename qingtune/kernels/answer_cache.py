@@ -143,18 +143,13 @@ class OneToken:
     def __init__(self, cache: AnswerCache, rotary: tuple[torch.Tensor, torch.Tensor]) -> None:
         place = len(cache.ids[0])
         self.shape = cache.shape
-        cos, sin = (part[place] for part in rotary)
-        plane = torch.cat([cos, cos]).diag_embed()
-        half = len(cos)
-        plane[:half, half:] = sin.diag_embed()
-        plane[half:, :half] = -sin.diag_embed()
-        self.plane = plane  # [d, d]: turning as a product
+        self.cos, self.sin = (part[place, None, None] for part in rotary)
         self.keys, self.values = (held[:, :1, :, : place + 1].unbind(0) for held in (cache.keys, cache.values))
         self.new_keys, self.new_values = (held[:, :1, :, place].unbind(0) for held in (cache.keys, cache.values))
 
     def turn(self, heads: torch.Tensor) -> torch.Tensor:
         """[1, heads, d] -> the same."""
-        return heads @ self.plane
+        return _turned(heads, self.cos, self.sin)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [1, H, d]; k, v [1, G, d] -> [1, H * d]."""
