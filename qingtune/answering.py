@@ -42,7 +42,7 @@ class ModulesDecoder:
         from transformers import DynamicCache
 
         held = len(self._ids)
-        if self._cache is None or held >= len(ids) or list(ids[:held]) != self._ids:
+        if not held or held >= len(ids) or list(ids[:held]) != self._ids:
             self._ids, self._cache, held = [], DynamicCache(config=self.model.config), 0
         return self._read(ids[held:])
 
@@ -56,10 +56,10 @@ class ModulesDecoder:
 
     def _read(self, ids: Sequence[int]) -> torch.Tensor:
         inputs = torch.tensor([list(ids)], device=self.device)
-        self._ids += ids
-        return self.model(
-            input_ids=inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        ).logits[0, -1]  # fmt: skip
+        held, self._ids = self._ids, []  # nothing can be gone on from if this breaks off half way, as by Ctrl-C
+        output = self.model(input_ids=inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._ids = [*held, *ids]
+        return output.logits[0, -1]
 
 
 def load_decoder(
@@ -223,7 +223,8 @@ class Assembly:
         adapter = self.adapter.layers.get(f"{name}.weight") if self.adapter else None
         if adapter is None:
             return DenseMatrix(self._read(f"{name}.weight").to(self.device, self.dtype), bias)
-        return AdaptedMatrix(self.stored.read(f"{name}.weight").to(self.device, self.dtype), bias, adapter)
+        weight = self.stored.read(f"{name}.weight").to(self.device, self.dtype)
+        return AdaptedMatrix(weight, bias, adapter.on_unchanged_base(weight, name))
 
     def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
         bias = None if bias is None else bias.to(self.device)

@@ -97,7 +97,7 @@ def _packed_for_units(numbers: torch.Tensor, scale: torch.Tensor) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that this way of quantising models may be taken out of PyTorch one day
-            weight = torch._make_per_channel_quantized_tensor(numbers, scale.double(), zeros, 0)
+            weight = aten._make_per_channel_quantized_tensor(numbers, scale.double(), zeros, 0)
             return torch.ops.quantized.linear_prepack(weight, None)
     finally:
         torch.backends.quantized.engine = before

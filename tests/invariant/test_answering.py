@@ -217,6 +217,37 @@ def test_other_models_are_answered_by_their_modules(kind: str, bits: int | None,
     assert apart(decoder.start(IDS[:5]), first) < 1e-5  # begins anew
 
 
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_what_was_broken_off_is_read_anew(
+    kind: str, layer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lively_model(kind)
+    model.save_pretrained(tmp_path / "model")
+    decoder = load_decoder(tmp_path / "model", None, None, FP32, None, 1, silent)
+    decoder.start(IDS[:4])
+    right = torch.nn.functional.scaled_dot_product_attention
+    calls: list[int] = []
+
+    def broken_off(*arguments: Any, **settings: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == layer + 1:
+            raise KeyboardInterrupt
+        return right(*arguments, **settings)
+
+    with monkeypatch.context() as context:
+        context.setattr(torch.nn.functional, "scaled_dot_product_attention", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.start(IDS[:9])
+    assert apart(decoder.start(IDS), logits_of(model, IDS)[-1]) < 1e-4
+    with monkeypatch.context() as context:
+        calls.clear()
+        context.setattr(torch.nn.functional, "scaled_dot_product_attention", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.step([8])
+    assert apart(decoder.start([*IDS, 9, 9]), logits_of(model, [*IDS, 9, 9])[-1]) < 1e-4
+
+
 def test_bf16_is_near_fp32(tmp_path: Path) -> None:
     model, folder = saved(tmp_path, "qwen2")
     decoder = opened(folder, hardware=Hardware(torch.device("cpu"), torch.bfloat16, ""))
