@@ -20,7 +20,7 @@ from qingtune.hardware import Hardware, has_int8_units, memory_errors
 from qingtune.kernels.answer_cache import AnswerShape
 from qingtune.kernels.cached_decoder import AnswerLayer, CachedDecoder, Norm
 from qingtune.kernels.decoder import why_not
-from qingtune.kernels.packed import DenseMatrix, Matrix, has_int4_kernels, pack
+from qingtune.kernels.packed import ROWS_AT_A_TIME, DenseMatrix, Matrix, has_int4_kernels, pack
 from qingtune.kernels.workspace import Workspace
 from qingtune.models.load import StoredWeights, empty_model
 
@@ -174,10 +174,12 @@ class Assembly:
 
     def _head(self) -> Matrix:
         own = not self.model.config.tie_word_embeddings
+        if self.adapter and HEAD in self.adapter.names:
+            return self._pack(self.adapter.merged(HEAD, self.stored.read(HEAD if own else EMBEDDING)), None)
+        if not self.merge:
+            return FileMatrix(self.stored.mapped(HEAD if own else EMBEDDING), self.device)
         if own:
             return self._pack(self._read(HEAD), None)
-        if self.adapter and HEAD in self.adapter.names:
-            return self._pack(self.adapter.merged(HEAD, self.stored.read(EMBEDDING)), None)
         return self._pack(self._embedding(), None)  # mapped anew: pages that were read here are given back
 
     def layer(self, number: int, module: Any) -> AnswerLayer:
@@ -250,6 +252,20 @@ class _Layers(Sequence[AnswerLayer]):
 
     def __getitem__(self, number: Any) -> Any:
         return self._assembly.layer(range(len(self))[number], self._modules[number])
+
+
+class FileMatrix:
+    """A weight [N, K] that stays in its file, of which a part at a time is in memory in another dtype."""
+
+    def __init__(self, weight: torch.Tensor, device: torch.device) -> None:
+        self.weight, self.device = weight, device
+        self.held_bytes = weight.numel() * weight.element_size()
+
+    def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, K] -> [T, N]."""
+        parts = self.weight.split(ROWS_AT_A_TIME)
+        y = torch.cat([x @ part.to(self.device, x.dtype).t() for part in parts], 1)
+        return y if added is None else y.add_(added)
 
 
 class JoinedMatrix:

@@ -97,7 +97,10 @@ def _packed_for_units(numbers: torch.Tensor, scale: torch.Tensor) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that this way of quantising models may be taken out of PyTorch one day
-            weight = aten._make_per_channel_quantized_tensor(numbers, scale.double(), zeros, 0)
+            # PyTorch's own name for it from Python, whose warnings can be silenced; below it they are printed.
+            weight = torch._make_per_channel_quantized_tensor(  # pyright: ignore[reportPrivateUsage]
+                numbers, scale.double(), zeros, 0
+            )
             return torch.ops.quantized.linear_prepack(weight, None)
     finally:
         torch.backends.quantized.engine = before
