@@ -16,7 +16,7 @@ from qingtune.adapters.stored import EMBEDDING, HEAD, StoredAdapter, read_adapte
 from qingtune.adapters.variants import LowRank
 from qingtune.base import SMALLER, check_memory, load_base
 from qingtune.generation import Decoder
-from qingtune.hardware import Hardware, has_int8_units, memory_errors
+from qingtune.hardware import Hardware, give_back_memory, has_int8_units, memory_errors
 from qingtune.kernels.answer_cache import AnswerShape
 from qingtune.kernels.cached_decoder import AnswerLayer, CachedDecoder, Norm
 from qingtune.kernels.decoder import why_not
@@ -158,7 +158,7 @@ class Assembly:
         layers = _Layers(self, body.layers)
         head = self._head()  # first, as packing it takes the most for a moment
         norm = self._norm("model.norm", body.norm)
-        layers = layers if lazy else list(layers)
+        layers = layers if lazy else _kept(layers)
         return CachedDecoder(shape, self._embedding(), layers, norm, head, self._rotary(), slots)
 
     def _read(self, name: str) -> torch.Tensor:
@@ -239,6 +239,15 @@ class Assembly:
         cos, sin = self.model.model.rotary_emb(torch.empty(0, dtype=self.dtype), positions)
         half = cos.shape[-1] // 2
         return cos[0, :, :half].contiguous().to(self.device), sin[0, :, :half].contiguous().to(self.device)
+
+
+def _kept(layers: Sequence[AnswerLayer]) -> list[AnswerLayer]:
+    """All layers; what packing one of them took is given back before the next."""
+    kept: list[AnswerLayer] = []
+    for layer in layers:
+        kept.append(layer)
+        give_back_memory()
+    return kept
 
 
 class _Layers(Sequence[AnswerLayer]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
@@ -211,6 +212,13 @@ def memory_errors(when: str, where: Path | None, fix: str) -> Generator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"out of memory when {when}", where=where and str(where), fix=fix) from error
+
+
+def give_back_memory() -> None:
+    """Have the C library give freed memory back to the system, which glibc else keeps in holes of its heap."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def peak_bytes(device: torch.device) -> int:

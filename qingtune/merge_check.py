@@ -13,12 +13,12 @@ from qingtune.adapters.files import load_adapter
 from qingtune.adapters.stored import StoredAdapter
 from qingtune.answering import Assembly, load_decoder, open_model
 from qingtune.generation import Decoding, generate_many
-from qingtune.hardware import Hardware
+from qingtune.hardware import Hardware, give_back_memory
 from qingtune.kernels.cached_decoder import CachedDecoder
 from qingtune.models.load import load_model
 
 ANSWER_TOKENS = 32
-ROWS_AT_A_TIME = 64  # places whose logits are there at once
+ROWS_AT_A_TIME = 32  # places whose logits are there at once
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def compare_merged(
     greedy = Decoding(max_new_tokens=ANSWER_TOKENS, temperature=0)
     answers = dict(generate_many(decoder, prompts, [greedy] * len(prompts), stop_ids))
     del decoder
+    give_back_memory()
     sequences = [[*prompt, *answers[number]] for number, prompt in enumerate(prompts)]
     before, after = _side(base, adapter, hardware, len(prompts)), _side(merged, None, hardware, len(prompts))
     totals = _Totals()
