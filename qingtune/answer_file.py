@@ -65,7 +65,7 @@ class AnswerFile:
     @property
     def _state(self) -> Path:
         assert self.path
-        return self.path.with_name(f"{self.path.name}.unfinished.json")
+        return _state_of(self.path)
 
     def open(self, say: Callable[[str], None]) -> tuple[TextIO, int]:
         """The stream to write to, and how many rows it holds already.
@@ -98,12 +98,7 @@ class AnswerFile:
             return 0
         if not self.path.is_file():  # such as /dev/null or a pipe
             return 0
-        if not self._state.exists():
-            raise UserError(
-                "output_file is there already",
-                where=str(self.path),
-                fix="Choose another one, or pass --overwrite_output_file.",
-            )
+        refuse_finished(self.path)
         before = json.loads(self._state.read_text(encoding="utf-8"))
         if other := sorted(name for name in self.identity if before.get(name) != self.identity[name]):
             raise UserError(
@@ -115,6 +110,25 @@ class AnswerFile:
             rows = sum(line.endswith(b"\n") for line in file)
         say(f"{self.path}: {rows:,} answers are there; going on.")
         return rows
+
+
+def _state_of(path: Path) -> Path:
+    """Stands beside a file that is not whole."""
+    return path.with_name(f"{path.name}.unfinished.json")
+
+
+def refuse_finished(path: Path) -> None:
+    """Leave alone a file that holds something and is not one to go on with.
+
+    Raises:
+        UserError: it is there.
+    """
+    if path.is_file() and path.stat().st_size and not _state_of(path).exists():
+        raise UserError(
+            "output_file is there already",
+            where=str(path),
+            fix="Choose another one, or pass --overwrite_output_file.",
+        )
 
 
 def _cut_after(stream: TextIO, rows: int) -> None:

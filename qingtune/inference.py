@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qingtune.adapters.files import read_adapter_config
-from qingtune.answer_file import AnswerFile, Question, answer_file, with_seed
+from qingtune.answer_file import AnswerFile, Question, answer_file, refuse_finished, with_seed
 from qingtune.answering import load_decoder
 from qingtune.chat import chat
 from qingtune.chat_session import ChatSession
@@ -105,6 +105,8 @@ def infer(config: InferConfig) -> None:
         raise UserError("load_in_4bit and load_in_8bit are both given", fix="Choose one.")
     if config.prompt_file and not Path(config.prompt_file).is_file():
         raise UserError("there is no such file", where=config.prompt_file, fix="Check --prompt_file.")
+    if config.output_file and not config.overwrite_output_file:
+        refuse_finished(Path(config.output_file))  # before seconds go into loading
     questions = list(rows_with_prompts(config.prompt_file)) if config.prompt_file else []
     speaker = load_speaker(config, slots=min(SLOTS, max(1, len(questions))))
     if config.chat:
