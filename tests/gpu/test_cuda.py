@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from qingtune.answering import load_decoder
+from qingtune.generation import Decoding, generate_many
+from qingtune.hardware import Hardware
 from qingtune.kernels import flash_attention
 from qingtune.kernels.block_attention import BlockAttention, Heads
+from qingtune.kernels.cached_decoder import CachedDecoder
 from qingtune.kernels.flash_attention import FlashAttention
 from qingtune.kernels.layout import Layout, Segment
 from qingtune.kernels.workspace import Workspace
@@ -103,3 +107,16 @@ def test_flash_attention_is_block_attention(dtype: torch.dtype, shared: int) -> 
     assert flash_attention.fits(device, dtype, 64)
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine.double(), other.double(), rtol=0.02, atol=0.02 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_answers_are_those_of_the_cpu(kind: str, tiny: Callable[..., Path]) -> None:
+    prompts = [[5, 17, 200, 3, 42], [7, 11], [5, 17, 200, 9, 8, 7, 6]]
+    greedy = [Decoding(max_new_tokens=12, temperature=0)] * len(prompts)
+    found = []
+    for device in ("cuda", "cpu"):
+        hardware = Hardware(torch.device(device), torch.float32, "")
+        decoder = load_decoder(tiny(kind), None, None, hardware, None, 2, lambda _: None)
+        assert isinstance(decoder, CachedDecoder)
+        found.append(dict(generate_many(decoder, prompts, greedy, frozenset())))
+    assert found[0] == found[1]
