@@ -191,7 +191,7 @@ def has_int4_kernels() -> bool:
         matrix = Int4Matrix(weight, None, torch.float32, Workspace(torch.device("cpu")))
         x = torch.randn(3, weight.shape[1], generator=generator)
         return bool((matrix.multiply(x) - x @ matrix.dense()).abs().max() < 1e-3)
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:  # no such kernels on this machine; the caller tells the user why the general ones are used
         return False
 
 
