@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qingtune.adapters.files import read_adapter_config
 from qingtune.answer_file import AnswerFile, Question, answer_file, refuse_finished, with_seed
 from qingtune.answering import load_decoder
@@ -256,3 +258,10 @@ def bundled_data() -> Path:
     package = Path(__file__).parent
     checkout = package.parent / "data"
     return checkout if (checkout / "store_xhs_heldout.jsonl").exists() else package / "bundled"
+
+
+def logits_of(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """Logits of every place of a prompt, fp32 [T, V] on the CPU."""
+    with torch.inference_mode():
+        device = next(model.parameters()).device
+        return model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0].float().cpu()

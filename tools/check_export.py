@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from qingtune.adapters.files import load_adapter  # noqa: E402
+from qingtune.answering import ModulesDecoder  # noqa: E402
 from qingtune.config import ExportConfig, ModelSettings  # noqa: E402
 from qingtune.data.format import Message  # noqa: E402
 from qingtune.data.tokenize import Template, make_template, prompt_ids  # noqa: E402
@@ -174,7 +175,7 @@ def _ours(name: str, lora: str | None) -> Ours:
     template = make_template(load_tokenizer(adapter or base), record.stop_ids if record else stop_ids(base))
     prompts = [prompt_ids(template, [Message("user", text)]) for text in PROMPTS]
     decoding = Decoding(max_new_tokens=NEW_TOKENS, temperature=0)
-    answers = [list(generate(model, ids, decoding, template.stop_ids)) for ids in prompts]
+    answers = [list(generate(ModulesDecoder(model), ids, decoding, template.stop_ids)) for ids in prompts]
     logits = [logits_of(model, ids).numpy() for ids in prompts]
     return Ours(template, prompts, logits, answers, [a[-1] in template.stop_ids for a in answers], model)
 
