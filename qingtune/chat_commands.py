@@ -11,7 +11,8 @@ from typing import Any
 
 from qingtune.chat_file import add_conversation, path_of, read_conversation
 from qingtune.chat_session import ChatSession
-from qingtune.config import ChatOptions, InferConfig, Settings
+from qingtune.command_config import ChatOptions, InferConfig
+from qingtune.config import Settings
 from qingtune.config_load import check_flags
 from qingtune.data.format import Message
 from qingtune.errors import UserError

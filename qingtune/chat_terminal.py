@@ -20,7 +20,7 @@ from prompt_toolkit.layout.processors import TabsProcessor
 
 from qingtune.chat_commands import COMMANDS, settable
 from qingtune.chat_input import LEAVING
-from qingtune.config import ChatOptions
+from qingtune.command_config import ChatOptions
 from qingtune.flags import value_of
 from qingtune.models.source import default_cache
 

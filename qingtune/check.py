@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from qingtune.config import CheckConfig
+from qingtune.command_config import CheckConfig
 from qingtune.data.check import Report, Seen, as_json, as_lines, check_data
 from qingtune.data.prepare import check_files_exist
 from qingtune.data.tokenize import Template
@@ -13,7 +13,7 @@ from qingtune.errors import UserError
 
 
 def check(config: CheckConfig) -> int:
-    """Print the report; returns how many rows are faulty.
+    """Print the report; returns the exit code: 2 if the data is faulty and that was asked for, else 0.
 
     Raises:
         UserError: nothing to check, or a file or the tokenizer cannot be read.
@@ -37,7 +37,7 @@ def check(config: CheckConfig) -> int:
             print("\n".join(as_lines(name, report, limit)))
         if template is None:
             print("Token lengths and templates were not looked at: name a model with --model_name_or_path.")
-    return sum(report.faulty for report in reports.values())
+    return 2 if config.strict and any(report.faulty for report in reports.values()) else 0
 
 
 def _template(config: CheckConfig) -> tuple[Template, int]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from qingtune import __version__
-from qingtune.config import CheckConfig, ExportConfig, InferConfig, MergeConfig, PushConfig, TrainConfig
+from qingtune.command_config import CheckConfig, ExportConfig, InferConfig, MergeConfig, PushConfig
+from qingtune.config import Settings, TrainConfig
 from qingtune.config_load import check_flags, load_train_config
 from qingtune.errors import UserError
 from qingtune.flags import parse_flags
@@ -19,18 +22,50 @@ from qingtune.redaction import redacted_output
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
-USAGE = """usage: qingtune COMMAND [--name value ...]
+TRAIN = "Fine-tune a model by full training, LoRA or QLoRA."
 
-commands:
-  train   fine-tune a model by full training, LoRA or QLoRA
-  infer   answer prompts with a model, with or without an adapter
-  chat    talk to a model
-  merge   write base model and adapter as one model
-  export  write a model, with or without an adapter, as GGUF for llama.cpp and Ollama
-  push    upload a folder to Hugging Face or ModelScope; shows what it would do first
-  check   report on a data set without training
 
-`qingtune COMMAND --help` lists a command's settings."""
+@dataclass(frozen=True)
+class Command:
+    """A command that takes flags only.
+
+    Attributes:
+        purpose: a line of help.
+        settings: what it takes.
+        function: MODULE:NAME of what does it, loaded only then; it may return an exit code.
+        flags: given before those typed.
+    """
+
+    purpose: str
+    settings: type[Settings]
+    function: str
+    flags: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "infer": Command("Answer prompts with a model, with or without an adapter.", InferConfig, "inference:infer"),
+    "chat": Command("Talk to a model, with or without an adapter.", InferConfig, "inference:infer", ("--chat",)),
+    "merge": Command("Write base model and adapter as one model.", MergeConfig, "merge:merge"),
+    "export": Command("Write a model as GGUF for llama.cpp and Ollama.", ExportConfig, "export:export"),
+    "push": Command("Upload a folder to Hugging Face or ModelScope; by itself only shows it.", PushConfig, "push:push"),
+    "check": Command("Report on a data set without training.", CheckConfig, "check:check"),
+}
+
+
+def usage() -> str:
+    """The help that lists the commands."""
+    purposes = {"train": TRAIN} | {name: command.purpose for name, command in COMMANDS.items()}
+    lines = [f"  {name:<8} {purpose}" for name, purpose in purposes.items()]
+    return "\n".join(
+        [
+            "usage: qingtune COMMAND [--name value ...]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`qingtune COMMAND --help` lists a command's settings.",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
@@ -64,26 +99,29 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
 
 
 def _run(argv: Sequence[str], program: str | None) -> int:
-    command, *rest = argv or ["--help"]
-    commands = {
-        "train": _train, "infer": _infer, "chat": _chat, "merge": _merge,
-        "export": _export, "push": _push, "check": _check,
-    }  # fmt: skip
-    if command in ("-h", "--help", "help"):
-        print(USAGE)
-    elif command in ("-V", "--version"):
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+    elif name in ("-V", "--version"):
         print(f"qingtune {__version__}")
-    elif command not in commands:
-        raise UserError(f'"{command}" is not a command', fix=f"The commands are {', '.join(commands)}.")
+    elif name == "train":
+        return _train(rest, program or "qingtune train")
+    elif name in COMMANDS:
+        return _run_command(COMMANDS[name], rest, program or f"qingtune {name}")
     else:
-        return commands[command](rest, program or f"qingtune {command}")
+        raise UserError(f'"{name}" is not a command', fix=f"The commands are {', '.join(('train', *COMMANDS))}.")
     return DONE
 
 
+def _run_command(command: Command, argv: Sequence[str], program: str) -> int:
+    _, flags = parse_flags(command.settings, program, command.purpose, [*command.flags, *argv])
+    config = check_flags(command.settings, flags)
+    module, function = command.function.split(":")
+    return getattr(importlib.import_module(f"qingtune.{module}"), function)(config) or DONE
+
+
 def _train(argv: Sequence[str], program: str) -> int:
-    config_file, flags = parse_flags(
-        TrainConfig, program, "Fine-tune a model by full training, LoRA or QLoRA.", argv, config_file=True
-    )
+    config_file, flags = parse_flags(TrainConfig, program, TRAIN, argv, config_file=True)
     loaded = load_train_config(config_file, flags)
     from qingtune.finetune import finetune
 
@@ -91,51 +129,3 @@ def _train(argv: Sequence[str], program: str) -> int:
     chat = "python inference_lora.py --chat" if program.endswith(".py") else "qingtune chat"
     finished = finetune(loaded.config, notices=loaded.notices, command=again, chat_command=chat)
     return DONE if finished else INTERRUPTED
-
-
-def _infer(argv: Sequence[str], program: str) -> int:
-    _, flags = parse_flags(InferConfig, program, "Answer prompts with a model, with or without an adapter.", argv)
-    config = check_flags(InferConfig, flags)
-    from qingtune.inference import infer
-
-    infer(config)
-    return DONE
-
-
-def _chat(argv: Sequence[str], program: str) -> int:
-    return _infer(["--chat", *argv], program)
-
-
-def _merge(argv: Sequence[str], program: str) -> int:
-    _, flags = parse_flags(MergeConfig, program, "Write base model and adapter as one model.", argv)
-    config = check_flags(MergeConfig, flags)
-    from qingtune.merge import merge
-
-    merge(config)
-    return DONE
-
-
-def _export(argv: Sequence[str], program: str) -> int:
-    _, flags = parse_flags(ExportConfig, program, "Write a model as GGUF for llama.cpp and Ollama.", argv)
-    config = check_flags(ExportConfig, flags)
-    from qingtune.export import export
-
-    export(config)
-    return DONE
-
-
-def _push(argv: Sequence[str], program: str) -> int:
-    _, flags = parse_flags(PushConfig, program, "Upload a folder to Hugging Face or ModelScope.", argv)
-    config = check_flags(PushConfig, flags)
-    from qingtune.push import push
-
-    push(config, again=f"{program} {shlex.join(argv)}")
-    return DONE
-
-
-def _check(argv: Sequence[str], program: str) -> int:
-    _, flags = parse_flags(CheckConfig, program, "Report on a data set without training.", argv)
-    config = check_flags(CheckConfig, flags)
-    from qingtune.check import check
-
-    return WRONG_USAGE if check(config) and config.strict else DONE

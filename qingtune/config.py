@@ -1,4 +1,7 @@
-"""THE schema: every setting's name, default, help and check, once. Files, flags, docs and JSON Schema come from it."""
+"""THE schema: every setting's name, default, help and check, once. Files, flags, docs and JSON Schema come from it.
+
+This file holds those of training; command_config.py those of the other commands.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,7 @@ from qingtune.values import (
     Integer,
     Number,
     Numbers,
-    Quantizations,
     RankPattern,
-    RepositoryName,
     Start,
     Strategy,
     auto_or_switch,
@@ -31,117 +32,114 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def _setting(default: Any, group: str, description: str, **checks: Any) -> Any:
+def setting(default: Any, group: str, description: str, **checks: Any) -> Any:
     """A field with its help text and the heading under which --help and the docs list it."""
     return Field(default, description=description, json_schema_extra={"group": group}, **checks)
-
-
-# --- Training --------------------------------------------------------------------------------------------------------
 
 
 class TrainConfig(Settings):
     """Settings of `qingtune train`. Names and meanings follow Transformers' TrainingArguments where it has them."""
 
-    model_name_or_path: str = _setting(
+    model_name_or_path: str = setting(
         DEFAULT_MODEL, "Model", "A model folder, a .gguf file, or a name on a model hub.", min_length=1
     )
-    cache_dir: str | None = _setting(
+    cache_dir: str | None = setting(
         None, "Model", "Where downloaded and converted models are kept (default: ~/.cache/qingtune)."
     )
-    hub: Literal["auto", "hf", "modelscope"] = _setting(
+    hub: Literal["auto", "hf", "modelscope"] = setting(
         "auto", "Model", "Where names are looked up: hf, modelscope, or auto (hf, then modelscope)."
     )
 
-    use_lora: bool = _setting(False, "Method", "Train low-rank adapters on frozen weights (LoRA).")
-    use_qlora: bool = _setting(False, "Method", "LoRA on quantised weights (QLoRA); see quantization_bit.")
-    quantization_bit: Annotated[Literal[4, 8], BeforeValidator(whole_number)] = _setting(
+    use_lora: bool = setting(False, "Method", "Train low-rank adapters on frozen weights (LoRA).")
+    use_qlora: bool = setting(False, "Method", "LoRA on quantised weights (QLoRA); see quantization_bit.")
+    quantization_bit: Annotated[Literal[4, 8], BeforeValidator(whole_number)] = setting(
         4, "Method", "Bits a weight in QLoRA: 4 (NF4, double quantisation) or 8 (int8, a scale a row)."
     )
-    lora_r: Integer = _setting(16, "Method", "Rank of the adapters.", ge=1, le=65536)
-    lora_alpha: Number | None = _setting(
+    lora_r: Integer = setting(16, "Method", "Rank of the adapters.", ge=1, le=65536)
+    lora_alpha: Number | None = setting(
         None, "Method", "Adapters are scaled by lora_alpha / lora_r (default: twice lora_r).", gt=0
     )
-    lora_dropout: Number = _setting(0.0, "Method", "Dropout on the adapters' input.", ge=0, lt=1)
-    lora_target_modules: CommaList = _setting(
+    lora_dropout: Number = setting(0.0, "Method", "Dropout on the adapters' input.", ge=0, lt=1)
+    lora_target_modules: CommaList = setting(
         None,
         "Method",
         'Layers to adapt: a comma list of names; "all" or null finds every linear layer but the head.',
     )
 
-    use_dora: bool = _setting(
+    use_dora: bool = setting(
         False, "Adapters", "DoRA: the size of each output of a layer is trained apart from its direction. Slower."
     )
-    use_rslora: bool = _setting(
+    use_rslora: bool = setting(
         False, "Adapters", "rsLoRA: adapters are scaled by lora_alpha / sqrt(lora_r), for high ranks."
     )
-    init_lora_weights: Start = _setting(
+    init_lora_weights: Start = setting(
         "default",
         "Adapters",
         "How adapters start: default and gaussian at zero; pissa (from the largest singular values; pissa_niter_16: "
         "nearly these, faster) and olora (from a QR decomposition) as a part of the weights.",
     )
-    loraplus_lr_ratio: Number | None = _setting(
+    loraplus_lr_ratio: Number | None = setting(
         None,
         "Adapters",
         "LoRA+: B matrices (and vectors, as in PEFT) learn at so many times the learning rate; the paper uses 16.",
         ge=1,
     )
-    rank_pattern: RankPattern = _setting(
+    rank_pattern: RankPattern = setting(
         None, "Adapters", "Ranks of single layers: a JSON object, or q_proj=8,layers.0.mlp.up_proj=32."
     )
-    alpha_pattern: AlphaPattern = _setting(None, "Adapters", "lora_alpha of single layers, in the same form.")
-    layers_to_transform: Numbers = _setting(
+    alpha_pattern: AlphaPattern = setting(None, "Adapters", "lora_alpha of single layers, in the same form.")
+    layers_to_transform: Numbers = setting(
         None, "Adapters", "Numbers of the decoder layers to adapt, such as 0-3,7 (default: all)."
     )
-    modules_to_save: CommaList = _setting(
+    modules_to_save: CommaList = setting(
         None,
         "Adapters",
         "Modules trained and saved in full beside the adapters, such as lm_head,embed_tokens,norm; in fp32.",
     )
 
-    data_path: CommaList = _setting(
+    data_path: CommaList = setting(
         None, "Data", "Training data: one file or several, comma-separated (.jsonl .json .csv .parquet, also .gz)."
     )
-    eval_data_path: CommaList = _setting(None, "Data", "Evaluation data, in the same forms.")
-    val_size: Number = _setting(
+    eval_data_path: CommaList = setting(None, "Data", "Evaluation data, in the same forms.")
+    val_size: Number = setting(
         0.0, "Data", "Without eval_data_path: the share (below 1) or number of rows held out for evaluation.", ge=0
     )
-    max_seq_length: Integer = _setting(2048, "Data", "The longest sample, in tokens.", ge=8)
-    on_long: Literal["drop", "truncate", "raise"] = _setting(
+    max_seq_length: Integer = setting(2048, "Data", "The longest sample, in tokens.", ge=8)
+    on_long: Literal["drop", "truncate", "raise"] = setting(
         "drop", "Data", "What happens to longer samples: dropped, cut at the end, or an error."
     )
-    on_bad_row: Literal["raise", "skip"] = _setting(
+    on_bad_row: Literal["raise", "skip"] = setting(
         "raise", "Data", "What happens to rows that cannot be used: an error, or left out and counted."
     )
-    system_prompt: str | None = _setting(
+    system_prompt: str | None = setting(
         None, "Data", "System message for rows that have none (default: what the model's template does)."
     )
 
-    output_dir: str = _setting("./output", "Run", "Where the result is written.", min_length=1)
-    overwrite_output_dir: bool = _setting(False, "Run", "Replace an earlier run's result in output_dir.")
-    resume_from_checkpoint: Annotated[bool | str, BeforeValidator(auto_or_switch)] = _setting(
+    output_dir: str = setting("./output", "Run", "Where the result is written.", min_length=1)
+    overwrite_output_dir: bool = setting(False, "Run", "Replace an earlier run's result in output_dir.")
+    resume_from_checkpoint: Annotated[bool | str, BeforeValidator(auto_or_switch)] = setting(
         "auto", "Run", "auto: go on where output_dir's run stopped; false: start anew; or a checkpoint folder."
     )
-    seed: Integer = _setting(42, "Run", "Seed of data order, adapter initialisation and dropout.", ge=0, lt=2**32)
+    seed: Integer = setting(42, "Run", "Seed of data order, adapter initialisation and dropout.", ge=0, lt=2**32)
 
-    per_device_train_batch_size: Integer = _setting(8, "Batches", "Samples a device and micro-batch.", ge=1)
-    per_device_eval_batch_size: Integer = _setting(8, "Batches", "The same in evaluation.", ge=1)
-    gradient_accumulation_steps: Integer = _setting(1, "Batches", "Micro-batches an optimizer step.", ge=1)
-    num_train_epochs: Number = _setting(3.0, "Batches", "Passes over the data.", gt=0)
-    max_steps: Integer = _setting(-1, "Batches", "Optimizer steps; overrides num_train_epochs when above 0.", ge=-1)
+    per_device_train_batch_size: Integer = setting(8, "Batches", "Samples a device and micro-batch.", ge=1)
+    per_device_eval_batch_size: Integer = setting(8, "Batches", "The same in evaluation.", ge=1)
+    gradient_accumulation_steps: Integer = setting(1, "Batches", "Micro-batches an optimizer step.", ge=1)
+    num_train_epochs: Number = setting(3.0, "Batches", "Passes over the data.", gt=0)
+    max_steps: Integer = setting(-1, "Batches", "Optimizer steps; overrides num_train_epochs when above 0.", ge=-1)
 
-    learning_rate: Number | None = _setting(
+    learning_rate: Number | None = setting(
         None, "Optimizer", "Peak learning rate (default: 1e-5 full, 1e-4 LoRA, 2e-4 QLoRA).", gt=0
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
-        _setting("linear", "Optimizer", "How the learning rate falls after the warm-up.")
+        setting("linear", "Optimizer", "How the learning rate falls after the warm-up.")
     )
-    warmup_steps: Number = _setting(0, "Optimizer", "Warm-up steps; below 1, a share of all steps.", ge=0)
-    warmup_ratio: Number = _setting(
+    warmup_steps: Number = setting(0, "Optimizer", "Warm-up steps; below 1, a share of all steps.", ge=0)
+    warmup_ratio: Number = setting(
         0.0, "Optimizer", "Warm-up as a share of all steps, where warmup_steps is 0.", ge=0, le=1
     )
-    weight_decay: Number = _setting(0.0, "Optimizer", "Decoupled weight decay (not on biases and norms).", ge=0)
-    max_grad_norm: Number = _setting(1.0, "Optimizer", "Clip the gradient's norm to this; 0: do not clip.", ge=0)
+    weight_decay: Number = setting(0.0, "Optimizer", "Decoupled weight decay (not on biases and norms).", ge=0)
+    max_grad_norm: Number = setting(1.0, "Optimizer", "Clip the gradient's norm to this; 0: do not clip.", ge=0)
     optim: Literal[
         "adamw_torch",
         "adamw_torch_fused",
@@ -150,57 +148,57 @@ class TrainConfig(Settings):
         "paged_adamw_8bit",
         "paged_adamw_32bit",
         "sgd",
-    ] = _setting(
+    ] = setting(
         "adamw_torch_fused",
         "Optimizer",
         "Optimizer. 8-bit ones hold its states in 8 bits, and in full training on a CPU weights and gradients in 16. "
         "Paging needs an NVIDIA GPU.",
     )
-    adam_beta1: Number = _setting(0.9, "Optimizer", "AdamW's first decay rate.", ge=0, lt=1)
-    adam_beta2: Number = _setting(0.999, "Optimizer", "AdamW's second decay rate.", ge=0, lt=1)
-    adam_epsilon: Number = _setting(1e-8, "Optimizer", "AdamW's epsilon.", gt=0)
+    adam_beta1: Number = setting(0.9, "Optimizer", "AdamW's first decay rate.", ge=0, lt=1)
+    adam_beta2: Number = setting(0.999, "Optimizer", "AdamW's second decay rate.", ge=0, lt=1)
+    adam_epsilon: Number = setting(1e-8, "Optimizer", "AdamW's epsilon.", gt=0)
 
-    logging_steps: Integer = _setting(10, "Log, evaluate, save", "Steps from one logged line to the next.", ge=1)
-    eval_strategy: Strategy | None = _setting(
+    logging_steps: Integer = setting(10, "Log, evaluate, save", "Steps from one logged line to the next.", ge=1)
+    eval_strategy: Strategy | None = setting(
         None, "Log, evaluate, save", "When to evaluate (default: each epoch if there is evaluation data)."
     )
-    eval_steps: Integer | None = _setting(
+    eval_steps: Integer | None = setting(
         None, "Log, evaluate, save", "Steps between evaluations (default: logging_steps).", ge=1
     )
-    save_strategy: Strategy = _setting("steps", "Log, evaluate, save", "When to save a checkpoint.")
-    save_steps: Integer = _setting(500, "Log, evaluate, save", "Steps between checkpoints.", ge=1)
-    save_total_limit: Integer | None = _setting(
+    save_strategy: Strategy = setting("steps", "Log, evaluate, save", "When to save a checkpoint.")
+    save_steps: Integer = setting(500, "Log, evaluate, save", "Steps between checkpoints.", ge=1)
+    save_total_limit: Integer | None = setting(
         None, "Log, evaluate, save", "Checkpoints to keep; the best one is kept besides.", ge=1
     )
-    load_best_model_at_end: bool = _setting(
+    load_best_model_at_end: bool = setting(
         False, "Log, evaluate, save", "Keep the weights of the best evaluation as the result."
     )
-    metric_for_best_model: Literal["eval_loss", "loss"] | None = _setting(
+    metric_for_best_model: Literal["eval_loss", "loss"] | None = setting(
         None, "Log, evaluate, save", "What best means: eval_loss."
     )
-    greater_is_better: bool | None = _setting(
+    greater_is_better: bool | None = setting(
         None, "Log, evaluate, save", "Whether a greater metric is better; a loss is better when it is smaller."
     )
-    report_to: CommaList = _setting(
+    report_to: CommaList = setting(
         ["tensorboard"],
         "Log, evaluate, save",
         "Trackers, comma-separated: tensorboard, wandb, swanlab, mlflow, trackio, comet_ml, clearml, ...; or none.",
     )
 
-    gradient_checkpointing: Annotated[bool | Literal["auto"], BeforeValidator(auto_or_switch)] = _setting(
+    gradient_checkpointing: Annotated[bool | Literal["auto"], BeforeValidator(auto_or_switch)] = setting(
         "auto",
         "Hardware",
         "Recompute activations in the backward pass (less memory, about 1.4 times the work): in all layers, in none, "
         "or auto: in as many as the free memory demands.",
     )
-    bf16: bool | None = _setting(None, "Hardware", "true: bfloat16; false: not (default: where the hardware has it).")
-    fp16: bool | None = _setting(None, "Hardware", "true: float16, on GPUs only.")
+    bf16: bool | None = setting(None, "Hardware", "true: bfloat16; false: not (default: where the hardware has it).")
+    fp16: bool | None = setting(None, "Hardware", "true: float16, on GPUs only.")
 
-    dataloader_num_workers: Integer = _setting(0, "No effect here", "Samples are tokenised before training.", ge=0)
-    deepspeed: dict[str, Any] | str | None = _setting(
+    dataloader_num_workers: Integer = setting(0, "No effect here", "Samples are tokenised before training.", ge=0)
+    deepspeed: dict[str, Any] | str | None = setting(
         None, "No effect here", "Several devices: start the command with `accelerate launch`."
     )
-    remove_unused_columns: bool = _setting(True, "No effect here", "Columns that a format does not use are left out.")
+    remove_unused_columns: bool = setting(True, "No effect here", "Columns that a format does not use are left out.")
 
     @property
     def method(self) -> Method:
@@ -255,129 +253,3 @@ _ONLY_IDLE_NAMES = (
 )
 ONLY_IDLE = frozenset(_ONLY_IDLE_NAMES.split())
 NO_EFFECT = {name: reason for reason, names in _NO_EFFECT_GROUPS.items() for name in names.split()}
-
-# --- Inference, merging, export ---------------------------------------------------------------------------------------
-
-
-class ModelSettings(Settings):
-    """The settings by which infer, chat, merge and export find a base model and an adapter."""
-
-    base_model: str | None = _setting(
-        None,
-        "Model",
-        f"A model folder, a .gguf file, or a hub name (default: the adapter's own base, else {DEFAULT_MODEL}).",
-    )
-    cache_dir: str | None = _setting(None, "Model", "Where downloaded and converted models are kept.")
-    hub: Literal["auto", "hf", "modelscope"] = _setting("auto", "Model", "Where names are looked up.")
-    allow_other_base: bool = _setting(
-        False, "Model", "Use the adapter even if the base model's weights are not those it was trained on."
-    )
-
-
-class InferConfig(ModelSettings):
-    """Settings of `qingtune infer` and `qingtune chat`."""
-
-    lora_model: str | None = _setting(None, "Model", "Folder of the adapter; without it the base model answers.")
-    load_in_4bit: bool = _setting(False, "Model", "Hold the base model's linear layers in 4 bits (NF4).")
-    load_in_8bit: bool = _setting(False, "Model", "Hold the base model's linear layers in 8 bits.")
-
-    chat: bool = _setting(False, "What to answer", "Talk to the model.")
-    prompt: str | None = _setting(None, "What to answer", "A prompt (default: a few bundled samples).")
-    prompt_file: str | None = _setting(
-        None, "What to answer", "A JSONL file of prompts; each row comes out again with an answer."
-    )
-    output_file: str | None = _setting(None, "What to answer", "Where prompt_file's answers go (default: stdout).")
-    overwrite_output_file: bool = _setting(
-        False,
-        "What to answer",
-        "Replace output_file; without it an unfinished one is gone on with, a finished one kept.",
-    )
-    system_prompt: str | None = _setting(None, "What to answer", "System message (default: the one used in training).")
-
-    max_new_tokens: Integer = _setting(512, "Decoding", "The longest answer, in tokens.", ge=1)
-    temperature: Number | None = _setting(
-        None, "Decoding", "0: always the likeliest token (default: the model's own setting, else 0.7).", ge=0
-    )
-    top_p: Number | None = _setting(
-        None,
-        "Decoding",
-        "Sample from the likeliest tokens that make up this share (model's own, else 0.8).",
-        gt=0,
-        le=1,
-    )
-    top_k: Integer | None = _setting(
-        None, "Decoding", "Sample from this many likeliest tokens; 0: all (model's own, else 20).", ge=0
-    )
-    repetition_penalty: Number | None = _setting(
-        None, "Decoding", "Above 1: tokens that were there already get less likely (model's own, else 1).", gt=0
-    )
-    seed: Integer = _setting(42, "Decoding", "Seed of the sampling.", ge=0, lt=2**32)
-
-
-class ChatOptions(Settings):
-    """What /set changes in a chat beside the decoding."""
-
-    stats: Literal["on", "off"] = _setting("off", "Chat", "Tell tokens and seconds after each answer.")
-    thinking: Literal["fold", "show"] = _setting("fold", "Chat", "Count a model's thinking, or show it.")
-    history: Literal["on", "off"] = _setting("on", "Chat", "Keep what is typed for later chats.")
-
-
-class MergeConfig(ModelSettings):
-    """Settings of `qingtune merge`."""
-
-    lora_model: str = _setting(..., "Model", "Folder of the adapter.")
-    output_dir: str = _setting(..., "Result", "Where the merged model is written.")
-    overwrite_output_dir: bool = _setting(False, "Result", "Replace an earlier merge in output_dir.")
-
-
-class ExportConfig(ModelSettings):
-    """Settings of `qingtune export`."""
-
-    lora_model: str | None = _setting(None, "Model", "Folder of an adapter to merge in; without it the base alone.")
-
-    output_dir: str = _setting(
-        ..., "Result", "Where the files are written; its last part names the model.", min_length=1
-    )
-    format: Literal["gguf"] = _setting(
-        "gguf", "Result", "The format, for llama.cpp, Ollama and programs built on them."
-    )
-    quantize: Quantizations = _setting(
-        ["q8_0"], "Result", "How weights are kept, one file each: f32, f16, bf16, q8_0, q4_0, comma-separated."
-    )
-    overwrite_output_dir: bool = _setting(False, "Result", "Replace an earlier export in output_dir.")
-    system_prompt: str | None = _setting(
-        None, "Result", "System message in Ollama's Modelfile (default: the one used in training); empty for none."
-    )
-
-
-class PushConfig(Settings):
-    """Settings of `qingtune push`."""
-
-    folder: str = _setting(..., "What", "The folder to publish: an export, a merged model or an adapter.", min_length=1)
-    repo: RepositoryName = _setting(..., "Where", "OWNER/NAME on the hub.")
-    to: Literal["hf", "modelscope"] = _setting("hf", "Where", "Hugging Face or ModelScope.")
-    private: bool = _setting(False, "Where", "Make a repository that only its owner sees, if there is none yet.")
-    confirm: bool = _setting(False, "Where", "Upload; without this, only what would be done is shown.")
-
-
-class CheckConfig(Settings):
-    """Settings of `qingtune check`."""
-
-    data: CommaList = _setting(
-        None, "Data", "Training data: one file or several, comma-separated (.jsonl .json .csv .parquet, also .gz)."
-    )
-    eval_data: CommaList = _setting(None, "Data", "Evaluation data, looked for in the training data.")
-    system_prompt: str | None = _setting(None, "Data", "System message for rows that have none.")
-
-    model_name_or_path: str | None = _setting(
-        None, "Tokens", "The model whose tokenizer and template count tokens (default: none are counted)."
-    )
-    cache_dir: str | None = _setting(None, "Tokens", "Where downloaded and converted models are kept.")
-    hub: Literal["auto", "hf", "modelscope"] = _setting("auto", "Tokens", "Where names are looked up.")
-    max_seq_length: Integer = _setting(2048, "Tokens", "The longest sample, in tokens.", ge=8)
-    on_long: Literal["drop", "truncate", "raise"] = _setting(
-        "drop", "Tokens", "What training would do with longer samples; raise makes them faults."
-    )
-
-    strict: bool = _setting(False, "Report", "Exit with 2 if there is a fault.")
-    json_report: bool = _setting(False, "Report", "Print the report as JSON.")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -20,18 +20,27 @@ _INERT = ("none", "", "false", "0", "0.0", "no")
 _LEARNING_RATES: dict[Method, float] = {"full": 1e-5, "lora": 1e-4, "qlora": 2e-4}
 
 
+Training = TypeVar("Training", bound=TrainConfig)
+
+
 @dataclass(frozen=True)
-class Loaded:
+class Loaded(Generic[Training]):
     """A checked configuration, with what the user should be told about it."""
 
-    config: TrainConfig
+    config: Training
     notices: tuple[str, ...]
 
 
-def load_train_config(config_file: str | None, flags: Mapping[str, str]) -> Loaded:
+def load_train_config(config_file: str | None, flags: Mapping[str, str]) -> Loaded[TrainConfig]:
+    """The settings of `qingtune train`; see load_config."""
+    return load_config(TrainConfig, config_file, flags)
+
+
+def load_config(schema: type[Training], config_file: str | None, flags: Mapping[str, str]) -> Loaded[Training]:
     """Read the file, lay the flags over it and check everything.
 
     Args:
+        schema: the settings of training, or more that hold these.
         config_file: path of a JSON file, or None for flags alone.
         flags: name -> text as typed on the command line.
 
@@ -45,7 +54,7 @@ def load_train_config(config_file: str | None, flags: Mapping[str, str]) -> Load
         for name, value in _without_older_names(given, where, problems).items():
             values[name], origin[name] = value, where or f"--{name}"
     notices = _take_out_idle(values)
-    config, faulty = _validate(TrainConfig, values, origin, problems)
+    config, faulty = _validate(schema, values, origin, problems)
     if config is not None:
         for names, what, fix in _conflicts(config):
             if not faulty & set(names):
@@ -146,7 +155,7 @@ def _validate(
 
 def _problem(schema: type[Settings], name: str, value: Any, message: str, kind: str, origin: str) -> UserError:
     if kind == "extra_forbidden":
-        known = [*schema.model_fields, *(ALIASES if schema is TrainConfig else ())]
+        known = [*schema.model_fields, *(ALIASES if issubclass(schema, TrainConfig) else ())]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         fix = f'Did you mean "{near[0]}"?' if near else "See --help for all settings."
         return UserError(f'"{shorten(name)}" is not a setting', where=origin, fix=fix)
@@ -262,7 +271,7 @@ def _has_evaluation(config: TrainConfig) -> bool:
     return bool(config.eval_data_path) or config.val_size > 0
 
 
-def _resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+def _resolve(config: Training) -> tuple[Training, list[str]]:
     """Fill in the settings whose defaults depend on others; each choice comes with its reason."""
     chosen: dict[str, Any] = {}
     reasons: list[str] = []

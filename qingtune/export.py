@@ -16,7 +16,8 @@ import torch
 
 from qingtune.adapters.files import read_adapter_config
 from qingtune.adapters.stored import EMBEDDING, HEAD, StoredAdapter, read_adapter
-from qingtune.config import DEFAULT_MODEL, ExportConfig
+from qingtune.command_config import ExportConfig
+from qingtune.config import DEFAULT_MODEL
 from qingtune.data.format import Message
 from qingtune.data.templates import render_template
 from qingtune.data.tokenize import Template, make_template, prompt_ids

@@ -17,7 +17,8 @@ from qingtune.answer_file import AnswerFile, Question, answer_file, refuse_finis
 from qingtune.answering import load_decoder
 from qingtune.chat import chat
 from qingtune.chat_session import ChatSession
-from qingtune.config import DEFAULT_MODEL, InferConfig, ModelSettings
+from qingtune.command_config import InferConfig, ModelSettings
+from qingtune.config import DEFAULT_MODEL
 from qingtune.data.format import Message, rows_with_prompts
 from qingtune.data.tokenize import Template, make_template, prompt_ids
 from qingtune.errors import UserError

@@ -12,7 +12,7 @@ import torch
 from qingtune.adapters.files import load_adapter, read_adapter_config
 from qingtune.adapters.lora import merge_lora
 from qingtune.adapters.stored import EMBEDDING, HEAD, StoredAdapter, read_adapter
-from qingtune.config import MergeConfig
+from qingtune.command_config import MergeConfig
 from qingtune.data.tokenize import Template, make_template, prompt_ids
 from qingtune.errors import UserError
 from qingtune.files import disk_errors, move_into_place, staging_folder, write_json

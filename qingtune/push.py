@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from qingtune.config import PushConfig
+from qingtune.command_config import PushConfig
 from qingtune.errors import UserError, raise_all
 from qingtune.output_folder import LOCK
 from qingtune.record import CURVE, LATEST, METRICS, RECORD, SETTINGS
@@ -52,12 +52,11 @@ class Contents:
     left_out: list[str]
 
 
-def push(config: PushConfig, *, again: str, hub: Hub | None = None) -> None:
+def push(config: PushConfig, hub: Hub | None = None) -> None:
     """Show what would be uploaded, or, where that is confirmed, upload it.
 
     Args:
         config: the settings.
-        again: the command as it was typed, to which --confirm is to be added.
         hub: where to publish; by default the one that the settings name.
 
     Raises:
@@ -75,7 +74,7 @@ def push(config: PushConfig, *, again: str, hub: Hub | None = None) -> None:
     if contents.left_out:
         print(f"Left out: {', '.join(contents.left_out)}.")
     if not config.confirm:
-        print(f"Nothing was uploaded. To do it: {again} --confirm")
+        print("Nothing was uploaded. To do it, give the same command with --confirm.")
         return
     target = hub or (_HuggingFace() if config.to == "hf" else _modelscope())
     address = target.create(config.repo, private=config.private)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from qingtune.adapters.files import load_adapter  # noqa: E402
 from qingtune.answering import ModulesDecoder  # noqa: E402
-from qingtune.config import ExportConfig, ModelSettings  # noqa: E402
+from qingtune.command_config import ExportConfig, ModelSettings  # noqa: E402
 from qingtune.data.format import Message  # noqa: E402
 from qingtune.data.tokenize import Template, make_template, prompt_ids  # noqa: E402
 from qingtune.export import export  # noqa: E402

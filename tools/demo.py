@@ -17,7 +17,8 @@ from fetch_smollm2 import fetch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from qingtune.config import DEFAULT_MODEL, InferConfig, TrainConfig  # noqa: E402
+from qingtune.command_config import InferConfig  # noqa: E402
+from qingtune.config import DEFAULT_MODEL, TrainConfig  # noqa: E402
 from qingtune.config_load import load_train_config  # noqa: E402
 from qingtune.data.format import rows_with_prompts  # noqa: E402
 from qingtune.errors import UserError  # noqa: E402

@@ -9,17 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qingtune.config import (  # noqa: E402
-    ALIASES,
-    NO_EFFECT,
-    CheckConfig,
-    ExportConfig,
-    InferConfig,
-    MergeConfig,
-    PushConfig,
-    Settings,
-    TrainConfig,
-)
+from qingtune.command_config import CheckConfig, ExportConfig, InferConfig, MergeConfig, PushConfig  # noqa: E402
+from qingtune.config import ALIASES, NO_EFFECT, Settings, TrainConfig  # noqa: E402
 from qingtune.flags import default_of, group_of, value_of  # noqa: E402
 
 COMMANDS: dict[str, type[Settings]] = {
@@ -37,7 +28,7 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "Made from `qingtune/config.py` by `make docs`; do not edit.",
+        "Made from `qingtune/config.py` and `qingtune/command_config.py` by `make docs`; do not edit.",
         "Each name is a key of the JSON file and a flag (`--name value`); a flag overrides the file.",
         "Keys that start with `_` are comments. `docs/train_config.schema.json` is the schema for editors:",
         "name it as `$schema` in a file.",

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, write_jsonl
 
 from qingtune import __version__
-from qingtune.cli import USAGE, main
+from qingtune.cli import COMMANDS, main, usage
 
 HEAVY = (
     "torch", "transformers", "numpy", "peft", "accelerate", "bitsandbytes", "matplotlib", "pyarrow", "datasets",
@@ -57,12 +57,12 @@ def assert_refused(folder: Path, argv: tuple[str | Path, ...], *messages: str) -
 
 @pytest.mark.parametrize("argv", [("--help",), ("-h",), ("help",)])
 def test_usage_names_the_commands(argv: tuple[str, ...]) -> None:
-    assert call(*argv) == (0, USAGE + "\n", "")
-    for command in ("train", "infer", "chat", "merge", "export", "push"):
-        assert f"\n  {command} " in USAGE
+    assert call(*argv) == (0, usage() + "\n", "")
+    for command in ("train", *COMMANDS):
+        assert f"\n  {command} " in usage()
 
 
-@pytest.mark.parametrize("command", ["train", "infer", "chat", "merge", "export", "push"])
+@pytest.mark.parametrize("command", ["train", *COMMANDS])
 def test_every_command_has_help(command: str) -> None:
     code, out, err = call(command, "--help")
     assert (code, err) == (0, "")
@@ -76,7 +76,7 @@ def test_version(option: str) -> None:
 
 def test_module_without_arguments_shows_usage(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     ended = run("-m", "qingtune")
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, USAGE + "\n", "")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, usage() + "\n", "")
 
 
 WATCHED = f"""

@@ -286,7 +286,7 @@ def test_an_export_can_be_published_and_is_not_unasked(tmp_path: Path, trained: 
     assert [path.name for path in tmp_path.iterdir()] == ["shop"]
     code, out, err = call("push", "--folder", shop, "--repo", "me/shop", "--private")
     assert (code, err) == (0, "")
-    last = f"Nothing was uploaded. To do it: qingtune push --folder {shop} --repo me/shop --private --confirm\n"
+    last = "Nothing was uploaded. To do it, give the same command with --confirm.\n"
     assert out.endswith(last)
 
 

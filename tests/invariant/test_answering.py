@@ -18,7 +18,7 @@ from qingtune.adapters.files import load_adapter, save_adapter
 from qingtune.adapters.lora import lora_layers, merge_lora
 from qingtune.adapters.targets import linear_layers
 from qingtune.answering import Decoder, ModulesDecoder, load_decoder
-from qingtune.config import MergeConfig
+from qingtune.command_config import MergeConfig
 from qingtune.errors import UserError
 from qingtune.generation import Decoding, generate, generate_many
 from qingtune.hardware import Hardware, has_int8_units

@@ -15,7 +15,7 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from tiny_runs import LORA, lively_model, logits_of, save_model, train
 
-from qingtune.config import ExportConfig
+from qingtune.command_config import ExportConfig
 from qingtune.errors import UserError
 from qingtune.export import export
 from qingtune.models.gguf_layout import PlacedTensor

@@ -21,7 +21,7 @@ from qingtune import merge as recipe
 from qingtune.adapters.lora import add_lora, lora_layers, merge_lora
 from qingtune.adapters.quantize import quantize_model
 from qingtune.adapters.stored import StoredAdapter, read_adapter
-from qingtune.config import MergeConfig
+from qingtune.command_config import MergeConfig
 from qingtune.errors import UserError
 from qingtune.hardware import Hardware
 from qingtune.merge_check import compare_merged

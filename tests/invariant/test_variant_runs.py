@@ -12,7 +12,7 @@ from tiny_runs import LORA, assert_same_logits, lively_model, logits_of, metrics
 
 from qingtune.adapters.files import load_adapter
 from qingtune.adapters.stored import read_adapter
-from qingtune.config import MergeConfig
+from qingtune.command_config import MergeConfig
 from qingtune.merge import merge
 
 RUNS: dict[str, dict[str, Any]] = {

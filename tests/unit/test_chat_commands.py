@@ -17,7 +17,7 @@ from conftest import THINKING_TEMPLATE, write_jsonl
 
 from qingtune.chat_commands import COMMANDS, ChatState, find_command, settable
 from qingtune.chat_session import ChatSession
-from qingtune.config import InferConfig
+from qingtune.command_config import InferConfig
 from qingtune.config_load import check_flags
 from qingtune.data.format import Message, read_conversations
 from qingtune.data.tokenize import tokenize

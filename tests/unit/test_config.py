@@ -11,16 +11,8 @@ import pytest
 from conftest import ROOT, load_tool
 from pydantic import ValidationError
 
-from qingtune.config import (
-    ALIASES,
-    NO_EFFECT,
-    ExportConfig,
-    InferConfig,
-    MergeConfig,
-    PushConfig,
-    Settings,
-    TrainConfig,
-)
+from qingtune.command_config import ExportConfig, InferConfig, MergeConfig, PushConfig
+from qingtune.config import ALIASES, NO_EFFECT, Settings, TrainConfig
 from qingtune.config_load import load_train_config
 from qingtune.flags import group_of
 

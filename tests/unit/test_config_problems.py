@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qingtune.config import MergeConfig
+from qingtune.command_config import MergeConfig
 from qingtune.config_load import check_flags, load_train_config
 from qingtune.errors import UserError
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qingtune.config import ExportConfig, InferConfig, MergeConfig, PushConfig, Settings, TrainConfig
+from qingtune.command_config import ExportConfig, InferConfig, MergeConfig, PushConfig
+from qingtune.config import Settings, TrainConfig
 from qingtune.config_load import load_train_config
 from qingtune.errors import UserError
 from qingtune.flags import default_of, group_of, parse_flags

@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from qingtune.config import PushConfig
+from qingtune.command_config import PushConfig
 from qingtune.errors import UserError
 from qingtune.push import push
 
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def publish(folder: Path, hub: FakeHub, **settings: Any) -> None:
-    push(PushConfig(folder=str(folder), repo="me/mine", **settings), again="qingtune push --repo me/mine", hub=hub)
+    push(PushConfig(folder=str(folder), repo="me/mine", **settings), hub)
 
 
 PUBLISHED = [
@@ -70,7 +70,7 @@ def test_without_confirmation_only_a_list_is_shown(folder: Path, capsys: pytest.
     assert "adapter_model.safetensors  7 bytes" in lines[3]
     assert lines[-3].startswith("6 files, ")
     assert lines[-2] == "Left out: loss_curve.png, metrics.jsonl, trackers, train_config.json."
-    assert lines[-1] == "Nothing was uploaded. To do it: qingtune push --repo me/mine --confirm"
+    assert lines[-1] == "Nothing was uploaded. To do it, give the same command with --confirm."
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -153,7 +153,7 @@ def test_hugging_face_is_asked_as_its_library_wants(
 
     monkeypatch.setattr(api, "create_repo", create_repo)
     monkeypatch.setattr(api, "upload_folder", upload_folder)
-    push(PushConfig(folder=str(folder), repo="me/mine", confirm=True, private=True), again="")
+    push(PushConfig(folder=str(folder), repo="me/mine", confirm=True, private=True))
     assert calls == [
         {"repo_id": "me/mine", "private": True, "exist_ok": True}, {"repo_id": "me/mine", "files": PUBLISHED}
     ]  # fmt: skip
@@ -164,7 +164,7 @@ def test_hugging_face_is_asked_as_its_library_wants(
 
     monkeypatch.setattr(api, "create_repo", refuse)
     with pytest.raises(UserError, match="hf auth login") as caught:
-        push(PushConfig(folder=str(folder), repo="me/mine", confirm=True), again="")
+        push(PushConfig(folder=str(folder), repo="me/mine", confirm=True))
     assert TOKEN not in str(caught.value)
 
 
@@ -185,11 +185,11 @@ def test_modelscope_is_asked_as_its_library_wants(
     config = PushConfig(folder=str(folder), repo="me/mine", to="modelscope", confirm=True, private=True)
     monkeypatch.setitem(sys.modules, "modelscope.hub.api", None)
     with pytest.raises(UserError, match="pip install modelscope"):
-        push(config, again="")
+        push(config)
     for name in ("modelscope", "modelscope.hub"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "modelscope.hub.api", SimpleNamespace(HubApi=HubApi))  # pyright: ignore[reportArgumentType]
-    push(config, again="")
+    push(config)
     assert json.dumps([repo for repo, _ in calls]) == '["me/mine", "me/mine"]'
     assert calls[0][1] == {"repo_type": "model", "visibility": "private", "exist_ok": True}
     assert calls[1][1]["allow_patterns"] == PUBLISHED

@@ -71,10 +71,10 @@ def test_an_unforeseen_error_shows_its_traceback_without_secrets(monkeypatch: py
     def fail(*_: object) -> int:
         raise RuntimeError("server said: planted-secret")
 
-    monkeypatch.setattr("qingtune.cli._check", fail)
+    monkeypatch.setattr("qingtune.check.check", fail)
     err = io.StringIO()
     with redirect_stderr(err):
-        assert main(["check"]) == 1
+        assert main(["check", "--data", "none.jsonl"]) == 1
     assert "Traceback" in err.getvalue()
     assert "RuntimeError: server said: ***" in err.getvalue()
 

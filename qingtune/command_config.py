@@ -1,0 +1,130 @@
+"""The settings of all commands but train, each with its name, default, help and check, once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qingtune.config import DEFAULT_MODEL, Settings, setting
+from qingtune.values import CommaList, Integer, Number, Quantizations, RepositoryName
+
+
+class ModelSettings(Settings):
+    """The settings by which infer, chat, merge and export find a base model and an adapter."""
+
+    base_model: str | None = setting(
+        None,
+        "Model",
+        f"A model folder, a .gguf file, or a hub name (default: the adapter's own base, else {DEFAULT_MODEL}).",
+    )
+    cache_dir: str | None = setting(None, "Model", "Where downloaded and converted models are kept.")
+    hub: Literal["auto", "hf", "modelscope"] = setting("auto", "Model", "Where names are looked up.")
+    allow_other_base: bool = setting(
+        False, "Model", "Use the adapter even if the base model's weights are not those it was trained on."
+    )
+
+
+class InferConfig(ModelSettings):
+    """Settings of `qingtune infer` and `qingtune chat`."""
+
+    lora_model: str | None = setting(None, "Model", "Folder of the adapter; without it the base model answers.")
+    load_in_4bit: bool = setting(False, "Model", "Hold the base model's linear layers in 4 bits (NF4).")
+    load_in_8bit: bool = setting(False, "Model", "Hold the base model's linear layers in 8 bits.")
+
+    chat: bool = setting(False, "What to answer", "Talk to the model.")
+    prompt: str | None = setting(None, "What to answer", "A prompt (default: a few bundled samples).")
+    prompt_file: str | None = setting(
+        None, "What to answer", "A JSONL file of prompts; each row comes out again with an answer."
+    )
+    output_file: str | None = setting(None, "What to answer", "Where prompt_file's answers go (default: stdout).")
+    overwrite_output_file: bool = setting(
+        False,
+        "What to answer",
+        "Replace output_file; without it an unfinished one is gone on with, a finished one kept.",
+    )
+    system_prompt: str | None = setting(None, "What to answer", "System message (default: the one used in training).")
+
+    max_new_tokens: Integer = setting(512, "Decoding", "The longest answer, in tokens.", ge=1)
+    temperature: Number | None = setting(
+        None, "Decoding", "0: always the likeliest token (default: the model's own setting, else 0.7).", ge=0
+    )
+    top_p: Number | None = setting(
+        None,
+        "Decoding",
+        "Sample from the likeliest tokens that make up this share (model's own, else 0.8).",
+        gt=0,
+        le=1,
+    )
+    top_k: Integer | None = setting(
+        None, "Decoding", "Sample from this many likeliest tokens; 0: all (model's own, else 20).", ge=0
+    )
+    repetition_penalty: Number | None = setting(
+        None, "Decoding", "Above 1: tokens that were there already get less likely (model's own, else 1).", gt=0
+    )
+    seed: Integer = setting(42, "Decoding", "Seed of the sampling.", ge=0, lt=2**32)
+
+
+class ChatOptions(Settings):
+    """What /set changes in a chat beside the decoding."""
+
+    stats: Literal["on", "off"] = setting("off", "Chat", "Tell tokens and seconds after each answer.")
+    thinking: Literal["fold", "show"] = setting("fold", "Chat", "Count a model's thinking, or show it.")
+    history: Literal["on", "off"] = setting("on", "Chat", "Keep what is typed for later chats.")
+
+
+class MergeConfig(ModelSettings):
+    """Settings of `qingtune merge`."""
+
+    lora_model: str = setting(..., "Model", "Folder of the adapter.")
+    output_dir: str = setting(..., "Result", "Where the merged model is written.")
+    overwrite_output_dir: bool = setting(False, "Result", "Replace an earlier merge in output_dir.")
+
+
+class ExportConfig(ModelSettings):
+    """Settings of `qingtune export`."""
+
+    lora_model: str | None = setting(None, "Model", "Folder of an adapter to merge in; without it the base alone.")
+
+    output_dir: str = setting(
+        ..., "Result", "Where the files are written; its last part names the model.", min_length=1
+    )
+    format: Literal["gguf"] = setting("gguf", "Result", "The format, for llama.cpp, Ollama and programs built on them.")
+    quantize: Quantizations = setting(
+        ["q8_0"], "Result", "How weights are kept, one file each: f32, f16, bf16, q8_0, q4_0, comma-separated."
+    )
+    overwrite_output_dir: bool = setting(False, "Result", "Replace an earlier export in output_dir.")
+    system_prompt: str | None = setting(
+        None, "Result", "System message in Ollama's Modelfile (default: the one used in training); empty for none."
+    )
+
+
+class PushConfig(Settings):
+    """Settings of `qingtune push`."""
+
+    folder: str = setting(..., "What", "The folder to publish: an export, a merged model or an adapter.", min_length=1)
+    repo: RepositoryName = setting(..., "Where", "OWNER/NAME on the hub.")
+    to: Literal["hf", "modelscope"] = setting("hf", "Where", "Hugging Face or ModelScope.")
+    private: bool = setting(False, "Where", "Make a repository that only its owner sees, if there is none yet.")
+    confirm: bool = setting(False, "Where", "Upload; without this, only what would be done is shown.")
+
+
+class CheckConfig(Settings):
+    """Settings of `qingtune check`."""
+
+    data: CommaList = setting(
+        None, "Data", "Training data: one file or several, comma-separated (.jsonl .json .csv .parquet, also .gz)."
+    )
+    eval_data: CommaList = setting(None, "Data", "Evaluation data, looked for in the training data.")
+    system_prompt: str | None = setting(None, "Data", "System message for rows that have none.")
+
+    model_name_or_path: str | None = setting(
+        None, "Tokens", "The model whose tokenizer and template count tokens (default: none are counted)."
+    )
+    cache_dir: str | None = setting(None, "Tokens", "Where downloaded and converted models are kept.")
+    hub: Literal["auto", "hf", "modelscope"] = setting("auto", "Tokens", "Where names are looked up.")
+    max_seq_length: Integer = setting(2048, "Tokens", "The longest sample, in tokens.", ge=8)
+    on_long: Literal["drop", "truncate", "raise"] = setting(
+        "drop", "Tokens", "What training would do with longer samples; raise makes them faults."
+    )
+
+    strict: bool = setting(False, "Report", "Exit with 2 if there is a fault.")
+    json_report: bool = setting(False, "Report", "Print the report as JSON.")
