@@ -3,6 +3,7 @@ not fit."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from qingtune.base import SMALLER, check_memory, load_base
 from qingtune.generation import Decoder
 from qingtune.hardware import Hardware, give_back_memory, has_int8_units, memory_errors
 from qingtune.kernels.answer_cache import AnswerShape
-from qingtune.kernels.cached_decoder import AnswerLayer, CachedDecoder, Norm
+from qingtune.kernels.answer_layer import AnswerLayer, Norm
+from qingtune.kernels.cached_decoder import CachedDecoder
 from qingtune.kernels.decoder import why_not
+from qingtune.kernels.native.build import has_native_units, native_library
+from qingtune.kernels.native.matrices import fits_native, native_matrix
 from qingtune.kernels.packed import ROWS_AT_A_TIME, DenseMatrix, Matrix, has_int4_kernels, pack
 from qingtune.kernels.workspace import Workspace
 from qingtune.models.load import StoredWeights, empty_model
@@ -90,7 +94,10 @@ def load_decoder(
     with memory_errors("the model was loaded", folder, SMALLER):
         model, stored, reason = open_model(folder, bits, hardware)
         if stored is not None and reason is None:
-            return Assembly(model, stored, stored_adapter, hardware, bits=bits).decoder(slots)
+            assembly = Assembly(model, stored, stored_adapter, hardware, bits=bits)
+            if isinstance(assembly.library, str):
+                say(f"PyTorch's kernels, slower: {assembly.library}.")
+            return assembly.decoder(slots)
     say(f"General kernels, slower: {reason}.")
     model = load_base(folder, hardware.dtype, bits, hardware.device, cache_dir, say)
     if adapter:
@@ -139,6 +146,7 @@ class Assembly:
         self.model, self.stored, self.adapter, self.bits, self.merge = model, stored, adapter, bits, merge
         self.dtype, self.device = hardware.dtype, hardware.device
         self.workspace = Workspace(self.device)
+        self.library = native_library() if merge and _may_be_native(model, hardware) else None
         if adapter:
             adapter.check_names(stored.shapes)
 
@@ -159,7 +167,8 @@ class Assembly:
         head = self._head()  # first, as packing it takes the most for a moment
         norm = self._norm("model.norm", body.norm)
         layers = layers if lazy else _kept(layers)
-        return CachedDecoder(shape, self._embedding(), layers, norm, head, self._rotary(), slots)
+        library = self.library if isinstance(self.library, ctypes.CDLL) else None
+        return CachedDecoder(shape, self._embedding(), layers, norm, head, self._rotary(), slots, library)
 
     def _read(self, name: str) -> torch.Tensor:
         weight = self.stored.read(name)
@@ -229,6 +238,8 @@ class Assembly:
         return AdaptedMatrix(weight, bias, adapter.on_unchanged_base(weight, name))
 
     def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
+        if isinstance(self.library, ctypes.CDLL):
+            return native_matrix(self.library, weight, bias, self.bits, self.workspace)
         bias = None if bias is None else bias.to(self.device)
         units = has_int8_units(self.device)
         return pack(weight.to(self.device), bias, self.bits, self.dtype, self.workspace, int8_units=units)
@@ -239,6 +250,20 @@ class Assembly:
         cos, sin = self.model.model.rotary_emb(torch.empty(0, dtype=self.dtype), positions)
         half = cos.shape[-1] // 2
         return cos[0, :, :half].contiguous().to(self.device), sin[0, :, :half].contiguous().to(self.device)
+
+
+def _may_be_native(model: Any, hardware: Hardware) -> bool:
+    """Whether the kernels in C are for a model: in bf16 on a CPU, every matrix a multiple of their blocks."""
+    config, size = model.config, model.model.layers[0].self_attn.head_dim
+    widths = (config.hidden_size, config.intermediate_size, config.num_attention_heads * size)
+    return (
+        hardware.device.type == "cpu"
+        and hardware.dtype == torch.bfloat16
+        and has_native_units()
+        and size % 32 == 0
+        and all(fits_native(width, width) for width in widths)
+        and fits_native(config.vocab_size, config.hidden_size)
+    )
 
 
 def _kept(layers: Sequence[AnswerLayer]) -> list[AnswerLayer]:

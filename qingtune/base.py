@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 
 from qingtune.adapters.quantize import fill_quantized, quantize_model, shapes_to_read
 from qingtune.errors import UserError
-from qingtune.files import move_into_place, staging_folder
+from qingtune.files import default_cache, move_into_place, staging_folder
 from qingtune.hardware import free_bytes, memory_errors
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models.load import StoredWeights, empty_model, load_model
-from qingtune.models.source import default_cache, stored_numbers
+from qingtune.models.source import stored_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,8 +21,8 @@ from prompt_toolkit.layout.processors import TabsProcessor
 from qingtune.chat_commands import COMMANDS, settable
 from qingtune.chat_input import LEAVING
 from qingtune.command_config import ChatOptions
+from qingtune.files import default_cache
 from qingtune.flags import value_of
-from qingtune.models.source import default_cache
 
 KEPT = 1000  # messages of the history; twice as many are in the file at most
 

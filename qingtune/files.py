@@ -35,6 +35,11 @@ def copy_file(source: Path, target: Path) -> None:
     os.replace(half_done, target)
 
 
+def default_cache() -> Path:
+    """Where what can be had again is kept: downloads, conversions, compiled kernels."""
+    return Path(os.environ.get("QINGTUNE_CACHE") or Path.home() / ".cache" / "qingtune")
+
+
 @contextmanager
 def disk_errors(what: str, where: Path, fix: str) -> Generator[None]:
     """Tell as a UserError what goes wrong with the disk; safetensors wraps such errors in one of its own.

@@ -93,21 +93,22 @@ def _cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 natively; else it can be tens of times slower than fp32 (pytorch #146508)."""
     if sys.platform != "linux":
         return False
-    return bool(_cpu_flags() & ({"avx512_bf16", "amx_bf16"} if _is_x86() else {"bf16"}))
+    return bool(cpu_flags() & ({"avx512_bf16", "amx_bf16"} if _is_x86() else {"bf16"}))
 
 
 def has_int8_units(device: torch.device) -> bool:
     """Whether torch multiplies int8 matrices on this device at a multiple of the rate of 16-bit ones."""
     if device.type != "cpu" or sys.platform != "linux" or not _is_x86():
         return False
-    return bool(_cpu_flags() & {"avx512_vnni", "amx_int8"})
+    return bool(cpu_flags() & {"avx512_vnni", "amx_int8"})
 
 
 def _is_x86() -> bool:
     return platform.machine() in ("x86_64", "AMD64")
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """What the CPU says it can do; on Linux."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
     return set(flags.split())

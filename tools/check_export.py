@@ -35,10 +35,10 @@ from qingtune.command_config import ExportConfig, ModelSettings  # noqa: E402
 from qingtune.data.format import Message  # noqa: E402
 from qingtune.data.tokenize import Template, make_template, prompt_ids  # noqa: E402
 from qingtune.export import export  # noqa: E402
+from qingtune.files import default_cache  # noqa: E402
 from qingtune.generation import Decoding, generate  # noqa: E402
 from qingtune.inference import find_base, logits_of  # noqa: E402
 from qingtune.models.load import load_model, load_tokenizer, stop_ids  # noqa: E402
-from qingtune.models.source import default_cache  # noqa: E402
 
 PACKAGE = "llama-cpp-python==0.3.36"
 NEW_TOKENS = 48

@@ -9,44 +9,20 @@ Shapes: T new tokens, S slots that read one token each, D hidden size, d head si
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 
 from qingtune.kernels.answer_cache import AnswerCache, AnswerShape, Chunk, Joining, OneToken, TokenEach
+from qingtune.kernels.answer_layer import AnswerLayer, Norm
+from qingtune.kernels.native.answer_step import AnswerStep
+from qingtune.kernels.native.matrices import NativeMatrix
 from qingtune.kernels.packed import Matrix
 
 CHUNK = 512  # tokens of a prompt computed at a time
-
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm (Zhang & Sennrich 2019): weight and epsilon."""
-
-    weight: torch.Tensor
-    epsilon: float
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Over the last dimension, computed in fp32 at least; rounded before the weight, as the models were trained."""
-        wide = x.float()
-        rate = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.epsilon)
-        return (wide * rate.rsqrt_()).to(x.dtype).mul_(self.weight)
-
-
-@dataclass(frozen=True)
-class AnswerLayer:
-    """One layer's weights: `qkv` gives queries, keys and values in this order, `gate_up` gate and up."""
-
-    input_norm: Norm
-    qkv: Matrix
-    q_norm: Norm | None
-    k_norm: Norm | None
-    o: Matrix
-    mlp_norm: Norm
-    gate_up: Matrix
-    down: Matrix
 
 
 class CachedDecoder:
@@ -60,6 +36,7 @@ class CachedDecoder:
         head: [V, D].
         cos: [context_length, d / 2], likewise sin.
         slots: sequences held at a time.
+        library: compiled kernels, where all matrices are native ones.
     """
 
     def __init__(
@@ -71,12 +48,16 @@ class CachedDecoder:
         head: Matrix,
         rotary: tuple[torch.Tensor, torch.Tensor],
         slots: int = 1,
+        library: ctypes.CDLL | None = None,
     ) -> None:
         self.shape, self.embedding, self.layers, self.norm, self.head = shape, embedding, layers, norm, head
         self.rotary = rotary
         self.dtype, self.device = rotary[0].dtype, rotary[0].device
         self.slots = slots
         self._cache = AnswerCache(shape, slots, self.dtype, self.device)
+        self._step = None
+        if library is not None:
+            self._step = AnswerStep(library, self._cache, layers, norm, cast("NativeMatrix", head), rotary)
 
     @property
     def held_bytes(self) -> int:
@@ -99,13 +80,17 @@ class CachedDecoder:
         """One more token for each of the first S slots; gives the logits [S, V] of the next ones."""
         held = self._cache.ids[: len(tokens)]
         self._cache.reserve(max(map(len, held)) + 1)
-        one = len(tokens) == 1
-        joining = OneToken(self._cache, self.rotary) if one else TokenEach(self._cache, self.rotary, len(tokens))
         x = self._embedded(tokens)
-        for number, layer in enumerate(self.layers):
-            x = self._through(number, layer, x, joining)
+        logits = self._step.logits(x) if self._step else self._logits_of_tokens(x)
         for ids, token in zip(held, tokens, strict=True):
             ids.append(token)
+        return logits
+
+    def _logits_of_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """A new token of each of the first slots, [S, D] -> [S, V]."""
+        joining = OneToken(self._cache, self.rotary) if len(x) == 1 else TokenEach(self._cache, self.rotary, len(x))
+        for number, layer in enumerate(self.layers):
+            x = self._through(number, layer, x, joining)
         return self.head.multiply(self.norm.apply(x))
 
     @torch.inference_mode()

@@ -15,8 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from qingtune.errors import UserError
-from qingtune.files import move_into_place, sha256_of, staging_folder
-from qingtune.models.source import ModelSource, default_cache, read_model_config
+from qingtune.files import default_cache, move_into_place, sha256_of, staging_folder
+from qingtune.models.source import ModelSource, read_model_config
 from qingtune.quiet import quieten_transformers
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from qingtune.config import DEFAULT_MODEL
 from qingtune.errors import UserError
+from qingtune.files import default_cache
 
 ANSWER_WITHIN_S = 4.0
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -31,11 +32,6 @@ class ModelSource:
     def is_gguf(self) -> bool:
         """Whether the weights are in a .gguf file, to be converted before use."""
         return self.path.is_file()
-
-
-def default_cache() -> Path:
-    """Where downloads and conversions go unless `cache_dir` says otherwise."""
-    return Path(os.environ.get("QINGTUNE_CACHE") or Path.home() / ".cache" / "qingtune")
 
 
 def find_model(name: str, cache_dir: str | None, hub: str) -> ModelSource:

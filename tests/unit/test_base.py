@@ -18,9 +18,10 @@ from qingtune.adapters import quantize
 from qingtune.adapters.quantize import quantize_model
 from qingtune.base import PACKED, load_base
 from qingtune.errors import UserError
+from qingtune.files import default_cache
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models.load import load_model
-from qingtune.models.source import default_cache, stored_numbers
+from qingtune.models.source import stored_numbers
 
 Tiny = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]

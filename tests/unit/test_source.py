@@ -14,8 +14,9 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from qingtune.errors import UserError
+from qingtune.files import default_cache
 from qingtune.models import source
-from qingtune.models.source import default_cache, find_model
+from qingtune.models.source import find_model
 
 NAME = "owner/tiny-model"
 

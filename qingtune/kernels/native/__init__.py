@@ -1,0 +1,1 @@
+"""Kernels in C, compiled for the machine they run on where it has a compiler."""

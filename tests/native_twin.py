@@ -1,0 +1,36 @@
+"""The products of answer_step.c in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from qingtune.kernels.native.matrices import GROUP_SIZE
+from qingtune.kernels.packed import round_to_int8
+
+
+def stands_for(weight: torch.Tensor, bits: int | None) -> torch.Tensor:
+    """The weight [N, K] as it is kept, in fp32."""
+    if bits is None:
+        return weight.bfloat16().float()
+    if bits == 8:
+        numbers, scale = round_to_int8(weight)
+        return numbers * scale[:, None]
+    groups = weight.float().view(len(weight), -1, GROUP_SIZE)
+    least, largest = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    scale = ((largest - least) / 15).clamp_min(1e-6).bfloat16().float()
+    least = least.bfloat16().float()
+    return (((groups - least) / scale).round().clamp(0, 15) * scale + least).view(weight.shape)
+
+
+def rounded(x: torch.Tensor, bits: int | None) -> torch.Tensor:
+    """[.., K]: beside few bits in int8, 32 numbers at a time."""
+    if bits is None:
+        return x
+    groups = x.unflatten(-1, (-1, GROUP_SIZE))
+    scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return ((groups / scale).round() * scale).flatten(-2)
+
+
+def product(weight: torch.Tensor, bits: int | None, x: torch.Tensor) -> torch.Tensor:
+    """x [T, K] by a weight [N, K] as it is kept."""
+    return (rounded(x, bits).double() @ stands_for(weight, bits).double().t()).float()
