@@ -12,9 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# Trials enter themselves in the list as their files are read, in this order.
-import fault_stops  # noqa: F401, I001  # pyright: ignore[reportUnusedImport]
-import fault_outside  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import fault_outside  # noqa: F401  # pyright: ignore[reportUnusedImport]  # and fault_stops: they fill the list
 from fault_harness import ROOT, Bench, Lost
 from fault_list import FAULTS
 
