@@ -90,6 +90,8 @@ def load_decoder(
     with memory_errors("the model was loaded", folder, SMALLER):
         model, stored, reason = open_model(folder, bits, hardware)
         if stored is not None and reason is None:
+            if bits == 4 and stored.packed:
+                say("Its 4 bits are rounded once more, to the form that is multiplied fast; load_in_8bit loses less.")
             return Assembly(model, stored, stored_adapter, hardware, bits=bits).decoder(slots)
     say(f"General kernels, slower: {reason}.")
     model = load_base(folder, hardware.dtype, bits, hardware.device, cache_dir, say)

@@ -248,10 +248,15 @@ def _answer_bundled(speaker: Speaker) -> None:
 
 def bundled_prompts(*, chinese: bool) -> Iterable[tuple[dict[str, Any], Sequence[Message]]]:
     """The first bundled held-out rows, with their prompts."""
-    path = bundled_data() / ("store_xhs_heldout.jsonl" if chinese else "store_posts_en_heldout.jsonl")
-    for _, (values, prompt) in zip(range(BUNDLED_SHOWN), rows_with_prompts(str(path)), strict=False):
+    path = str(bundled_heldout(chinese=chinese))
+    for _, (values, prompt) in zip(range(BUNDLED_SHOWN), rows_with_prompts(path), strict=False):
         assert not isinstance(prompt, str)
         yield values, prompt
+
+
+def bundled_heldout(*, chinese: bool) -> Path:
+    """The bundled samples that no bundled configuration trains on."""
+    return bundled_data() / ("store_xhs_heldout.jsonl" if chinese else "store_posts_en_heldout.jsonl")
 
 
 def bundled_data() -> Path:

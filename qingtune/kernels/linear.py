@@ -132,11 +132,17 @@ class NF4Linear(QuantizedLinear):
     bits = 4
 
     @staticmethod
-    def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Quantise a weight, [out, in]."""
+    def pack(weight: torch.Tensor, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Quantise a weight, [out, in].
+
+        Args:
+            weight: to quantise.
+            dtype: in which it is unpacked again; None for its own.
+        """
         packed, state = _bitsandbytes().functional.quantize_4bit(
             weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
         )
+        state.dtype = dtype or weight.dtype
         return {"packed": packed, **state.as_dict(packed=True)}
 
     def _hold(self, packed: dict[str, torch.Tensor]) -> None:
@@ -167,10 +173,11 @@ class NF4Linear(QuantizedLinear):
         kernel = getattr(_bitsandbytes().cextension.lib, _CPU_KERNELS.get(out.dtype, ""), None)
         if kernel is None or out.device.type != "cpu" or out.dtype != self.state.dtype or out.shape[1] % 2:
             return False
-        scales = functional.dequantize_blockwise(self.state.absmax, self.state.state2)
-        scales.add_(cast("torch.Tensor", self.state.offset))
+        scales = self.state.absmax
+        if self.state.nested:
+            scales = functional.dequantize_blockwise(scales, self.state.state2).add_(self.state.offset)
         pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed, scales, out))
-        kernel(*pointers, *(ctypes.c_longlong(number) for number in (BLOCK_SIZE, *out.shape)))
+        kernel(*pointers, *(ctypes.c_longlong(number) for number in (self.state.blocksize, *out.shape)))
         return True
 
 
