@@ -118,7 +118,8 @@ def check_weights(folder: Path, base: Path, adapter: StoredAdapter) -> str:
         raise UserError(f"{missing[0]} is missing in what was written; nothing was written", where=str(folder))
     count = len(written.packed)
     return (
-        f"{count} weights in 4 bits, off by {sum_of_errors / count:.1%} on average, {worst[0]:.1%} at most ({worst[1]})"
+        f"Read back: {count} weights are in 4 bits, off by {sum_of_errors / count:.1%} on average and {worst[0]:.1%} at "
+        f"most ({worst[1]})."
     )
 
 
@@ -138,14 +139,14 @@ def judge(lost: Lost) -> str:
         raise UserError("merging changes more than the order of sums does; nothing was written")
     if not found.mean <= MOST_MEAN_DIFFERENCE * found.spread:
         raise UserError(
-            f"in 4 bits the model differs from base + adapter by {found.mean / found.spread:.0%} of the logits' spread; "
-            "nothing was written",
+            f"in 4 bits the model differs from base + adapter by {found.mean / found.spread:.0%} of the logits' "
+            "spread; nothing was written",
             fix="Leave out --save_in_4bit.",
         )
     return (
-        f"What 4 bits lose against base + adapter, {found.places:,} places: logits differ by {found.largest:.3f} at most, "
-        f"{found.mean:.4f} on average ({found.mean / found.spread:.1%} of their spread; merging alone "
-        f"{merging.mean / merging.spread:.1e}); the likeliest token agrees at {found.agree:.1%}. Greedy answers: "
-        f"{found.same_answers} of {found.answers} are the same. Loss per answer token of {lost.samples} bundled samples: "
-        f"{lost.before:.4f} -> {lost.after:.4f}."
+        f"Lost by 4 bits, against base + adapter at {found.places:,} places: logits differ by {found.largest:.3f} at "
+        f"most, {found.mean:.4f} on average, {found.mean / found.spread:.1%} of their spread (merging alone: "
+        f"{merging.mean / merging.spread:.5%}); the likeliest token agrees at {found.agree:.1%}. Greedy answers: "
+        f"{found.same_answers} of {found.answers} are the same. Loss per answer token of {lost.samples} bundled "
+        f"samples: {lost.before:.4f} -> {lost.after:.4f}."
     )

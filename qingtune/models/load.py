@@ -277,7 +277,11 @@ class StoredWeights:
             return file.get_tensor(name).clone()
 
     def _parts(self, weight: str) -> dict[str, torch.Tensor]:
-        return {part: self._read(name) for part, name in self.packed[weight].items()}
+        names = self.packed[weight]
+        if len({self._files[name] for name in names.values()}) > 1:
+            return {part: self._read(name) for part, name in names.items()}
+        with safe_open(self._files[weight], "pt") as file:
+            return {part: file.get_tensor(name).clone() for part, name in names.items()}
 
     @contextlib.contextmanager
     def _faults(self, weight: str) -> Generator[None]:
