@@ -14,6 +14,7 @@ from qingtune.adapters.stored import EMBEDDING, HEAD, StoredAdapter
 from qingtune.adapters.targets import linear_layers
 from qingtune.errors import UserError
 from qingtune.files import write_json
+from qingtune.hardware import give_back_memory
 from qingtune.kernels.linear import NF4Linear
 from qingtune.merge_check import Lost
 from qingtune.models.load import StoredWeights, empty_model, stored_dtype
@@ -28,7 +29,7 @@ from qingtune.models.source import read_model_config
 MOST_WEIGHT_ERROR = 0.36
 # Merging in fp32 against the adapter beside its weights: what changes the order of sums.
 MOST_MERGING_DIFFERENCE = 1e-3  # mean, of the logits' standard deviation
-MOST_MEAN_DIFFERENCE = 0.6  # likewise, of the result in 4 bits
+MOST_MEAN_DIFFERENCE = 0.5  # likewise, of the result in 4 bits; SmolLM2-135M 0.26, Qwen2.5-0.5B 0.13
 
 
 def write_in_4bit(folder: Path, base: Path, adapter: StoredAdapter) -> None:
@@ -50,6 +51,7 @@ def write_in_4bit(folder: Path, base: Path, adapter: StoredAdapter) -> None:
                 writer.add(part, tensor)
         else:
             writer.add(name, rounded(name, merged, weight.dtype, base))
+        give_back_memory()  # what rounding took for a moment
     if adapter.unties(settings):
         embedding = stored.read(EMBEDDING)
         writer.add(HEAD, rounded(HEAD, adapter.merged(HEAD, embedding), embedding.dtype, base))
@@ -114,12 +116,13 @@ def check_weights(folder: Path, base: Path, adapter: StoredAdapter) -> str:
             worst, sum_of_errors = max(worst, (error, name)), sum_of_errors + error
         if tuple(merged.shape) != shape or not error <= most:
             raise UserError(f"{name} is not what was written: {error:.1%} off; nothing was written", where=str(folder))
+        give_back_memory()
     if missing := sorted(set(stored.shapes) - set(written.shapes)):
         raise UserError(f"{missing[0]} is missing in what was written; nothing was written", where=str(folder))
     count = len(written.packed)
     return (
-        f"Read back: {count} weights are in 4 bits, off by {sum_of_errors / count:.1%} on average and {worst[0]:.1%} at "
-        f"most ({worst[1]})."
+        f"Read back: {count} weights are in 4 bits, off by {sum_of_errors / count:.1%} on average and {worst[0]:.1%} "
+        f"at most ({worst[1]})."
     )
 
 

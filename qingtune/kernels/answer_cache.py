@@ -53,7 +53,7 @@ class AnswerCache:
             return
         if length > most:
             raise ValueError(f"{length} tokens, the model reads {most}")
-        wanted = min(most, -(-max(length, 2 * held) // CACHE_STEP) * CACHE_STEP)
+        wanted = min(most, _in_steps(max(length, 2 * held)))
         self.keys, self.values = self._grown(self.keys, wanted), self._grown(self.values, wanted)
 
     def keep_common(self, ids: Sequence[int], slot: int) -> int:
@@ -75,6 +75,12 @@ class AnswerCache:
         """Let no slot hold anything."""
         self.ids = [[] for _ in self.ids]
 
+    def slot_bytes(self, length: int) -> int:
+        """What keys and values of so many tokens take in a slot that has held nothing before."""
+        shape = self.shape
+        tokens = min(shape.context_length, _in_steps(length))
+        return 2 * shape.layers * shape.keys * shape.size * tokens * self.dtype.itemsize
+
     def _empty(self, capacity: int) -> torch.Tensor:
         shape = self.shape
         size = (shape.layers, len(self.ids), shape.keys, capacity, shape.size)
@@ -88,6 +94,10 @@ class AnswerCache:
     def _copy(self, source: int, target: int, length: int) -> None:
         for held in (self.keys, self.values):
             held[:, target, :, :length] = held[:, source, :, :length]
+
+
+def _in_steps(tokens: int) -> int:
+    return -(-tokens // CACHE_STEP) * CACHE_STEP
 
 
 def _common_beginning(one: Sequence[int], two: Sequence[int]) -> int:

@@ -84,6 +84,16 @@ class CachedDecoder:
         parts = (part for layer in self.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down))
         return self.head.held_bytes + sum(part.held_bytes for part in parts)
 
+    def slot_bytes(self, length: int) -> int:
+        """What a slot that holds a sequence of so many tokens takes."""
+        return self._cache.slot_bytes(length)
+
+    def make_slots(self, count: int, length: int) -> None:
+        """Have other slots, which hold nothing, with room for sequences of so many tokens, taken at once."""
+        self.slots = count
+        self._cache = AnswerCache(self.shape, count, self.dtype, self.device)
+        self._cache.reserve(length)
+
     @torch.inference_mode()
     def start(self, ids: Sequence[int], slot: int = 0) -> torch.Tensor:
         """Let a slot hold these ids, at least one, and give the logits [V] of the next one."""
