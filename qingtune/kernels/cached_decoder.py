@@ -127,14 +127,14 @@ class CachedDecoder:
     def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """What the head sees at every place of prompts, each [T, D], one slot a prompt; every layer is asked for once.
 
-        Nothing that the slots held stays.
+        Nothing that the slots held stays, nor the memory that holds it.
         """
-        self._cache.reserve(max(map(len, prompts)))
-        self._cache.forget()
+        self.make_slots(self.slots, max(map(len, prompts)))
         joinings = [Chunk(self._cache, self.rotary, slot, len(ids)) for slot, ids in enumerate(prompts)]
         states = [self._embedded(ids) for ids in prompts]
         for number, layer in enumerate(self.layers):
             states = [self._through(number, layer, x, joining) for x, joining in zip(states, joinings, strict=True)]
+        self.make_slots(self.slots, 0)
         return [self.norm.apply(x) for x in states]
 
     def _read_chunk(self, ids: Sequence[int], slot: int) -> torch.Tensor:
