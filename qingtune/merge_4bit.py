@@ -40,6 +40,7 @@ def write_in_4bit(folder: Path, base: Path, adapter: StoredAdapter) -> None:
     """
     stored, settings = StoredWeights(base), read_model_config(base)
     packed, skipped = _layers(base, stored)
+    adapter.check_names(stored.shapes)
     dtype = stored_dtype(base)
     writer = ShardWriter(folder)
     for name in stored.shapes:

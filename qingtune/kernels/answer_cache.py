@@ -71,10 +71,6 @@ class AnswerCache:
         self._copy(source, target, len(self.ids[source]))
         self.ids[target] = list(self.ids[source])
 
-    def forget(self) -> None:
-        """Let no slot hold anything."""
-        self.ids = [[] for _ in self.ids]
-
     def slot_bytes(self, length: int) -> int:
         """What keys and values of so many tokens take in a slot that has held nothing before."""
         shape = self.shape

@@ -280,7 +280,7 @@ class StoredWeights:
         names = self.packed[weight]
         if len({self._files[name] for name in names.values()}) > 1:
             return {part: self._read(name) for part, name in names.items()}
-        with safe_open(self._files[weight], "pt") as file:
+        with safe_open(self._files[weight + NF4_MARK], "pt") as file:
             return {part: file.get_tensor(name).clone() for part, name in names.items()}
 
     @contextlib.contextmanager

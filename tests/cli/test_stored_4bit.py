@@ -89,6 +89,7 @@ def test_it_is_exported_as_what_it_stands_for(work: Work, tmp_path: Path) -> Non
     code, _, err = call("export", "--base_model", work[1], "--output_dir", tmp_path / "out", "--quantize", "f32")
     assert code == 0, err
     assert "stored in 4 bits (NF4)" in err
+    assert "were stored in 4 bits" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "out" / "out-f32.gguf").tensors}
     up = tensors["blk.1.ffn_up.weight"]
     wanted = StoredWeights(work[1]).read("model.layers.1.mlp.up_proj.weight").numpy()
