@@ -254,12 +254,13 @@ def _fit_slots(decoder: Decoder, questions: Sequence[Question], prompt_file: str
     if not slots:
         prompt = len(questions[longest].ids)
         fitting = lengths[longest] * room // needed
-        answer = f"--max_new_tokens {fitting - prompt} or less" if fitting > prompt else "a shorter prompt"
+        short = f"--max_new_tokens {fitting - prompt} or less"
+        shorter = short if fitting > prompt else f"prompts of less than {fitting:,} tokens"
         raise UserError(
             f"keys and values of the prompt's {prompt:,} tokens and of up to {lengths[longest] - prompt:,} of its "
             f"answer take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free",
             where=f"{prompt_file}, prompt {longest + 1}",
-            fix=f"Use {answer}, or --load_in_8bit or --load_in_4bit, with which the model takes less.",
+            fix=f"Use {shorter}, or --load_in_8bit or --load_in_4bit, with which the model takes less.",
         )
     if slots < decoder.slots:
         _say(

@@ -106,17 +106,17 @@ def check_weights(folder: Path, base: Path, adapter: StoredAdapter) -> str:
     """
     stored, written = StoredWeights(base), StoredWeights(folder)
     worst, sum_of_errors = (0.0, ""), 0.0
-    for name, shape in written.shapes.items():
-        merged = adapter.merged(name, stored.read(name if name in stored.shapes else EMBEDDING))
-        found = written.read(name)
-        if name not in written.packed:
-            error, most = (0.0 if torch.equal(found, merged.to(found.dtype)) else 1.0), 0.0
-        else:
-            merged = merged.float()
-            error, most = _apart(found.float(), merged), MOST_WEIGHT_ERROR
-            worst, sum_of_errors = max(worst, (error, name)), sum_of_errors + error
-        if tuple(merged.shape) != shape or not error <= most:
+    for name in written.shapes:
+        merged, found = (
+            adapter.merged(name, stored.read(name if name in stored.shapes else EMBEDDING)),
+            written.read(name),
+        )
+        packed = name in written.packed
+        error = _apart(found, merged if packed else merged.to(found.dtype))
+        if not error <= (MOST_WEIGHT_ERROR if packed else 0.0):
             raise UserError(f"{name} is not what was written: {error:.1%} off; nothing was written", where=str(folder))
+        if packed:
+            worst, sum_of_errors = max(worst, (error, name)), sum_of_errors + error
         give_back_memory()
     if missing := sorted(set(stored.shapes) - set(written.shapes)):
         raise UserError(f"{missing[0]} is missing in what was written; nothing was written", where=str(folder))
@@ -128,7 +128,10 @@ def check_weights(folder: Path, base: Path, adapter: StoredAdapter) -> str:
 
 
 def _apart(one: torch.Tensor, two: torch.Tensor) -> float:
-    """Frobenius norm of the difference as a share of the second's."""
+    """Frobenius norm of the difference as a share of the second's; infinite if they differ in shape."""
+    if one.shape != two.shape:
+        return float("inf")
+    one, two = one.float(), two.float()
     return float((one - two).norm() / two.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
@@ -147,10 +150,13 @@ def judge(lost: Lost) -> str:
             "spread; nothing was written",
             fix="Leave out --save_in_4bit.",
         )
+    loss = ""  # of a model whose context is too short for the samples
+    if lost.losses:
+        before, after = lost.losses
+        loss = f" Loss per answer token of {lost.samples} bundled samples: {before:.4f} -> {after:.4f}."
     return (
         f"Lost by 4 bits, against base + adapter at {found.places:,} places: logits differ by {found.largest:.3f} at "
         f"most, {found.mean:.4f} on average, {found.mean / found.spread:.1%} of their spread (merging alone: "
         f"{merging.mean / merging.spread:.5%}); the likeliest token agrees at {found.agree:.1%}. Greedy answers: "
-        f"{found.same_answers} of {found.answers} are the same. Loss per answer token of {lost.samples} bundled "
-        f"samples: {lost.before:.4f} -> {lost.after:.4f}."
+        f"{found.same_answers} of {found.answers} are the same.{loss}"
     )

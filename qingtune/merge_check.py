@@ -55,14 +55,13 @@ class Lost:
         merging: weights merged in fp32, before anything is rounded, against the adapter beside them.
         result: the written model against the adapter beside the base's weights.
         samples: with answers of their own.
-        before: mean loss per token of these answers, of base and adapter; `after`: of the written model.
+        losses: per token of these answers on average, of base and adapter and of the written model; None without any.
     """
 
     merging: Comparison
     result: Comparison
     samples: int
-    before: float
-    after: float
+    losses: tuple[float, float] | None
 
 
 class _Side(Protocol):
@@ -143,8 +142,8 @@ def measure_lost(
     before = _States(_side(base, adapter, hardware, slots), sequences)
     merging = _compare(before, _States(_merged_side(base, adapter, hardware, slots), sequences), prompts)
     after = _States(_side(written, None, hardware, slots), sequences)
-    losses = [side.loss(len(prompts), samples) for side in (before, after)]
-    return Lost(merging, _compare(before, after, prompts), len(samples), *losses)
+    losses = (before.loss(len(prompts), samples), after.loss(len(prompts), samples)) if samples else None
+    return Lost(merging, _compare(before, after, prompts), len(samples), losses)
 
 
 def _answered(

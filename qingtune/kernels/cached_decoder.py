@@ -91,8 +91,7 @@ class CachedDecoder:
     def make_slots(self, count: int, length: int) -> None:
         """Have other slots, which hold nothing, with room for sequences of so many tokens, taken at once."""
         self.slots = count
-        self._cache = AnswerCache(self.shape, count, self.dtype, self.device)
-        self._cache.reserve(length)
+        self._cache = AnswerCache(self.shape, count, self.dtype, self.device, length)
 
     @torch.inference_mode()
     def start(self, ids: Sequence[int], slot: int = 0) -> torch.Tensor:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import instruction_rows, make_model, make_tokenizer, write_jsonl
 from test_train_to_merge import call
 
+from qingtune.kernels.packed import has_int4_kernels
+
 Work = tuple[Path, Path]
-SHORT = ("--max_steps", "2", "--report_to", "none", "--learning_rate", "0.01")
+SHORT = ("--max_steps", "2", "--logging_steps", "1", "--report_to", "none", "--learning_rate", "0.01")
 GREEDY = ("--temperature", "0", "--max_new_tokens", "8", "--prompt", "写一条笔记。")
 
 
@@ -31,7 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     code, out, err = call(*argv)
     assert code == 0, err
     assert out.startswith("Merged model: ")
-    assert "bundled samples: " in err
+    assert "Lost by 4 bits, against base + adapter" in err
     return folder, folder / "stored"
 
 
@@ -39,15 +42,17 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 def test_it_answers(flags: tuple[str, ...], work: Work) -> None:
     code, out, err = call("infer", "--base_model", work[1], *GREEDY, *flags)
     assert code == 0, err
-    assert out.strip()
+    assert out.endswith("\n")
     assert "stored in 4 bits (NF4)" in err
-    assert ("rounded once more" in err) == (flags == ("--load_in_4bit",))
+    assert "tok/s" in err
+    packed = flags == ("--load_in_4bit",) and has_int4_kernels() and not torch.cuda.is_available()
+    assert ("rounded once more" in err) == packed
 
 
 def test_it_chats(work: Work) -> None:
     code, out, err = call("chat", "--base_model", work[1], *GREEDY[:4], stdin="Hello\n/exit\n")
     assert code == 0, err
-    assert out.strip()
+    assert out.endswith("\n")
 
 
 @pytest.mark.parametrize("method", [["use_lora"], ["use_qlora"], ["use_qlora", "quantization_bit 8"]])
@@ -59,9 +64,9 @@ def test_adapters_train_on_it_and_answer_with_it(method: list[str], work: Work, 
     assert code == 0, err
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert any(line.get("loss", 0) > 0 for line in lines)
-    code, out, err = call("infer", "--lora_model", tmp_path / "out", *GREEDY)
+    code, _, err = call("infer", "--lora_model", tmp_path / "out", *GREEDY)
     assert code == 0, err
-    assert out.strip()
+    assert "tok/s" in err
     code, out, err = call("merge", "--lora_model", tmp_path / "out", "--output_dir", tmp_path / "merged")
     assert (code, out) == (2, "")
     assert "the base is stored in 4 bits" in err

@@ -36,7 +36,8 @@ def trained(tmp_path: Path, data_file: Path) -> Trained:
     """A function that trains an adapter on a model of this kind, far enough to matter; returns its folder."""
 
     def train_adapter(kind: str, **settings: Any) -> Path:
-        model = save_model(tmp_path / "model", kind)
+        context = {"n_positions": 256} if kind == "gpt2" else {"max_position_embeddings": 4096}
+        model = save_model(tmp_path / "model", kind, **context)
         train(tmp_path / "adapter", model, data_file, max_steps=3, learning_rate=0.05, **LORA | settings)
         return tmp_path / "adapter"
 
@@ -79,13 +80,16 @@ def test_transformers_reads_nf4_of_the_merged_weights(kind: str, trained: Traine
     dense = load_model(merged, torch.float32)
     decoder = load_decoder(merged, None, None, FP32, None, 1, lambda _: None)
     assert isinstance(decoder, CachedDecoder)
-    with torch.inference_mode():
-        theirs = model.eval()(input_ids=torch.arange(3, 60)[None], use_cache=False).logits[0]
-    assert float((logits_of(dense)[0] - theirs).abs().max()) < 1e-4
-    assert float((decoder.start(list(range(3, 60))) - theirs[-1]).abs().max()) < 1e-4
+    with torch.inference_mode():  # not in evaluation, in which bitsandbytes may round to bf16 on a CPU
+        theirs = model.train()(input_ids=torch.arange(3, 60)[None], use_cache=False).logits[0]
+    assert float((logits_of(dense)[0] - theirs).abs().max()) < 1e-5 * float(theirs.abs().max())
+    assert float((decoder.start(list(range(3, 60))) - theirs[-1]).abs().max()) < 1e-5 * float(theirs.abs().max())
 
 
-def test_what_is_lost_is_told(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_lost_is_told(
+    trained: Trained, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "SAMPLE_TOKENS", 4096)  # the tiny tokenizer knows hardly more than bytes
     folder = merge(trained("qwen2"))
     told = capsys.readouterr().err
     found = re.search(r"14 weights are in 4 bits, off by (\d+\.\d)% on average and (\d+\.\d)% at most", told)
@@ -115,7 +119,7 @@ def test_large_models_come_in_several_files(trained: Trained, monkeypatch: pytes
     monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
     merged = merge(adapter, overwrite_output_dir=True)
     files = sorted(merged.glob("*.safetensors"))
-    assert len(files) > 3
+    assert len(files) > 2
     parts: dict[str, torch.Tensor] = {}
     for file in files:
         parts |= load_file(file)
@@ -179,7 +183,7 @@ def test_values_that_are_no_numbers_are_refused(trained: Trained, monkeypatch: p
 
 @pytest.mark.parametrize(("merging", "result", "passes"), [(1e-4, 0.4, True), (2e-3, 0.4, False), (1e-4, 0.6, False)])
 def test_bounds_are_those_that_are_stated(merging: float, result: float, passes: bool) -> None:
-    lost = Lost(*(Comparison(10, 1.0, share * 4, 4.0, 0.5, 6, 3) for share in (merging, result)), 6, 2.0, 2.1)
+    lost = Lost(*(Comparison(10, 1.0, share * 4, 4.0, 0.5, 6, 3) for share in (merging, result)), 6, (2.0, 2.1))
     if passes:
         assert "2.0000 -> 2.1000" in merge_4bit.judge(lost)
     else:

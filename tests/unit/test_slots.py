@@ -21,7 +21,7 @@ from qingtune.kernels.cached_decoder import CachedDecoder
 
 # Layers, keys and values, heads of them, head size, bytes of an fp32 number; the tiny model reads 256 tokens.
 A_TOKEN = 2 * 2 * 2 * 8 * 4
-A_SLOT = 256 * A_TOKEN
+A_SLOT = 190 * A_TOKEN  # of the longest question
 
 
 def decoder_of(folder: Path, slots: int = 16) -> CachedDecoder:
@@ -57,10 +57,10 @@ def test_slots_are_those_that_fit(
     assert (f"Memory: {taken} instead of 16 prompts at a time" in told) == (taken < 16)
     assert told.count("\n") == (taken < 16)
     if slots is not None:
-        cache = decoder._cache
-        assert cache.keys.nbytes + cache.values.nbytes == taken * A_SLOT
+        keys, values = decoder._cache.keys, decoder._cache.values
+        assert keys.nbytes + values.nbytes == taken * A_SLOT
         decoder.start([5] * 190)
-        assert decoder._cache.keys is cache.keys  # all that was counted was taken at once
+        assert decoder._cache.keys is keys  # all that was counted was taken at once
 
 
 def test_what_a_slot_takes_is_what_the_cache_holds(tiny: Callable[..., Path]) -> None:
@@ -80,14 +80,19 @@ def test_a_single_prompt_that_does_not_fit_is_told_with_what_would(
         UserError, match=r"p\.jsonl, prompt 2: keys and values of the prompt's 90 tokens and of up"
     ) as e:
         inference._fit_slots(decoder, questions([3, 90, 40], 100), "p.jsonl")
-    assert "--max_new_tokens 5 or less" in str(e.value)  # half a slot of 190 tokens
+    assert "Use --max_new_tokens 5 or less" in str(e.value)  # half a slot of 190 tokens
+    inference._fit_slots(decoder, questions([3, 90, 40], 5), "p.jsonl")
+    assert decoder.slots == 1
     free(monkeypatch, 0.1)
-    with pytest.raises(UserError, match="Use a shorter prompt"):
+    with pytest.raises(UserError, match=r"Use prompts of less than 19 tokens"):
         inference._fit_slots(decoder, questions([3, 90, 40], 100), "p.jsonl")
 
 
 def test_answers_do_not_depend_on_the_slots(
-    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = [{"prompt": f"Write {'a post ' * (n % 5)}{n}."} for n in range(12)]
     prompts = write_jsonl(tmp_path / "p.jsonl", rows)
@@ -107,5 +112,6 @@ def test_answers_do_not_depend_on_the_slots(
             )
         )
         answers.append([json.loads(line)["answer"] for line in output.read_text(encoding="utf-8").splitlines()])
+    assert "instead of 12 prompts at a time" in capsys.readouterr().err
     assert answers[0] == answers[1]
     assert len(answers[0]) == 12
