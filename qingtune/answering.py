@@ -94,6 +94,8 @@ def load_decoder(
     with memory_errors("the model was loaded", folder, SMALLER):
         model, stored, reason = open_model(folder, bits, hardware)
         if stored is not None and reason is None:
+            if bits == 4 and stored.packed:
+                say("Its 4 bits are rounded once more, to the form that is multiplied fast; load_in_8bit loses less.")
             assembly = Assembly(model, stored, stored_adapter, hardware, bits=bits)
             if isinstance(assembly.library, str):
                 say(f"PyTorch's kernels, slower: {assembly.library}.")

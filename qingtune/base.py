@@ -17,7 +17,7 @@ from qingtune.adapters.quantize import fill_quantized, quantize_model, shapes_to
 from qingtune.errors import UserError
 from qingtune.files import default_cache, move_into_place, staging_folder
 from qingtune.hardware import free_bytes, memory_errors
-from qingtune.kernels.linear import QuantizedLinear
+from qingtune.kernels.linear import QuantizedLinear, quantized_class
 from qingtune.models.load import StoredWeights, empty_model, load_model
 from qingtune.models.source import stored_numbers
 
@@ -81,16 +81,26 @@ def _load_base(
         return _quantize_whole(folder, dtype, bits, device)
     if not stored.fit(shapes_to_read(model)):  # broken, or of names that Transformers translates while it loads
         return _quantize_whole(folder, dtype, bits, device)
+    if bits == 4 and stored.packed:
+
+        def as_stored(name: str, _: tuple[int, int], bias: torch.Tensor | None) -> QuantizedLinear | None:
+            weight = f"{name}.weight"
+            return stored.layer(weight, bias, device) if weight in stored.packed else None
+
+        fill_quantized(model, bits, device, stored.read, as_stored)
+        return model
     kept = _kept_folder(folder, dtype, bits, cache_dir)
     if _is_whole(kept, say):
         with safe_open(kept / PACKED, "pt") as file:
-            names = _by_layer(file.keys())
-            fill_quantized(
-                model, bits, device, stored.read,
-                lambda layer: {part: file.get_tensor(f"{layer}.{part}").clone() for part in names[layer]},
-            )  # fmt: skip
+            parts = _by_layer(file.keys())
+
+            def as_kept(name: str, shape: tuple[int, int], bias: torch.Tensor | None) -> QuantizedLinear:
+                tensors = {part: file.get_tensor(f"{name}.{part}").clone().to(device) for part in parts[name]}
+                return quantized_class(bits).restore(shape, tensors, bias)
+
+            fill_quantized(model, bits, device, stored.read, as_kept)
         return model
-    fill_quantized(model, bits, device, stored.read, None)
+    fill_quantized(model, bits, device, stored.read)
     _keep(model, kept, say)
     return model
 

@@ -77,6 +77,11 @@ class MergeConfig(ModelSettings):
     lora_model: str = setting(..., "Model", "Folder of the adapter.")
     output_dir: str = setting(..., "Result", "Where the merged model is written.")
     overwrite_output_dir: bool = setting(False, "Result", "Replace an earlier merge in output_dir.")
+    save_in_4bit: bool = setting(
+        False,
+        "Result",
+        "Store linear layers in 4 bits (bitsandbytes NF4); loses quality, and tells how much.",
+    )
 
 
 class ExportConfig(ModelSettings):

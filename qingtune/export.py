@@ -30,7 +30,7 @@ from qingtune.models.gguf_file import KINDS, Plan, Read, check_gguf, write_gguf
 from qingtune.models.gguf_layout import Layout, Value, layout_of
 from qingtune.models.gguf_vocab import MOST_ENDS, Ending, normalizes, vocabulary_of
 from qingtune.models.load import StoredWeights, load_tokenizer, stop_ids
-from qingtune.models.source import fingerprint, read_model_config
+from qingtune.models.source import fingerprint, read_model_config, stored_in_4bit
 from qingtune.quiet import quieten
 from qingtune.record import Record
 
@@ -87,7 +87,7 @@ def export(config: ExportConfig) -> None:
     ):
         files = [_write(half_done, name, Plan(layout, metadata, kind), read) for kind in dict.fromkeys(config.quantize)]
         remarks = [
-            *_write_modelfile(half_done, files[0].name, base, speech), *_limits(speech, config.quantize)
+            *_write_modelfile(half_done, files[0].name, base, speech), *_limits(base, speech, config.quantize)
         ]  # fmt: skip
         origin = Origin(shown_name(_base_name(config, record)), fingerprint(base), base, adapter_folder, record)
         write_card(half_done / CARD, name, origin, files, remarks)
@@ -214,9 +214,11 @@ def _speech(config: ExportConfig, base: Path, record: Record | None, layout: Lay
     return Speech(template, plain, Ending(template.end_of_turn, others, bos, add_bos), system)
 
 
-def _limits(speech: Speech, quantize: Sequence[str]) -> list[str]:
+def _limits(base: Path, speech: Speech, quantize: Sequence[str]) -> list[str]:
     """What the files cannot say, or say less well."""
     limits: list[str] = []
+    if stored_in_4bit(base):
+        limits.append("The base's linear layers were stored in 4 bits, which had rounded them before they came here.")
     if "q4_0" in quantize:
         limits.append(
             "q4_0 is coarse, and a model of less than a billion weights may answer otherwise: try it before use."

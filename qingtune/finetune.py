@@ -27,7 +27,7 @@ from qingtune.files import copy_file, disk_errors, staging_folder, usual_permiss
 from qingtune.hardware import Hardware, choose_hardware
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models.load import load_tokenizer, local_folder, save_model, stop_ids, stored_dtype
-from qingtune.models.source import context_length, find_model, fingerprint
+from qingtune.models.source import context_length, find_model, fingerprint, stored_in_4bit
 from qingtune.output_folder import check_output_folder, only_run_in, prepare_output_folder
 from qingtune.plots import plot_losses
 from qingtune.quiet import quieten
@@ -113,6 +113,12 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
         source = find_model(config.model_name_or_path, config.cache_dir, config.hub)
         folder = local_folder(source, config.cache_dir, say)
     say(f"Model: {source.name} ({source.path}).")
+    if config.method == "full" and stored_in_4bit(folder):
+        raise UserError(
+            "full training needs the weights themselves, and this model is stored in 4 bits",
+            where=str(folder),
+            fix="Name the model in 16 bits, or pass --use_qlora.",
+        )
     template = make_template(load_tokenizer(folder), stop_ids(folder))
     for notice in template.notices:
         say(notice)

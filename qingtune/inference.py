@@ -24,7 +24,8 @@ from qingtune.data.tokenize import Template, make_template, prompt_ids
 from qingtune.errors import UserError
 from qingtune.files import sha256_of
 from qingtune.generation import Answer, Decoder, Decoding, generate
-from qingtune.hardware import choose_hardware
+from qingtune.hardware import choose_hardware, free_bytes
+from qingtune.kernels.cached_decoder import CachedDecoder
 from qingtune.models.load import load_tokenizer, local_folder, stop_ids
 from qingtune.models.source import context_length, find_model, fingerprint
 from qingtune.quiet import quieten
@@ -33,6 +34,7 @@ from qingtune.record import Record, read_record
 BUNDLED_SHOWN = 3
 DEFAULT_CONTEXT = 2048  # tokens, where a model's configuration does not say
 SLOTS = 16  # prompts of a file answered at a time
+CACHE_OF_FREE = 0.8  # share of the free memory that keys and values may take; products need the rest for a moment
 # A tokenizer that needs more tokens than this for a Chinese character was hardly trained on Chinese.
 TOKENS_PER_CHINESE_CHARACTER = 1.3
 
@@ -229,10 +231,43 @@ def _answer_file(speaker: Speaker, rows: list[tuple[dict[str, Any], Any]], confi
         except UserError as error:
             raise UserError(error.what, where=f"{config.prompt_file}, prompt {number + 1}", fix=error.fix) from None
         questions.append(Question(values, ids, decoding))
+    _fit_slots(speaker.decoder, questions, config.prompt_file)
     identity = {**speaker.identity, "prompt_file": sha256_of(Path(config.prompt_file))}
     output = Path(config.output_file) if config.output_file else None
     file = AnswerFile(output, identity, overwrite=config.overwrite_output_file)
     answer_file(speaker.decoder, speaker.template, questions, file, _say)
+
+
+def _fit_slots(decoder: Decoder, questions: Sequence[Question], prompt_file: str) -> None:
+    """Have as many slots as there is memory for, each with room for the longest prompt and answer; tells if fewer.
+
+    Raises:
+        UserError: there is none for a single one.
+    """
+    free = free_bytes(decoder.device) if isinstance(decoder, CachedDecoder) else None
+    if not isinstance(decoder, CachedDecoder) or free is None or not questions:
+        return  # the model's own modules hold one sequence, as it grows
+    lengths = [len(question.ids) + question.decoding.max_new_tokens for question in questions]
+    longest = max(range(len(questions)), key=lengths.__getitem__)
+    needed, room = decoder.slot_bytes(lengths[longest]), int(CACHE_OF_FREE * free)
+    slots = min(decoder.slots, room // needed)
+    if not slots:
+        prompt = len(questions[longest].ids)
+        fitting = lengths[longest] * room // needed
+        short = f"--max_new_tokens {fitting - prompt} or less"
+        shorter = short if fitting > prompt else f"prompts of less than {fitting:,} tokens"
+        raise UserError(
+            f"keys and values of the prompt's {prompt:,} tokens and of up to {lengths[longest] - prompt:,} of its "
+            f"answer take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free",
+            where=f"{prompt_file}, prompt {longest + 1}",
+            fix=f"Use {shorter}, or --load_in_8bit or --load_in_4bit, with which the model takes less.",
+        )
+    if slots < decoder.slots:
+        _say(
+            f"Memory: {slots} instead of {decoder.slots} prompts at a time, as keys and values of {lengths[longest]:,} "
+            f"tokens take {needed / 1e9:.2f} GB each and {free / 1e9:.2f} GB are free."
+        )
+    decoder.make_slots(slots, lengths[longest])
 
 
 def _answer_bundled(speaker: Speaker) -> None:
@@ -248,10 +283,15 @@ def _answer_bundled(speaker: Speaker) -> None:
 
 def bundled_prompts(*, chinese: bool) -> Iterable[tuple[dict[str, Any], Sequence[Message]]]:
     """The first bundled held-out rows, with their prompts."""
-    path = bundled_data() / ("store_xhs_heldout.jsonl" if chinese else "store_posts_en_heldout.jsonl")
-    for _, (values, prompt) in zip(range(BUNDLED_SHOWN), rows_with_prompts(str(path)), strict=False):
+    path = str(bundled_heldout(chinese=chinese))
+    for _, (values, prompt) in zip(range(BUNDLED_SHOWN), rows_with_prompts(path), strict=False):
         assert not isinstance(prompt, str)
         yield values, prompt
+
+
+def bundled_heldout(*, chinese: bool) -> Path:
+    """The bundled samples that no bundled configuration trains on."""
+    return bundled_data() / ("store_xhs_heldout.jsonl" if chinese else "store_posts_en_heldout.jsonl")
 
 
 def bundled_data() -> Path:

@@ -13,15 +13,17 @@ from qingtune.adapters.files import load_adapter, read_adapter_config
 from qingtune.adapters.lora import merge_lora
 from qingtune.adapters.stored import EMBEDDING, HEAD, StoredAdapter, read_adapter
 from qingtune.command_config import MergeConfig
-from qingtune.data.tokenize import Template, make_template, prompt_ids
+from qingtune.data.format import read_conversations
+from qingtune.data.tokenize import Sample, Template, make_template, prompt_ids, tokenize
 from qingtune.errors import UserError
 from qingtune.files import disk_errors, move_into_place, staging_folder, write_json
 from qingtune.hardware import choose_hardware, memory_errors
-from qingtune.inference import bundled_prompts, find_base
-from qingtune.merge_check import Comparison, compare_merged
+from qingtune.inference import bundled_heldout, bundled_prompts, find_base
+from qingtune.merge_4bit import check_weights, judge, write_in_4bit
+from qingtune.merge_check import Comparison, compare_merged, measure_lost
 from qingtune.models.load import StoredWeights, load_model, load_tokenizer, save_model, stop_ids, stored_dtype
 from qingtune.models.shards import add_tensor, copy_changed
-from qingtune.models.source import context_length, read_model_config
+from qingtune.models.source import context_length, read_model_config, stored_in_4bit
 from qingtune.quiet import quieten
 from qingtune.record import write_record
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 # logits' spread: 1.9 % on SmolLM2-135M, 0.2 % on Qwen2.5-0.5B (docs/measurements.md).
 MOST_MEAN_DIFFERENCE = 0.03  # of the logits' standard deviation
 PROMPT_TOKENS = 160  # of each prompt that is compared, at most
+SAMPLE_TOKENS = 384  # of each sample whose answer's loss is compared, at most
 
 _SMALLER = "Close other programs, or merge on a machine with more memory."
 
@@ -47,6 +50,13 @@ def merge(config: MergeConfig) -> None:
     read_adapter_config(folder)
     _check_output(output_dir, config.overwrite_output_dir)
     base, record = find_base(config, folder)
+    if stored_in_4bit(base):
+        raise UserError(
+            "the base is stored in 4 bits, and merging into these would round a second time",
+            where=str(base),
+            fix="Name the 16-bit model that it was made of: --base_model NAME --allow_other_base. "
+            "--save_in_4bit rounds the result, once.",
+        )
     if output_dir.resolve() == base.resolve():
         raise UserError("output_dir holds the base model", where=str(output_dir), fix="Choose another output_dir.")
     adapter = read_adapter(folder)
@@ -57,17 +67,30 @@ def merge(config: MergeConfig) -> None:
     with staging_folder(output_dir) as half_done:
         with disk_errors("the merged model", output_dir, "Make room on the disk, or choose another output_dir."):
             with memory_errors("the adapter was merged", base, _SMALLER):
-                _write(half_done, base, adapter)
+                if config.save_in_4bit:
+                    write_in_4bit(half_done, base, adapter)
+                else:
+                    _write(half_done, base, adapter)
             _write_rest(half_done, base, tokenizer)
         prompts = _prompts(template, base)
         with memory_errors("the merged model was compared", output_dir, _SMALLER):
-            _judge(compare_merged(base, adapter, half_done, prompts, template.stop_ids, hardware))
+            if config.save_in_4bit:
+                samples = _samples(template, base)
+                _say(check_weights(half_done, base, adapter))
+                lost = measure_lost(base, adapter, half_done, prompts, samples, template.stop_ids, hardware)
+                _say(judge(lost))
+            else:
+                _judge(compare_merged(base, adapter, half_done, prompts, template.stop_ids, hardware))
         if record:
             write_record(half_done, record)
         if output_dir.exists():
             shutil.rmtree(output_dir)
         move_into_place(half_done, output_dir)
     print(f"Merged model: {output_dir}\nTalk to it: qingtune chat --base_model {output_dir}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _check_output(output_dir: Path, overwrite: bool) -> None:
@@ -90,7 +113,7 @@ def _write(folder: Path, base: Path, adapter: StoredAdapter) -> None:
     """Write the merged weights and their configuration, one tensor in memory at a time where names allow it."""
     stored = StoredWeights(base).shapes
     if not adapter.names - {HEAD} <= set(stored):  # stored under names that Transformers translates while it loads
-        print("Merging in whole: the base's tensors have other names in its files than in the model.", file=sys.stderr)
+        _say("Merging in whole: the base's tensors have other names in its files than in the model.")
         model = load_model(base, torch.float32)
         load_adapter(model, adapter.folder)
         merge_lora(model)
@@ -122,17 +145,27 @@ def _prompts(template: Template, base: Path) -> list[list[int]]:
     ]
 
 
+def _samples(template: Template, base: Path) -> list[Sample]:
+    """Bundled samples in both languages with their answers, the beginning of long ones."""
+    most = min(SAMPLE_TOKENS, context_length(base) or SAMPLE_TOKENS)
+    conversations = [
+        conversation
+        for chinese in (True, False)
+        for conversation in read_conversations([str(bundled_heldout(chinese=chinese))], None, "raise").conversations[:3]
+    ]
+    return tokenize(template, conversations, most, "truncate").samples
+
+
 def _judge(found: Comparison) -> None:
     """Tell how far the logits moved.
 
     Raises:
         UserError: further than the bound.
     """
-    print(
+    _say(
         f"Merged against base + adapter, {found.places:,} places: logits differ by {found.largest:.4f} at most, "
         f"{found.mean:.5f} on average (their spread is {found.spread:.2f}); the likeliest token agrees at "
-        f"{found.agree:.1%}. Greedy answers: {found.same_answers} of {found.answers} are the same.",
-        file=sys.stderr,
+        f"{found.agree:.1%}. Greedy answers: {found.same_answers} of {found.answers} are the same."
     )
     if not found.mean <= MOST_MEAN_DIFFERENCE * found.spread:
         raise UserError("the merged model differs from base + adapter beyond rounding; nothing was written")

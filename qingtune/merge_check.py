@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from qingtune.adapters.files import load_adapter
-from qingtune.adapters.stored import StoredAdapter
+from qingtune.adapters.lora import merge_lora
+from qingtune.adapters.stored import EMBEDDING, StoredAdapter
 from qingtune.answering import Assembly, load_decoder, open_model
+from qingtune.data.tokenize import Sample
 from qingtune.generation import Decoding, generate_many
 from qingtune.hardware import Hardware, give_back_memory
 from qingtune.kernels.cached_decoder import CachedDecoder
-from qingtune.models.load import load_model
+from qingtune.models.load import StoredWeights, load_model
+from qingtune.models.source import read_model_config
 
 ANSWER_TOKENS = 32
 ROWS_AT_A_TIME = 32  # places whose logits are there at once
@@ -43,8 +47,25 @@ class Comparison:
     same_answers: int
 
 
+@dataclass(frozen=True)
+class Lost:
+    """What storing in 4 bits lost.
+
+    Attributes:
+        merging: weights merged in fp32, before anything is rounded, against the adapter beside them.
+        result: the written model against the adapter beside the base's weights.
+        samples: with answers of their own.
+        losses: per token of these answers on average, of base and adapter and of the written model; None without any.
+    """
+
+    merging: Comparison
+    result: Comparison
+    samples: int
+    losses: tuple[float, float] | None
+
+
 class _Side(Protocol):
-    """One of the two models, in fp32."""
+    """One of the models that are compared, in fp32."""
 
     def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]: ...
 
@@ -95,21 +116,104 @@ def compare_merged(
     The merged model answers the prompts by the likeliest tokens, as it will for the user; then both go over prompts
     and answers. An answer counts as the same where both would have chosen the same token at each of its places.
     """
-    decoder = load_decoder(merged, None, None, hardware, None, len(prompts), lambda _: None)
+    sequences = _answered(merged, prompts, stop_ids, hardware)
+    before = _States(_side(base, adapter, hardware, len(sequences)), sequences)
+    after = _States(_side(merged, None, hardware, len(sequences)), sequences)
+    return _compare(before, after, prompts)
+
+
+@torch.inference_mode()
+def measure_lost(
+    base: Path,
+    adapter: StoredAdapter,
+    written: Path,
+    prompts: Sequence[Sequence[int]],
+    samples: Sequence[Sample],
+    stop_ids: frozenset[int],
+    hardware: Hardware,
+) -> Lost:
+    """Compare a model in 4 bits with base and adapter as `compare_merged` does, and over samples with their answers.
+
+    Rounding to 4 bits would hide faults of the merging, so the merged weights are compared without it too.
+    """
+    sequences = _answered(written, prompts, stop_ids, hardware)
+    sequences += [sample.token_ids.tolist() for sample in samples]
+    slots = len(sequences)
+    before = _States(_side(base, adapter, hardware, slots), sequences)
+    merging = _compare(before, _States(_merged_side(base, adapter, hardware, slots), sequences), prompts)
+    after = _States(_side(written, None, hardware, slots), sequences)
+    losses = (before.loss(len(prompts), samples), after.loss(len(prompts), samples)) if samples else None
+    return Lost(merging, _compare(before, after, prompts), len(samples), losses)
+
+
+def _answered(
+    folder: Path, prompts: Sequence[Sequence[int]], stop_ids: frozenset[int], hardware: Hardware
+) -> list[list[int]]:
+    """Prompts with the greedy answers of the model as it answers for the user."""
+    decoder = load_decoder(folder, None, None, hardware, None, len(prompts), lambda _: None)
     greedy = Decoding(max_new_tokens=ANSWER_TOKENS, temperature=0)
     answers = dict(generate_many(decoder, prompts, [greedy] * len(prompts), stop_ids))
     del decoder
     give_back_memory()
-    sequences = [[*prompt, *answers[number]] for number, prompt in enumerate(prompts)]
-    before, after = _side(base, adapter, hardware, len(prompts)), _side(merged, None, hardware, len(prompts))
+    return [[*prompt, *answers[number]] for number, prompt in enumerate(prompts)]
+
+
+class _States:
+    """What a model's head sees at every place of sequences."""
+
+    def __init__(self, side: _Side, sequences: Sequence[Sequence[int]]) -> None:
+        self.side, self.states = side, side.hidden_states(sequences)
+
+    def loss(self, first: int, samples: Sequence[Sample]) -> float:
+        """Mean cross-entropy over trained tokens, in nats, of samples that are the sequences from `first` on."""
+        losses: list[torch.Tensor] = []
+        for states, sample in zip(self.states[first:], samples, strict=True):
+            ids = torch.from_numpy(sample.token_ids).long()
+            places = torch.from_numpy(sample.trained).nonzero()[:, 0]
+            for part in places[places > 0].split(ROWS_AT_A_TIME):
+                logits = self.side.logits(states[part - 1])
+                losses.append(F.cross_entropy(logits, ids[part].to(logits.device), reduction="none").double())
+        return float(torch.cat(losses).mean())
+
+
+def _compare(before: _States, after: _States, prompts: Sequence[Sequence[int]]) -> Comparison:
+    """Compare all sequences; the first ones are prompts with answers."""
     totals = _Totals()
     same = 0
-    for number, (one, two) in enumerate(
-        zip(before.hidden_states(sequences), after.hidden_states(sequences), strict=True)
-    ):
-        agreeing = totals.add(before, after, one, two)
-        same += all(agreeing[len(prompts[number]) - 1 : -1])
+    for number, (one, two) in enumerate(zip(before.states, after.states, strict=True)):
+        agreeing = totals.add(before.side, after.side, one, two)
+        same += number < len(prompts) and all(agreeing[len(prompts[number]) - 1 : -1])
     return totals.comparison(len(prompts), same)
+
+
+class _MergedWeights(StoredWeights):
+    """A base's weights with an adapter merged in, in fp32, one at a time."""
+
+    def __init__(self, base: Path, adapter: StoredAdapter) -> None:
+        super().__init__(base)
+        self._adapter = adapter
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in memory of its own."""
+        weight = super().read(name if name in self.shapes else EMBEDDING)  # of which a head of its own is made
+        return self._adapter.merged(name, weight)
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """A tensor that stays in its file if the adapter does not change it."""
+        return self.read(name) if name in self._adapter.names else super().mapped(name)
+
+
+def _merged_side(base: Path, adapter: StoredAdapter, hardware: Hardware, slots: int) -> _Side:
+    exact = Hardware(hardware.device, torch.float32, hardware.reason)
+    model, stored, reason = open_model(base, None, exact)
+    if stored is not None and reason is None:
+        model.config.tie_word_embeddings &= not adapter.unties(read_model_config(base))
+        assembly = Assembly(model, _MergedWeights(base, adapter), None, exact, merge=False)
+        return _Layerwise(assembly.decoder(slots, lazy=True))
+    whole = load_model(base, torch.float32)
+    load_adapter(whole, adapter.folder)
+    merge_lora(whole)
+    return _Modules(whole.eval())
 
 
 def _side(folder: Path, adapter: StoredAdapter | None, hardware: Hardware, slots: int) -> _Side:

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 
 from qingtune.adapters.targets import dense_weight, linear_layers, replace_layer
-from qingtune.kernels.linear import QuantizedLinear, quantize_layer, quantized_class
+from qingtune.kernels.linear import QuantizedLinear, quantize_layer
+
+# A layer's name, its out and in features, its bias on the device -> the layer; None for one that stays dense.
+Ready = Callable[[str, tuple[int, int], torch.Tensor | None], QuantizedLinear | None]
 
 
 def quantize_model(model: Any, bits: int, device: torch.device) -> None:
@@ -28,7 +31,7 @@ def fill_quantized(
     bits: int,
     device: torch.device,
     read: Callable[[str], torch.Tensor],
-    packed: Callable[[str], dict[str, torch.Tensor]] | None,
+    ready: Ready | None = None,
 ) -> None:
     """Fill a model whose weights have no value yet, its linear layers but the head quantised, one tensor at a time.
 
@@ -37,21 +40,21 @@ def fill_quantized(
         bits: 4 or 8.
         device: where the model is to live.
         read: a parameter's name -> the tensor.
-        packed: a layer's name -> its packed tensors if they are at hand; None to quantise what `read` gives.
+        ready: gives layers whose packed tensors are at hand; None to quantise what `read` gives.
     """
     layers = linear_layers(model)
     for name in list(layers):
         layer: Any = layers.pop(name)
         if layer.bias is not None:
             layer.bias.data = read(f"{name}.bias").to(layer.bias.dtype)
-        if packed:
-            tensors = {key: tensor.to(device) for key, tensor in packed(name).items()}
+        if ready:
             out_features, in_features = dense_weight(layer).shape
-            mine = quantized_class(bits).restore((out_features, in_features), tensors, _on(layer.bias, device))
+            mine = ready(name, (out_features, in_features), _on(layer.bias, device))
         else:
             layer.weight.data = read(f"{name}.weight").to(layer.weight.dtype)
             mine = _quantized(layer, dense_weight(layer).detach(), bits, device)
-        replace_layer(model, name, mine)
+        if mine is not None:
+            replace_layer(model, name, mine)
     quantized = tuple(name for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
     for name, tensor in [*model.named_parameters(), *_stored_buffers(model)]:
         if name.rpartition(".")[0] not in quantized:

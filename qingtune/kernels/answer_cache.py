@@ -32,15 +32,25 @@ class AnswerShape:
 class AnswerCache:
     """Sequences in slots, each with keys and values [G, capacity, d] of every layer.
 
+    Args:
+        shape: of the attention.
+        slots: sequences.
+        dtype: of keys and values.
+        device: where they are.
+        length: tokens of a slot for which there is room from the start; more is taken as sequences grow.
+
     Attributes:
         ids: of each slot's sequence, as far as keys and values are there.
         keys: [layers, slots, G, capacity, d]; likewise values.
     """
 
-    def __init__(self, shape: AnswerShape, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shape: AnswerShape, slots: int, dtype: torch.dtype, device: torch.device, length: int = 0
+    ) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.ids: list[list[int]] = [[] for _ in range(slots)]
-        self.keys, self.values = self._empty(0), self._empty(0)
+        self._check(length)
+        self.keys, self.values = self._empty(length), self._empty(length)
 
     def reserve(self, length: int) -> None:
         """Make room for so many tokens a slot.
@@ -51,8 +61,7 @@ class AnswerCache:
         held, most = self.keys.shape[3], self.shape.context_length
         if length <= held:
             return
-        if length > most:
-            raise ValueError(f"{length} tokens, the model reads {most}")
+        self._check(length)
         wanted = min(most, -(-max(length, 2 * held) // CACHE_STEP) * CACHE_STEP)
         self.keys, self.values = self._grown(self.keys, wanted), self._grown(self.values, wanted)
 
@@ -71,9 +80,14 @@ class AnswerCache:
         self._copy(source, target, len(self.ids[source]))
         self.ids[target] = list(self.ids[source])
 
-    def forget(self) -> None:
-        """Let no slot hold anything."""
-        self.ids = [[] for _ in self.ids]
+    def slot_bytes(self, length: int) -> int:
+        """What keys and values of so many tokens take."""
+        shape = self.shape
+        return 2 * shape.layers * shape.keys * shape.size * length * self.dtype.itemsize
+
+    def _check(self, length: int) -> None:
+        if length > self.shape.context_length:
+            raise ValueError(f"{length} tokens, the model reads {self.shape.context_length}")
 
     def _empty(self, capacity: int) -> torch.Tensor:
         shape = self.shape

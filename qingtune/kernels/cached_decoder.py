@@ -65,6 +65,15 @@ class CachedDecoder:
         parts = (part for layer in self.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down))
         return self.head.held_bytes + sum(part.held_bytes for part in parts)
 
+    def slot_bytes(self, length: int) -> int:
+        """What a slot that holds a sequence of so many tokens takes."""
+        return self._cache.slot_bytes(length)
+
+    def make_slots(self, count: int, length: int) -> None:
+        """Have other slots, which hold nothing, with room for sequences of so many tokens, taken at once."""
+        self.slots = count
+        self._cache = AnswerCache(self.shape, count, self.dtype, self.device, length)
+
     @torch.inference_mode()
     def start(self, ids: Sequence[int], slot: int = 0) -> torch.Tensor:
         """Let a slot hold these ids, at least one, and give the logits [V] of the next one."""
@@ -102,14 +111,14 @@ class CachedDecoder:
     def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """What the head sees at every place of prompts, each [T, D], one slot a prompt; every layer is asked for once.
 
-        Nothing that the slots held stays.
+        Nothing that the slots held stays, nor the memory that holds it.
         """
-        self._cache.reserve(max(map(len, prompts)))
-        self._cache.forget()
+        self.make_slots(self.slots, max(map(len, prompts)))
         joinings = [Chunk(self._cache, self.rotary, slot, len(ids)) for slot, ids in enumerate(prompts)]
         states = [self._embedded(ids) for ids in prompts]
         for number, layer in enumerate(self.layers):
             states = [self._through(number, layer, x, joining) for x, joining in zip(states, joinings, strict=True)]
+        self.make_slots(self.slots, 0)
         return [self.norm.apply(x) for x in states]
 
     def _read_chunk(self, ids: Sequence[int], slot: int) -> torch.Tensor:

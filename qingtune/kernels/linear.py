@@ -132,11 +132,17 @@ class NF4Linear(QuantizedLinear):
     bits = 4
 
     @staticmethod
-    def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Quantise a weight, [out, in]."""
+    def pack(weight: torch.Tensor, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Quantise a weight, [out, in].
+
+        Args:
+            weight: to quantise.
+            dtype: in which it is unpacked again; None for its own.
+        """
         packed, state = _bitsandbytes().functional.quantize_4bit(
             weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
         )
+        state.dtype = dtype or weight.dtype
         return {"packed": packed, **state.as_dict(packed=True)}
 
     def _hold(self, packed: dict[str, torch.Tensor]) -> None:
@@ -154,8 +160,25 @@ class NF4Linear(QuantizedLinear):
         packed = cast("torch.Tensor", self.packed)
         if out is not None and self._dequantize_on_cpu(packed, out):
             return out
+        if packed.device.type == "cpu" and self.in_features % self.state.blocksize:
+            return self._dequantize_by_table(packed).to(dtype)
         weight = _bitsandbytes().functional.dequantize_4bit(packed, self.state).to(dtype)
         return weight.reshape(self.out_features, self.in_features)  # two numbers would come back transposed
+
+    def _dequantize_by_table(self, packed: torch.Tensor) -> torch.Tensor:
+        """For rows that end within a block: of lengths that divide by 16 the library's CPU kernel (0.50.2) takes wrong
+        scales, and for odd ones it starts the compiler."""
+        codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1)
+        numbers = self.out_features * self.in_features
+        scales = self._scales().repeat_interleave(self.state.blocksize)[:numbers]
+        return (self.state.code[codes[:numbers].int()] * scales).view(self.out_features, self.in_features)
+
+    def _scales(self) -> torch.Tensor:
+        """Of all blocks, fp32."""
+        if not self.state.nested:
+            return self.state.absmax
+        functional = _bitsandbytes().functional
+        return functional.dequantize_blockwise(self.state.absmax, self.state.state2).add_(self.state.offset)
 
     def _dequantize_on_cpu(self, packed: torch.Tensor, out: torch.Tensor) -> bool:
         """Have the library's CPU kernel write to a place of ours; False where that cannot be.
@@ -163,14 +186,13 @@ class NF4Linear(QuantizedLinear):
         Its Python side takes fresh memory for each weight, which leaves holes of 0.2 GB in the heap or, if it is given
         back each time, costs a tenth of the speed.
         """
-        functional = _bitsandbytes().functional
         kernel = getattr(_bitsandbytes().cextension.lib, _CPU_KERNELS.get(out.dtype, ""), None)
-        if kernel is None or out.device.type != "cpu" or out.dtype != self.state.dtype or out.shape[1] % 2:
+        fits = out.device.type == "cpu" and out.dtype == self.state.dtype and out.shape[1] % self.state.blocksize == 0
+        if kernel is None or not fits:
             return False
-        scales = functional.dequantize_blockwise(self.state.absmax, self.state.state2)
-        scales.add_(cast("torch.Tensor", self.state.offset))
+        scales = self._scales()
         pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed, scales, out))
-        kernel(*pointers, *(ctypes.c_longlong(number) for number in (BLOCK_SIZE, *out.shape)))
+        kernel(*pointers, *(ctypes.c_longlong(number) for number in (self.state.blocksize, *out.shape)))
         return True
 
 

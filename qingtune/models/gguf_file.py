@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -99,12 +100,23 @@ def write_gguf(path: Path, plan: Plan, read: Read) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for array in plan.layout.constants.values():
-            writer.write_tensor_data(array)
-        for tensor in plan.layout.tensors:
-            writer.write_tensor_data(_encode(tensor.arrange(read(tensor.source)), plan.kind(tensor)))
     finally:
         writer.close()
+    with path.open("ab") as file:
+        for array in plan.layout.constants.values():
+            _append(file, array, writer.data_alignment)
+        for tensor in plan.layout.tensors:
+            _append(file, _encode(tensor.arrange(read(tensor.source)), plan.kind(tensor)), writer.data_alignment)
+
+
+def _append(file: BufferedWriter, array: NDArray[Any], alignment: int) -> None:
+    """Write a tensor's data, filled up on both sides to a multiple of the alignment.
+
+    As GGUFWriter.write_tensor_data, which hides behind numpy's own message why a disk takes no more.
+    """
+    file.write(bytes(-file.tell() % alignment))
+    file.write(np.ascontiguousarray(array).data)
+    file.write(bytes(-file.tell() % alignment))
 
 
 def _add(writer: GGUFWriter, name: str, value: Value) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from qingtune.errors import UserError
 from qingtune.files import default_cache, move_into_place, sha256_of, staging_folder
-from qingtune.models.source import ModelSource, read_model_config
+from qingtune.kernels.linear import NF4Linear
+from qingtune.models.nf4 import Described, describe, layer_of, parts_of, unpack
+from qingtune.models.source import NF4_MARK, ModelSource, read_model_config, stored_in_4bit
 from qingtune.quiet import quieten_transformers
 
 if TYPE_CHECKING:
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 # A GGUF file may hold the head apart from the embedding although the model ties them: the same matrix, quantised twice,
 # differs by a few per cent (Qwen2.5-0.5B Q4_K_M: 4.5 %); two matrices trained apart differ by more than their size.
 TIED_BELOW = 0.15
+IN_4BIT = (
+    "The model's linear layers are stored in 4 bits (NF4): use_qlora trains on them as they are; elsewhere they are "
+    "unpacked while they are read."
+)
 
 
 def local_folder(source: ModelSource, cache_dir: str | None, say: Callable[[str], None]) -> Path:
@@ -35,6 +41,8 @@ def local_folder(source: ModelSource, cache_dir: str | None, say: Callable[[str]
     """
     if not source.is_gguf:
         _check_architecture(source.path)
+        if stored_in_4bit(source.path):
+            say(IN_4BIT)
         return source.path
     cache = (Path(cache_dir).expanduser() if cache_dir else default_cache()) / "gguf"
     digest = sha256_of(source.path)
@@ -147,6 +155,8 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     import transformers
 
     quieten_transformers()
+    if stored_in_4bit(folder):
+        return _load_unpacked(folder, dtype)
     try:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -177,15 +187,44 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def _load_unpacked(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose linear layers are stored in 4 bits, as what these stand for.
+
+    Transformers would load layers of bitsandbytes', which on some CPUs repack their weights in place.
+    """
+    try:
+        model, stored = empty_model(folder, dtype), StoredWeights(folder)
+    except (OSError, KeyError, SafetensorError, ValueError, RuntimeError) as error:
+        raise UserError(f"the model cannot be loaded: {str(error).splitlines()[0]}", where=str(folder)) from error
+    kept = model.state_dict().keys()
+    tensors = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in kept)]
+    for name, tensor in tensors:
+        if stored.shapes.get(name) != tuple(tensor.shape):
+            raise UserError(
+                f"{name} is not stored in the shape and under the name that its architecture has",
+                where=str(folder),
+                fix="Use the model in 16 bits.",
+            )
+        tensor.data.copy_(stored.read(name))
+    return model
+
+
 class StoredWeights:
     """The tensors of a model folder, read one at a time, so that a process never holds the files' pages all at once.
 
+    Weights that are stored in 4 bits (NF4) are given as what they stand for.
+
     Attributes:
         shapes: of the tensors, by name.
+        packed: the weights stored in 4 bits, and the tensors that stand for each, by their parts' names.
+
+    Raises:
+        UserError: a weight in 4 bits is stored in a way not known here.
     """
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
+        self._described: dict[str, Described] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
         parts = {whole.name} if whole.exists() else set(json.loads(index.read_text("utf-8"))["weight_map"].values())
@@ -193,6 +232,15 @@ class StoredWeights:
             with safe_open(path, "pt") as file:
                 for name in list(file.keys()):
                     self._files[name], self.shapes[name] = path, tuple(file.get_slice(name).get_shape())
+                    if name.endswith(NF4_MARK):
+                        weight = name.removesuffix(NF4_MARK)
+                        with self._faults(weight):
+                            self._described[weight] = describe(file.get_tensor(name))
+        self.packed = parts_of(self.shapes)
+        for weight, parts in self.packed.items():
+            for part in parts.values():
+                del self.shapes[part]
+            self.shapes[weight] = self._described[weight].shape
 
     def fit(self, shapes: dict[str, tuple[int, ...]]) -> bool:
         """Whether all of these are there, in their shapes."""
@@ -200,13 +248,49 @@ class StoredWeights:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor in memory of its own."""
-        with safe_open(self._files[name], "pt") as file:
-            return file.get_tensor(name).clone()
+        if name in self.packed:
+            with self._faults(name):
+                return unpack(self._described[name], self._parts(name))
+        return self._read(name)
 
     def mapped(self, name: str) -> torch.Tensor:
         """A tensor that stays in its file, of which only what is looked at takes memory; not to be written to."""
+        if name in self.packed:
+            return self.read(name)
         with safe_open(self._files[name], "pt") as file:
             return file.get_tensor(name)
+
+    def layer(self, name: str, bias: torch.Tensor | None, device: torch.device) -> NF4Linear:
+        """The frozen layer of a weight stored in 4 bits, its codes as they are.
+
+        Args:
+            name: the weight's.
+            bias: [out] on the device, or None.
+            device: where the layer is to live.
+        """
+        with self._faults(name):
+            parts = {part: tensor.to(device) for part, tensor in self._parts(name).items()}
+            return layer_of(self._described[name], parts, bias)
+
+    def _read(self, name: str) -> torch.Tensor:
+        with safe_open(self._files[name], "pt") as file:
+            return file.get_tensor(name).clone()
+
+    def _parts(self, weight: str) -> dict[str, torch.Tensor]:
+        names = self.packed[weight]
+        if len({self._files[name] for name in names.values()}) > 1:
+            return {part: self._read(name) for part, name in names.items()}
+        with safe_open(self._files[weight + NF4_MARK], "pt") as file:
+            return {part: file.get_tensor(name).clone() for part, name in names.items()}
+
+    @contextlib.contextmanager
+    def _faults(self, weight: str) -> Generator[None]:
+        """Tell as a UserError what is wrong with a weight stored in 4 bits."""
+        try:
+            yield
+        except ValueError as error:
+            where = str(self._files.get(weight, weight))
+            raise UserError(f"{weight} is in 4 bits: {error}", where=where, fix="Fetch it again.") from None
 
 
 def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -216,6 +300,7 @@ def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     quieten_transformers()
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    vars(config).pop("quantization_config", None)  # of its files; the model that is made here is not quantised
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()

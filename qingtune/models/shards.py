@@ -1,4 +1,4 @@
-"""A model's safetensors files copied with some of their tensors changed, one tensor in memory at a time."""
+"""A model's safetensors files: copied with some of their tensors changed, one in memory at a time, or written anew."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from qingtune.files import flush, write_json
 from qingtune.models.source import read_header
 
 INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 1 << 29  # of the files that ShardWriter makes, at least
 
 
 def copy_changed(
@@ -46,14 +47,70 @@ def copy_changed(
 def _changed_bytes(path: Path, name: str, change: Callable[[str, torch.Tensor], torch.Tensor]) -> memoryview:
     with safe_open(path, "pt") as file:
         before = file.get_tensor(name)
-        after = change(name, before).to(before.dtype).contiguous()
+        after = rounded(name, change(name, before), before.dtype, path)
+    return after.view(-1).view(torch.uint8).numpy().data
+
+
+def rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype, where: Path) -> torch.Tensor:
+    """A changed tensor in the dtype that it is stored in.
+
+    Raises:
+        UserError: a value is too large for it.
+    """
+    after = tensor.to(dtype).contiguous()
     if not bool(torch.isfinite(after).all()):
         raise UserError(
-            f"{name} holds values after merging that are no numbers in {str(after.dtype).removeprefix('torch.')}",
-            where=str(path),
+            f"{name} holds values after merging that are no numbers in {str(dtype).removeprefix('torch.')}",
+            where=str(where),
             fix="Use a base in bfloat16 or float32, and check the adapter.",
         )
-    return after.view(-1).view(torch.uint8).numpy().data
+    return after
+
+
+class ShardWriter:
+    """Writes a model's tensors, in files of about SHARD_BYTES each, which is what is held in memory.
+
+    Args:
+        folder: exists, and holds no weights.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._held: dict[str, torch.Tensor] = {}
+        self._files: list[list[str]] = []
+        self._bytes = self._total = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take in one more tensor."""
+        self._held[name] = tensor.contiguous()
+        self._bytes += tensor.numel() * tensor.element_size()
+        if self._bytes >= SHARD_BYTES:
+            self._write()
+
+    def finish(self) -> None:
+        """Write the rest, and give the files their names."""
+        if self._held:
+            self._write()
+        count = len(self._files)
+        names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        if count == 1:
+            names = ["model.safetensors"]
+        for number, name in enumerate(names):
+            self._part(number).rename(self._folder / name)
+        if count > 1:
+            places = {tensor: name for tensors, name in zip(self._files, names, strict=True) for tensor in tensors}
+            write_json(self._folder / INDEX, {"metadata": {"total_size": self._total}, "weight_map": places})
+
+    def _write(self) -> None:
+        path = self._part(len(self._files))
+        save_file(self._held, path, metadata={"format": "pt"})
+        flush(path)
+        self._files.append(list(self._held))
+        self._total += self._bytes
+        self._held, self._bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"part-{number}.safetensors"
 
 
 def add_tensor(folder: Path, name: str, tensor: torch.Tensor) -> None:

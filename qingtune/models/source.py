@@ -18,6 +18,8 @@ from qingtune.files import default_cache
 
 ANSWER_WITHIN_S = 4.0
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+# Ends the name of the tensor that says how a weight in 4 bits is packed; the weight's own name stands before it.
+NF4_MARK = ".quant_state.bitsandbytes__nf4"
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -165,7 +167,34 @@ def _checked(source: ModelSource) -> ModelSource:
             where=str(folder),
             fix="Use a safetensors version of the model." if pickled else "Is the download complete?",
         )
+    _check_quantization(folder, config)
     return source
+
+
+def _check_quantization(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse weights that are stored in a quantised form which is not read here."""
+    if "quantization_config" not in config or stored_in_4bit(folder):
+        return
+    stored: Any = config["quantization_config"]
+    settings = cast("dict[str, Any]", stored) if isinstance(stored, dict) else {}
+    method = str(settings.get("quant_method") or "a method that is not named")
+    if "bitsandbytes" in method:
+        kind, storage = settings.get("bnb_4bit_quant_type", "fp4"), settings.get("bnb_4bit_quant_storage", "uint8")
+        method += f" ({kind}, stored as {storage})" if settings.get("load_in_4bit") else " in 8 bits"
+    raise UserError(
+        f"the weights are stored quantised by {method}, which cannot be read here",
+        where=str(folder),
+        fix="Use the model in 16 bits, as a .gguf file, or in bitsandbytes' nf4, stored as uint8.",
+    )
+
+
+def stored_in_4bit(folder: Path) -> bool:
+    """Whether linear layers are stored in 4 bits as bitsandbytes and Transformers do (NF4)."""
+    settings: Any = read_model_config(folder).get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return False
+    nf4 = bool(settings.get("load_in_4bit")) and settings.get("bnb_4bit_quant_type") == "nf4"
+    return nf4 and settings.get("bnb_4bit_quant_storage", "uint8") == "uint8"
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -220,13 +249,22 @@ def fingerprint(folder: Path) -> str:
 
 
 def stored_numbers(folder: Path) -> int:
-    """How many numbers the model's weights are, from the files' headers; a head that is the embedding counts once."""
+    """How many numbers the model's weights are, from the files' headers; a head that is the embedding counts once.
+
+    A weight in 4 bits counts as what it stands for, without its scales and tables.
+    """
     tied = bool(read_model_config(folder).get("tie_word_embeddings"))
-    return sum(
-        math.prod(entry["shape"])
+    shapes = {
+        name: entry["shape"]
         for path in folder.glob("*.safetensors")
         for name, entry in read_header(path)[0].items()
         if not (tied and name == "lm_head.weight")
+    }
+    packed = {name.removesuffix(NF4_MARK) for name in shapes if name.endswith(NF4_MARK)}
+    return sum(
+        math.prod(shape) * (2 if name in packed else 1)
+        for name, shape in shapes.items()
+        if name.partition(".weight.")[0] + ".weight" not in packed or name in packed
     )
 
 

@@ -21,7 +21,7 @@ from qingtune.kernels.loss import summed_loss
 
 KINDS = [NF4Linear, Int8Linear]
 # Out and in features: whole blocks of 64, rows that end within a block, a weight smaller than a block, a single number.
-SHAPES = [(64, 128), (33, 65), (7, 13), (6, 34), (5, 1), (1, 1), (96, 200)]
+SHAPES = [(64, 128), (33, 65), (7, 13), (6, 34), (5, 1), (1, 1), (96, 200), (48, 96), (80, 16)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -66,7 +66,10 @@ def test_layer_equals_linear_on_dequantised_weight(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_nf4_error_is_within_half_a_step_of_its_block(shape: tuple[int, int]) -> None:
     weight = make_weight(shape, torch.float32)
-    error = (NF4Linear(weight, None).dequantize(torch.float32) - weight).flatten()
+    layer = NF4Linear(weight, None)
+    error = (layer.dequantize(torch.float32) - weight).flatten()
+    place = torch.empty(shape)
+    assert (layer.dequantize(torch.float32, place) - weight).flatten().equal(error)
     padded = F.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
     largest = padded.abs().amax(1, keepdim=True).expand_as(padded).flatten()[: weight.numel()]
     # NF4's widest gap, from -1 to -0.696, has a half of 0.152. The second quantisation moves a block's scale by less

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_model
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader
 
 from qingtune.errors import UserError
 from qingtune.models import gguf_file
@@ -143,12 +143,12 @@ def test_one_tensor_is_held_at_a_time(
         order.append("read")
         return read(name)
 
-    write = GGUFWriter.write_tensor_data
+    write = gguf_file._append
 
-    def write_one(self: Any, tensor: Any) -> None:
+    def write_one(file: Any, tensor: Any, alignment: int) -> None:
         order.append("written")
-        write(self, tensor)
+        write(file, tensor, alignment)
 
-    monkeypatch.setattr(GGUFWriter, "write_tensor_data", write_one)
+    monkeypatch.setattr(gguf_file, "_append", write_one)
     write_gguf(tmp_path / "m.gguf", plan, watched)
     assert order == ["read", "written"] * len(plan.layout.tensors)
