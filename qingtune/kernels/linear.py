@@ -8,6 +8,7 @@ place, and training after that gets wrong gradients in silence.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import os
@@ -150,6 +151,19 @@ class NF4Linear(QuantizedLinear):
         self.register_buffer("packed", weight, persistent=False)
         scales = {name: tensor for name, tensor in packed.items() if name != "packed"}
         self.state = _bitsandbytes().functional.QuantState.from_dict(scales, weight.device)
+        self._in_blocks = self._state_in_blocks()
+
+    def _state_in_blocks(self) -> Any:
+        """The state with a shape whose rows divide into blocks.
+
+        Blocks go on over the ends of rows, but the library's CPU kernel begins a new one with each row: where rows do not
+        divide into blocks it takes wrong scales, and reads beyond the last one.
+        """
+        state, numbers = copy.copy(self.state), self.out_features * self.in_features
+        if self.in_features % state.blocksize:
+            columns = state.blocksize if numbers % state.blocksize == 0 else numbers
+            state.shape = torch.Size((numbers // columns, columns))
+        return state
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
         """All that stands for the weight."""
@@ -160,7 +174,7 @@ class NF4Linear(QuantizedLinear):
         packed = cast("torch.Tensor", self.packed)
         if out is not None and self._dequantize_on_cpu(packed, out):
             return out
-        weight = _bitsandbytes().functional.dequantize_4bit(packed, self.state).to(dtype)
+        weight = _bitsandbytes().functional.dequantize_4bit(packed, self._in_blocks).to(dtype)
         return weight.reshape(self.out_features, self.in_features)  # two numbers would come back transposed
 
     def _dequantize_on_cpu(self, packed: torch.Tensor, out: torch.Tensor) -> bool:
@@ -171,13 +185,13 @@ class NF4Linear(QuantizedLinear):
         """
         functional = _bitsandbytes().functional
         kernel = getattr(_bitsandbytes().cextension.lib, _CPU_KERNELS.get(out.dtype, ""), None)
-        if kernel is None or out.device.type != "cpu" or out.dtype != self.state.dtype or out.shape[1] % 2:
+        if kernel is None or out.device.type != "cpu" or out.dtype != self.state.dtype or self._in_blocks.shape[1] % 2:
             return False
         scales = self.state.absmax
         if self.state.nested:
             scales = functional.dequantize_blockwise(scales, self.state.state2).add_(self.state.offset)
         pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed, scales, out))
-        kernel(*pointers, *(ctypes.c_longlong(number) for number in (self.state.blocksize, *out.shape)))
+        kernel(*pointers, *(ctypes.c_longlong(number) for number in (self.state.blocksize, *self._in_blocks.shape)))
         return True
 
 
