@@ -156,8 +156,8 @@ class NF4Linear(QuantizedLinear):
     def _state_in_blocks(self) -> Any:
         """The state with a shape whose rows divide into blocks.
 
-        Blocks go on over the ends of rows, but the library's CPU kernel begins a new one with each row: where rows do not
-        divide into blocks it takes wrong scales, and reads beyond the last one.
+        Blocks go on over the ends of rows, but the library's CPU kernel begins a new one with each row: where rows do
+        not divide into blocks it takes wrong scales, and reads beyond the last one.
         """
         state, numbers = copy.copy(self.state), self.out_features * self.in_features
         if self.in_features % state.blocksize:
