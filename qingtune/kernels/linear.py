@@ -8,6 +8,7 @@ place, and training after that gets wrong gradients in silence.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import os
@@ -150,6 +151,19 @@ class NF4Linear(QuantizedLinear):
         self.register_buffer("packed", weight, persistent=False)
         scales = {name: tensor for name, tensor in packed.items() if name != "packed"}
         self.state = _bitsandbytes().functional.QuantState.from_dict(scales, weight.device)
+        self._in_blocks = self._state_in_blocks()
+
+    def _state_in_blocks(self) -> Any:
+        """The state with a shape whose rows divide into blocks.
+
+        Blocks go on over the ends of rows, but the library's CPU kernel begins a new one with each row: where rows do
+        not divide into blocks it takes wrong scales, and reads beyond the last one.
+        """
+        state, numbers = copy.copy(self.state), self.out_features * self.in_features
+        if self.in_features % state.blocksize:
+            columns = state.blocksize if numbers % state.blocksize == 0 else numbers
+            state.shape = torch.Size((numbers // columns, columns))
+        return state
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
         """All that stands for the weight."""
@@ -160,25 +174,8 @@ class NF4Linear(QuantizedLinear):
         packed = cast("torch.Tensor", self.packed)
         if out is not None and self._dequantize_on_cpu(packed, out):
             return out
-        if packed.device.type == "cpu" and self.in_features % self.state.blocksize:
-            return self._dequantize_by_table(packed).to(dtype)
-        weight = _bitsandbytes().functional.dequantize_4bit(packed, self.state).to(dtype)
+        weight = _bitsandbytes().functional.dequantize_4bit(packed, self._in_blocks).to(dtype)
         return weight.reshape(self.out_features, self.in_features)  # two numbers would come back transposed
-
-    def _dequantize_by_table(self, packed: torch.Tensor) -> torch.Tensor:
-        """For rows that end within a block: of lengths that divide by 16 the library's CPU kernel (0.50.2) takes wrong
-        scales, and for odd ones it starts the compiler."""
-        codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1)
-        numbers = self.out_features * self.in_features
-        scales = self._scales().repeat_interleave(self.state.blocksize)[:numbers]
-        return (self.state.code[codes[:numbers].int()] * scales).view(self.out_features, self.in_features)
-
-    def _scales(self) -> torch.Tensor:
-        """Of all blocks, fp32."""
-        if not self.state.nested:
-            return self.state.absmax
-        functional = _bitsandbytes().functional
-        return functional.dequantize_blockwise(self.state.absmax, self.state.state2).add_(self.state.offset)
 
     def _dequantize_on_cpu(self, packed: torch.Tensor, out: torch.Tensor) -> bool:
         """Have the library's CPU kernel write to a place of ours; False where that cannot be.
@@ -186,13 +183,15 @@ class NF4Linear(QuantizedLinear):
         Its Python side takes fresh memory for each weight, which leaves holes of 0.2 GB in the heap or, if it is given
         back each time, costs a tenth of the speed.
         """
+        functional = _bitsandbytes().functional
         kernel = getattr(_bitsandbytes().cextension.lib, _CPU_KERNELS.get(out.dtype, ""), None)
-        fits = out.device.type == "cpu" and out.dtype == self.state.dtype and out.shape[1] % self.state.blocksize == 0
-        if kernel is None or not fits:
+        if kernel is None or out.device.type != "cpu" or out.dtype != self.state.dtype or self._in_blocks.shape[1] % 2:
             return False
-        scales = self._scales()
+        scales = self.state.absmax
+        if self.state.nested:
+            scales = functional.dequantize_blockwise(scales, self.state.state2).add_(self.state.offset)
         pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed, scales, out))
-        kernel(*pointers, *(ctypes.c_longlong(number) for number in (self.state.blocksize, *out.shape)))
+        kernel(*pointers, *(ctypes.c_longlong(number) for number in (self.state.blocksize, *self._in_blocks.shape)))
         return True
 
 

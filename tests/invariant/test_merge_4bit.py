@@ -37,12 +37,12 @@ def trained(tmp_path: Path, data_file: Path) -> Trained:
     """A function that trains an adapter on a model of this kind, far enough to matter; returns its folder."""
 
     def train_adapter(kind: str, **settings: Any) -> Path:
-        # Rows are whole blocks of 64: of others the library itself makes wrong weights on a CPU.
-        sizes = {"hidden_size": 64, "max_position_embeddings": 4096} | ({"head_dim": 16} if kind == "qwen3" else {})
-        model = tmp_path / "model"
-        lively_model(kind, **({} if kind == "gpt2" else sizes)).save_pretrained(model)
-        make_tokenizer().save_pretrained(model)
-        train(tmp_path / "adapter", model, data_file, max_steps=3, learning_rate=0.05, **LORA | settings)
+        # Rows of whole blocks, as bitsandbytes itself reads others wrongly on a CPU.
+        wide = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 4096}
+        changes = {} if kind == "gpt2" else wide | ({"head_dim": 16} if kind == "qwen3" else {})
+        lively_model(kind, **changes).save_pretrained(tmp_path / "model")
+        make_tokenizer().save_pretrained(tmp_path / "model")
+        train(tmp_path / "adapter", tmp_path / "model", data_file, max_steps=3, learning_rate=0.05, **LORA | settings)
         return tmp_path / "adapter"
 
     return train_adapter

@@ -31,8 +31,7 @@ def quantised_by_library(folder: Path, *, nested: bool) -> tuple[Path, dict[str,
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    # Rows are whole blocks of 64: of others the library itself makes wrong weights on a CPU.
-    make_model("qwen2", hidden_size=64).to(torch.bfloat16).save_pretrained(folder / "dense")
+    make_model("qwen2", hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(folder / "dense")
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested,
         bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head", DENSE],
@@ -116,6 +115,21 @@ def test_reading_says_that_it_is_in_4_bits(library: tuple[Path, Any]) -> None:
     local_folder(find_model(str(library[0]), None, "auto"), None, said.append)
     assert len(said) == 1
     assert "4 bits (NF4)" in said[0]
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (32, 32), (48, 96), (3, 7), (5, 24), (2, 1), (1, 2), (7, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_do_not_divide_into_blocks_are_unpacked_right(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """The library's CPU kernel takes wrong scales for them, some from beyond the last one."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 9, shape[0])[:, None]
+    layer = NF4Linear(weight.to(dtype), None)
+    out = torch.empty(shape, dtype=dtype)
+    for found in (layer.dequantize(dtype), layer.dequantize(dtype, out)):
+        # Half the widest step between two of NF4's levels, of the largest number in 64, and what scales lose in 8 bits.
+        flat = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
+        most = (flat.abs().amax(1, keepdim=True) * 0.18 + 0.02).expand_as(flat).flatten()[: weight.numel()]
+        assert bool(((found.float() - weight).abs().flatten() <= most).all())
+        assert torch.equal(found, layer.dequantize(dtype))
 
 
 # --- Refused ---------------------------------------------------------------------------------------------------------
