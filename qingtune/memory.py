@@ -17,11 +17,14 @@ CHUNK_ELEMENTS = 2**25 + 2**23  # logits held at a time: 84 MB in bf16, 276 rows
 ROWS_AT_A_TIME = 8  # rows whose softmax is taken in fp32 at a time on a CPU, so that they stay in its cache
 VOCABULARY_TILE = 2048  # rows of a head in another dtype, or one that is trained, taken at a time
 QUERY_BLOCK = 256  # rows of a block of attention scores, at most
+ROWS_MULTIPLE = 8  # passes are filled up to it: products of 577 or 583 rows were seen to take 5 to 12 % longer than 584
 INT8_TILE = 128  # rows quantised at a time, so that their fp32 copy stays in the cache
 # Matrix products on a CPU are nearly as fast at 700 tokens as at more; activations grow with each one.
 TOKENS_PER_PASS_ON_CPU = 768
 # Share of the free memory that activations may take; the rest is for what a step needs for a moment.
 ACTIVATIONS_OF_FREE = 0.8
+# Architectures checked (tests/invariant) to give on the fast kernels what Transformers gives.
+FAST_MODEL_TYPES = frozenset({"qwen2", "qwen3", "llama"})
 EIGHT_BITS = frozenset({"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"})
 # A weight in 4 bits with a scale in 8 bits for each 64 and one in 32 for each 256 of these; in 8 bits, a scale a row.
 NF4_BYTES_A_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -320,3 +323,32 @@ def _products(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _A
         scaled = (max(sizes.queries, sizes.hidden, sizes.inner), max(sizes.keys, sizes.inner), sizes.keys)
         for number, width in enumerate(scaled):
             at_least(f"projection.scaled{number}", tokens * width)
+
+
+# --- The model's own modules -----------------------------------------------------------------------------------------
+
+
+def autograd_bytes(sizes: LayerSizes, work: PassTokens, itemsize: int, adapters: int, recompute: int) -> int:
+    """About what autograd keeps of a pass through Transformers' modules, logits not counted.
+
+    A layer keeps of each token: two norms' inputs in fp32 and outputs, queries, keys and values, what attention gives
+    twice, and of the MLP gate, its activation, up and their product; adapters are cast to b anew. Of layers that are
+    computed again only the input stays, and one of them is there in full at a time.
+
+    Args:
+        adapters: numbers of all adapters.
+        recompute: layers that are computed again.
+    """
+    wide = max(4, itemsize)
+    a_layer = 2 * sizes.hidden * (wide + itemsize) + itemsize * (3 * sizes.queries + 2 * sizes.keys + 4 * sizes.inner)
+    a_layer += itemsize * sum(sizes.ranks.groups)
+    inputs = sizes.hidden * itemsize
+    kept = (sizes.layers - recompute) * a_layer + recompute * inputs + (recompute > 0) * a_layer
+    moment = 2 * itemsize * sizes.inner + wide * sizes.hidden  # gradients that pass through at any time
+    return work.tokens * (kept + moment) + adapters * itemsize
+
+
+def autograd_logit_bytes(vocabulary: int, work: PassTokens, itemsize: int) -> int:
+    """About what all logits of a pass take: log-softmax in fp32, and the last sample's gradients in both formats."""
+    wide = max(4, itemsize)
+    return vocabulary * (work.predicting * wide + min(work.longest, work.tokens) * (wide + 2 * itemsize))

@@ -16,15 +16,12 @@ from safetensors import SafetensorError, safe_open
 
 from qingtune.errors import UserError
 from qingtune.files import move_into_place, sha256_of, staging_folder
+from qingtune.models.gguf_header import TIED_BELOW
 from qingtune.models.source import ModelSource, default_cache, read_model_config
 from qingtune.quiet import quieten_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# A GGUF file may hold the head apart from the embedding although the model ties them: the same matrix, quantised twice,
-# differs by a few per cent (Qwen2.5-0.5B Q4_K_M: 4.5 %); two matrices trained apart differ by more than their size.
-TIED_BELOW = 0.15
 
 
 def local_folder(source: ModelSource, cache_dir: str | None, say: Callable[[str], None]) -> Path:
