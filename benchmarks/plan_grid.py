@@ -18,7 +18,14 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from workload import ROOT
+from workload import ROOT  # which also lets a clone be imported as it is
+
+from qingtune.config import TrainConfig
+from qingtune.machine import Machine, find_machine
+from qingtune.models.shape import ModelShape, shape_of_config
+from qingtune.models.source import read_model_config
+from qingtune.planning import METHODS as PLANNED_METHODS
+from qingtune.planning import Planner, Samples, as_method
 
 METHODS = {
     "full": [],
@@ -52,6 +59,18 @@ class Point:
             "--per_device_train_batch_size", str(self.batch),
             "--gradient_checkpointing", str(self.checkpointing).lower(),
         ]  # fmt: skip
+
+    def plan(self, shape: ModelShape, machine: Machine) -> int:
+        """Planned bytes of such a run: two steps of samples of one length, no evaluation."""
+        method = next(key for key, name in PLANNED_METHODS.items() if name == self.method)
+        config = TrainConfig(
+            lora_r=self.rank or 16,
+            per_device_train_batch_size=self.batch,
+            gradient_checkpointing=self.checkpointing,
+            max_seq_length=self.length,
+        )
+        samples = Samples(self.length, self.length, 1.0, STEPS * self.batch, False, "")
+        return Planner(shape, as_method(config, method), machine).plan_for(samples).total
 
 
 LARGER = [
@@ -99,6 +118,32 @@ def main() -> None:
         measured[point.key] = measure(point, Path(arguments.model), arguments.cache_dir)
         output.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
         print(f"{point}: {measured[point.key] / 1e9:.3f} GB", file=sys.stderr, flush=True)
+    print(table(points, measured, Path(arguments.model)))
+
+
+def table(points: list[Point], measured: dict[str, int], model: Path) -> str:
+    """Plan and measured peak of each point as Markdown, and the largest errors."""
+    shape = shape_of_config(read_model_config(model), str(model))
+    machine = find_machine()
+    lines = [
+        f"{machine.name}, {machine.dtype}; {model.name}",
+        "",
+        "| method | tokens a sample | samples a micro-batch | rank | recomputed | plan | measured | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    errors: list[tuple[float, int, Point]] = []
+    for point in (point for point in points if point.key in measured):
+        planned, peak = point.plan(shape, machine), measured[point.key]
+        errors.append((abs(planned / peak - 1), abs(planned - peak), point))
+        cells = (
+            point.method, f"{point.length:,}", point.batch, point.rank or "-", "all" if point.checkpointing else "none",
+            f"{planned / 1e9:.3f} GB", f"{peak / 1e9:.3f} GB", f"{planned / peak - 1:+.1%}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    if errors:
+        share, size, worst = max(errors, key=lambda error: error[0])
+        lines += ["", f"{len(errors)} points; the largest error is {share:.1%} ({size / 1e6:.0f} MB): {worst.key}"]
+    return "\n".join(lines)
 
 
 def measure(point: Point, model: Path, cache_dir: str | None) -> int:

@@ -40,11 +40,15 @@ def _changes(planner: Planner, samples: Samples) -> list[tuple[str, dict[str, An
     changes: list[tuple[str, dict[str, Any], Samples]] = []
     if config.gradient_checkpointing is not True:
         changes.append(("gradient_checkpointing true", {"gradient_checkpointing": True}, samples))
-    if batch > 1 and samples.fullest is None:
+    halved = samples
+    if samples.fullest is not None:  # on a CPU passes are cut by their tokens, whatever the batch
+        fewer = replace(samples.fullest, tokens=samples.fullest.tokens // 2, predicting=samples.fullest.predicting // 2)
+        halved = samples if planner.machine.kind == "cpu" else replace(samples, fullest=fewer)
+    if batch > 1:
         accumulation = 2 * config.gradient_accumulation_steps
         update = {"per_device_train_batch_size": batch // 2, "gradient_accumulation_steps": accumulation}
         text = f"per_device_train_batch_size {batch // 2}, gradient_accumulation_steps {accumulation}"
-        changes.append((text, update, samples))
+        changes.append((text, update, halved))
     if config.optim not in EIGHT_BITS and planner.machine.kind != "mps":
         changes.append(("optim adamw_8bit", {"optim": "adamw_8bit"}, samples))
     if not planner.full and config.lora_r > 8:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CHUNK_ELEMENTS = 2**25 + 2**23  # logits held at a time: 84 MB in bf16, 276 rows of Qwen's vocabulary
 ROWS_AT_A_TIME = 8  # rows whose softmax is taken in fp32 at a time on a CPU, so that they stay in its cache
@@ -92,7 +92,6 @@ class Arithmetic:
         dropout: whether adapters' inputs are dropped.
         recompute: layers of which nothing but the input is kept.
         gradient_below: whether even the lowest layer's input gets a gradient.
-        evaluates: whether there are passes without gradients, which have buffers of their own.
         on_cpu: otherwise on a GPU, where attention never holds its scores.
     """
 
@@ -106,7 +105,6 @@ class Arithmetic:
     dropout: bool = False
     recompute: int = 0
     gradient_below: bool = False
-    evaluates: bool = False
     on_cpu: bool = True
 
     @property
@@ -179,8 +177,35 @@ _Add = Callable[..., None]  # name, numbers, and bytes a number unless they are 
 Buffers = dict[tuple[str, int], int]  # name and bytes a number -> bytes; layers' own ones are one entry
 
 
-def buffers(sizes: LayerSizes, how: Arithmetic, work: PassTokens) -> Buffers:
-    """What the workspace holds after training passes like this one, in bytes, by its own names."""
+def buffers(sizes: LayerSizes, how: Arithmetic, work: PassTokens, evaluation: PassTokens | None = None) -> Buffers:
+    """What the workspace holds, in bytes, by its own names.
+
+    Args:
+        work: the fullest training pass.
+        evaluation: the fullest pass without gradients; None where there is none.
+    """
+    found = _training_buffers(sizes, how, work, evaluates=evaluation is not None)
+    if evaluation is not None:
+        alone = _training_buffers(sizes, replace(how, recompute=sizes.layers), evaluation, evaluates=True)
+        for key, size in alone.items():
+            if key[0] in _FORWARD:
+                found[key] = max(found.get(key, 0), size)
+        found["input", how.itemsize] = 2 * evaluation.tokens * sizes.hidden * how.itemsize
+    return found
+
+
+# Buffers that passes without gradients use too, beside their own two for inputs.
+_FORWARD = frozenset({
+    "layer.shared", "norm.out", "norm.wide", "norm.q", "norm.k", "attention.raw_q", "attention.raw_k",
+    "attention.raw_v", "attention.rotated_q", "attention.rotated_k", "attention.attended", "attention.scores",
+    "attention.shares", "mlp.hidden", "head.logits", "head.rows", "weight", "projection.a", "projection.b",
+    "projection.x.packed", "projection.x.scales", "int8.tile", "int8.sums", "int8.wide", "projection.direction",
+    "projection.merged",
+})  # fmt: skip
+
+
+def _training_buffers(sizes: LayerSizes, how: Arithmetic, work: PassTokens, *, evaluates: bool) -> Buffers:
+    """Those of training passes; `evaluates` adds what other passes leave in layers that keep nothing."""
     found: dict[tuple[str, int], int] = {}
 
     def add(name: str, numbers: float, itemsize: int = how.itemsize) -> None:
@@ -189,21 +214,23 @@ def buffers(sizes: LayerSizes, how: Arithmetic, work: PassTokens) -> Buffers:
     def at_least(name: str, numbers: int, itemsize: int = how.itemsize) -> None:
         found[name, itemsize] = max(found.get((name, itemsize), 0), numbers * itemsize)
 
-    _kept(sizes, how, work, add)
+    _kept(sizes, how, work, add, evaluates=evaluates)
     _norms_and_attention(sizes, how, work, at_least)
     _mlp_and_head(sizes, how, work, at_least)
     _products(sizes, how, work, at_least)
     return {key: size for key, size in found.items() if size}
 
 
-def buffer_bytes(sizes: LayerSizes, how: Arithmetic, work: PassTokens) -> tuple[int, int]:
+def buffer_bytes(
+    sizes: LayerSizes, how: Arithmetic, work: PassTokens, evaluation: PassTokens | None = None
+) -> tuple[int, int]:
     """Bytes of all buffers: activations with what products need, and logits."""
-    held = buffers(sizes, how, work)
+    held = buffers(sizes, how, work, evaluation)
     logits = sum(size for (name, _), size in held.items() if name.startswith("head."))
     return sum(held.values()) - logits, logits
 
 
-def _kept(sizes: LayerSizes, how: Arithmetic, work: PassTokens, add: _Add) -> None:
+def _kept(sizes: LayerSizes, how: Arithmetic, work: PassTokens, add: _Add, *, evaluates: bool) -> None:
     """What stays from a layer's forward to its backward; the last layer goes on with predicting rows only."""
     tokens, last, wide = work.tokens, work.predicting, how.wide
     ranks = sizes.ranks
@@ -219,17 +246,16 @@ def _kept(sizes: LayerSizes, how: Arithmetic, work: PassTokens, add: _Add) -> No
     keeping = sizes.layers - how.recompute
     if keeping:
         add("layer.kept", (keeping - 1) * (slot(tokens) + tokens * qkv) + slot(last) + last_low)
-    sharing = bool(how.recompute or how.evaluates)  # layers of which nothing is kept share one slot
-    last_shares = sharing and (how.evaluates or not keeping)
-    if sharing:
-        add("layer.shared", slot(tokens) + tokens * qkv + last_low * last_shares)
+    if how.recompute:  # layers of which nothing is kept share one slot
+        # Passes without gradients leave in it what the last layer keeps apart.
+        add("layer.shared", slot(tokens) + tokens * qkv + last_low * (evaluates or not keeping))
     if how.dora:
         read_by_attention = sizes.queries + 2 * sizes.keys
         norms = read_by_attention + 2 * sizes.hidden + 2 * sizes.inner
+        sharing = bool(how.recompute or evaluates)
+        last_shares = sharing and (evaluates or not keeping)
         add("layer.norms", (keeping + sharing) * norms + last_shares * read_by_attention, wide)
     add("layer.input", sizes.layers * tokens * sizes.hidden + last * sizes.hidden)
-    if how.evaluates:
-        add("input", 2 * tokens * sizes.hidden)
 
 
 def _norms_and_attention(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _Add) -> None:

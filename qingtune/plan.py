@@ -9,7 +9,6 @@ from pathlib import Path
 from qingtune.command_config import PlanConfig
 from qingtune.config_load import Loaded
 from qingtune.data.format import Conversation, read_conversations
-from qingtune.data.order import Plan
 from qingtune.data.prepare import check_files_exist
 from qingtune.errors import UserError
 from qingtune.machine import Machine, find_machine
@@ -18,7 +17,7 @@ from qingtune.models.gguf_header import config_of_gguf
 from qingtune.models.shape import ModelShape, shape_of_config
 from qingtune.models.source import cache_folder, find_header, read_model_config
 from qingtune.plan_report import as_json, as_lines, make_report
-from qingtune.planning import Samples, fullest_group, most_tokens_of
+from qingtune.planning import Samples, fullest_group, most_tokens_of, training_batches
 from qingtune.speed import read_speeds
 
 # Tokens that a chat template puts around a message, and at a sample's beginning; ChatML takes 5 and a system message.
@@ -79,14 +78,7 @@ def suppose_samples(config: PlanConfig, shape: ModelShape, machine: Machine, mod
     answers, all_tokens = _count(rows, tokenizer)
     kept = [n for n in all_tokens if n <= limit or config.on_long == "truncate"] or [limit]
     lengths = [min(n, limit) for n in kept]
-    order = Plan(
-        sample_count=len(lengths),
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        processes=1,
-        seed=config.seed,
-    )
-    group = fullest_group(lengths, order, most_tokens_of(machine))
+    group = fullest_group(lengths, training_batches(len(lengths), config), most_tokens_of(machine))
     share = min(1.0, sum(answers) / sum(all_tokens))
     tokens = sum(lengths[number] for number in group)
     return Samples(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -72,6 +72,7 @@ class Samples:
         count: samples an epoch; None where they were not counted.
         fullest: the fullest pass, where the true samples are known; otherwise all are taken to be the longest.
         evaluates: whether there is evaluation data.
+        evaluation: the fullest pass over it, likewise.
         basis: where these figures come from, for the user.
     """
 
@@ -82,6 +83,7 @@ class Samples:
     evaluates: bool
     basis: str
     fullest: PassTokens | None = None
+    evaluation: PassTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -243,14 +245,14 @@ class Planner:
         twice = numbers * self.shape.stored_itemsize if self.full or not as_stored else 0
         return self.runtime + numbers * self.weight_itemsize + twice
 
-    def plan(self, work: PassTokens, *, evaluates: bool = False) -> MemoryPlan:
+    def plan(self, work: PassTokens, evaluation: PassTokens | None = None) -> MemoryPlan:
         """The plan for passes of this size."""
-        work = PassTokens(-(-work.tokens // ROWS_MULTIPLE) * ROWS_MULTIPLE, work.predicting, work.longest)
+        work, evaluation = _filled_up(work), evaluation and _filled_up(evaluation)
         recompute = self._recompute(work)
         parts = dict(self.fixed)
         if self.fast:
-            how = self._arithmetic(recompute, evaluates=evaluates)
-            parts["activations"], parts["logits"] = buffer_bytes(self.sizes, how, work)
+            how = self._arithmetic(recompute)
+            parts["activations"], parts["logits"] = buffer_bytes(self.sizes, how, work, evaluation)
         else:
             itemsize = self.machine.itemsize
             parts["activations"] = autograd_bytes(self.sizes, work, itemsize, self.trained.adapters, recompute)
@@ -270,7 +272,7 @@ class Planner:
         a_layer = kept_numbers(self.sizes, sum(self.sizes.ranks.groups), work.tokens) * itemsize
         return layers_to_recompute(choice, layers, a_layer, layers * work.tokens * self.sizes.hidden * itemsize, room)
 
-    def _arithmetic(self, recompute: int, *, evaluates: bool) -> Arithmetic:
+    def _arithmetic(self, recompute: int) -> Arithmetic:
         trains_head = self.full or "lm_head" in self.trained.whole_names
         quantized = self.config.method == "qlora"
         return Arithmetic(
@@ -284,14 +286,19 @@ class Planner:
             dropout=self.config.lora_dropout > 0 and not self.full,
             recompute=recompute,
             gradient_below=self.full or "model.embed_tokens" in self.trained.whole_names,
-            evaluates=evaluates,
             on_cpu=self.machine.kind == "cpu",
         )
 
     def plan_for(self, samples: Samples) -> MemoryPlan:
         """The plan for these data."""
         work = samples.fullest or self.even_pass(samples.longest, self.config.per_device_train_batch_size)
-        return self.plan(work, evaluates=samples.evaluates)
+        return self.plan(work, self._evaluation(samples))
+
+    def _evaluation(self, samples: Samples) -> PassTokens | None:
+        """The fullest pass over the evaluation data."""
+        if samples.evaluation is not None or not samples.evaluates:
+            return samples.evaluation
+        return self.even_pass(samples.longest, self.config.per_device_eval_batch_size)
 
     def even_pass(self, length: int, batch: int) -> PassTokens:
         """The pass of a micro-batch of samples of one length, every token trained; batch.split_evenly cuts it so."""
@@ -311,7 +318,7 @@ class Planner:
         return _largest(LARGEST_BATCH_TRIED, lambda n: self._fits(self.even_pass(samples.longest, n), samples))
 
     def _fits(self, work: PassTokens, samples: Samples) -> bool:
-        return bool(self.plan(work, evaluates=samples.evaluates).fits(self.machine))
+        return bool(self.plan(work, self._evaluation(samples)).fits(self.machine))
 
 
 def most_tokens_of(machine: Machine) -> int:
@@ -319,21 +326,41 @@ def most_tokens_of(machine: Machine) -> int:
     return TOKENS_PER_PASS_ON_CPU if machine.kind == "cpu" else 2**31
 
 
-def fullest_group(lengths: Sequence[int], order: Plan, most_tokens: int) -> list[int]:
-    """The numbers of the samples that make up the pass of most tokens, in the steps of the first epoch.
+def training_batches(count: int, config: TrainConfig, processes: int = 1) -> list[list[int]]:
+    """The numbers of the samples of each micro-batch of one process, in the first steps.
+
+    Args:
+        count: of all samples.
+    """
+    order = Plan(
+        sample_count=count,
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        processes=processes,
+        seed=config.seed,
+    )
+    steps = range(min(order.steps_per_epoch, STEPS_TO_LOOK_AT))
+    return [[int(number) for number in share] for step in steps for share in order.micro_batches(step, 0)]
+
+
+def fullest_group(lengths: Sequence[int], batches: Iterable[Sequence[int]], most_tokens: int) -> list[int]:
+    """The numbers of the samples that make up the pass of most tokens.
 
     Args:
         lengths: of the samples, in tokens.
+        batches: the numbers of the samples of each micro-batch.
+        most_tokens: of a pass.
     """
     found: list[int] = []
-    for step in range(min(order.steps_per_epoch, STEPS_TO_LOOK_AT)):
-        for share in order.micro_batches(step, 0):
-            numbers = [int(number) for number in share]
-            sizes = sizes_of_groups([lengths[number] for number in numbers], most_tokens)
-            ends = list(accumulate(sizes))
-            groups = [numbers[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-            found = max(found, *groups, key=lambda group: sum(lengths[number] for number in group))
+    for numbers in batches:
+        sizes = sizes_of_groups([lengths[number] for number in numbers], most_tokens)
+        groups = [list(numbers[end - size : end]) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        found = max(found, *groups, key=lambda group: sum(lengths[number] for number in group))
     return found
+
+
+def _filled_up(work: PassTokens) -> PassTokens:
+    return replace(work, tokens=-(-work.tokens // ROWS_MULTIPLE) * ROWS_MULTIPLE)
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

@@ -12,7 +12,6 @@ import psutil
 
 from qingtune.config import TrainConfig
 from qingtune.data.batch import collate
-from qingtune.data.order import Plan
 from qingtune.data.prepare import Data
 from qingtune.data.tokenize import Sample
 from qingtune.errors import UserError
@@ -23,7 +22,7 @@ from qingtune.memory import PassTokens
 from qingtune.models.shape import shape_of_config
 from qingtune.models.source import cache_folder, read_model_config
 from qingtune.plan_report import Report, flops_of, make_report
-from qingtune.planning import CONTEXT_ON_GPU, Planner, Samples, fullest_group, most_tokens_of
+from qingtune.planning import CONTEXT_ON_GPU, Planner, Samples, fullest_group, most_tokens_of, training_batches
 from qingtune.speed import Speed, keep_speed, read_speeds
 
 # A rate is kept if it rests on at least so much, beyond the first logged line, which holds the warm-up.
@@ -80,15 +79,15 @@ def machine_of(hardware: Hardware) -> Machine:
 def _samples(config: TrainConfig, data: Data, machine: Machine, processes: int) -> Samples:
     lengths = [len(sample.token_ids) for sample in data.train]
     trained = sum(int(sample.trained.sum()) for sample in data.train)
-    order = Plan(
-        sample_count=len(lengths),
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        processes=processes,
-        seed=config.seed,
-    )
-    group = fullest_group(lengths, order, most_tokens_of(machine))
+    most_tokens = most_tokens_of(machine)
+    group = fullest_group(lengths, training_batches(len(lengths), config, processes), most_tokens)
     dropping = config.method != "full" and config.lora_dropout > 0
+    evaluation = None
+    if data.evaluation:
+        size, numbers = config.per_device_eval_batch_size, range(len(data.evaluation))
+        batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+        chosen = fullest_group([len(sample.token_ids) for sample in data.evaluation], batches, most_tokens)
+        evaluation = _as_laid_out([data.evaluation[number] for number in chosen], share_prefix=True)
     return Samples(
         longest=max(lengths),
         mean=sum(lengths) / len(lengths),
@@ -97,6 +96,7 @@ def _samples(config: TrainConfig, data: Data, machine: Machine, processes: int) 
         evaluates=bool(data.evaluation),
         basis="the samples themselves",
         fullest=_as_laid_out([data.train[number] for number in group], share_prefix=not dropping),
+        evaluation=evaluation,
     )
 
 
