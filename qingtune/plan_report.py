@@ -183,6 +183,7 @@ def _billions(number: int) -> str:
 def _verdict(report: Report) -> str:
     memory, free = report.own.memory, report.machine.free
     name = METHODS[report.chosen]
+    name = name[0].upper() + name[1:]
     if free is None:
         return f"{name} takes {_gb(memory.total)} GB; how much is free cannot be told here."
     if memory.total <= free:

@@ -318,7 +318,11 @@ class Planner:
         return _largest(LARGEST_BATCH_TRIED, lambda n: self._fits(self.even_pass(samples.longest, n), samples))
 
     def _fits(self, work: PassTokens, samples: Samples) -> bool:
-        return bool(self.plan(work, self._evaluation(samples)).fits(self.machine))
+        evaluation = self._evaluation(samples)
+        tries = (self, replace(self, config=self.config.model_copy(update={"gradient_checkpointing": True})))
+        if self.config.gradient_checkpointing != "auto":  # which leaves some room for a step's moments
+            tries = tries[:1]
+        return any(one.plan(work, evaluation).fits(self.machine) for one in tries)
 
 
 def most_tokens_of(machine: Machine) -> int:

@@ -182,6 +182,14 @@ def test_the_largest_that_fits_fits_and_the_next_does_not(machine: Machine, free
         assert plans.plan(plans.even_pass(512, batch)).total <= free < plans.plan(plans.even_pass(512, batch + 1)).total
 
 
+def test_what_fits_does_not_depend_on_what_auto_leaves_free() -> None:
+    for free in (2.0e9, 2.2e9, 2.5e9):
+        machine = replace(CPU, free=int(free))
+        auto = planner(machine=machine, gradient_checkpointing="auto")
+        again = planner(machine=machine, gradient_checkpointing=True)
+        assert auto.longest_that_fits(samples()) >= again.longest_that_fits(samples()) > 8
+
+
 def test_nothing_fits_where_nothing_is_free() -> None:
     plans = planner(machine=replace(CPU, free=10**8))
     assert (plans.longest_that_fits(samples()), plans.largest_batch_that_fits(samples())) == (0, 0)
