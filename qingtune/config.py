@@ -38,7 +38,8 @@ def setting(default: Any, group: str, description: str, *, flag: str = "", **che
     Args:
         flag: another name by which the command line knows it.
     """
-    return Field(default, description=description, json_schema_extra={"group": group, "flag": flag}, **checks)
+    extra: dict[str, Any] = {"group": group, "flag": flag} if flag else {"group": group}
+    return Field(default, description=description, json_schema_extra=extra, **checks)
 
 
 class TrainConfig(Settings):

@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 from qingtune.command_config import CheckConfig, ExportConfig, InferConfig, MergeConfig, PlanConfig, PushConfig  # noqa: E402
 from qingtune.config import ALIASES, NO_EFFECT, Settings, TrainConfig  # noqa: E402
-from qingtune.flags import default_of, group_of, value_of  # noqa: E402
+from qingtune.flags import default_of, group_of, other_flag_of, value_of  # noqa: E402
 
 COMMANDS: dict[str, type[Settings]] = {
     "qingtune train (fine_tune_qwen.py)": TrainConfig,
@@ -48,8 +48,9 @@ def settings_page() -> str:
                 lines += ["", f"### {heading}", "", "| setting | value | default | meaning |", "|---|---|---|---|"]
             default = "required" if field.is_required() else default_of(field).strip("[]") or "-"
             value = value_of(field).replace("|", "\\|")
+            also = f" (`--{other_flag_of(field)}`)" if other_flag_of(field) else ""
             lines.append(
-                f"| `{name}` | {value} | {default} | {(field.description or '').replace('|', chr(92) + '|')} |"
+                f"| `{name}`{also} | {value} | {default} | {(field.description or '').replace('|', chr(92) + '|')} |"
             )
     lines += ["", "## Older names", ""]
     lines += [f"- `{older}` is `{newer}`" for older, newer in ALIASES.items()]
