@@ -125,11 +125,12 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
     for notice in template.notices:
         say(notice)
     data = load_data(config, template, context_length(folder), say)
-    plan = try_to_plan(lambda: plan_run(config, folder, hardware, data, processes.count), say)
     if config.dry_run:
-        if plan is not None and processes.index == 0:
-            print("\n".join(as_lines(plan.report)))
+        report = plan_run(config, folder, hardware, data, processes.count).report
+        if processes.index == 0:
+            print("\n".join(as_lines(report)))
         return None
+    plan = try_to_plan(lambda: plan_run(config, folder, hardware, data, processes.count), say)
 
     settings = settings_to_compare(config, processes.count, data.hash, fingerprint(folder))
     if is_finished(config, settings, say):

@@ -58,9 +58,10 @@ def plan_run(config: TrainConfig, folder: Path, hardware: Hardware, data: Data, 
     """
     shape = shape_of_config(read_model_config(folder), str(folder / "config.json"))
     machine, cache = machine_of(hardware), cache_folder(config.cache_dir)
-    samples = _samples(config, data, machine, processes)
+    planner = Planner(shape, config, machine)
+    samples = _samples(planner, data, processes)
     report = make_report(config.model_name_or_path, shape, config, machine, samples, read_speeds(cache))
-    return RunPlan(report, flops_of(Planner(shape, config, machine), report.own.memory, samples), cache)
+    return RunPlan(report, flops_of(planner, report.own.memory, samples), cache)
 
 
 def machine_of(hardware: Hardware) -> Machine:
@@ -76,18 +77,19 @@ def machine_of(hardware: Hardware) -> Machine:
     return Machine(kind, name, itemsize, free, None)
 
 
-def _samples(config: TrainConfig, data: Data, machine: Machine, processes: int) -> Samples:
+def _samples(planner: Planner, data: Data, processes: int) -> Samples:
+    config = planner.config
     lengths = [len(sample.token_ids) for sample in data.train]
     trained = sum(int(sample.trained.sum()) for sample in data.train)
-    most_tokens = most_tokens_of(machine)
+    most_tokens = most_tokens_of(planner.machine)
     group = fullest_group(lengths, training_batches(len(lengths), config, processes), most_tokens)
-    dropping = config.method != "full" and config.lora_dropout > 0
+    shares = planner.fast and (planner.full or not config.lora_dropout)
     evaluation = None
     if data.evaluation:
         size, numbers = config.per_device_eval_batch_size, range(len(data.evaluation))
         batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
         chosen = fullest_group([len(sample.token_ids) for sample in data.evaluation], batches, most_tokens)
-        evaluation = _as_laid_out([data.evaluation[number] for number in chosen], share_prefix=True)
+        evaluation = _as_laid_out([data.evaluation[number] for number in chosen], share_prefix=planner.fast)
     return Samples(
         longest=max(lengths),
         mean=sum(lengths) / len(lengths),
@@ -95,7 +97,7 @@ def _samples(config: TrainConfig, data: Data, machine: Machine, processes: int) 
         count=-(-len(lengths) // processes),
         evaluates=bool(data.evaluation),
         basis="the samples themselves",
-        fullest=_as_laid_out([data.train[number] for number in group], share_prefix=not dropping),
+        fullest=_as_laid_out([data.train[number] for number in group], share_prefix=shares),
         evaluation=evaluation,
     )
 
