@@ -113,7 +113,7 @@ def finetune(
 
 
 def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Result | None:
-    """Train and, unless a signal ended that early, write the result; None if it is there already."""
+    """Train and, unless a signal ended that early, write the result; None if it is there, or only planned for."""
     output_dir = Path(config.output_dir)
     hardware = choose_hardware(config.bf16, config.fp16, processes.local_index)
     say(f"Device: {hardware.reason}.")
