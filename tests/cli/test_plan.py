@@ -57,7 +57,7 @@ def test_the_table_and_a_configuration_file(header: Path, tmp_path: Path, capsys
     file.write_text(json.dumps({"model_name_or_path": str(header), "use_lora": True, "lora_r": 64}), encoding="utf-8")
     code, out, err = plan("--config_file", file, "--max_seq_length", "512", capsys=capsys)
     assert (code, err) == (0, "")
-    assert "7.62 billion parameters (qwen2)" in out
+    assert "7.62 billion parameters (qwen2)" in " ".join(out.split())
     assert "> LoRA" in out
     assert "longest sample 512 tokens" in out
     assert max(len(line) for line in out.splitlines()) <= 80
