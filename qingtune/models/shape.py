@@ -183,13 +183,9 @@ class _Config:
         """
         value = self._values.get(name, default)
         if value is None:
-            raise UserError(
-                f'config.json does not say "{name}", without which the model cannot be planned', where=self.where
-            )
+            raise UserError(f'it does not say "{name}", without which the model cannot be planned', where=self.where)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(
-                f'config.json: "{name}" is {value!r}, where a whole number above 0 is wanted', where=self.where
-            )
+            raise UserError(f'"{name}" is {value!r}, where a whole number above 0 is wanted', where=self.where)
         return value
 
     def count(self, name: str) -> int:
@@ -200,7 +196,7 @@ class _Config:
         """A list of whole numbers, empty where it is not given."""
         value = self._values.get(name) or []
         if not isinstance(value, list) or not all(isinstance(n, int) for n in cast("list[Any]", value)):
-            raise UserError(f'config.json: "{name}" is {value!r}, where a list of numbers is wanted', where=self.where)
+            raise UserError(f'"{name}" is {value!r}, where a list of numbers is wanted', where=self.where)
         return cast("list[int]", value)
 
     def experts(self) -> int:
