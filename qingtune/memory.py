@@ -191,7 +191,7 @@ def buffers(sizes: LayerSizes, how: Arithmetic, work: PassTokens, evaluation: Pa
             if key[0] in _FORWARD:
                 found[key] = max(found.get(key, 0), size)
         found["input", how.itemsize] = 2 * evaluation.tokens * sizes.hidden * how.itemsize
-        if how.tiles_head:
+        if how.head_itemsize != how.itemsize:  # otherwise only a head that gets a gradient is taken in tiles
             rows = logit_numbers(sizes.vocabulary, evaluation.predicting) // sizes.vocabulary
             product = rows * min(VOCABULARY_TILE, sizes.vocabulary) * how.itemsize
             found["product", how.itemsize] = max(found["product", how.itemsize], product)
