@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from qingtune.adapters.quantize import fill_quantized, quantize_model, shapes_to_read
 from qingtune.errors import UserError
 from qingtune.files import move_into_place, staging_folder
-from qingtune.hardware import free_bytes, memory_errors
+from qingtune.hardware import free_bytes, give_back_memory, memory_errors
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models.load import StoredWeights, empty_model, load_model
 from qingtune.models.source import default_cache, stored_numbers
@@ -91,6 +91,7 @@ def _load_base(
             )  # fmt: skip
         return model
     fill_quantized(model, bits, device, stored.read, None)
+    give_back_memory()  # quantising leaves holes in the heap: 0.25 GB beside a model of 135 million weights
     _keep(model, kept, say)
     return model
 
