@@ -86,8 +86,8 @@ def _tokenizer():
 
 def write_rows(model: Path, path: Path, count: int, samples_per_step: int) -> dict[str, float]:
     """Write the first samples of a run in the order it takes them; returns their mean length and trained share."""
-    from qingtune.data.batch import Plan
     from qingtune.data.format import read_conversations
+    from qingtune.data.order import Plan
     from qingtune.data.tokenize import make_template, tokenize
     from qingtune.models.load import load_tokenizer, stop_ids
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from qingtune.config import DEFAULT_MODEL, Settings, setting
+from qingtune.config import DEFAULT_MODEL, Settings, TrainConfig, setting
 from qingtune.values import CommaList, Integer, Number, Quantizations, RepositoryName
 
 
@@ -132,4 +132,15 @@ class CheckConfig(Settings):
     )
 
     strict: bool = setting(False, "Report", "Exit with 2 if there is a fault.")
-    json_report: bool = setting(False, "Report", "Print the report as JSON.")
+    json_report: bool = setting(False, "Report", "Print the report as JSON.", flag="json")
+
+
+class PlanConfig(TrainConfig):
+    """Settings of `qingtune plan`: those of the run, and how to tell it."""
+
+    needs_data: ClassVar[bool] = False
+
+    calibrate: bool = setting(
+        False, "Plan", "Measure this machine's matrix products first, for two seconds, to tell the time of a run."
+    )
+    json_report: bool = setting(False, "Plan", "Print the plan as JSON.", flag="json")

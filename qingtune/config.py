@@ -5,7 +5,7 @@ This file holds those of training; command_config.py those of the other commands
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -32,13 +32,20 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def setting(default: Any, group: str, description: str, **checks: Any) -> Any:
-    """A field with its help text and the heading under which --help and the docs list it."""
-    return Field(default, description=description, json_schema_extra={"group": group}, **checks)
+def setting(default: Any, group: str, description: str, *, flag: str = "", **checks: Any) -> Any:
+    """A field with its help text and the heading under which --help and the docs list it.
+
+    Args:
+        flag: another name by which the command line knows it.
+    """
+    extra: dict[str, Any] = {"group": group, "flag": flag} if flag else {"group": group}
+    return Field(default, description=description, json_schema_extra=extra, **checks)
 
 
 class TrainConfig(Settings):
     """Settings of `qingtune train`. Names and meanings follow Transformers' TrainingArguments where it has them."""
+
+    needs_data: ClassVar[bool] = True
 
     model_name_or_path: str = setting(
         DEFAULT_MODEL, "Model", "A model folder, a .gguf file, or a name on a model hub.", min_length=1
@@ -117,6 +124,7 @@ class TrainConfig(Settings):
 
     output_dir: str = setting("./output", "Run", "Where the result is written.", min_length=1)
     overwrite_output_dir: bool = setting(False, "Run", "Replace an earlier run's result in output_dir.")
+    dry_run: bool = setting(False, "Run", "Print the plan of memory and time, and stop before weights are loaded.")
     resume_from_checkpoint: Annotated[bool | str, BeforeValidator(auto_or_switch)] = setting(
         "auto", "Run", "auto: go on where output_dir's run stopped; false: start anew; or a checkpoint folder."
     )

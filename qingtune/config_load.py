@@ -181,7 +181,7 @@ def _conflicts(config: TrainConfig) -> list[tuple[tuple[str, ...], str, str]]:
     """Problems between settings that are each right by themselves: the names they rest on, what is wrong, the fix."""
     checks: list[tuple[bool, tuple[str, ...], str, str]] = [
         (
-            not config.data_path,
+            config.needs_data and not config.data_path,
             ("data_path",),
             "data_path is missing",
             "Name a data file, for example --data_path data/store_xhs_sft_samples.jsonl.",

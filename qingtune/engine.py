@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,16 +17,17 @@ from qingtune.hardware import Hardware, free_bytes, has_int8_units
 from qingtune.kernels.attention import use_end_to_end
 from qingtune.kernels.decoder import Decoder, why_not
 from qingtune.kernels.loss import summed_loss
-from qingtune.training.optim import state_bytes
+from qingtune.memory import (
+    ACTIVATIONS_OF_FREE,
+    TOKENS_PER_PASS_ON_CPU,
+    layers_to_recompute,
+    optimizer_bytes,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Matrix products on a CPU are nearly as fast at 700 tokens as at more; activations grow with each one.
-TOKENS_PER_PASS_ON_CPU = 768
 ALL = 2**31
-# Share of the free memory that activations may take; the rest is for what a step needs for a moment.
-ACTIVATIONS_OF_FREE = 0.8
 
 
 @dataclass
@@ -151,26 +151,20 @@ def _training_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
     """Gradients and optimizer states, which are yet to be made."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    return gradients + state_bytes(config, sum(parameter.numel() for parameter in trained))
+    return gradients + optimizer_bytes(config.optim, sum(parameter.numel() for parameter in trained))
 
 
 def _layers_to_recompute(
     config: TrainConfig, model: PreTrainedModel, decoder: Decoder, tokens: int, device: torch.device, say: Say
 ) -> int:
     """All, none, or as many as the free memory demands beside gradients and optimizer states yet to be made."""
-    layers = len(decoder.mlp)
-    if config.gradient_checkpointing != "auto":
-        return layers if config.gradient_checkpointing else 0
-    free = free_bytes(device)
-    if free is None:
-        return 0
-    room = ACTIVATIONS_OF_FREE * (free - _training_bytes(config, model))
+    layers, free = len(decoder.mlp), free_bytes(device)
+    room = None if free is None else ACTIVATIONS_OF_FREE * (free - _training_bytes(config, model))
     a_layer = decoder.kept_bytes(tokens)
     inputs = layers * tokens * decoder.embedding.shape[1] * decoder.dtype.itemsize
-    over = layers * a_layer + inputs - room
-    if over <= 0:
-        return 0
-    recompute = min(layers, math.ceil(over / a_layer) + 1)  # those share one layer's buffers
+    recompute = layers_to_recompute(config.gradient_checkpointing, layers, a_layer, inputs, room)
+    if free is None or not recompute or config.gradient_checkpointing is True:
+        return recompute
     say(
         f"Memory: {free / 1e9:.1f} GB are free; {recompute} of {layers} layers are computed again in the backward "
         f"pass, as keeping all of a pass of {tokens:,} tokens would take {(layers * a_layer + inputs) / 1e9:.1f} GB."

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,9 +26,11 @@ from qingtune.errors import UserError
 from qingtune.files import copy_file, disk_errors, staging_folder, usual_permissions, write_json
 from qingtune.hardware import Hardware, choose_hardware
 from qingtune.kernels.linear import QuantizedLinear
+from qingtune.memory import EIGHT_BITS
 from qingtune.models.load import load_tokenizer, local_folder, save_model, stop_ids, stored_dtype
 from qingtune.models.source import context_length, find_model, fingerprint, stored_in_4bit
 from qingtune.output_folder import check_output_folder, only_run_in, prepare_output_folder
+from qingtune.plan_report import as_lines, short_lines
 from qingtune.plots import plot_losses
 from qingtune.quiet import quieten
 from qingtune.record import (
@@ -41,9 +43,9 @@ from qingtune.record import (
     write_record,
 )
 from qingtune.redaction import redact_values
+from qingtune.run_plan import keep_measured_speed, plan_run, try_to_plan
 from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, MetricsFile, Sink, to_all
 from qingtune.training.loop import Limits, Progress, Work, train
-from qingtune.training.optim import EIGHT_BITS
 from qingtune.training.processes import AcceleratedProcesses
 from qingtune.work import make_work
 
@@ -53,12 +55,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to; losses are means over trained tokens, None where nothing was evaluated."""
+    """What a run came to; losses are means over trained tokens, None where nothing was evaluated.
+
+    Attributes:
+        peak_bytes: the most memory held.
+        planned_bytes: what was planned for it: parts, and their total. None for models that planning does not know.
+    """
 
     finished: bool
     steps: int
     seconds: float
     peak_bytes: int
+    planned_bytes: dict[str, int] | None
     eval_loss_before: float | None
     eval_loss: float | None
     best_eval_loss: float | None
@@ -105,7 +113,7 @@ def finetune(
 
 
 def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Result | None:
-    """Train and, unless a signal ended that early, write the result; None if it is there already."""
+    """Train and, unless a signal ended that early, write the result; None if it is there, or only planned for."""
     output_dir = Path(config.output_dir)
     hardware = choose_hardware(config.bf16, config.fp16, processes.local_index)
     say(f"Device: {hardware.reason}.")
@@ -123,11 +131,19 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
     for notice in template.notices:
         say(notice)
     data = load_data(config, template, context_length(folder), say)
+    if config.dry_run:
+        report = plan_run(config, folder, hardware, data, processes.count).report
+        if processes.index == 0:
+            print("\n".join(as_lines(report)))
+        return None
+    plan = try_to_plan(lambda: plan_run(config, folder, hardware, data, processes.count), say)
 
     settings = settings_to_compare(config, processes.count, data.hash, fingerprint(folder))
     if is_finished(config, settings, say):
         return None
     resume_from = where_to_go_on(config, settings, say)
+    for line in short_lines(plan.report) if plan else ():
+        say(line)
     model = load_adapted_model(config, folder, hardware, say)
     _check_vocabulary(model, template, folder)
     if processes.index == 0:
@@ -139,6 +155,9 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
 
     work, limits, progress = make_work(config, model, data, hardware, processes, settings, resume_from, say)
     result = _train(config, work, limits, progress, processes)
+    result = replace(result, planned_bytes=plan and plan.planned_bytes())
+    if plan and processes.count == 1:
+        keep_measured_speed(plan, output_dir / METRICS, say)
     del work  # and with it the optimizer's states, before the result takes memory
     if not result.finished:
         return result
@@ -279,6 +298,7 @@ def _train(
         steps=progress.step,
         seconds=round(time.perf_counter() - began, 1),
         peak_bytes=work.peak_bytes(),
+        planned_bytes=None,
         eval_loss_before=before[0] if before else None,
         eval_loss=after[-1] if after else None,
         best_eval_loss=progress.best_loss if progress.best_step else None,
@@ -307,7 +327,8 @@ def save_result(config: TrainConfig, model: Any, template: Template, base_folder
 
 def _summary(config: TrainConfig, result: Result, chat_command: str) -> str:
     """The closing lines: what came out, and how to talk to it."""
-    lines = [f"{result.steps} steps in {result.seconds:,.0f} s, peak memory {result.peak_bytes / 1e9:.2f} GB"]
+    planned = f" (planned: {result.planned_bytes['total'] / 1e9:.2f})" if result.planned_bytes else ""
+    lines = [f"{result.steps} steps in {result.seconds:,.0f} s, peak memory {result.peak_bytes / 1e9:.2f} GB{planned}"]
     if result.eval_loss is not None:
         start = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f} -> "
         lines.append(f"eval_loss {start}{result.eval_loss:.4f}")

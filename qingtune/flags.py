@@ -42,7 +42,7 @@ def parse_flags(
         if len(value) > LONGEST_VALUE:
             value, choices = "NAME", f"One of {value.replace('|', ', ')}."
         headings[heading].add_argument(
-            f"--{name}",
+            *(f"--{word}" for word in (name, other_flag_of(field)) if word),
             nargs="?" if switch else None,
             const="true" if switch else None,
             default=argparse.SUPPRESS,
@@ -80,6 +80,13 @@ def group_of(field: FieldInfo) -> str:
     extra = field.json_schema_extra
     assert isinstance(extra, dict)
     return str(extra["group"])
+
+
+def other_flag_of(field: FieldInfo) -> str:
+    """Another name by which the command line knows a setting, or nothing."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra.get("flag", ""))
 
 
 def kinds_of(field: FieldInfo) -> list[Any]:

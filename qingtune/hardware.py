@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ import psutil
 import torch
 
 from qingtune.errors import UserError
+from qingtune.machine import cpu_has_bf16, cpu_has_int8_units, free_ram_bytes
 
 
 @dataclass(frozen=True)
@@ -86,32 +86,12 @@ def _formats(device: torch.device) -> tuple[bool, bool]:
         return torch.cuda.get_device_capability(device) >= (8, 0), True
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0), False
-    return _cpu_has_bf16(), False
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 natively; else it can be tens of times slower than fp32 (pytorch #146508)."""
-    if sys.platform != "linux":
-        return False
-    return bool(cpu_flags() & ({"avx512_bf16", "amx_bf16"} if _is_x86() else {"bf16"}))
+    return cpu_has_bf16(), False
 
 
 def has_int8_units(device: torch.device) -> bool:
     """Whether torch multiplies int8 matrices on this device at a multiple of the rate of 16-bit ones."""
-    if device.type != "cpu" or sys.platform != "linux" or not _is_x86():
-        return False
-    return bool(cpu_flags() & {"avx512_vnni", "amx_int8"})
-
-
-def _is_x86() -> bool:
-    return platform.machine() in ("x86_64", "AMD64")
-
-
-def cpu_flags() -> set[str]:
-    """What the CPU says it can do; on Linux."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return set(flags.split())
+    return device.type == "cpu" and cpu_has_int8_units()
 
 
 def free_bytes(device: torch.device, *, swap: bool = False) -> int | None:
@@ -122,70 +102,7 @@ def free_bytes(device: torch.device, *, swap: bool = False) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    machine = psutil.virtual_memory().available + (psutil.swap_memory().free if swap else 0)
-    left = [machine, *_left_by_control_groups(), *_left_by_shell_limits()]
-    return max(0, min(left))
-
-
-def _left_by_control_groups() -> list[int]:
-    """What each control group that this process is in, and each one around it, may still take."""
-    left: list[int] = []
-    for folder, limit, used in _control_groups():
-        try:
-            most, now = (int((folder / name).read_text(encoding="utf-8")) for name in (limit, used))
-        except (OSError, ValueError):  # no such control group, or its limit is "max"
-            continue
-        left.append(most - now + _cached_file_bytes(folder))
-    return left
-
-
-def _control_groups() -> list[tuple[Path, str, str]]:
-    """Folders, and the names of the files with the memory limit and what is used, for versions 1 and 2.
-
-    In a container the groups that this process is told to be in may not be shown; its own is then the root.
-    """
-    kinds = {
-        "memory": (_V1, "memory.limit_in_bytes", "memory.usage_in_bytes"),
-        "": (_V2, "memory.max", "memory.current"),
-    }
-    mine: dict[str, str] = {}
-    with suppress(OSError):
-        for line in _MY_GROUPS.read_text(encoding="utf-8").splitlines():
-            _, controllers, name = line.split(":", 2)
-            mine |= dict.fromkeys(controllers.split(","), name)
-    groups: list[tuple[Path, str, str]] = []
-    for kind, (root, limit, used) in kinds.items():
-        folder = root / mine.get(kind, "/").lstrip("/")
-        around = [place for place in (folder, *folder.parents) if place.is_relative_to(root)]
-        groups += [(place, limit, used) for place in around]
-    return groups
-
-
-def _cached_file_bytes(group: Path) -> int:
-    """Pages of files, which count as used but are given up on demand."""
-    try:
-        lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    numbers = dict(line.split() for line in lines if len(line.split()) == 2)
-    prefix = "total_" if "total_inactive_file" in numbers else ""
-    return sum(int(numbers.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
-
-
-_MY_GROUPS = Path("/proc/self/cgroup")
-_V2, _V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
-
-
-def _left_by_shell_limits() -> list[int]:
-    """What `ulimit -v` leaves, where it is set."""
-    if sys.platform == "win32":
-        return []
-    import resource
-
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return [] if most == resource.RLIM_INFINITY else [most - psutil.Process().memory_info().vms]
+    return free_ram_bytes(swap=swap) if device.type == "cpu" else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

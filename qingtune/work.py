@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qingtune.config import TrainConfig
-from qingtune.data.batch import Batch, Plan, collate, split_evenly
+from qingtune.data.batch import Batch, collate, split_evenly
+from qingtune.data.order import Plan
 from qingtune.data.prepare import Data, Say
 from qingtune.data.tokenize import Sample
 from qingtune.engine import Engine, make_engine
 from qingtune.errors import UserError
 from qingtune.hardware import Hardware, is_out_of_memory, peak_bytes
+from qingtune.memory import optimizer_bytes
 from qingtune.record import versions
 from qingtune.training.checkpoint import load_checkpoint, parse_state, prune, save_checkpoint
 from qingtune.training.loop import Limits, Processes, Progress, Work
-from qingtune.training.optim import make_optimizer, make_schedule, state_bytes, warmup_steps
+from qingtune.training.optim import make_optimizer, make_schedule, warmup_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,7 +95,7 @@ def _check_room(config: TrainConfig, trained: list[torch.nn.Parameter], limits: 
         UserError: it does not even take the result.
     """
     result = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    checkpoint = result + state_bytes(config, sum(parameter.numel() for parameter in trained))
+    checkpoint = result + optimizer_bytes(config.optim, sum(parameter.numel() for parameter in trained))
     count = limits.total_steps // limits.save_every if limits.save_every else 0
     if config.save_total_limit:
         count = min(count, config.save_total_limit + 2)  # the best one, and the next one before an old one goes

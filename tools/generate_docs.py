@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qingtune.command_config import CheckConfig, ExportConfig, InferConfig, MergeConfig, PushConfig  # noqa: E402
+from qingtune.command_config import CheckConfig, ExportConfig, InferConfig, MergeConfig, PlanConfig, PushConfig  # noqa: E402
 from qingtune.config import ALIASES, NO_EFFECT, Settings, TrainConfig  # noqa: E402
-from qingtune.flags import default_of, group_of, value_of  # noqa: E402
+from qingtune.flags import default_of, group_of, other_flag_of, value_of  # noqa: E402
 
 COMMANDS: dict[str, type[Settings]] = {
     "qingtune train (fine_tune_qwen.py)": TrainConfig,
@@ -20,6 +20,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "qingtune export": ExportConfig,
     "qingtune push": PushConfig,
     "qingtune check": CheckConfig,
+    "qingtune plan": PlanConfig,
 }
 
 
@@ -36,14 +37,20 @@ def settings_page() -> str:
     for command, schema in COMMANDS.items():
         lines += ["", f"## {command}"]
         heading = ""
+        shared = TrainConfig.model_fields if issubclass(schema, TrainConfig) and schema is not TrainConfig else {}
+        if shared:
+            lines += ["", "All settings of `qingtune train`, none of them needed, and these:"]
         for name, field in schema.model_fields.items():
+            if name in shared:
+                continue
             if group_of(field) != heading:
                 heading = group_of(field)
                 lines += ["", f"### {heading}", "", "| setting | value | default | meaning |", "|---|---|---|---|"]
             default = "required" if field.is_required() else default_of(field).strip("[]") or "-"
             value = value_of(field).replace("|", "\\|")
+            also = f" (`--{other_flag_of(field)}`)" if other_flag_of(field) else ""
             lines.append(
-                f"| `{name}` | {value} | {default} | {(field.description or '').replace('|', chr(92) + '|')} |"
+                f"| `{name}`{also} | {value} | {default} | {(field.description or '').replace('|', chr(92) + '|')} |"
             )
     lines += ["", "## Older names", ""]
     lines += [f"- `{older}` is `{newer}`" for older, newer in ALIASES.items()]

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from qingtune.adapters.lora import DoRALinear, LoRALinear, lora_layers, shape_of
-from qingtune.adapters.targets import dense_weight, ends_with, linear_layers, replace_layer
-from qingtune.adapters.variants import TAKEN, LowRank, pattern_value, scaling_of
+from qingtune.adapters.names import ends_with, pattern_value
+from qingtune.adapters.targets import dense_weight, linear_layers, replace_layer
+from qingtune.adapters.variants import TAKEN, LowRank, scaling_of
 from qingtune.adapters.whole import is_tied, modules_of, tied_modules, trained_in_full, untie
 from qingtune.errors import UserError
 from qingtune.kernels.linear import QuantizedLinear

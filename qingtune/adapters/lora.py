@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qingtune.adapters.targets import dense_weight, is_within, match_layers, replace_layer
+from qingtune.adapters.names import is_within
+from qingtune.adapters.targets import dense_weight, match_layers, replace_layer
 from qingtune.adapters.variants import DRAWN, TAKEN, LowRank, Pair, Variant, merge_weight, row_norms, take
 from qingtune.errors import UserError
 from qingtune.kernels.dropout import dropout

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qingtune.errors import UserError
+from qingtune.adapters.names import match_names
 from qingtune.kernels.linear import QuantizedLinear
 
 LINEAR = (nn.Linear, Conv1D, QuantizedLinear)
@@ -32,30 +31,7 @@ def match_layers(model: Any, names: Sequence[str] | None) -> dict[str, nn.Module
         UserError: a name matches nothing.
     """
     layers = linear_layers(model)
-    if names is None:
-        return layers
-    problems = [name for name in names if not any(ends_with(layer, name) for layer in layers)]
-    if problems:
-        existing = sorted({layer.rsplit(".", 1)[-1] for layer in layers})
-        near = difflib.get_close_matches(problems[0], existing, n=1)
-        guess = f' Did you mean "{near[0]}"?' if near else ""
-        missing = ", ".join(f'"{name}"' for name in problems)
-        raise UserError(
-            f"{missing} matches no linear layer of this model",
-            where="lora_target_modules",
-            fix=f"There are {', '.join(existing)}.{guess}",
-        )
-    return {layer: module for layer, module in layers.items() if any(ends_with(layer, name) for name in names)}
-
-
-def ends_with(layer: str, name: str) -> bool:
-    """Whether a layer's full name is `name` or ends with it at a dot, as PEFT matches."""
-    return layer == name or layer.endswith(f".{name}")
-
-
-def is_within(name: str, module: str) -> bool:
-    """Whether a full name is a module's or that of something in it."""
-    return name == module or name.startswith(f"{module}.")
+    return {name: layers[name] for name in match_names(list(layers), names)}
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -8,13 +8,13 @@ Shapes: W [out, in], A [r, in], B [out, r], the addition s B A with the scaling 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from qingtune.adapters.names import choose_layers, pattern_value
 from qingtune.errors import UserError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -158,20 +158,6 @@ class LowRank:
 # --- Which layer gets what -------------------------------------------------------------------------------------------
 
 
-def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """The value of the first key that a layer's full name is, or ends with at a dot, keys being regular expressions.
-
-    This is PEFT's rule for rank_pattern and alpha_pattern (peft.utils.other.get_pattern_key).
-    """
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-
-
-def layer_number(name: str) -> int | None:
-    """The number of the decoder layer that a module belongs to, from its full name; the first number, as in PEFT."""
-    found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
-    return int(found[1]) if found else None
-
-
 @dataclass(frozen=True)
 class Variant:
     """How a model's adapters differ from plain LoRA; the fields mean what settings of these names mean."""
@@ -189,21 +175,8 @@ class Variant:
         Raises:
             UserError: a layer's number or a pattern's key fits none of them.
         """
-        wanted = self.layers_to_transform
-        existing = {layer_number(name) for name in names}
-        if missing := [number for number in wanted or () if number not in existing]:
-            numbers = sorted(number for number in existing if number is not None)
-            raise UserError(
-                f"there is no layer {missing[0]} to adapt in this model",
-                where="layers_to_transform",
-                fix=f"Its layers are {numbers[0]} to {numbers[-1]}." if numbers else "Leave it out.",
-            )
-        chosen = [name for name in names if wanted is None or layer_number(name) in wanted]
-        for setting, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            for key, value in pattern.items():
-                if not any(pattern_value({key: value}, name, 0) for name in chosen):
-                    raise UserError(f'"{key}" matches none of the layers that are adapted', where=setting)
-        return chosen
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return choose_layers(names, self.layers_to_transform, patterns)
 
     def rank_and_scaling(self, name: str, r: int, alpha: float) -> tuple[int, float]:
         """A layer's own rank and scaling; r and alpha are those of layers that no pattern names."""

@@ -1,24 +1,16 @@
-"""Order of the samples, and micro-batches laid end to end without padding.
-
-The order is a function of the seed and the step alone, so that a run can go on at any step without replaying the data.
-"""
+"""Micro-batches of samples laid end to end without padding; their order is order.py's."""
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from itertools import accumulate
 
 import numpy as np
 import torch
 
+from qingtune.data.order import sizes_of_groups
 from qingtune.data.tokenize import Sample
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -69,61 +61,5 @@ def split_evenly(samples: Sequence[Sample], most_tokens: int) -> list[list[Sampl
 
     The gradient is that of the whole micro-batch, as losses are summed; only the memory is that of one group.
     """
-    fewest = len(_filled(samples, most_tokens))
-    even = bisect_left(range(most_tokens), -fewest, key=lambda limit: -len(_filled(samples, limit)))
-    return _filled(samples, even)
-
-
-def _filled(samples: Sequence[Sample], limit: int) -> list[list[Sample]]:
-    """Groups filled one after another as far as the limit lets them, which gives the fewest."""
-    groups: list[list[Sample]] = []
-    room = 0
-    for sample in samples:
-        room -= len(sample.token_ids)
-        if room < 0 or not groups:
-            groups.append([])
-            room = limit - len(sample.token_ids)
-        groups[-1].append(sample)
-    return groups
-
-
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which samples each optimizer step sees.
-
-    Every epoch is a fresh permutation, cut into windows of one optimizer step each; the last window of an epoch may be
-    smaller. A window's samples do not depend on how it is split into micro-batches and processes.
-    """
-
-    sample_count: int
-    batch_size: int
-    accumulation: int
-    processes: int
-    seed: int
-
-    @property
-    def window_size(self) -> int:
-        """Samples an optimizer step, over all processes."""
-        return self.batch_size * self.accumulation * self.processes
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch."""
-        return math.ceil(self.sample_count / self.window_size)
-
-    def window(self, step: int) -> NDArray[np.int64]:
-        """Indices of the samples of an optimizer step, counted from 0."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = _order(self.seed, epoch, self.sample_count)
-        return order[place * self.window_size : (place + 1) * self.window_size]
-
-    def micro_batches(self, step: int, process: int) -> list[NDArray[np.int64]]:
-        """This process's share of a window, cut into micro-batches; may be empty in an epoch's last window."""
-        window = self.window(step)
-        batches = [window[start : start + self.batch_size] for start in range(0, len(window), self.batch_size)]
-        return batches[process :: self.processes]
+    sizes = sizes_of_groups([len(sample.token_ids) for sample in samples], most_tokens)
+    return [list(samples[end - size : end]) for end, size in zip(accumulate(sizes), sizes, strict=True)]

@@ -11,6 +11,7 @@ Shapes: T tokens of the layout, N trained ones, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,18 +24,16 @@ from qingtune.kernels.attention import why_samples_would_mix
 from qingtune.kernels.blocks import AttentionBlock, MLPBlock, Norm, Pass
 from qingtune.kernels.dropout import new_seed
 from qingtune.kernels.layout import Layout, fill_up, lay_out
-from qingtune.kernels.loss import CHUNK_ELEMENTS, chunked_head_loss
+from qingtune.kernels.loss import chunked_head_loss
 from qingtune.kernels.projection import Member, Projection, gradient
 from qingtune.kernels.workspace import Workspace
-
-# Architectures checked (tests/invariant) to give here what Transformers gives.
-CHECKED_MODEL_TYPES = frozenset({"qwen2", "qwen3", "llama"})
+from qingtune.memory import FAST_MODEL_TYPES, LayerSizes, Ranks, kept_numbers, logit_numbers
 
 
 def why_not(model: Any) -> str | None:
     """The reason why a model cannot be computed here; None if it can."""
     config = model.config
-    if config.model_type not in CHECKED_MODEL_TYPES:
+    if config.model_type not in FAST_MODEL_TYPES:
         return f'"{config.model_type}" is not one of the architectures with kernels of their own'
     if reason := why_samples_would_mix(config):
         return reason
@@ -94,21 +93,43 @@ class Decoder:
         trains = [any(p.requires_grad for p in layer.parameters()) for _, layer in layers]
         self.lowest_trained = trains.index(True) if any(trains) else len(layers)
 
+    @cached_property
+    def sizes(self) -> LayerSizes:
+        """What its memory depends on; of adapters of different ranks, the largest."""
+        heads = self.attention[0].heads
+        return LayerSizes(
+            layers=len(self.mlp),
+            hidden=self.embedding.shape[1],
+            inner=self.mlp[0].size,
+            queries=heads.queries * heads.size,
+            keys=heads.keys * heads.size,
+            heads=heads.queries,
+            vocabulary=self.head.shape[0],
+            query_key_norm=self.attention[0].q_norm is not None,
+            ranks=Ranks(*map(max, zip(*self._ranks(), strict=True))),
+        )
+
+    def _ranks(self) -> list[tuple[int, ...]]:
+        """Of each layer's adapters, in the order of Ranks; 0 where there is none."""
+        groups = [
+            (attention.qkv, attention.o, mlp.gate_up, mlp.down)
+            for attention, mlp in zip(self.attention, self.mlp, strict=True)
+        ]
+        return [
+            tuple(len(m.adapter.a) if m.adapter else 0 for projection in layer for m in projection.members)
+            for layer in groups
+        ]
+
     def kept_bytes(self, tokens: int) -> int:
         """What one layer keeps of a pass for its backward, its input not counted."""
-        attention, mlp = self.attention[0], self.mlp[0]
-        heads = attention.heads
-        values = 2 * mlp.size + self.embedding.shape[1] + 2 * (heads.queries + heads.keys) * heads.size
-        values += heads.queries * heads.size * (attention.q_norm is not None)
-        values += sum(sum(part.ranks) for part in (attention.qkv, attention.o, mlp.gate_up, mlp.down))
-        return values * tokens * self.dtype.itemsize
+        return kept_numbers(self.sizes, sum(self.sizes.ranks.groups), tokens) * self.dtype.itemsize
 
     def pass_bytes(self, tokens: int) -> int:
         """What a training pass holds at its fullest beside weights and gradients: kept values, inputs, logits."""
         layers, recompute = len(self.mlp), self.recompute
         kept = (layers - recompute + (recompute > 0)) * self.kept_bytes(tokens)
         inputs = (layers + 1) * tokens * self.embedding.shape[1] * self.dtype.itemsize
-        return kept + inputs + min(CHUNK_ELEMENTS, tokens * self.head.shape[0]) * self.dtype.itemsize
+        return kept + inputs + logit_numbers(self.head.shape[0], tokens) * self.dtype.itemsize
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> torch.Tensor:

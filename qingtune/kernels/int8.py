@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 
 from qingtune.kernels.workspace import Workspace
-
-TILE = 128  # rows quantised at a time, so that their fp32 copy stays in the cache
+from qingtune.memory import INT8_TILE as TILE
 
 
 def quantize_rows(

@@ -14,10 +14,7 @@ import torch.nn.functional as F
 
 from qingtune.data.batch import Batch
 from qingtune.kernels.workspace import Workspace
-
-CHUNK_ELEMENTS = 2**25 + 2**23  # logits held at a time: 84 MB in bf16, 276 rows of Qwen's vocabulary
-ROWS_AT_A_TIME = 8  # rows whose softmax is taken in fp32 at a time, so that they stay in a CPU's cache
-VOCABULARY_TILE = 2048
+from qingtune.memory import CHUNK_ELEMENTS, ROWS_AT_A_TIME, VOCABULARY_TILE
 
 
 def summed_loss(model: Any, batch: Batch, *, end_to_end: bool) -> torch.Tensor:

@@ -15,18 +15,16 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from qingtune.errors import UserError
-from qingtune.files import default_cache, move_into_place, sha256_of, staging_folder
+from qingtune.files import move_into_place, sha256_of, staging_folder
 from qingtune.kernels.linear import NF4Linear
+from qingtune.models.gguf_header import TIED_BELOW
 from qingtune.models.nf4 import Described, describe, layer_of, parts_of, unpack
-from qingtune.models.source import NF4_MARK, ModelSource, read_model_config, stored_in_4bit
+from qingtune.models.source import NF4_MARK, ModelSource, cache_folder, read_model_config, stored_in_4bit
 from qingtune.quiet import quieten_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# A GGUF file may hold the head apart from the embedding although the model ties them: the same matrix, quantised twice,
-# differs by a few per cent (Qwen2.5-0.5B Q4_K_M: 4.5 %); two matrices trained apart differ by more than their size.
-TIED_BELOW = 0.15
 IN_4BIT = (
     "The model's linear layers are stored in 4 bits (NF4): use_qlora trains on them as they are; elsewhere they are "
     "unpacked while they are read."
@@ -44,7 +42,7 @@ def local_folder(source: ModelSource, cache_dir: str | None, say: Callable[[str]
         if stored_in_4bit(source.path):
             say(IN_4BIT)
         return source.path
-    cache = (Path(cache_dir).expanduser() if cache_dir else default_cache()) / "gguf"
+    cache = cache_folder(cache_dir) / "gguf"
     digest = sha256_of(source.path)
     folder = cache / f"{source.path.stem}-{digest[:12]}"
     if not (folder / "config.json").exists():

@@ -20,6 +20,7 @@ ANSWER_WITHIN_S = 4.0
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 # Ends the name of the tensor that says how a weight in 4 bits is packed; the weight's own name stands before it.
 NF4_MARK = ".quant_state.bitsandbytes__nf4"
+HEADERS = "headers"  # where config.json files without weights are kept, in the cache
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -36,6 +37,11 @@ class ModelSource:
         return self.path.is_file()
 
 
+def cache_folder(cache_dir: str | None) -> Path:
+    """The cache that a setting names, or the default one."""
+    return Path(cache_dir).expanduser() if cache_dir else default_cache()
+
+
 def find_model(name: str, cache_dir: str | None, hub: str) -> ModelSource:
     """Find a model: as a path, under models/ and the cache by its last part, then on a hub.
 
@@ -47,21 +53,9 @@ def find_model(name: str, cache_dir: str | None, hub: str) -> ModelSource:
     Raises:
         UserError: nothing found (says what was tried and three ways on), or what was found cannot be used.
     """
-    tried: list[str] = []
-    last = Path(name).name
-    cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
-    for place in (Path(name).expanduser(), Path("models") / last, cache / last):
-        if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
-            return _checked(ModelSource(name, place))
-        if place.is_file():
-            raise UserError("a model is a folder or a .gguf file, not this", where=str(place))
-        tried.append(str(place))
-    if not _is_hub_name(name):
-        raise UserError(
-            f"no model folder or .gguf file here (nor at {tried[1]} or {tried[2]})",
-            where=name,
-            fix=f"Check the path. A name such as {DEFAULT_MODEL} is looked up on a hub.",
-        )
+    found, tried = _find_here(name, cache_dir)
+    if found is not None:
+        return _checked(ModelSource(name, found))
     hubs: dict[str, Callable[[str, str | None], Path | str]] = {
         "hf": _from_hugging_face,
         "modelscope": _from_modelscope,
@@ -71,10 +65,63 @@ def find_model(name: str, cache_dir: str | None, hub: str) -> ModelSource:
         if isinstance(found, Path):
             return _checked(ModelSource(name, found))
         tried.append(found)
+    raise _not_found(name, tried)
+
+
+def find_header(name: str, cache_dir: str | None, hub: str) -> ModelSource:
+    """Find as much of a model as says its shape: a folder with a config.json, or a .gguf file; no weights are fetched.
+
+    Args:
+        name: a folder, a .gguf file or `owner/model`; likewise cache_dir and hub as in find_model.
+
+    Raises:
+        UserError: nothing found.
+    """
+    found, tried = _find_here(name, cache_dir)
+    if found is not None:
+        return ModelSource(name, found)
+    cache = cache_folder(cache_dir) / HEADERS
+    hubs: dict[str, Callable[[], Path | str]] = {
+        "hf": lambda: _header_from_hugging_face(name, cache_dir, cache),
+        "modelscope": lambda: _header_from_modelscope(name, cache),
+    }
+    for hub_name in hubs if hub == "auto" else [hub]:
+        answer = hubs[hub_name]()
+        if isinstance(answer, Path):
+            return ModelSource(name, answer)
+        tried.append(answer)
+    raise _not_found(name, tried)
+
+
+def _find_here(name: str, cache_dir: str | None) -> tuple[Path | None, list[str]]:
+    """The model on this machine, outside the hubs' caches; and the places looked at.
+
+    Raises:
+        UserError: there is something else in such a place, or the name is a path.
+    """
+    tried: list[str] = []
+    last = Path(name).name
+    cache = cache_folder(cache_dir)
+    for place in (Path(name).expanduser(), Path("models") / last, cache / last):
+        if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
+            return place, tried
+        if place.is_file():
+            raise UserError("a model is a folder or a .gguf file, not this", where=str(place))
+        tried.append(str(place))
+    if not _is_hub_name(name):
+        raise UserError(
+            f"no model folder or .gguf file here (nor at {tried[1]} or {tried[2]})",
+            where=name,
+            fix=f"Check the path. A name such as {DEFAULT_MODEL} is looked up on a hub.",
+        )
+    return None, tried
+
+
+def _not_found(name: str, tried: list[str]) -> UserError:
     listing = "".join(f"\n  {place}" for place in tried)
-    raise UserError(
+    return UserError(
         f"the model was not found. Tried:{listing}\n"
-        f"Three ways on: download it elsewhere and put the folder at models/{last}; "
+        f"Three ways on: download it elsewhere and put the folder at models/{Path(name).name}; "
         "pass a .gguf file or a folder as the model; or set HF_ENDPOINT to a mirror, or --hub modelscope.",
         where=name,
     )
@@ -86,20 +133,43 @@ def _is_hub_name(name: str) -> bool:
 
 def _from_hugging_face(name: str, cache_dir: str | None) -> Path | str:
     """The folder of the model, downloaded if need be; or a line on why it could not be had."""
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    local = _hugging_face_folder(name, cache_dir, _MODEL_FILES, local=True)
+    return local if isinstance(local, Path) else _ask_hugging_face(name, cache_dir, _MODEL_FILES)
 
-    def fetch(local: bool) -> Path:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, cache_dir=cache_dir, allow_patterns=list(_MODEL_FILES), local_files_only=local
-            )
-        )
+
+def _header_from_hugging_face(name: str, cache_dir: str | None, cache: Path) -> Path | str:
+    """The folder of the model if it is there, else one with its config.json alone, in a cache of its own.
+
+    In the common one, a later run would take it for the whole model.
+    """
+    for place in (cache_dir, str(cache)):
+        local = _hugging_face_folder(name, place, ("config.json",), local=True)
+        if isinstance(local, Path) and (local / "config.json").exists():
+            return local
+    return _ask_hugging_face(name, str(cache), ("config.json",))
+
+
+def _hugging_face_folder(name: str, cache_dir: str | None, files: tuple[str, ...], *, local: bool) -> Path | None:
+    """The folder with a model's files; None if it must be local and is not."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return fetch(local=True)
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, cache_dir=cache_dir, allow_patterns=list(files), local_files_only=local
+            )
+        )
     except (LocalEntryNotFoundError, FileNotFoundError, ValueError):
-        pass  # not downloaded before: ask the hub
+        if not local:
+            raise
+        return None  # not downloaded before
+
+
+def _ask_hugging_face(name: str, cache_dir: str | None, files: tuple[str, ...]) -> Path | str:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
     endpoint = os.environ.get("HF_ENDPOINT") or "Hugging Face"
     if any(os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE") for variable in _OFFLINE):
         return f"{endpoint}: not in its local cache, and HF_HUB_OFFLINE forbids to ask"
@@ -112,11 +182,27 @@ def _from_hugging_face(name: str, cache_dir: str | None) -> Path | str:
     if isinstance(answer, Exception):
         return f"{endpoint}: no answer ({type(answer).__name__})"
     try:
-        return fetch(local=False)
+        fetched = _hugging_face_folder(name, cache_dir, files, local=False)
+        assert fetched is not None
+        return fetched
     except GatedRepoError:  # the page of such a model is public, its files are not
         return gated
     except Exception as error:  # the transport's errors are of many kinds; each is told
         return f"{endpoint}: the download broke off ({type(error).__name__})"
+
+
+def _header_from_modelscope(name: str, cache: Path) -> Path | str:
+    try:
+        import modelscope  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return "ModelScope: its package is not installed (`pip install modelscope`)"
+    answer = _within(
+        ANSWER_WITHIN_S,
+        lambda: modelscope.snapshot_download(name, cache_dir=str(cache), allow_patterns=["config.json"]),
+    )
+    if isinstance(answer, Exception):
+        return f"ModelScope: no answer or no such model ({type(answer).__name__})"
+    return Path(str(answer))
 
 
 def _from_modelscope(name: str, cache_dir: str | None) -> Path | str:

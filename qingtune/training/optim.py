@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from qingtune.config import TrainConfig
+from qingtune.memory import EIGHT_BITS
 from qingtune.training.adamw8bit import AdamW8bit
 
 Schedule = Callable[[int], float]
-EIGHT_BITS = frozenset({"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"})
 
 
 def parameter_groups(
@@ -69,11 +69,6 @@ def make_optimizer(
         "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
     }
     return kinds[config.optim](groups, **adam), None
-
-
-def state_bytes(config: TrainConfig, numbers: int) -> int:
-    """What the optimizer keeps for so many trained numbers, in bytes: AdamW's two moments in fp32 or 8 bits."""
-    return numbers * (0 if config.optim == "sgd" else 2 if config.optim in EIGHT_BITS else 8)
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:

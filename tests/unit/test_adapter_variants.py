@@ -8,13 +8,12 @@ import pytest
 import torch
 from peft.utils.other import get_pattern_key
 
+from qingtune.adapters.names import layer_number, pattern_value
 from qingtune.adapters.variants import (
     DRAWN,
     TAKEN,
     LowRank,
-    layer_number,
     merge_weight,
-    pattern_value,
     row_norms,
     scaling_of,
     take,

@@ -8,7 +8,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qingtune.data.batch import Plan, collate, split_evenly
+from qingtune.data.batch import collate, split_evenly
+from qingtune.data.order import Plan
 from qingtune.data.tokenize import Sample
 
 SPLITS = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2)]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
 from qingtune import hardware
+from qingtune import machine as machines
 from qingtune.hardware import choose_hardware
 
 DEVICES = {
@@ -92,36 +91,11 @@ def test_formats_of_gpus(
 def test_this_cpu(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: has_it)
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: has_it)
     chosen = choose_hardware()
     assert chosen.device == torch.device("cpu")
     assert chosen.dtype == (BF16 if has_it else FP32)
     assert "no GPU that torch can use" in chosen.reason
-
-
-@pytest.mark.parametrize(
-    ("machine", "cpuinfo", "has_it"),
-    [
-        ("x86_64", "processor : 0\nflags\t\t: fpu avx512f avx512_bf16\n", True),
-        ("x86_64", "flags : fpu amx_bf16 amx_tile", True),
-        ("x86_64", "flags : fpu avx2 avx512f\n", False),
-        ("aarch64", "Features\t: fp asimd bf16 i8mm", True),
-        ("aarch64", "Features : fp asimd", False),
-        ("x86_64", "", False),
-    ],
-)  # fmt: skip
-def test_cpus_are_known_by_their_flags(
-    machine: str, cpuinfo: str, has_it: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hardware.sys, "platform", "linux")
-    monkeypatch.setattr(hardware.platform, "machine", lambda: machine)
-    monkeypatch.setattr(hardware.Path, "read_text", lambda _, encoding: cpuinfo)
-    assert hardware._cpu_has_bf16() is has_it
-
-
-def test_other_systems_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware.sys, "platform", "win32")
-    assert hardware._cpu_has_bf16() is False
 
 
 def test_peak_memory_is_that_of_this_process() -> None:
@@ -151,59 +125,10 @@ def test_peak_memory_is_not_that_of_the_process_that_started_this_one(
 def test_int8_units_are_known_by_their_flags(
     device: str, system: str, machine: str, flags: str, has_them: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hardware.sys, "platform", system)
-    monkeypatch.setattr(hardware.platform, "machine", lambda: machine)
-    monkeypatch.setattr(hardware.Path, "read_text", lambda _, encoding: f"processor : 0\nflags : {flags}\n")
+    monkeypatch.setattr(machines.sys, "platform", system)
+    monkeypatch.setattr(machines.platform, "machine", lambda: machine)
+    monkeypatch.setattr(machines.Path, "read_text", lambda _, encoding: f"processor : 0\nflags : {flags}\n")
     assert hardware.has_int8_units(torch.device(device)) is has_them
-
-
-AVAILABLE = 1000
-
-
-@pytest.mark.parametrize(
-    ("files", "free"),
-    [
-        ({}, AVAILABLE),
-        ({"v2/memory.max": "900", "v2/memory.current": "200"}, 700),
-        ({"v2/a/b/memory.max": "900\n", "v2/a/b/memory.current": "200\n"}, 700),
-        ({"v2/a/memory.max": "800", "v2/a/memory.current": "300", "v2/a/b/memory.max": "max"}, 500),
-        ({"v2/other/memory.max": "800", "v2/other/memory.current": "300"}, AVAILABLE),
-        ({"v2/memory.max": "max", "v2/memory.current": "200"}, AVAILABLE),
-        ({"v2/memory.max": "5000", "v2/memory.current": "200"}, AVAILABLE),
-        ({"v2/memory.max": "900", "v2/memory.current": "950"}, 0),
-        ({"v2/memory.max": "900"}, AVAILABLE),
-        (
-            {
-                "v2/memory.max": "900", "v2/memory.current": "800",
-                "v2/memory.stat": "anon 100\ninactive_file 300\nactive_file 250\n",
-            },
-            650,
-        ),
-        ({"v1/memory.limit_in_bytes": "800", "v1/memory.usage_in_bytes": "300"}, 500),
-        ({"v1/c/memory.limit_in_bytes": "800", "v1/c/memory.usage_in_bytes": "300"}, 500),
-        ({"v1/x/memory.limit_in_bytes": "800", "v1/x/memory.usage_in_bytes": "300"}, AVAILABLE),
-        (
-            {
-                "v1/memory.limit_in_bytes": "800", "v1/memory.usage_in_bytes": "700",
-                "v1/memory.stat": "inactive_file 1\ntotal_inactive_file 200\ntotal_active_file 50\n",
-            },
-            350,
-        ),
-        ({"v1/memory.limit_in_bytes": "9223372036854771712", "v1/memory.usage_in_bytes": "300"}, AVAILABLE),
-    ],
-)  # fmt: skip
-def test_free_memory_is_what_the_container_leaves(
-    files: dict[str, str], free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    (tmp_path / "mine").write_text("9:name=systemd:/x\n4:cpu,memory:/c\n0::/a/b\n")
-    for name, place in (("_V1", "v1"), ("_V2", "v2"), ("_MY_GROUPS", "mine")):
-        monkeypatch.setattr(hardware, name, tmp_path / place)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=AVAILABLE))
-    monkeypatch.setattr(hardware, "_left_by_shell_limits", lambda: [])
-    assert hardware.free_bytes(torch.device("cpu")) == free
 
 
 def test_a_limit_of_the_shell_is_respected(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:

@@ -11,8 +11,9 @@ import torch
 from conftest import make_model
 
 from qingtune.config import TrainConfig
+from qingtune.memory import EIGHT_BITS
 from qingtune.training.adamw8bit import AdamW8bit
-from qingtune.training.optim import EIGHT_BITS, make_optimizer, make_schedule, parameter_groups, warmup_steps
+from qingtune.training.optim import make_optimizer, make_schedule, parameter_groups, warmup_steps
 
 KINDS = ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 

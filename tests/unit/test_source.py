@@ -16,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from qingtune.errors import UserError
 from qingtune.files import default_cache
 from qingtune.models import source
-from qingtune.models.source import find_model
+from qingtune.models.source import HEADERS, find_header, find_model
 
 NAME = "owner/tiny-model"
 
@@ -252,6 +252,52 @@ def test_modelscopes_answers(
         assert f"ModelScope: {told}" in str(caught.value)
     else:
         assert find_model(NAME, None, "modelscope").path == folder
+
+
+# --- Headers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_header_needs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hubs(monkeypatch)
+    folder = tmp_path / "models" / "tiny-model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert find_header(NAME, None, "auto").path == Path("models/tiny-model")
+    with pytest.raises(UserError, match=r"no \.safetensors weights here"):
+        find_model(NAME, None, "auto")
+
+
+def test_only_the_header_is_fetched_and_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "snapshot"
+    calls = hugging_face(monkeypatch, download=str(folder))
+    assert find_header(NAME, "my-cache", "hf").path == folder
+    fetched = calls[-1]
+    assert fetched["allow_patterns"] == ["config.json"]
+    assert fetched["cache_dir"] == str(Path("my-cache") / HEADERS)  # a run must not take it for the whole model
+    assert [call["cache_dir"] for call in calls[:-1]] == ["my-cache", str(Path("my-cache") / HEADERS)]
+
+
+def test_the_header_of_a_downloaded_model_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder(tmp_path / "snapshot")
+    hugging_face(monkeypatch, info=AssertionError("asked"), local=str(folder))
+    assert find_header(NAME, None, "hf").path == folder
+
+
+def test_a_header_from_modelscope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    package = SimpleNamespace(snapshot_download=lambda name, **how: asked.append(how) or str(tmp_path))
+    monkeypatch.setitem(sys.modules, "modelscope", package)  # type: ignore[arg-type]
+    assert find_header(NAME, None, "modelscope").path == tmp_path
+    assert asked == [{"cache_dir": str(default_cache() / HEADERS), "allow_patterns": ["config.json"]}]
+
+
+def test_a_header_that_is_nowhere_is_told_as_a_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    hugging_face(monkeypatch, info=bare(RepositoryNotFoundError))
+    with pytest.raises(UserError, match="the model was not found") as caught:
+        find_header(NAME, None, "auto")
+    for told in ("no model of this name", "ModelScope: its package is not installed", "Three ways on"):
+        assert told in str(caught.value)
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from qingtune.files import default_cache
-from qingtune.hardware import cpu_flags
+from qingtune.machine import cpu_flags
 
 SOURCE = Path(__file__).with_name("answer_step.c")
 FLAGS = ("-O3", "-march=native", "-std=c11", "-fopenmp", "-fPIC", "-shared")

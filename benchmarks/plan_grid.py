@@ -1,0 +1,175 @@
+"""The plan beside what runs really take: method x length x batch x rank x checkpointing, each a run of its own.
+
+python benchmarks/plan_grid.py --model FOLDER --output FILE.json [--most N] [--smaller]
+
+Each point is the training command as a user types it, two steps on random words of one length, every token trained.
+FILE.json keeps what was measured; points that it holds are not run again. The plan is computed anew each time, from the
+model's config.json, so that the table always shows today's formulas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from workload import ROOT  # which also lets a clone be imported as it is
+
+from qingtune.config import TrainConfig
+from qingtune.machine import Machine, find_machine
+from qingtune.models.shape import ModelShape, shape_of_config
+from qingtune.models.source import read_model_config
+from qingtune.planning import METHODS as PLANNED_METHODS
+from qingtune.planning import Planner, Samples, as_method
+
+METHODS = {
+    "full": [],
+    "full, 8-bit states": ["--optim", "adamw_8bit"],
+    "LoRA": ["--use_lora"],
+    "QLoRA 8": ["--use_qlora", "--quantization_bit", "8"],
+    "QLoRA 4": ["--use_qlora", "--quantization_bit", "4"],
+}
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run; rank is 0 in full training."""
+
+    method: str
+    length: int
+    batch: int
+    rank: int
+    checkpointing: bool
+
+    @property
+    def key(self) -> str:
+        return json.dumps(list(asdict(self).values()))
+
+    @property
+    def flags(self) -> list[str]:
+        rank = ["--lora_r", str(self.rank)] if self.rank else []
+        return [
+            *METHODS[self.method], *rank, "--max_seq_length", str(self.length),
+            "--per_device_train_batch_size", str(self.batch),
+            "--gradient_checkpointing", str(self.checkpointing).lower(),
+        ]  # fmt: skip
+
+    def plan(self, shape: ModelShape, machine: Machine) -> int:
+        """Planned bytes of such a run: two steps of samples of one length, no evaluation."""
+        method = next(key for key, name in PLANNED_METHODS.items() if name == self.method)
+        config = TrainConfig(
+            lora_r=self.rank or 16,
+            per_device_train_batch_size=self.batch,
+            gradient_checkpointing=self.checkpointing,
+            max_seq_length=self.length,
+        )
+        samples = Samples(self.length, self.length, 1.0, STEPS * self.batch, False, "")
+        return Planner(shape, as_method(config, method), machine).plan_for(samples).total
+
+
+LARGER = [
+    *(Point("LoRA", *rest) for rest in (
+        (128, 1, 8, False), (128, 8, 64, False), (512, 1, 64, False), (512, 8, 8, False), (1024, 1, 8, False),
+        (1024, 8, 64, False), (512, 1, 64, True), (1024, 1, 64, True),
+    )),
+    *(Point("QLoRA 4", *rest) for rest in (
+        (128, 1, 64, False), (512, 8, 8, False), (1024, 1, 64, False), (1024, 1, 8, True),
+    )),
+    *(Point("QLoRA 8", *rest) for rest in (
+        (128, 1, 8, False), (512, 1, 64, False), (1024, 1, 64, False), (512, 1, 8, True),
+    )),
+    *(Point("full", *rest) for rest in (
+        (128, 1, 0, False), (512, 8, 0, False), (1024, 1, 0, False), (1024, 1, 0, True),
+    )),
+    *(Point("full, 8-bit states", *rest) for rest in (
+        (128, 1, 0, False), (512, 1, 0, False), (1024, 1, 0, False), (1024, 1, 0, True),
+    )),
+]  # fmt: skip
+SMALLER = [
+    *(Point("LoRA", *rest) for rest in (
+        (128, 1, 8, False), (128, 8, 64, False), (512, 8, 64, False), (1024, 1, 64, False), (1024, 8, 8, False),
+        (1024, 1, 64, True),
+    )),
+    *(Point("QLoRA 4", *rest) for rest in ((128, 1, 8, False), (1024, 1, 64, False), (512, 8, 64, True))),
+    *(Point("QLoRA 8", *rest) for rest in ((128, 8, 64, False), (1024, 1, 8, False))),
+    *(Point("full", *rest) for rest in ((128, 1, 0, False), (1024, 8, 0, False), (512, 1, 0, True))),
+    *(Point("full, 8-bit states", *rest) for rest in ((128, 8, 0, False), (1024, 1, 0, False))),
+]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a Transformers folder")
+    parser.add_argument("--output", required=True, help="where measured peaks are kept, as JSON")
+    parser.add_argument("--most", type=int, default=1000, help="points to measure now, at most")
+    parser.add_argument("--smaller", action="store_true", help="the shorter list of points, for a small model")
+    parser.add_argument("--cache_dir", help="where quantised weights are kept")
+    arguments = parser.parse_args()
+    points = SMALLER if arguments.smaller else LARGER
+    output = Path(arguments.output)
+    measured = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    for point in [point for point in points if point.key not in measured][: arguments.most]:
+        measured[point.key] = measure(point, Path(arguments.model), arguments.cache_dir)
+        output.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        print(f"{point}: {measured[point.key] / 1e9:.3f} GB", file=sys.stderr, flush=True)
+    print(table(points, measured, Path(arguments.model)))
+
+
+def table(points: list[Point], measured: dict[str, int], model: Path) -> str:
+    """Plan and measured peak of each point as Markdown, and the largest errors."""
+    shape = shape_of_config(read_model_config(model), str(model))
+    machine = find_machine()
+    lines = [
+        f"{machine.name}, {machine.dtype}; {model.name}",
+        "",
+        "| method | tokens a sample | samples a micro-batch | rank | recomputed | plan | measured | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    errors: list[tuple[float, int, Point]] = []
+    for point in (point for point in points if point.key in measured):
+        planned, peak = point.plan(shape, machine), measured[point.key]
+        errors.append((abs(planned / peak - 1), abs(planned - peak), point))
+        cells = (
+            point.method, f"{point.length:,}", point.batch, point.rank or "-", "all" if point.checkpointing else "none",
+            f"{planned / 1e9:.3f} GB", f"{peak / 1e9:.3f} GB", f"{planned / peak - 1:+.1%}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    if errors:
+        share, size, worst = max(errors, key=lambda error: error[0])
+        lines += ["", f"{len(errors)} points; the largest error is {share:.1%} ({size / 1e6:.0f} MB): {worst.key}"]
+    return "\n".join(lines)
+
+
+def measure(point: Point, model: Path, cache_dir: str | None) -> int:
+    """The peak of a run, in bytes, as its record has it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        data, result = Path(scratch) / "rows.jsonl", Path(scratch) / "result"
+        write_rows(data, STEPS * point.batch, point.length)
+        command = [
+            sys.executable, "-m", "qingtune", "train", "--model_name_or_path", str(model), "--data_path", str(data),
+            "--output_dir", str(result), "--on_long", "truncate", "--max_steps", str(STEPS), "--logging_steps", "1",
+            "--save_strategy", "no", "--report_to", "none", *point.flags,
+            *(["--cache_dir", cache_dir] if cache_dir else []),
+        ]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        if done.returncode:
+            raise SystemExit(f"{point} failed:\n{done.stdout[-3000:]}")
+        return int(json.loads((result / "qingtune.json").read_text(encoding="utf-8"))["results"]["peak_bytes"])
+
+
+def write_rows(path: Path, count: int, length: int) -> None:
+    """Rows of plain text that are longer than so many tokens, to be cut; no two begin alike."""
+    draw = random.Random(0)
+    words = ["apple", "river", "stone", "green", "walk", "seven", "window", "paper", "light", "music", "garden"]
+    rows = [" ".join(draw.choices(words, k=length + 8)) for _ in range(count)]
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Order of the samples, and how a micro-batch is cut into passes; from numbers alone, without torch.
+
+The order is a function of the seed and the step alone, so that a run can go on at any step without replaying the data.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def sizes_of_groups(lengths: Sequence[int], most_tokens: int) -> list[int]:
+    """How many samples go into each of the fewest groups of about equal length, in order.
+
+    Args:
+        lengths: of the samples, in tokens.
+        most_tokens: of a group; single samples may be longer.
+    """
+    fewest = len(_filled(lengths, most_tokens))
+    even = bisect_left(range(most_tokens), -fewest, key=lambda limit: -len(_filled(lengths, limit)))
+    return _filled(lengths, even)
+
+
+def _filled(lengths: Sequence[int], limit: int) -> list[int]:
+    """Sizes of groups filled one after another as far as the limit lets them, which gives the fewest."""
+    sizes: list[int] = []
+    room = 0
+    for length in lengths:
+        room -= length
+        if room < 0 or not sizes:
+            sizes.append(0)
+            room = limit - length
+        sizes[-1] += 1
+    return sizes
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples each optimizer step sees.
+
+    Every epoch is a fresh permutation, cut into windows of one optimizer step each; the last window of an epoch may be
+    smaller. A window's samples do not depend on how it is split into micro-batches and processes.
+    """
+
+    sample_count: int
+    batch_size: int
+    accumulation: int
+    processes: int
+    seed: int
+
+    @property
+    def window_size(self) -> int:
+        """Samples an optimizer step, over all processes."""
+        return self.batch_size * self.accumulation * self.processes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch."""
+        return math.ceil(self.sample_count / self.window_size)
+
+    def window(self, step: int) -> NDArray[np.int64]:
+        """Indices of the samples of an optimizer step, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = _order(self.seed, epoch, self.sample_count)
+        return order[place * self.window_size : (place + 1) * self.window_size]
+
+    def micro_batches(self, step: int, process: int) -> list[NDArray[np.int64]]:
+        """This process's share of a window, cut into micro-batches; may be empty in an epoch's last window."""
+        window = self.window(step)
+        batches = [window[start : start + self.batch_size] for start in range(0, len(window), self.batch_size)]
+        return batches[process :: self.processes]

@@ -1,0 +1,217 @@
+"""What this machine has, found out without torch: memory that is free, GPUs, and what its CPU multiplies fast."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+DeviceKind = Literal["cpu", "cuda", "mps"]
+ANSWER_WITHIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run would compute.
+
+    Attributes:
+        name: of the device.
+        itemsize: bytes a number of the dtype that it would compute in.
+        free: bytes that a run may take there; None where unknown. total: all that there is.
+        free_with_swap: on a CPU, with free swap space.
+        int8_units: whether int8 weights are multiplied as such.
+    """
+
+    kind: DeviceKind
+    name: str
+    itemsize: int
+    free: int | None
+    total: int | None
+    free_with_swap: int | None = None
+    int8_units: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """16-bit or fp32; which of the 16-bit formats makes no difference in memory."""
+        return "16-bit" if self.itemsize == 2 else "fp32"
+
+
+def find_machine(bf16: bool | None = None, fp16: bool | None = None) -> Machine:
+    """The device that a run would choose, and its number format, by hardware.choose_hardware's rules.
+
+    Args:
+        bf16: the setting; likewise fp16.
+    """
+    wide = bf16 is False and not fp16
+    for name, free, total in _gpus() if _torch_has_cuda() else []:
+        return Machine("cuda", name, 4 if wide else 2, free, total)
+    ram = psutil.virtual_memory().total
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return Machine("mps", "Apple GPU", 4 if wide else 2, free_ram_bytes(), ram)
+    itemsize = 2 if cpu_has_bf16() and bf16 is not False else 4
+    return Machine("cpu", cpu_name(), itemsize, free_ram_bytes(), ram, free_ram_bytes(swap=True), cpu_has_int8_units())
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+def _gpus() -> list[tuple[str, int, int]]:
+    """Name, free and total bytes of each NVIDIA GPU that this process may see, by nvidia-smi."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = ["--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(
+            [program, *query], capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):  # no driver, or one that does not answer: torch finds no GPU either
+        return []
+    found: list[tuple[str, int, int]] = []
+    for line in answer.splitlines():
+        name, *numbers = (part.strip() for part in line.rsplit(",", 2))
+        if len(numbers) == 2 and all(number.isdigit() for number in numbers):
+            found.append((name, int(numbers[0]) * 2**20, int(numbers[1]) * 2**20))
+    return _visible(found)
+
+
+def _visible(gpus: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """Those that CUDA_VISIBLE_DEVICES names, in its order; it ends at the first that is none, as for CUDA."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return gpus
+    chosen: list[tuple[str, int, int]] = []
+    for number in named.split(","):
+        if number.strip().upper().startswith(("GPU-", "MIG-")):
+            return gpus  # by an identity that was not asked for; the first is as good a guess as any
+        if not number.strip().isdigit() or int(number) >= len(gpus):
+            break
+        chosen.append(gpus[int(number)])
+    return chosen
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the installed torch is not a build for CPUs alone, as its version tells."""
+    try:
+        return "+cpu" not in importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+
+
+# --- CPU -------------------------------------------------------------------------------------------------------------
+
+
+def cpu_name() -> str:
+    """The processor's name and how many of its cores may be used."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 natively; else it can be tens of times slower than fp32 (pytorch #146508)."""
+    if sys.platform != "linux":
+        return False
+    return bool(cpu_flags() & ({"avx512_bf16", "amx_bf16"} if _is_x86() else {"bf16"}))
+
+
+def cpu_has_int8_units() -> bool:
+    """Whether torch multiplies int8 matrices on this CPU at a multiple of the rate of 16-bit ones."""
+    if sys.platform != "linux" or not _is_x86():
+        return False
+    return bool(cpu_flags() & {"avx512_vnni", "amx_int8"})
+
+
+def _is_x86() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+def cpu_flags() -> set[str]:
+    """What the CPU says it can do; on Linux."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return set(flags.split())
+
+
+# --- Free memory -----------------------------------------------------------------------------------------------------
+
+
+def free_ram_bytes(*, swap: bool = False) -> int:
+    """Main memory that this process may still take, limits of a container or shell respected.
+
+    Args:
+        swap: count free swap space, which keeps a process alive but is no place to compute in.
+    """
+    machine = psutil.virtual_memory().available + (psutil.swap_memory().free if swap else 0)
+    return max(0, min([machine, *_left_by_control_groups(), *_left_by_shell_limits()]))
+
+
+def _left_by_control_groups() -> list[int]:
+    """What each control group that this process is in, and each one around it, may still take."""
+    left: list[int] = []
+    for folder, limit, used in _control_groups():
+        try:
+            most, now = (int((folder / name).read_text(encoding="utf-8")) for name in (limit, used))
+        except (OSError, ValueError):  # no such control group, or its limit is "max"
+            continue
+        left.append(most - now + _cached_file_bytes(folder))
+    return left
+
+
+def _control_groups() -> list[tuple[Path, str, str]]:
+    """Folders, and the names of the files with the memory limit and what is used, for versions 1 and 2.
+
+    In a container the groups that this process is told to be in may not be shown; its own is then the root.
+    """
+    kinds = {
+        "memory": (_V1, "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        "": (_V2, "memory.max", "memory.current"),
+    }
+    mine: dict[str, str] = {}
+    with suppress(OSError):
+        for line in _MY_GROUPS.read_text(encoding="utf-8").splitlines():
+            _, controllers, name = line.split(":", 2)
+            mine |= dict.fromkeys(controllers.split(","), name)
+    groups: list[tuple[Path, str, str]] = []
+    for kind, (root, limit, used) in kinds.items():
+        folder = root / mine.get(kind, "/").lstrip("/")
+        around = [place for place in (folder, *folder.parents) if place.is_relative_to(root)]
+        groups += [(place, limit, used) for place in around]
+    return groups
+
+
+def _cached_file_bytes(group: Path) -> int:
+    """Pages of files, which count as used but are given up on demand."""
+    try:
+        lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    numbers = dict(line.split() for line in lines if len(line.split()) == 2)
+    prefix = "total_" if "total_inactive_file" in numbers else ""
+    return sum(int(numbers.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
+
+
+_MY_GROUPS = Path("/proc/self/cgroup")
+_V2, _V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
+
+
+def _left_by_shell_limits() -> list[int]:
+    """What `ulimit -v` leaves, where it is set."""
+    if sys.platform == "win32":
+        return []
+    import resource
+
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return [] if most == resource.RLIM_INFINITY else [most - psutil.Process().memory_info().vms]

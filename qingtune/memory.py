@@ -1,0 +1,384 @@
+"""Bytes that training takes, as plain arithmetic over sizes: no torch, nothing read, nothing measured here.
+
+The fast kernels keep what they need in named buffers (kernels/workspace.py), and `buffers` tells each one's size; a
+test holds it against the buffers that a pass really made. The engine takes its own estimates from the same functions.
+
+Symbols: T tokens of a pass, N of them whose next token is trained, b bytes a number of the dtype that is computed in,
+w = max(4, b) bytes of the one that sums are held in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+CHUNK_ELEMENTS = 2**25 + 2**23  # logits held at a time: 84 MB in bf16, 276 rows of Qwen's vocabulary
+ROWS_AT_A_TIME = 8  # rows whose softmax is taken in fp32 at a time on a CPU, so that they stay in its cache
+VOCABULARY_TILE = 2048  # rows of a head in another dtype, or one that is trained, taken at a time
+QUERY_BLOCK = 256  # rows of a block of attention scores, at most
+ROWS_MULTIPLE = 8  # passes are filled up to it: products of 577 or 583 rows were seen to take 5 to 12 % longer than 584
+INT8_TILE = 128  # rows quantised at a time, so that their fp32 copy stays in the cache
+# Matrix products on a CPU are nearly as fast at 700 tokens as at more; activations grow with each one.
+TOKENS_PER_PASS_ON_CPU = 768
+# Share of the free memory that activations may take; the rest is for what a step needs for a moment.
+ACTIVATIONS_OF_FREE = 0.8
+# Architectures checked (tests/invariant) to give on the fast kernels what Transformers gives.
+FAST_MODEL_TYPES = frozenset({"qwen2", "qwen3", "llama"})
+EIGHT_BITS = frozenset({"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"})
+# A weight in 4 bits with a scale in 8 bits for each 64 and one in 32 for each 256 of these; in 8 bits, a scale a row.
+NF4_BYTES_A_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Moments in 8 bits, with the largest value of each block of 256 in fp32.
+BYTES_A_8BIT_STATE = 2 + 2 * 4 / 256
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks of a layer's adapters, 0 where there is none; of different ones, the largest."""
+
+    q: int = 0
+    k: int = 0
+    v: int = 0
+    o: int = 0
+    gate: int = 0
+    up: int = 0
+    down: int = 0
+
+    @property
+    def groups(self) -> tuple[int, int, int, int]:
+        """Sums over the layers that read one input: query, key, value; output; gate, up; down."""
+        return self.q + self.k + self.v, self.o, self.gate + self.up, self.down
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """A decoder with layers that are all alike; sizes in numbers.
+
+    Attributes:
+        inner: of the MLP.
+        queries: all query heads together; likewise keys.
+        heads: query heads.
+        query_key_norm: whether queries and keys are normed.
+        ranks: of one layer's adapters.
+    """
+
+    layers: int
+    hidden: int
+    inner: int
+    queries: int
+    keys: int
+    heads: int
+    vocabulary: int
+    query_key_norm: bool
+    ranks: Ranks
+
+    @property
+    def largest_weight(self) -> int:
+        """Of the linear layers but the head."""
+        return max(self.hidden * self.inner, self.hidden * self.queries)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a run computes.
+
+    Attributes:
+        itemsize: b, bytes a number of activations.
+        weight_itemsize: bytes a number of the linear layers' weights; None where they are quantised.
+        head_itemsize: bytes a number of the head.
+        trains_weights: whether the linear layers are trained themselves; likewise trains_head.
+        int8_units: whether int8 weights are multiplied as such.
+        dora: whether adapters have magnitudes.
+        dropout: whether adapters' inputs are dropped.
+        recompute: layers of which nothing but the input is kept.
+        gradient_below: whether even the lowest layer's input gets a gradient.
+        on_cpu: otherwise on a GPU, where attention never holds its scores.
+    """
+
+    itemsize: int
+    weight_itemsize: int | None
+    head_itemsize: int
+    trains_weights: bool = False
+    trains_head: bool = False
+    int8_units: bool = False
+    dora: bool = False
+    dropout: bool = False
+    recompute: int = 0
+    gradient_below: bool = False
+    on_cpu: bool = True
+
+    @property
+    def wide(self) -> int:
+        """w, bytes a number of what sums are held in."""
+        return max(4, self.itemsize)
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether weights of linear layers are brought to the dtype of activations for each product."""
+        return not self.int8_units if self.weight_itemsize is None else self.weight_itemsize != self.itemsize
+
+    @property
+    def tiles_head(self) -> bool:
+        """Whether the head is taken a tile of rows at a time."""
+        return self.trains_head or self.head_itemsize != self.itemsize
+
+
+@dataclass(frozen=True)
+class PassTokens:
+    """The fullest pass: T tokens, N of them predicting trained ones, in samples of at most `longest` tokens."""
+
+    tokens: int
+    predicting: int
+    longest: int
+
+
+def kept_numbers(sizes: LayerSizes, low: int, tokens: int) -> int:
+    """What one layer keeps of a pass for its backward, its input not counted: T (2 I + D + 2 Q + 2 K + A x's ranks).
+
+    Args:
+        low: sum of the ranks of the layer's adapters.
+        tokens: T.
+    """
+    values = 2 * sizes.inner + sizes.hidden + 2 * (sizes.queries + sizes.keys) + low
+    values += (sizes.queries + sizes.keys) * sizes.query_key_norm
+    return values * tokens
+
+
+def logit_numbers(vocabulary: int, predicting: int) -> int:
+    """Logits held at a time, of N rows that predict: rows of V, in as few even chunks as there may be."""
+    chunks = max(1, -(-predicting * vocabulary // CHUNK_ELEMENTS))
+    return -(-predicting // chunks) * vocabulary
+
+
+def layers_to_recompute(choice: bool | str, layers: int, a_layer: int, inputs: int, room: float | None) -> int:
+    """How many layers, from the first, keep nothing but their input.
+
+    Args:
+        choice: the setting: true for all, false for none, "auto" for as many as the room demands.
+        layers: of the model.
+        a_layer: bytes that one layer keeps beside its input.
+        inputs: bytes of all layers' inputs.
+        room: bytes for all of that; None where unknown.
+    """
+    if choice != "auto":
+        return layers if choice else 0
+    over = 0 if room is None else layers * a_layer + inputs - room
+    return min(layers, math.ceil(over / a_layer) + 1) if over > 0 else 0  # those share one layer's buffers
+
+
+def optimizer_bytes(optim: str, numbers: int) -> int:
+    """What the optimizer keeps for so many trained numbers: AdamW's two moments in fp32 or 8 bits."""
+    return round(numbers * (0 if optim == "sgd" else BYTES_A_8BIT_STATE if optim in EIGHT_BITS else 8))
+
+
+# --- Buffers of the fast kernels -------------------------------------------------------------------------------------
+
+_Add = Callable[..., None]  # name, numbers, and bytes a number unless they are b
+Buffers = dict[tuple[str, int], int]  # name and bytes a number -> bytes; layers' own ones are one entry
+
+
+def buffers(sizes: LayerSizes, how: Arithmetic, work: PassTokens, evaluation: PassTokens | None = None) -> Buffers:
+    """What the workspace holds, in bytes, by its own names.
+
+    Args:
+        work: the fullest training pass.
+        evaluation: the fullest pass without gradients; None where there is none.
+    """
+    found = _training_buffers(sizes, how, work, evaluates=evaluation is not None)
+    if evaluation is not None:
+        alone = _training_buffers(sizes, replace(how, recompute=sizes.layers), evaluation, evaluates=True)
+        for key, size in alone.items():
+            if key[0] in _FORWARD:
+                found[key] = max(found.get(key, 0), size)
+        found["input", how.itemsize] = 2 * evaluation.tokens * sizes.hidden * how.itemsize
+        if how.head_itemsize != how.itemsize:  # otherwise only a head that gets a gradient is taken in tiles
+            rows = logit_numbers(sizes.vocabulary, evaluation.predicting) // sizes.vocabulary
+            product = rows * min(VOCABULARY_TILE, sizes.vocabulary) * how.itemsize
+            found["product", how.itemsize] = max(found["product", how.itemsize], product)
+    return found
+
+
+# Buffers that passes without gradients use too, beside their own two for inputs.
+_FORWARD = frozenset({
+    "layer.shared", "norm.out", "norm.wide", "norm.q", "norm.k", "attention.raw_q", "attention.raw_k",
+    "attention.raw_v", "attention.rotated_q", "attention.rotated_k", "attention.attended", "attention.scores",
+    "attention.shares", "mlp.hidden", "head.logits", "head.rows", "weight", "projection.a", "projection.b",
+    "projection.x.packed", "projection.x.scales", "int8.tile", "int8.sums", "int8.wide", "projection.direction",
+    "projection.merged",
+})  # fmt: skip
+
+
+def _training_buffers(sizes: LayerSizes, how: Arithmetic, work: PassTokens, *, evaluates: bool) -> Buffers:
+    """Those of training passes; `evaluates` adds what other passes leave in layers that keep nothing."""
+    found: dict[tuple[str, int], int] = {}
+
+    def add(name: str, numbers: float, itemsize: int = how.itemsize) -> None:
+        found[name, itemsize] = found.get((name, itemsize), 0) + round(numbers) * itemsize
+
+    def at_least(name: str, numbers: int, itemsize: int = how.itemsize) -> None:
+        found[name, itemsize] = max(found.get((name, itemsize), 0), numbers * itemsize)
+
+    _kept(sizes, how, work, add, evaluates=evaluates)
+    _norms_and_attention(sizes, how, work, at_least)
+    _mlp_and_head(sizes, how, work, at_least)
+    _products(sizes, how, work, at_least)
+    return {key: size for key, size in found.items() if size}
+
+
+def buffer_bytes(
+    sizes: LayerSizes, how: Arithmetic, work: PassTokens, evaluation: PassTokens | None = None
+) -> tuple[int, int]:
+    """Bytes of all buffers: activations with what products need, and logits."""
+    held = buffers(sizes, how, work, evaluation)
+    logits = sum(size for (name, _), size in held.items() if name.startswith("head."))
+    return sum(held.values()) - logits, logits
+
+
+def _kept(sizes: LayerSizes, how: Arithmetic, work: PassTokens, add: _Add, *, evaluates: bool) -> None:
+    """What stays from a layer's forward to its backward; the last layer goes on with predicting rows only."""
+    tokens, last, wide = work.tokens, work.predicting, how.wide
+    ranks = sizes.ranks
+    qkv, o, gate_up, down = ranks.groups
+
+    def slot(rows: int) -> int:
+        """Rows of a layer beyond keys and values; keys and values of all tokens."""
+        numbers = rows * (2 * sizes.queries + sizes.hidden + 2 * sizes.inner + o + gate_up + down)
+        numbers += tokens * 2 * sizes.keys
+        return numbers + sizes.query_key_norm * (rows * sizes.queries + tokens * sizes.keys)
+
+    last_low = tokens * (ranks.k + ranks.v) + last * ranks.q
+    keeping = sizes.layers - how.recompute
+    if keeping:
+        add("layer.kept", (keeping - 1) * (slot(tokens) + tokens * qkv) + slot(last) + last_low)
+    if how.recompute:  # layers of which nothing is kept share one slot
+        # Passes without gradients leave in it what the last layer keeps apart.
+        add("layer.shared", slot(tokens) + tokens * qkv + last_low * (evaluates or not keeping))
+    if how.dora:
+        read_by_attention = sizes.queries + 2 * sizes.keys
+        norms = read_by_attention + 2 * sizes.hidden + 2 * sizes.inner
+        sharing = bool(how.recompute or evaluates)
+        last_shares = sharing and (evaluates or not keeping)
+        add("layer.norms", (keeping + sharing) * norms + last_shares * read_by_attention, wide)
+    add("layer.input", sizes.layers * tokens * sizes.hidden + last * sizes.hidden)
+
+
+def _norms_and_attention(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _Add) -> None:
+    tokens, last, wide = work.tokens, work.predicting, how.wide
+    queries, keys, hidden = sizes.queries, sizes.keys, sizes.hidden
+    widest = max(hidden, queries) if sizes.query_key_norm else hidden
+    for name in ("norm.wide", "norm.scaled", "norm.product"):
+        at_least(name, tokens * widest, wide)
+    at_least("norm.out", tokens * hidden)
+    if sizes.query_key_norm:
+        at_least("norm.q", tokens * queries)
+        at_least("norm.k", tokens * keys)
+    else:
+        at_least("attention.raw_q", tokens * queries)
+        at_least("attention.raw_k", tokens * keys)
+    at_least("attention.raw_v", tokens * keys)
+    for name in ("attention.rotated_q", "attention.grad_q", "attention.grad_out"):
+        at_least(name, tokens * queries)
+    at_least("attention.rotated_k", tokens * keys)
+    for name in ("attention.grad.k", "attention.grad.v"):
+        at_least(name, tokens * keys, wide)
+    if sizes.layers > 1 or how.gradient_below:
+        for name, rows in (("normed", tokens), ("rows", last), ("x", tokens)):
+            at_least(f"attention.grad_{name}", rows * hidden)
+    if how.on_cpu:
+        rows = -(-work.longest // max(1, -(-work.longest // QUERY_BLOCK)))
+        at_least("attention.attended", rows * queries)
+        for name in ("attention.scores", "attention.shares", "attention.grad_scores"):
+            at_least(name, sizes.heads * rows * work.longest)
+
+
+def _mlp_and_head(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _Add) -> None:
+    tokens, wide = work.tokens, how.wide
+    for name in ("mlp.hidden", "mlp.activated", "mlp.grad_hidden"):
+        at_least(name, tokens * sizes.inner)
+    at_least("mlp.grad_normed", tokens * sizes.hidden)
+    at_least("grad_hidden", work.predicting * sizes.hidden)
+    logits = logit_numbers(sizes.vocabulary, work.predicting)
+    at_least("head.logits", logits)
+    rows = logits // sizes.vocabulary
+    at_least("head.rows", (min(ROWS_AT_A_TIME, rows) if how.on_cpu else rows) * sizes.vocabulary, wide)
+    if how.tiles_head:
+        tile = min(VOCABULARY_TILE, sizes.vocabulary)
+        if how.head_itemsize != how.itemsize:
+            at_least("weight", tile * sizes.hidden)
+        at_least("product", max(rows * tile, rows * sizes.hidden, tile * sizes.hidden * how.trains_head))
+        if wide != how.itemsize:
+            at_least("product", rows * sizes.hidden, wide)
+        if how.trains_head and how.head_itemsize != how.itemsize:
+            at_least("product", tile * sizes.hidden, wide)
+
+
+def _products(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _Add) -> None:
+    """What products with weights and adapters need besides their inputs and outputs."""
+    tokens, wide = work.tokens, how.wide
+    widths = (sizes.hidden, sizes.queries, sizes.hidden, sizes.inner)  # of what each group of layers reads
+    outs = (max(sizes.queries, sizes.keys), sizes.hidden, sizes.inner, sizes.hidden)
+    ranks, groups = sizes.ranks, sizes.ranks.groups
+    most = (max(ranks.q, ranks.k, ranks.v), ranks.o, max(ranks.gate, ranks.up), ranks.down)
+    if how.unpacks:
+        at_least("weight", sizes.largest_weight)
+    if how.trains_weights:
+        at_least("product", sizes.largest_weight)
+        if how.weight_itemsize not in (None, how.itemsize):
+            at_least("product", sizes.largest_weight, wide)
+    if sum(groups):
+        small = [sizes.queries * ranks.q, sizes.keys * max(ranks.k, ranks.v)]
+        small += [out * rank for out, rank in zip(outs[1:], most[1:], strict=True)]
+        stacked = [width * group for width, group in zip(widths, groups, strict=True)]
+        at_least("projection.a", max(stacked))
+        at_least("projection.b", max(small))
+        at_least("projection.grad_low", tokens * max(groups))
+        at_least("projection.grad_mine", tokens * max(most))
+        for itemsize in {how.itemsize, wide}:
+            at_least("product", max(*small, *stacked), itemsize)
+    if how.dropout:
+        at_least("projection.dropped", tokens * max(widths))
+    if how.int8_units:
+        at_least("projection.x.packed", tokens * max(widths), 1)
+        at_least("projection.grad.packed", tokens * max(outs), 1)
+        for name in ("projection.x.scales", "projection.grad.scales"):
+            at_least(name, tokens, 4)
+        at_least("int8.tile", min(INT8_TILE, tokens) * max(*widths, *outs), 4)
+        for name in ("int8.sums", "int8.wide"):
+            at_least(name, tokens * max(*widths, *outs), 4)
+    if how.dora:
+        if how.weight_itemsize != wide:
+            at_least("weight", sizes.largest_weight, wide)
+        at_least("projection.merged", sizes.largest_weight, wide)
+        at_least("projection.direction", tokens * max(outs))
+        scaled = (max(sizes.queries, sizes.hidden, sizes.inner), max(sizes.keys, sizes.inner), sizes.keys)
+        for number, width in enumerate(scaled):
+            at_least(f"projection.scaled{number}", tokens * width)
+
+
+# --- The model's own modules -----------------------------------------------------------------------------------------
+
+
+def autograd_bytes(sizes: LayerSizes, work: PassTokens, itemsize: int, adapters: int, recompute: int) -> int:
+    """About what autograd keeps of a pass through Transformers' modules, logits not counted.
+
+    A layer keeps of each token: two norms' inputs in fp32 and outputs, queries, keys and values, what attention gives
+    twice, and of the MLP gate, its activation, up and their product; adapters are cast to b anew. Of layers that are
+    computed again only the input stays, and one of them is there in full at a time.
+
+    Args:
+        adapters: numbers of all adapters.
+        recompute: layers that are computed again.
+    """
+    wide = max(4, itemsize)
+    a_layer = 2 * sizes.hidden * (wide + itemsize) + itemsize * (3 * sizes.queries + 2 * sizes.keys + 4 * sizes.inner)
+    a_layer += itemsize * sum(sizes.ranks.groups)
+    inputs = sizes.hidden * itemsize
+    kept = (sizes.layers - recompute) * a_layer + recompute * inputs + (recompute > 0) * a_layer
+    moment = 2 * itemsize * sizes.inner + wide * sizes.hidden  # gradients that pass through at any time
+    return work.tokens * (kept + moment) + adapters * itemsize
+
+
+def autograd_logit_bytes(vocabulary: int, work: PassTokens, itemsize: int) -> int:
+    """About what all logits of a pass take: log-softmax in fp32, and the last sample's gradients in both formats."""
+    wide = max(4, itemsize)
+    return vocabulary * (work.predicting * wide + min(work.longest, work.tokens) * (wide + 2 * itemsize))

@@ -1,0 +1,150 @@
+"""What a GGUF file says of its model's shape, in the words of a config.json; the weights are not read.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qingtune.errors import UserError
+
+# A GGUF file may hold the head apart from the embedding although the model ties them: the same matrix, quantised twice,
+# differs by a few per cent (Qwen2.5-0.5B Q4_K_M: 4.5 %); two matrices trained apart differ by more than their size.
+TIED_BELOW = 0.15
+ROWS_TO_COMPARE = 64
+
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _ARRAY = 8, 9
+_MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
+# config.json's names -> GGUF's, after the architecture's.
+_SIZES = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor lies: its sizes, innermost first, its number format, and its place after the header."""
+
+    sizes: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+class _Reader:
+    """Reads numbers, texts and arrays; of long arrays only how many there are."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
+
+    def number(self, code: str) -> Any:
+        length = struct.calcsize(f"<{code}")
+        return struct.unpack(f"<{code}", self._bytes(length))[0]
+
+    def text(self) -> str:
+        return self._bytes(self.number("Q")).decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        """A value of a kind; an array gives its length."""
+        if kind == _TEXT:
+            return self.text()
+        if kind != _ARRAY:
+            return self.number(_NUMBERS[kind])
+        inner, count = self.number("I"), self.number("Q")
+        if inner in _NUMBERS:
+            self._bytes(struct.calcsize(_NUMBERS[inner]) * count)
+        else:
+            for _ in range(count):
+                self._bytes(self.number("Q")) if inner == _TEXT else self.value(inner)
+        return count
+
+    def _bytes(self, length: int) -> bytes:
+        if length > self.size:
+            raise ValueError("it is cut off")
+        found = self.file.read(length)
+        if len(found) < length:
+            raise ValueError("it is cut off")
+        return found
+
+
+def config_of_gguf(path: Path) -> dict[str, Any]:
+    """A model's config.json, as far as sizes go, from a .gguf file's header.
+
+    Raises:
+        UserError: the header is broken.
+    """
+    try:
+        with path.open("rb") as file:
+            values, tensors, data = _read(file, path.stat().st_size)
+            tied = _is_tied(file, tensors, data)
+    except (ValueError, KeyError, struct.error, RecursionError) as error:
+        raise UserError(f"the header of this GGUF file cannot be read ({error})", where=str(path)) from None
+    kind = str(values.get("general.architecture"))
+    config: dict[str, Any] = {
+        name: values[f"{kind}.{theirs}"] for name, theirs in _SIZES.items() if f"{kind}.{theirs}" in values
+    }
+    config["vocab_size"] = tensors["token_embd.weight"].sizes[1] if "token_embd.weight" in tensors else None
+    config["model_type"] = "mixtral" if kind == "llama" and config.get("num_experts") else _MODEL_TYPES.get(kind, kind)
+    return {**config, "tie_word_embeddings": tied, "dtype": "bfloat16"}  # as it is converted
+
+
+def _read(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, _Tensor], int]:
+    """The header's values, the tensors by name, and where their data begin."""
+    reader = _Reader(file, size)
+    if file.read(4) != b"GGUF":
+        raise ValueError("it is none")
+    if reader.number("I") not in (2, 3):
+        raise ValueError("of a version that is not known here")
+    count_of_tensors, count_of_values = reader.number("Q"), reader.number("Q")
+    values: dict[str, Any] = {}
+    for _ in range(count_of_values):
+        name = reader.text()
+        values[name] = reader.value(reader.number("I"))
+    tensors: dict[str, _Tensor] = {}
+    for _ in range(count_of_tensors):
+        name = reader.text()
+        sizes = tuple(reader.number("Q") for _ in range(reader.number("I")))
+        tensors[name] = _Tensor(sizes, reader.number("I"), reader.number("Q"))
+    aligned = int(values.get("general.alignment", 32))
+    return values, tensors, -(-file.tell() // aligned) * aligned
+
+
+def _is_tied(file: BinaryIO, tensors: dict[str, _Tensor], data: int) -> bool:
+    """Whether head and embedding are one matrix, by the rows at the vocabulary's beginning.
+
+    The conversion (models/load.py) compares all rows.
+    """
+    head, embedding = tensors.get("output.weight"), tensors.get("token_embd.weight")
+    if head is None or embedding is None:
+        return True
+    if head.sizes != embedding.sizes:
+        return False
+    import numpy as np
+    from gguf import GGMLQuantizationType
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    width, rows = head.sizes[0], min(ROWS_TO_COMPARE, head.sizes[1])
+    found: list[Any] = []
+    for tensor in (head, embedding):
+        kind = GGMLQuantizationType(tensor.kind)
+        numbers, size = GGML_QUANT_SIZES[kind]
+        file.seek(data + tensor.offset)
+        packed = np.frombuffer(file.read(width // numbers * size * rows), dtype=np.uint8).reshape(rows, -1)
+        found.append(dequantize(packed, kind).astype(np.float64))
+    apart = np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[1])
+    return bool(apart < TIED_BELOW)

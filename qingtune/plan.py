@@ -1,0 +1,115 @@
+"""`qingtune plan`: settings and a model's header -> memory and time of a run; no weights are read, and no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from qingtune.command_config import PlanConfig
+from qingtune.config_load import Loaded
+from qingtune.data.format import Conversation, read_conversations
+from qingtune.data.prepare import check_files_exist
+from qingtune.errors import UserError
+from qingtune.machine import Machine, find_machine
+from qingtune.memory import PassTokens
+from qingtune.models.gguf_header import config_of_gguf
+from qingtune.models.shape import ModelShape, shape_of_config
+from qingtune.models.source import cache_folder, find_header, read_model_config
+from qingtune.plan_report import as_json, as_lines, make_report
+from qingtune.planning import Samples, fullest_group, most_tokens_of, training_batches
+from qingtune.speed import read_speeds
+
+# Tokens that a chat template puts around a message, and at a sample's beginning; ChatML takes 5 and a system message.
+TEMPLATE_A_MESSAGE, TEMPLATE_A_SAMPLE = 5, 24
+
+
+def plan(loaded: Loaded[PlanConfig], _command: str) -> None:
+    """Print the plan.
+
+    Raises:
+        UserError: the model, its header or the data cannot be read, or a setting names what the model has not.
+    """
+    config = loaded.config
+    check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
+    source = find_header(config.model_name_or_path, config.cache_dir, config.hub)
+    shape = read_shape(source.path)
+    machine = find_machine(config.bf16, config.fp16)
+    cache = cache_folder(config.cache_dir)
+    if config.calibrate:
+        from qingtune.calibration import calibrate
+
+        calibrate(cache, machine, lambda text: print(text, file=sys.stderr, flush=True))
+    samples = suppose_samples(config, shape, machine, source.path)
+    report = make_report(source.name, shape, config, machine, samples, read_speeds(cache))
+    if config.json_report:
+        print(json.dumps(as_json(report), ensure_ascii=False, indent=2))
+    else:
+        print("\n".join(as_lines(report)))
+
+
+def read_shape(path: Path) -> ModelShape:
+    """A model's shape from the config.json of its folder, or from its .gguf file's header.
+
+    Raises:
+        UserError: there is none, or it is broken.
+    """
+    if path.is_file():
+        return shape_of_config(config_of_gguf(path), str(path))
+    return shape_of_config(read_model_config(path), str(path / "config.json"))
+
+
+def suppose_samples(config: PlanConfig, shape: ModelShape, machine: Machine, model: Path) -> Samples:
+    """What the data will ask for: counted where a tokenizer is at hand, otherwise the worst.
+
+    Args:
+        model: its folder or file.
+    """
+    limit = min(config.max_seq_length, shape.context or config.max_seq_length)
+    evaluates = bool(config.eval_data_path) or config.val_size > 0
+    if not config.data_path:
+        return Samples(limit, limit, 1.0, None, evaluates, "max_seq_length; no data named")
+    rows = read_conversations(config.data_path, config.system_prompt, "skip").conversations
+    if not rows:
+        raise UserError("no row can be used", where=config.data_path[0], fix="Look at it with `qingtune check`.")
+    tokenizer = model / "tokenizer.json"
+    if not (model.is_dir() and tokenizer.exists()):
+        return Samples(limit, limit, 1.0, len(rows), evaluates, "max_seq_length; no tokenizer to count with")
+    answers, all_tokens = _count(rows, tokenizer)
+    kept = [n for n in all_tokens if n <= limit or config.on_long == "truncate"] or [limit]
+    lengths = [min(n, limit) for n in kept]
+    group = fullest_group(lengths, training_batches(len(lengths), config), most_tokens_of(machine))
+    share = min(1.0, sum(answers) / sum(all_tokens))
+    tokens = sum(lengths[number] for number in group)
+    return Samples(
+        longest=max(lengths),
+        mean=sum(lengths) / len(lengths),
+        trained_share=share,
+        count=len(lengths),
+        evaluates=evaluates,
+        basis=f"{len(lengths):,} samples counted, their template guessed",
+        fullest=PassTokens(tokens, round(share * tokens), max(lengths[number] for number in group)),
+    )
+
+
+def _count(rows: list[Conversation], tokenizer_file: Path) -> tuple[list[int], list[int]]:
+    """Tokens of each row's answers, and of all of it with what a template adds.
+
+    Raises:
+        UserError: the tokenizer cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # the library's own class is Exception itself
+        raise UserError(f"the tokenizer cannot be read ({error})", where=str(tokenizer_file)) from None
+
+    def counts(texts: list[str]) -> list[int]:
+        return [len(encoding) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    whole = counts([row.text if row.text is not None else "".join(m.content for m in row.messages) for row in rows])
+    answers = counts(["".join(m.content for m in row.messages if m.role == "assistant") for row in rows])
+    around = [0 if row.text is not None else TEMPLATE_A_SAMPLE + TEMPLATE_A_MESSAGE * len(row.messages) for row in rows]
+    trained = [n if row.text is not None else m for n, m, row in zip(whole, answers, rows, strict=True)]
+    return trained, [n + extra for n, extra in zip(whole, around, strict=True)]

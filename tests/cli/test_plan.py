@@ -1,0 +1,202 @@
+"""`qingtune plan` from a header alone, without torch; `--dry_run`; plan and measured peak in a run's record."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qingtune.cli import main
+
+CONFIG = {
+    "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "vocab_size": 152064, "torch_dtype": "bfloat16",
+}  # fmt: skip
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def header(tmp_path: Path) -> Path:
+    """A folder with nothing but the config.json of a model of 7 billion parameters."""
+    folder = tmp_path / "Qwen2.5-7B"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    return folder
+
+
+def plan(*argv: Any, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = main(["plan", *map(str, argv)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_header_alone_is_enough_and_torch_is_not_loaded(header: Path, run: Run) -> None:
+    code = (
+        "import sys; from qingtune.cli import main\n"
+        f"code = main(['plan', '--model_name_or_path', {str(header)!r}, '--use_qlora', '--json'])\n"
+        "loaded = {'torch', 'transformers', 'peft', 'accelerate'} & set(sys.modules)\n"
+        "print(loaded or 'light', file=sys.stderr); sys.exit(code)"
+    )
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "light\n"
+    content = json.loads(done.stdout)
+    assert content["model"]["parameters"] == 7_615_616_512
+    assert content["method"] == "qlora4"
+    assert content["total_bytes"] == sum(content["parts"].values())
+    assert content["methods"]["full"]["total_bytes"] > content["methods"]["qlora4"]["total_bytes"]
+    assert content["samples"]["count"] is None
+
+
+def test_the_table_and_a_configuration_file(header: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"model_name_or_path": str(header), "use_lora": True, "lora_r": 64}), encoding="utf-8")
+    code, out, err = plan("--config_file", file, "--max_seq_length", "512", capsys=capsys)
+    assert (code, err) == (0, "")
+    assert "7.62 billion parameters (qwen2)" in " ".join(out.split())
+    assert "> LoRA" in out
+    assert "longest sample 512 tokens" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+
+
+def test_samples_are_counted_where_there_is_a_tokenizer(
+    tiny: Callable[..., Path], data_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qingtune.data.format import read_conversations
+    from qingtune.data.tokenize import make_template, tokenize
+    from qingtune.models.load import load_tokenizer, stop_ids
+
+    template = make_template(load_tokenizer(tiny()), stop_ids(tiny()))
+    conversations = read_conversations([str(data_file)], None, "raise").conversations
+    truth = [len(s.token_ids) for s in tokenize(template, conversations, 2048, "raise").samples]
+    code, out, _ = plan("--model_name_or_path", tiny(), "--data_path", data_file, "--json", capsys=capsys)
+    assert code == 0
+    found = json.loads(out)["samples"]
+    assert found["count"] == len(truth) == 20
+    assert found["mean"] == pytest.approx(sum(truth) / len(truth), rel=0.25)
+    assert 0.2 < found["trained_share"] < 1
+    assert "counted" in found["basis"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "a JSON object is wanted"),
+        ("{}", 'does not say "num_attention_heads"'),
+        (json.dumps(CONFIG | {"num_hidden_layers": "many"}), "\"num_hidden_layers\" is 'many'"),
+    ],
+)
+def test_a_malformed_header_is_refused(
+    text: str, message: str, header: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (header / "config.json").write_text(text, encoding="utf-8")
+    code, out, err = plan("--model_name_or_path", header, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "config.json" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--lora_rnak", "8"), 'Did you mean "lora_r"?'),
+        (("--data_path", "none.jsonl"), "none.jsonl: there is no such file"),
+        (("--use_lora", "--lora_target_modules", "q_prj"), 'Did you mean "q_proj"?'),
+        (("--model_name_or_path", "./none"), "./none: no model folder"),
+    ],
+)
+def test_wrong_usage_is_refused(
+    flags: tuple[str, ...], message: str, header: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = () if "--model_name_or_path" in flags else ("--model_name_or_path", str(header))
+    code, out, err = plan(*model, *flags, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_the_limit_of_a_container_counts(
+    header: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qingtune import machine as machines
+
+    monkeypatch.setattr(machines, "_torch_has_cuda", lambda: False)
+    monkeypatch.setattr(machines, "_left_by_control_groups", lambda: [1_000_000_000])
+    code, out, _ = plan("--model_name_or_path", header, "--use_qlora", "--json", capsys=capsys)
+    content = json.loads(out)
+    assert code == 0
+    assert content["machine"]["free_bytes"] <= 1_000_000_000
+    assert content["fits"] is False
+    assert content["largest_batch_that_fits"] == 0
+
+
+def test_calibration_gives_the_time(
+    header: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qingtune import calibration
+
+    monkeypatch.setattr(calibration, "SECONDS", 0.0)
+    monkeypatch.setattr(calibration, "SHAPES", ((64, 32),))
+    where = ("--model_name_or_path", header, "--cache_dir", tmp_path / "cache")
+    assert "Time: unknown" in plan(*where, capsys=capsys)[1]
+    code, out, err = plan(*where, "--calibrate", capsys=capsys)
+    assert code == 0
+    assert "GFLOP/s" in err
+    assert "tokens/s" in out
+    assert "matrix products" in plan(*where, capsys=capsys)[1]
+
+
+# --- Runs ------------------------------------------------------------------------------------------------------------
+
+
+def flags_of(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "train", "--model_name_or_path", str(model), "--data_path", str(data), "--output_dir", str(output),
+        "--use_lora", "--max_steps", "2", "--save_strategy", "no", *more,
+    ]  # fmt: skip
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    tiny: Callable[..., Path], data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from qingtune import finetune
+
+    monkeypatch.setattr(finetune, "load_adapted_model", lambda *_: pytest.fail("the weights were loaded"))
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(flags_of(tiny(), data_file, tmp_path / "out", "--dry_run")) == 0
+    out, err = capsys.readouterr()
+    assert "> LoRA" in out
+    assert "the samples themselves" in out
+    assert "Training data" in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_runs_record_holds_plan_and_peak(
+    tiny: Callable[..., Path], data_file: Path, tmp_path: Path, run: Run
+) -> None:
+    output = tmp_path / "out"
+    done = run("-m", "qingtune", *flags_of(tiny(), data_file, output, "--report_to", "none"))
+    assert done.returncode == 0, done.stderr
+    assert "Plan: " in done.stderr
+    assert "It fits: " in done.stderr
+    results = json.loads((output / "qingtune.json").read_text())["results"]
+    planned = results["planned_bytes"]
+    assert planned["total"] == sum(size for name, size in planned.items() if name != "total")
+    assert abs(planned["total"] - results["peak_bytes"]) < 150e6
+    assert f"(planned: {planned['total'] / 1e9:.2f})" in done.stdout
+
+
+def test_a_model_that_cannot_be_planned_is_trained(
+    tiny: Callable[..., Path], data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main([*flags_of(tiny("gpt2"), data_file, output, "--report_to", "none")]) == 0
+    _, err = capsys.readouterr()
+    assert "No plan of memory:" in err
+    assert json.loads((output / "qingtune.json").read_text())["results"]["planned_bytes"] is None

@@ -1,0 +1,79 @@
+"""The bytes planned for the fast kernels' buffers are those that a pass makes, name by name."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+import torch
+from decoders import make_decodable, random_sample
+
+from qingtune.adapters.lora import member
+from qingtune.data.batch import collate
+from qingtune.kernels.decoder import Decoder
+from qingtune.memory import Arithmetic, Buffers, PassTokens, buffers
+
+LENGTH, SAMPLES = 40, 2
+LONGER = 136  # the sample that is evaluated
+METHODS: dict[str, tuple[str, int | None, float]] = {
+    "full": ("full", None, 0.0),
+    "lora": ("lora", None, 0.0),
+    "lora, dropout": ("lora", None, 0.25),
+    "dora": ("dora", None, 0.0),
+    "qlora 4": ("lora", 4, 0.0),
+    "qlora 8": ("lora", 8, 0.0),
+    "dora on 8 bits": ("dora", 8, 0.0),
+}
+_NAMES = [
+    (r"layer\d+\.input", "layer.input"),
+    (r"layer\d*\..*norms\d", "layer.norms"),
+    (r"layer\d+\..*", "layer.kept"),
+    (r"layer\.(?!input|norms|kept).*", "layer.shared"),
+    (r"input\d", "input"),
+]
+
+
+def held(decoder: Decoder) -> Buffers:
+    """What the workspace holds, layers taken together as the plan takes them."""
+    found: Buffers = {}
+    for (name, dtype), buffer in decoder.workspace._held.items():
+        group = next((group for pattern, group in _NAMES if re.fullmatch(pattern, name)), name)
+        size = buffer.numel() * buffer.element_size()
+        found[group, dtype.itemsize] = found.get((group, dtype.itemsize), 0) + size
+    return {key: size for key, size in found.items() if size}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_every_buffer_has_its_planned_size(kind: str, method: str) -> None:
+    trained, bits, dropout = METHODS[method]
+    for dtype, recompute, evaluates in itertools.product((torch.float32, torch.bfloat16), (0, 1, 2), (False, True)):
+        model: Any = make_decodable(kind, trained, bits=bits)
+        if trained != "full":
+            for parameter in model.parameters():
+                parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(dtype)
+        decoder = Decoder(model, dtype, member, recompute=recompute, dropout=dropout, int8_units=bits == 8)
+        batch = collate([random_sample(LENGTH, seed) for seed in range(SAMPLES)])
+        longer = collate([random_sample(LONGER, 9)])
+        if evaluates:
+            decoder.loss(longer)
+        decoder.add_gradients(batch, torch.tensor(1.0))
+        itemsize = model.get_input_embeddings().weight.dtype.itemsize
+        how = Arithmetic(
+            itemsize=dtype.itemsize,
+            weight_itemsize=None if bits else itemsize,
+            head_itemsize=itemsize,
+            trains_weights=trained == "full",
+            trains_head=trained == "full",
+            int8_units=bits == 8,
+            dora=trained == "dora",
+            dropout=dropout > 0,
+            recompute=recompute,
+            gradient_below=trained == "full",
+        )
+        work = PassTokens(SAMPLES * LENGTH, len(batch.targets), LENGTH)
+        evaluation = PassTokens(LONGER, len(longer.targets), LONGER) if evaluates else None
+        planned = buffers(decoder.sizes, how, work, evaluation)
+        assert planned == held(decoder), (dtype, recompute, evaluates)
