@@ -32,9 +32,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def setting(default: Any, group: str, description: str, **checks: Any) -> Any:
-    """A field with its help text and the heading under which --help and the docs list it."""
-    return Field(default, description=description, json_schema_extra={"group": group}, **checks)
+def setting(default: Any, group: str, description: str, *, words: str | None = None, **checks: Any) -> Any:
+    """A field with its help text and the heading under which --help and the docs list it.
+
+    Args:
+        words: the form of a word in help, where the flag takes several words, up to the next flag.
+    """
+    extra: dict[str, Any] = {"group": group} if words is None else {"group": group, "words": words}
+    return Field(default, description=description, json_schema_extra=extra, **checks)
 
 
 class TrainConfig(Settings):
@@ -103,6 +108,9 @@ class TrainConfig(Settings):
     eval_data_path: CommaList = setting(None, "Data", "Evaluation data, in the same forms.")
     val_size: Number = setting(
         0.0, "Data", "Without eval_data_path: the share (below 1) or number of rows held out for evaluation.", ge=0
+    )
+    val_seed: Integer | None = setting(
+        None, "Data", "Seed by which val_size's rows are drawn (default: seed).", ge=0, lt=2**32
     )
     max_seq_length: Integer = setting(2048, "Data", "The longest sample, in tokens.", ge=8)
     on_long: Literal["drop", "truncate", "raise"] = setting(

@@ -6,7 +6,7 @@ import argparse
 import re
 import types
 from collections.abc import Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -43,14 +43,17 @@ def parse_flags(
             value, choices = "NAME", f"One of {value.replace('|', ', ')}."
         headings[heading].add_argument(
             f"--{name}",
-            nargs="?" if switch else None,
+            nargs="?" if switch else "+" if words_of(field) else None,
             const="true" if switch else None,
             default=argparse.SUPPRESS,
+            action="extend" if words_of(field) else "store",
             metavar=value,
             help=f"{field.description} {choices} {default_of(field)}".strip().replace("%", "%%"),
         )
     known, unknown = parser.parse_known_args([_with_underscores(word) for word in argv])
-    flags: dict[str, str] = vars(known)
+    flags: dict[str, str] = {
+        name: " ".join(value) if isinstance(value, list) else value for name, value in vars(known).items()
+    }
     return flags.pop("config_file", None), flags | _pair(unknown)
 
 
@@ -82,6 +85,13 @@ def group_of(field: FieldInfo) -> str:
     return str(extra["group"])
 
 
+def words_of(field: FieldInfo) -> str | None:
+    """The form of a word of a setting whose flag takes several; None for those of one word."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)
+    return cast("str | None", extra.get("words"))
+
+
 def kinds_of(field: FieldInfo) -> list[Any]:
     """The plain types and choices that a setting's annotation allows, None left out."""
 
@@ -97,6 +107,8 @@ def kinds_of(field: FieldInfo) -> list[Any]:
 
 def value_of(field: FieldInfo) -> str:
     """What stands for the value in help and docs: the choices, or the kind in capitals."""
+    if words := words_of(field):
+        return words
     names = []
     for kind in kinds_of(field):
         if get_origin(kind) is Literal:
