@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qingtune import __version__
-from qingtune.command_config import CheckConfig, ExportConfig, InferConfig, MergeConfig, PushConfig
+from qingtune.command_config import CheckConfig, CompareConfig, ExportConfig, InferConfig, MergeConfig, PushConfig
 from qingtune.config import Settings, TrainConfig
-from qingtune.config_load import check_flags, load_train_config
+from qingtune.config_load import check_flags, load_config, load_train_config
 from qingtune.errors import UserError
 from qingtune.flags import parse_flags
 from qingtune.redaction import redacted_output
@@ -27,12 +27,13 @@ TRAIN = "Fine-tune a model by full training, LoRA or QLoRA."
 
 @dataclass(frozen=True)
 class Command:
-    """A command that takes flags only.
+    """A command beside train.
 
     Attributes:
         purpose: a line of help.
-        settings: what it takes.
-        function: MODULE:NAME of what does it, loaded only then; it may return an exit code.
+        settings: what it takes; with those of training among them, a configuration file too.
+        function: MODULE:NAME of what does it, loaded only then; it may return an exit code. It is given the settings,
+            or where a file is taken, what was loaded from it and the command line.
         flags: given before those typed.
     """
 
@@ -43,6 +44,9 @@ class Command:
 
 
 COMMANDS = {
+    "compare": Command(
+        "Train methods or settings on the same data, and compare them.", CompareConfig, "compare:compare"
+    ),
     "infer": Command("Answer prompts with a model, with or without an adapter.", InferConfig, "inference:infer"),
     "chat": Command("Talk to a model, with or without an adapter.", InferConfig, "inference:infer", ("--chat",)),
     "merge": Command("Write base model and adapter as one model.", MergeConfig, "merge:merge"),
@@ -114,10 +118,15 @@ def _run(argv: Sequence[str], program: str | None) -> int:
 
 
 def _run_command(command: Command, argv: Sequence[str], program: str) -> int:
-    _, flags = parse_flags(command.settings, program, command.purpose, [*command.flags, *argv])
-    config = check_flags(command.settings, flags)
+    as_training = issubclass(command.settings, TrainConfig)
+    words = [*command.flags, *argv]
+    config_file, flags = parse_flags(command.settings, program, command.purpose, words, config_file=as_training)
+    if issubclass(command.settings, TrainConfig):
+        given = (load_config(command.settings, config_file, flags), f"{program} {shlex.join(argv)}")
+    else:
+        given = (check_flags(command.settings, flags),)
     module, function = command.function.split(":")
-    return getattr(importlib.import_module(f"qingtune.{module}"), function)(config) or DONE
+    return getattr(importlib.import_module(f"qingtune.{module}"), function)(*given) or DONE
 
 
 def _train(argv: Sequence[str], program: str) -> int:

@@ -82,6 +82,7 @@ def _check(
     elsewhere: str | None,
 ) -> Loaded[Training]:
     """Check, resolve and raise what is wrong; `elsewhere` is where settings that are not given are missing."""
+    given = dict(values)
     notices = _take_out_idle(values)
     config, faulty = _validate(schema, values, origin, problems)
     if config is not None:
@@ -92,7 +93,7 @@ def _check(
     raise_all(problems)
     assert config is not None
     resolved, reasons = _resolve(config)
-    return Loaded(resolved, (*notices, *reasons), values)
+    return Loaded(resolved, (*notices, *reasons), given)
 
 
 def read_json_object(path: str) -> dict[str, Any]:
@@ -182,12 +183,17 @@ def _validate(
     return schema.model_validate({k: v for k, v in values.items() if k not in faults}), set(faults)
 
 
+def not_a_setting(schema: type[Settings], name: str, origin: str) -> UserError:
+    """A name that the schema lacks, with the one that may be meant."""
+    known = [*schema.model_fields, *(ALIASES if issubclass(schema, TrainConfig) else ())]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    fix = f'Did you mean "{near[0]}"?' if near else "See --help for all settings."
+    return UserError(f'"{shorten(name)}" is not a setting', where=origin, fix=fix)
+
+
 def _problem(schema: type[Settings], name: str, value: Any, message: str, kind: str, origin: str) -> UserError:
     if kind == "extra_forbidden":
-        known = [*schema.model_fields, *(ALIASES if issubclass(schema, TrainConfig) else ())]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        fix = f'Did you mean "{near[0]}"?' if near else "See --help for all settings."
-        return UserError(f'"{shorten(name)}" is not a setting', where=origin, fix=fix)
+        return not_a_setting(schema, name, origin)
     message = message.removeprefix("Value error, ").replace("Input should be", "should be")
     shown = shorten(json.dumps(value, ensure_ascii=False))
     return UserError(f'"{name}" is {shown}: {message[0].lower()}{message[1:]}', where=origin)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from qingtune.command_config import CompareConfig
 from qingtune.config import Method, TrainConfig
-from qingtune.config_load import Loaded, check_settings
+from qingtune.config_load import Loaded, check_settings, not_a_setting
 from qingtune.errors import UserError, raise_all
 from qingtune.values import TrainingMethod
 
@@ -109,6 +109,11 @@ def check_varied(config: CompareConfig) -> None:
         for name in sorted(names)
         if name in (*_OF_THE_DATA, *_OF_A_TRIAL, *_CHOOSE_METHOD) or name in _COMPARE_ONLY
     ]
+    problems += [
+        not_a_setting(TrainConfig, name, where)
+        for where, names in varied.items()
+        for name in sorted(names - TrainConfig.model_fields.keys() - _COMPARE_ONLY)
+    ]
     for one, two in itertools.combinations(varied, 2):
         problems += [
             UserError(f'"{name}" is in {one} and in {two}', fix="Give it in one of them.")
@@ -141,12 +146,12 @@ def make_setup(loaded: Loaded[CompareConfig], method: TrainingMethod, varied: Ma
         left_out.add("learning_rate")
     if kind == "full":
         left_out.update(_OF_ADAPTERS)
-        varied = {name: value for name, value in varied.items() if name not in _OF_ADAPTERS}
+    chosen = {name: value for name, value in varied.items() if kind != "full" or name not in _OF_ADAPTERS}
     values = {name: value for name, value in loaded.given.items() if name not in left_out}
-    values |= METHODS[method] | (loaded.config.per_method or {}).get(method, {}) | varied
-    values = {name: value for name, value in values.items() if name not in varied or value not in (None, "default")}
-    checked = check_settings(TrainConfig, values, _words([method, *(f"{k}={_short(v)}" for k, v in varied.items())]))
-    found = {name: getattr(checked.config, name) for name in varied}
+    values |= METHODS[method] | (loaded.config.per_method or {}).get(method, {}) | chosen
+    values = {name: value for name, value in values.items() if name not in chosen or value not in (None, "default")}
+    checked = check_settings(TrainConfig, values, _words([method, *(f"{k}={_short(v)}" for k, v in chosen.items())]))
+    found = {name: getattr(checked.config, name) for name in chosen}
     name = _words([method, *(f"{name}={_short(value)}" for name, value in found.items())])
     return Setup(name, method, found, checked.config, checked.notices)
 
@@ -168,8 +173,11 @@ def _short(value: Any) -> str:
 
 def about_learning_rates(config: CompareConfig, given: Mapping[str, Any]) -> str | None:
     """A line for the user on whose a learning rate is that was given beside the methods; None where all is plain."""
-    others = [method for method in methods_to_compare(config) if not method.startswith(config.method)]
-    others = [method for method in others if "learning_rate" not in (config.per_method or {}).get(method, {})]
+    others: list[TrainingMethod] = [
+        method for method in methods_to_compare(config) if not method.startswith(config.method)
+    ]
+    per_method = config.per_method or {}
+    others = [method for method in others if "learning_rate" not in per_method.get(method, {})]
     varied = {*(config.grid or {}), *(config.space or {})}
     if not others or given.get("learning_rate") is None or "learning_rate" in varied:
         return None

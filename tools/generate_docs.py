@@ -9,7 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qingtune.command_config import CheckConfig, ExportConfig, InferConfig, MergeConfig, PushConfig  # noqa: E402
+from qingtune.command_config import (  # noqa: E402
+    CheckConfig,
+    CompareConfig,
+    ExportConfig,
+    InferConfig,
+    MergeConfig,
+    PushConfig,
+)
 from qingtune.config import ALIASES, NO_EFFECT, Settings, TrainConfig  # noqa: E402
 from qingtune.flags import default_of, group_of, value_of  # noqa: E402
 
@@ -20,6 +27,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "qingtune export": ExportConfig,
     "qingtune push": PushConfig,
     "qingtune check": CheckConfig,
+    "qingtune compare": CompareConfig,
 }
 
 
@@ -36,7 +44,11 @@ def settings_page() -> str:
     for command, schema in COMMANDS.items():
         lines += ["", f"## {command}"]
         heading = ""
+        extends = schema is not TrainConfig and issubclass(schema, TrainConfig)
+        lines += ["", "All settings of `qingtune train`, and:"] * extends
         for name, field in schema.model_fields.items():
+            if extends and name in TrainConfig.model_fields:
+                continue
             if group_of(field) != heading:
                 heading = group_of(field)
                 lines += ["", f"### {heading}", "", "| setting | value | default | meaning |", "|---|---|---|---|"]
