@@ -44,15 +44,15 @@ class Command:
 
 
 COMMANDS = {
-    "compare": Command(
-        "Train methods or settings on the same data, and compare them.", CompareConfig, "compare:compare"
-    ),
     "infer": Command("Answer prompts with a model, with or without an adapter.", InferConfig, "inference:infer"),
     "chat": Command("Talk to a model, with or without an adapter.", InferConfig, "inference:infer", ("--chat",)),
     "merge": Command("Write base model and adapter as one model.", MergeConfig, "merge:merge"),
     "export": Command("Write a model as GGUF for llama.cpp and Ollama.", ExportConfig, "export:export"),
     "push": Command("Upload a folder to Hugging Face or ModelScope; by itself only shows it.", PushConfig, "push:push"),
     "check": Command("Report on a data set without training.", CheckConfig, "check:check"),
+    "compare": Command(
+        "Train methods or settings on the same data, and compare them.", CompareConfig, "compare:compare"
+    ),
 }
 
 

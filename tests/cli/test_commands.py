@@ -120,7 +120,7 @@ def test_error_in_a_process_of_its_own(run: Callable[..., subprocess.CompletedPr
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("zzz",), '"zzz" is not a command. The commands are train, infer, chat, merge, export, push, check.'),
+        (("zzz",), '"zzz" is not a command. The commands are train, infer, chat, merge, export, push, check, compare.'),
         (("--lora_r", "8"), '"--lora_r" is not a command'),
         (("train",), "data_path is missing"),
         (("train", "stray.json"), '"stray.json" stands alone'),
