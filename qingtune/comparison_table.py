@@ -68,7 +68,7 @@ def as_console(comparison: Comparison, width: int = 80) -> str:
         "perpl.\nafter",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column(f"quality\nto {_short_reference(comparison)}", justify="right", no_wrap=True)
+    table.add_column(f"quality\nto {_reference(comparison)}", justify="right", no_wrap=True)
     for row in comparison.rows:
         if not row.eval_loss:
             continue
@@ -155,10 +155,6 @@ def _several_seeds(comparison: Comparison) -> bool:
 
 
 def _reference(comparison: Comparison) -> str:
-    return comparison.reference.setup.name if comparison.reference else "the best"
-
-
-def _short_reference(comparison: Comparison) -> str:
     return "full" if comparison.reference and comparison.reference.setup.method == "full" else "best"
 
 
@@ -180,13 +176,11 @@ def _about_quality(comparison: Comparison) -> list[str]:
     if reference.quality is None:
         return [f"quality is left out: {name} did not lower eval_loss, so there is nothing to relate to."]
     lines = [
-        f"quality: (before - after) / (before - after of {name}), in eval_loss, before being that of {name}; "
-        "seed by seed. 100 %: as good."
+        "quality: (before - after) / (before - after of the reference), in eval_loss, before being the reference's; seed "
+        f"by seed. 100 %: as good. The reference is {name}."
     ]
     if any(row.alike for row in comparison.rows):
-        lines.append(
-            f"~: eval_loss differs from that of {name} by no more than the larger range of the two over seeds."
-        )
+        lines.append("~: eval_loss differs from the reference's by no more than the larger of their ranges over seeds.")
     return lines
 
 

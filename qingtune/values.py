@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveFloat, PositiveInt, WithJsonSchema
 
 
 def _number_not_bool(value: object) -> object:
@@ -91,39 +82,31 @@ def _start(value: object) -> object:
     return "default" if value is True or str(value).lower() == "true" else value
 
 
-class Interval(BaseModel):
+@dataclass(frozen=True)
+class Interval:
     """Numbers from low to high, both among them; evenly or, with log, evenly by their logarithm.
 
     Attributes:
         whole: whole numbers only.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
     low: float
     high: float
     log: bool = False
     whole: bool = False
 
-    @model_validator(mode="before")
-    @classmethod
-    def _parse(cls, value: object) -> object:
-        """Let "8..64" be whole numbers and "1e-5..1e-3:log" numbers spread by their logarithm."""
-        if not isinstance(value, str):
-            return value
-        ends = re.fullmatch(rf"({_NUMBER})\.\.({_NUMBER})(:log)?", value.strip())
-        if not ends:
-            raise ValueError("LOW..HIGH is wanted, such as 1e-5..1e-3:log or 8..64")
-        whole = all(re.fullmatch(r"[+-]?\d+", end) for end in ends.groups()[:2])
-        return {"low": ends[1], "high": ends[2], "log": bool(ends[3]), "whole": whole}
 
-    @model_validator(mode="after")
-    def _in_order(self) -> Interval:
-        if self.low >= self.high:
-            raise ValueError(f"{self.low:g}..{self.high:g} ends before it begins")
-        if self.log and self.low <= 0:
-            raise ValueError("with :log both ends must be above 0")
-        return self
+def _interval(text: str) -> Interval:
+    """Let "8..64" be whole numbers and "1e-5..1e-3:log" numbers spread by their logarithm."""
+    ends = re.fullmatch(rf"({_NUMBER})\.\.({_NUMBER})(:log)?", text.strip())
+    if not ends:
+        raise ValueError(f"{text} is not LOW..HIGH, such as 1e-5..1e-3:log or 8..64")
+    low, high = float(ends[1]), float(ends[2])
+    if low >= high:
+        raise ValueError(f"{text} ends before it begins")
+    if ends[3] and low <= 0:
+        raise ValueError(f"{text}: with :log both ends must be above 0")
+    return Interval(low, high, bool(ends[3]), all(re.fullmatch(r"[+-]?\d+", end) for end in ends.groups()[:2]))
 
 
 _NUMBER = r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
@@ -161,7 +144,7 @@ def _alternatives_or_interval_of_each(value: object) -> object:
     if not isinstance(value, dict):
         return value
     return {
-        name: values if isinstance(values, dict) or ".." in str(values) else _alternatives(values)
+        name: _interval(values) if isinstance(values, str) and ".." in values else _alternatives(values)
         for name, values in cast("dict[str, object]", value).items()
     }
 
@@ -224,7 +207,7 @@ TrainingMethod = Literal["full", "lora", "qlora4", "qlora8"]
 TrainingMethods = Annotated[list[TrainingMethod] | None, BeforeValidator(_split_commas)]
 _Alternatives = Annotated[list[Any], AfterValidator(_no_repeats)]
 Grid = Annotated[dict[str, _Alternatives] | None, BeforeValidator(_alternatives_of_each)]
-Space = Annotated[dict[str, _Alternatives | Interval] | None, BeforeValidator(_alternatives_or_interval_of_each)]
+Space = Annotated[dict[str, Interval | _Alternatives] | None, BeforeValidator(_alternatives_or_interval_of_each)]
 SettingsOfMethods = Annotated[
     dict[TrainingMethod, dict[str, Any]] | None,
     BeforeValidator(_settings_of_methods),

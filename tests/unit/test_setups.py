@@ -169,7 +169,7 @@ def test_values_are_understood(name: str, text: Any, value: Any) -> None:
         ("grid", "lora_r=8,8", "8 stands there twice"),
         ("space", "lora_r=64..8", "64..8 ends before it begins"),
         ("space", "lora_r=0..8:log", "above 0"),
-        ("space", "lora_r=a..b", "LOW..HIGH is wanted"),
+        ("space", "lora_r=a..b", "a..b is not LOW..HIGH"),
         ("per_method", "lora_r=8", "lora_r is not METHOD.SETTING"),
         ("per_method", "lorra.lora_r=8", "'full', 'lora', 'qlora4' or 'qlora8'"),
         ("methods", "full,dora", "'full', 'lora', 'qlora4' or 'qlora8'"),
