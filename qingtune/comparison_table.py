@@ -176,8 +176,8 @@ def _about_quality(comparison: Comparison) -> list[str]:
     if reference.quality is None:
         return [f"quality is left out: {name} did not lower eval_loss, so there is nothing to relate to."]
     lines = [
-        "quality: (before - after) / (before - after of the reference), in eval_loss, before being the reference's; seed "
-        f"by seed. 100 %: as good. The reference is {name}."
+        "quality: (before - after) / (before - after of the reference), in eval_loss, before being the reference's; "
+        f"seed by seed. 100 %: as good. The reference is {name}."
     ]
     if any(row.alike for row in comparison.rows):
         lines.append("~: eval_loss differs from the reference's by no more than the larger of their ranges over seeds.")

@@ -20,7 +20,7 @@ from qingtune.config import TrainConfig
 from qingtune.config_load import load_train_config
 from qingtune.errors import UserError
 from qingtune.files import write_json
-from qingtune.record import LATEST, METRICS, differences, read_record, settings_to_compare
+from qingtune.record import LATEST, METRICS, RECORD, differences, read_record, settings_to_compare
 from qingtune.setups import Setup
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -140,17 +140,21 @@ def run_trial(trial: Trial, stopping: Interruption, watch: Callable[[Sequence[di
     return Outcome("failed", _reason(code, trial.log_file))
 
 
+def training_command(trial: Trial) -> list[str]:
+    """What trains it."""
+    return [sys.executable, "-m", "qingtune", "train", "--config_file", str(trial.config_file)]
+
+
 def _run_process(
     trial: Trial, stopping: Interruption, watch: Callable[[Sequence[dict[str, Any]]], bool]
 ) -> tuple[int, bool]:
     """The exit code, and whether `watch` had the process stopped."""
-    command = [sys.executable, "-m", "qingtune", "train", "--config_file", str(trial.config_file)]
     here = str(Path(qingtune.__file__).resolve().parent.parent)  # a clone may not be installed
     paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     pruned, seen = False, 0
     with trial.log_file.open("ab") as log:
         child = subprocess.Popen(
-            command,
+            training_command(trial),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -255,7 +259,8 @@ def check_same_settings(trials: Sequence[Trial]) -> None:
     """
     changes: list[str] = []
     for trial in trials:
-        if trial.config_file.exists():
+        begun = any((trial.folder / name).exists() for name in (RECORD, LATEST))
+        if begun and trial.config_file.exists():
             before, now = load_train_config(str(trial.config_file), {}).config, trial.config
             changed = differences(*(settings_to_compare(config, 1, "", "") for config in (before, now)))
             changes += [f"{trial.folder.name}: {line}" for line in changed]
