@@ -35,7 +35,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trial
 
     def make_trial(script: str = "", name: str = "lora", **config: Any) -> Trial:
         monkeypatch.setattr(trials, "training_command", lambda _: [sys.executable, "-c", script])
-        settings = {"use_lora": True, "learning_rate": 1e-4, "data_path": ["t.jsonl"], **config}
+        settings = {"use_lora": True, "lora_alpha": 16, "learning_rate": 1e-4, "data_path": ["t.jsonl"], **config}
         setup = Setup(name, "lora", {}, TrainConfig(**settings))
         return Trial(setup, 43, tmp_path / "trials" / f"{name}-seed43")
 
