@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -23,8 +24,8 @@ from qingtune.files import sha256_of, write_json
 from qingtune.output_folder import check_output_folder, only_run_in
 from qingtune.plots import plot_comparison
 from qingtune.record import read_record
-from qingtune.redaction import redact_values
-from qingtune.search import Asked, Search, extremes
+from qingtune.redaction import redact, redact_values
+from qingtune.search import Asked, Search, extremes, require_optuna
 from qingtune.setups import Setup, about_learning_rates, check_varied, grid_setups, make_setup, methods_to_compare
 from qingtune.trials import (
     Interruption,
@@ -44,6 +45,7 @@ DONE, FAILED, INTERRUPTED = 0, 1, 130
 # What a comparison leaves in its folder; BEGUN is the first.
 BEGUN, TRIALS, JOURNAL = "compare_config.json", "trials", "search.journal"
 PAGE, NUMBERS, PICTURE = "comparison.md", "comparison.json", "comparison.png"
+_ANEW_FLAG = re.compile(r" --overwrite[_-]output[_-]dir(?:[= ]true\b)?")
 ANEW = "Pass --overwrite_output_dir to begin anew, or choose another output_dir."
 Outcomes = dict[str, tuple[Setup, dict[int, Outcome]]]
 
@@ -62,23 +64,22 @@ def compare(loaded: Loaded[CompareConfig], command: str) -> int:
     """
     config, output_dir = loaded.config, Path(loaded.config.output_dir)
     _check(config)
-    setups = _all_checked(loaded)
+    setups, notices = _search_checked(loaded) if config.space else _grid_checked(loaded)
     check_output_folder(output_dir, overwrite=config.overwrite_output_dir, first_file=BEGUN, what="a comparison")
     check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
     with only_run_in(output_dir), interruption() as stopping:
         _begin(config, output_dir)
+        for notice in notices:
+            _say(notice)
+        bench = _Bench(loaded, stopping)
         if config.space:
-            bench = _Bench(loaded, stopping)
             _search(bench, Search(config, output_dir / JOURNAL))
         else:
-            for notice in _notices(loaded, setups):
-                _say(notice)
-            bench = _Bench(loaded, stopping)
             _run_all(bench, setups)
         code = INTERRUPTED if stopping.asked else FAILED if bench.any_failed() else DONE
         bench.report()
     if code == INTERRUPTED:
-        _say(f"Stopped. To go on: {command}")
+        _say(f"Stopped. To go on: {_ANEW_FLAG.sub('', command)}")
     return code
 
 
@@ -114,15 +115,23 @@ def _check(config: CompareConfig) -> None:
     raise_all(problems)
 
 
-def _all_checked(loaded: Loaded[CompareConfig]) -> list[Setup]:
-    """The grid's setups; of a search none, but what it may ask for is checked."""
-    space = loaded.config.space
-    if not space:
-        return grid_setups(loaded)
-    for method in methods_to_compare(loaded.config):
-        for point in extremes(space):
-            make_setup(loaded, method, point)
-    return []
+def _grid_checked(loaded: Loaded[CompareConfig]) -> tuple[list[Setup], list[str]]:
+    """The grid's setups, and what the user should be told of them."""
+    setups = grid_setups(loaded)
+    about = about_learning_rates(loaded.config, loaded.given)
+    notices = [*([about] if about else []), *(notice for setup in setups for notice in setup.notices)]
+    return setups, [*dict.fromkeys(notices)]
+
+
+def _search_checked(loaded: Loaded[CompareConfig]) -> tuple[list[Setup], list[str]]:
+    """No setups, as a search finds them; but what it may ask for is checked, and what is true of all is told."""
+    require_optuna()
+    assert loaded.config.space is not None
+    points = extremes(loaded.config.space)
+    setups = [make_setup(loaded, method, point) for method in methods_to_compare(loaded.config) for point in points]
+    about = about_learning_rates(loaded.config, loaded.given)
+    of_all = [notice for notice in setups[0].notices if all(notice in setup.notices for setup in setups)]
+    return [], [*([about] if about else []), *of_all]
 
 
 def _begin(config: CompareConfig, output_dir: Path) -> None:
@@ -149,11 +158,6 @@ def _begin(config: CompareConfig, output_dir: Path) -> None:
                 )
     settings = redact_values(config.model_dump(mode="json", exclude_defaults=True, exclude={"overwrite_output_dir"}))
     write_json(output_dir / BEGUN, {**now, "settings": settings})
-
-
-def _notices(loaded: Loaded[CompareConfig], setups: Sequence[Setup]) -> list[str]:
-    about = about_learning_rates(loaded.config, loaded.given)
-    return [*dict.fromkeys([*([about] if about else []), *(notice for setup in setups for notice in setup.notices)])]
 
 
 def _say(text: str) -> None:
@@ -237,7 +241,7 @@ class _Bench:
         steps = sorted({record.results["steps"] for record in records if record})
         versions = next((record.versions for record in records if record), {})
         about = _about(config, steps)
-        (self.output_dir / PAGE).write_text(as_markdown(comparison, about), encoding="utf-8")
+        (self.output_dir / PAGE).write_text(redact(as_markdown(comparison, about)), encoding="utf-8")
         write_json(
             self.output_dir / NUMBERS, redact_values({"about": about, "versions": versions, **as_json(comparison)})
         )

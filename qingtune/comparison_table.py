@@ -262,6 +262,8 @@ def whole(number: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds, in the units in which one speaks of them."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = seconds / 60

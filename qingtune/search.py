@@ -47,12 +47,8 @@ class Search:
     """
 
     def __init__(self, config: CompareConfig, journal: Path) -> None:
-        """Begin, or go on with what the journal holds.
-
-        Raises:
-            UserError: Optuna is not installed.
-        """
-        optuna = _optuna()
+        """Begin, or go on with what the journal holds."""
+        optuna = require_optuna()
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
         self.config = config
@@ -78,7 +74,7 @@ class Search:
 
     def ask(self) -> Asked | None:
         """The next point; None where all are told."""
-        optuna = _optuna()
+        optuna = require_optuna()
         count = len(self.told())
         if count >= self.config.trials:
             return None
@@ -157,14 +153,19 @@ def _scalar(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, dict) else value
 
 
-def _optuna() -> Any:
+def require_optuna() -> Any:
+    """The module, which is loaded only where a search is asked for.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import optuna
     except ImportError as error:
         raise UserError(
             "a search needs Optuna, which is not installed",
             where="space",
-            fix='Run pip install "optuna>=4", or give values in grid, which needs nothing.',
+            fix="Run pip install optuna, or give values in grid, which needs nothing.",
         ) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna

@@ -169,7 +169,7 @@ def test_json_has_no_infinities() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (99, "99 s"), (125, "2 min"), (5_400, "90 min"), (9_000, "2.5 h")]
+    ("seconds", "text"), [(0.4, "0.4 s"), (99, "99 s"), (125, "2 min"), (5_400, "90 min"), (9_000, "2.5 h")]
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
