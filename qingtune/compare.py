@@ -249,7 +249,7 @@ class _Bench:
             _draw(comparison, self.output_dir / PICTURE)
             print(as_console(comparison, min(120, max(80, shutil.get_terminal_size().columns))))
             best = self.trial(comparison.best.setup, min(comparison.best.numbers))
-            print(f"Its settings: {best.config_file}")
+            print(f"Its settings: {best.config_file}; its result: {best.folder}")
         else:
             print("No trial is finished.")
         print(f"Report: {self.output_dir / PAGE}, {NUMBERS}" + f", {PICTURE}" * bool(comparison.best))

@@ -27,10 +27,10 @@ _OF_ADAPTERS = (
     "loraplus_lr_ratio", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save",
 )  # fmt: skip
 _OF_A_TRIAL = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed")
-# What must be the same in all trials for their losses to be comparable.
+# What must be the same in all trials for their losses to be there and comparable.
 _OF_THE_DATA = (
     "data_path", "eval_data_path", "val_size", "val_seed", "max_seq_length", "on_long", "on_bad_row", "system_prompt",
-    "model_name_or_path",
+    "model_name_or_path", "eval_strategy",
 )  # fmt: skip
 _COMPARE_ONLY = CompareConfig.model_fields.keys() - TrainConfig.model_fields.keys()
 _LONGEST_SLUG = 100

@@ -127,7 +127,7 @@ def run_trial(trial: Trial, stopping: Interruption, watch: Callable[[Sequence[di
         watch: gets the lines of metrics.jsonl whenever there are more; True to stop the trial for good.
     """
     trial.folder.parent.mkdir(parents=True, exist_ok=True)
-    write_json(trial.config_file, trial.config.model_dump(mode="json", exclude_defaults=True))
+    write_json(trial.config_file, {**trial.config.model_dump(mode="json", exclude_defaults=True), "seed": trial.seed})
     code, pruned = _run_process(trial, stopping, watch)
     if code == 0:
         remove_checkpoints(trial.folder)

@@ -123,6 +123,7 @@ def test_names_make_paths_and_differ() -> None:
         ({"grid": "data_path=a.jsonl"}, '"data_path" cannot differ between the trials'),
         ({"grid": "seed=1,2"}, '"seed" cannot differ between the trials'),
         ({"grid": "use_lora=true,false"}, '"use_lora" cannot differ'),
+        ({"per_method": "lora.eval_strategy=no"}, '"eval_strategy" cannot differ'),
         ({"grid": "seeds=1,2"}, '"seeds" cannot differ'),
         ({"per_method": "lora.max_seq_length=8"}, '"max_seq_length" cannot differ'),
         ({"per_method": "full.learning_rate=1"}, "per_method names full, which is not compared"),
