@@ -341,19 +341,22 @@ def _told(outcome: Outcome) -> str:
 # --- The report ------------------------------------------------------------------------------------------------------
 
 
+_OF_THE_ORDER = {"per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"}
+
+
 def _about(config: CompareConfig, steps: Sequence[int]) -> list[str]:
-    """What was trained on what."""
+    """What was trained on what.
+
+    Args:
+        steps: of finished trials, each number once.
+    """
     evaluated = ", ".join(config.eval_data_path or []) or f"{config.val_size:g} of it, held out"
-    samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    lines = [
-        f"Model: {config.model_name_or_path}",
-        f"Data: {', '.join(config.data_path or [])}; evaluated on {evaluated}",
-    ]
-    varied = {*(config.grid or {}), *(config.space or {}), *(n for s in (config.per_method or {}).values() for n in s)}
-    if not varied & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
-        lines.append(
-            f"{' or '.join(map(str, steps)) or 'No'} steps of {samples} samples, the same in the same order for all"
-        )
+    data = ", ".join(config.data_path or [])
+    lines = [f"Model: {config.model_name_or_path}", f"Data: {data}; evaluated on {evaluated}"]
+    of_methods = {name for settings in (config.per_method or {}).values() for name in settings}
+    if steps and not _OF_THE_ORDER & {*(config.grid or {}), *(config.space or {}), *of_methods}:
+        samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        lines.append(f"{steps[0]:,} steps of {samples} samples; all setups get the same ones in the same order")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -112,7 +113,8 @@ def interruption() -> Generator[Interruption]:
     """Have signals noted instead of ending this process."""
     noted = Interruption()
     numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])]
-    before = {number: signal.signal(number, noted.note) for number in numbers}
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup has SIGHUP ignored
+    before = {number: signal.signal(number, noted.note) for number in heeded}
     try:
         yield noted
     finally:
@@ -225,12 +227,15 @@ def _reason(code: int, log: Path) -> str:
 
 
 def finished_outcome(trial: Trial) -> Outcome:
-    """What a finished trial measured; `not run` if it is not finished."""
+    """What a finished trial measured; `not run` if it is not finished, failed if it came to no number."""
     record = read_record(trial.folder)
     if record is None:
         return Outcome("not run")
     results, lines = record.results, read_metrics(trial.folder)
-    best = trial.config.load_best_model_at_end
+    before = next(line["eval_loss"] for line in lines if "eval_loss" in line and line["step"] == 0)
+    after = results["best_eval_loss" if trial.config.load_best_model_at_end else "eval_loss"]
+    if before is None or not math.isfinite(after):
+        return Outcome("failed", "eval_loss is not finite")
     return Outcome(
         "finished",
         numbers=Numbers(
@@ -239,8 +244,8 @@ def finished_outcome(trial: Trial) -> Outcome:
             parameters=results["parameters"],
             tokens_per_second=_tokens_per_second(lines),
             seconds=sum(line.get("seconds", 0.0) + line.get("eval_seconds", 0.0) for line in lines),
-            eval_loss_before=next(line["eval_loss"] for line in lines if "eval_loss" in line and line["step"] == 0),
-            eval_loss=results["best_eval_loss" if best else "eval_loss"],
+            eval_loss_before=before,
+            eval_loss=after,
         ),
     )
 

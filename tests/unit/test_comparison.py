@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 
+from qingtune import plots
 from qingtune.comparison import Comparison, Row, Spread, compare_outcomes
 from qingtune.comparison_table import as_console, as_json, as_markdown, duration
 from qingtune.config import TrainConfig
@@ -188,3 +189,14 @@ def test_names_without_a_font_lose_what_cannot_be_drawn() -> None:
     nobody_has = "\U0010fffd"  # a private character
     assert drawable(["lora", f"lora {nobody_has}", nobody_has]) == (["lora", "2: lora", "3:"], ["DejaVu Sans"])
     assert drawable(["lora ±"]) == (["lora ±"], ["DejaVu Sans"])
+
+
+def test_a_font_that_has_the_characters_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any installed font but the first stands in for a Chinese one, which not every machine has."""
+    has = plots._glyphs  # pyright: ignore[reportPrivateUsage]
+
+    def glyphs(font: str) -> set[int]:
+        return has(font) | ({ord(letter) for letter in "小红书"} if font.endswith("DejaVuSerif.ttf") else set())
+
+    monkeypatch.setattr(plots, "_glyphs", glyphs)
+    assert drawable(["lora", "小红书"]) == (["lora", "小红书"], ["DejaVu Sans", "DejaVu Serif"])

@@ -110,6 +110,16 @@ def _each_time(stopping: Interruption, trial: Trial, look: Callable[[Sequence[di
         return run_trial(trial, stopping, look)
 
 
+def test_ignored_signals_stay_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    try:
+        with interruption() as stopping:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stopping.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_trial_that_falls_behind_is_stopped_and_its_checkpoints_removed(make: Callable[..., Trial]) -> None:
     trial = make(WAITS)
     write_metrics(trial, {"step": 0, "eval_loss": 4.0}, {"step": 2, "eval_loss": 3.25}, {"step": 4, "eval_loss": 3.0})
@@ -146,6 +156,12 @@ def test_numbers_of_a_finished_trial(make: Callable[..., Trial]) -> None:
     numbers = trials.finished_outcome(best).numbers
     assert numbers is not None
     assert numbers.eval_loss == 3.4
+
+
+def test_loss_that_is_no_number_is_a_failure(make: Callable[..., Trial]) -> None:
+    trial = make("")
+    finish(trial, eval_loss=float("nan"))
+    assert trials.finished_outcome(trial) == Outcome("failed", "eval_loss is not finite")
 
 
 def test_finished_trials_must_have_done_the_same_work(make: Callable[..., Trial]) -> None:
