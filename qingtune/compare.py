@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-
+from qingtune.bench import TRIALS, Bench, run_all, run_search
 from qingtune.command_config import CompareConfig
 from qingtune.comparison import Comparison, compare_outcomes
 from qingtune.comparison_table import as_console, as_json, as_markdown
@@ -25,29 +21,16 @@ from qingtune.output_folder import check_output_folder, only_run_in
 from qingtune.plots import plot_comparison
 from qingtune.record import read_record
 from qingtune.redaction import redact, redact_values
-from qingtune.search import Asked, Search, extremes, require_optuna
+from qingtune.search import Search, extremes, require_optuna
 from qingtune.setups import Setup, about_learning_rates, check_varied, grid_setups, make_setup, methods_to_compare
-from qingtune.trials import (
-    Interruption,
-    Outcome,
-    State,
-    Trial,
-    check_same_settings,
-    check_same_work,
-    evaluations,
-    finished_outcome,
-    interruption,
-    last_evaluation,
-    run_trial,
-)
+from qingtune.trials import interruption
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 # What a comparison leaves in its folder; BEGUN is the first.
-BEGUN, TRIALS, JOURNAL = "compare_config.json", "trials", "search.journal"
+BEGUN, JOURNAL = "compare_config.json", "search.journal"
 PAGE, NUMBERS, PICTURE = "comparison.md", "comparison.json", "comparison.png"
 _ANEW_FLAG = re.compile(r" --overwrite[_-]output[_-]dir(?:[= ]true\b)?")
 ANEW = "Pass --overwrite_output_dir to begin anew, or choose another output_dir."
-Outcomes = dict[str, tuple[Setup, dict[int, Outcome]]]
 
 
 def compare(loaded: Loaded[CompareConfig], command: str) -> int:
@@ -71,13 +54,13 @@ def compare(loaded: Loaded[CompareConfig], command: str) -> int:
         _begin(config, output_dir)
         for notice in notices:
             _say(notice)
-        bench = _Bench(loaded, stopping)
+        bench = Bench(loaded, stopping)
         if config.space:
-            _search(bench, Search(config, output_dir / JOURNAL))
+            run_search(bench, Search(config, output_dir / JOURNAL))
         else:
-            _run_all(bench, setups)
+            run_all(bench, setups)
         code = INTERRUPTED if stopping.asked else FAILED if bench.any_failed() else DONE
-        bench.report()
+        _report(bench)
     if code == INTERRUPTED:
         _say(f"Stopped. To go on: {_ANEW_FLAG.sub('', command)}")
     return code
@@ -164,181 +147,27 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# --- Trials ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Bench:
-    """Where trials are run and their outcomes collected.
-
-    Attributes:
-        outcomes: setup's name -> the setup, and seed -> how its trial ended.
-    """
-
-    loaded: Loaded[CompareConfig]
-    stopping: Interruption
-
-    def __post_init__(self) -> None:
-        self.output_dir = Path(self.loaded.config.output_dir)
-        first = self.loaded.config.seed
-        self.seeds = range(first, first + self.loaded.config.seeds)
-        self.outcomes: Outcomes = {}
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-    def trial(self, setup: Setup, seed: int) -> Trial:
-        return Trial(setup, seed, self.output_dir / TRIALS / f"{setup.slug}-seed{seed}")
-
-    def run(self, trial: Trial, of_all: str, watch: Callable[[Sequence[dict[str, Any]]], bool]) -> Outcome:
-        """Run a trial unless it is finished, and tell how it goes."""
-        name = f"{of_all} {trial.setup.name}, seed {trial.seed}"
-        outcome = finished_outcome(trial)
-        if outcome.state == "finished":
-            self.console.print(f"{name}: finished already", markup=False)
-        elif self.stopping.asked:
-            outcome = Outcome("not run")
-        else:
-            self.console.print(f"{name} ...", markup=False)
-            with self.console.status("") as status:
-
-                def look(lines: Sequence[dict[str, Any]]) -> bool:
-                    status.update(_progress(lines))
-                    return watch(lines)
-
-                outcome = run_trial(trial, self.stopping, look)
-            self.console.print(f"{name}: {_told(outcome)}", markup=False)
-        self.keep(trial, outcome)
-        check_same_work([self.trial(setup, seed) for setup, of_seeds in self.outcomes.values() for seed in of_seeds])
-        return outcome
-
-    def keep(self, trial: Trial, outcome: Outcome) -> None:
-        self.outcomes.setdefault(trial.setup.name, (trial.setup, {}))[1][trial.seed] = outcome
-
-    def keep_end(self, setup: Setup, state: str) -> None:
-        """Keep how a setup's first trial ended in an earlier start."""
-        ended: State = "pruned" if state == "pruned" else "failed"
-        trial = self.trial(setup, self.seeds[0])
-        self.keep(trial, Outcome(ended, last_evaluation(trial) if ended == "pruned" else f"see {trial.log_file}"))
-
-    def losses_of(self, setup: Setup) -> list[float]:
-        """Of its finished trials."""
-        _, outcomes = self.outcomes[setup.name]
-        return [outcome.numbers.eval_loss for outcome in outcomes.values() if outcome.numbers]
-
-    def end_of(self, setup: Setup) -> State:
-        """How the last of its trials ended."""
-        return [*self.outcomes[setup.name][1].values()][-1].state
-
-    def any_failed(self) -> bool:
-        return any(o.state == "failed" for _, of_seeds in self.outcomes.values() for o in of_seeds.values())
-
-    def report(self) -> None:
-        """Write the report, and print it."""
-        comparison = compare_outcomes([*self.outcomes.values()])
-        config = self.loaded.config
-        records = [
-            read_record(self.trial(setup, s).folder) for setup, of_seeds in self.outcomes.values() for s in of_seeds
-        ]
-        steps = sorted({record.results["steps"] for record in records if record})
-        versions = next((record.versions for record in records if record), {})
-        about = _about(config, steps)
-        (self.output_dir / PAGE).write_text(redact(as_markdown(comparison, about)), encoding="utf-8")
-        write_json(
-            self.output_dir / NUMBERS, redact_values({"about": about, "versions": versions, **as_json(comparison)})
-        )
-        if comparison.best:
-            _draw(comparison, self.output_dir / PICTURE)
-            print(as_console(comparison, min(120, max(80, shutil.get_terminal_size().columns))))
-            best = self.trial(comparison.best.setup, min(comparison.best.numbers))
-            print(f"Its settings: {best.config_file}; its result: {best.folder}")
-        else:
-            print("No trial is finished.")
-        print(f"Report: {self.output_dir / PAGE}, {NUMBERS}" + f", {PICTURE}" * bool(comparison.best))
-
-
-def _run_all(bench: _Bench, setups: Sequence[Setup]) -> None:
-    """All setups with the first seed, then with the next, so that a first comparison is there early."""
-    trials = [bench.trial(setup, seed) for seed in bench.seeds for setup in setups]
-    check_same_settings(trials)
-    for number, trial in enumerate(trials, 1):
-        bench.run(trial, f"[{number}/{len(trials)}]", lambda _: False)
-
-
-def _search(bench: _Bench, search: Search) -> None:
-    """One point after another, each with all seeds; whether one falls behind is judged by its first seed."""
-    told = [(make_setup(bench.loaded, point.method, point.varied), point.state) for point in search.told()]
-    check_same_settings([bench.trial(setup, seed) for setup, _ in told for seed in bench.seeds])
-    ends: dict[str, str] = {}
-    for number, (setup, state) in enumerate(told, 1):
-        ends[setup.name] = state
-        if state == "finished":  # there may be more seeds than before
-            _run_seeds(bench, setup, f"[{number}/{search.config.trials}]", lambda _: False)
-        else:
-            bench.keep_end(setup, state)
-    while not bench.stopping.asked and (asked := search.ask()):
-        setup = make_setup(bench.loaded, asked.method, asked.varied)
-        watch = _Watch(search, asked, setup)
-        if setup.name not in ends:
-            losses = _run_seeds(bench, setup, f"[{asked.number}/{search.config.trials}]", watch)
-            ends[setup.name] = bench.end_of(setup)
-        else:  # drawn once more
-            losses = bench.losses_of(setup)
-        if ends[setup.name] == "stopped":
-            return
-        search.tell(asked, ends[setup.name], losses)
-
-
-def _run_seeds(
-    bench: _Bench, setup: Setup, of_all: str, watch: Callable[[Sequence[dict[str, Any]]], bool]
-) -> list[float]:
-    """Train a setup with each seed as long as that succeeds; `watch` sees the first only. Returns the losses."""
-    for seed in bench.seeds:
-        outcome = bench.run(bench.trial(setup, seed), of_all, watch if seed == bench.seeds[0] else lambda _: False)
-        if outcome.state != "finished":
-            break
-    return bench.losses_of(setup)
-
-
-@dataclass
-class _Watch:
-    """Reports a trial's evaluations to the search, and says whether it falls behind; never at its last step."""
-
-    search: Search
-    asked: Asked
-    setup: Setup
-    heard: int = 0
-
-    def __call__(self, lines: Sequence[dict[str, Any]]) -> bool:
-        """Take all lines so far."""
-        found = evaluations(lines)
-        losses = [loss for _, loss in found]
-        behind = self.search.falls_behind(self.asked, losses, self.heard)
-        self.heard = len(losses)
-        return behind and not self._is_over(lines[-1])
-
-    def _is_over(self, line: dict[str, Any]) -> bool:
-        config = self.setup.config
-        return line["step"] >= config.max_steps if config.max_steps > 0 else line["epoch"] >= config.num_train_epochs
-
-
-def _progress(lines: Sequence[dict[str, Any]]) -> str:
-    """The last step and evaluation, for a line that changes."""
-    steps = [line for line in lines if "tokens" in line]
-    found = evaluations(lines)
-    told = f"step {steps[-1]['step']}, loss {steps[-1]['loss'] or math.nan:.4f}" if steps else "starting"
-    return told + (f", eval_loss {found[-1][1]:.4f}" if found else "")
-
-
-def _told(outcome: Outcome) -> str:
-    """How a trial ended, as a line."""
-    if outcome.numbers is None:
-        return f"{outcome.state}. {outcome.message}"
-    numbers = outcome.numbers
-    return (
-        f"eval_loss {numbers.eval_loss_before:.4f} -> {numbers.eval_loss:.4f}, {numbers.tokens_per_second:,.0f} tok/s"
-    )
-
-
 # --- The report ------------------------------------------------------------------------------------------------------
+
+
+def _report(bench: Bench) -> None:
+    """Write the report, and print it."""
+    config, output_dir = bench.loaded.config, bench.output_dir
+    comparison = compare_outcomes([*bench.outcomes.values()])
+    trials = [bench.trial(setup, seed) for setup, of_seeds in bench.outcomes.values() for seed in of_seeds]
+    records = [record for trial in trials if (record := read_record(trial.folder))]
+    about = _about(config, sorted({record.results["steps"] for record in records}))
+    (output_dir / PAGE).write_text(redact(as_markdown(comparison, about)), encoding="utf-8")
+    versions = records[0].versions if records else {}
+    write_json(output_dir / NUMBERS, redact_values({"about": about, "versions": versions, **as_json(comparison)}))
+    if comparison.best:
+        _draw(comparison, output_dir / PICTURE)
+        print(as_console(comparison, min(120, max(80, shutil.get_terminal_size().columns))))
+        best = bench.trial(comparison.best.setup, min(comparison.best.numbers))
+        print(f"Its settings: {best.config_file}; its result: {best.folder}")
+    else:
+        print("No trial is finished.")
+    print(f"Report: {output_dir / PAGE}, {NUMBERS}" + f", {PICTURE}" * bool(comparison.best))
 
 
 _OF_THE_ORDER = {"per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"}

@@ -30,9 +30,12 @@ with (output.parent / "order").open("a") as order:
     order.write(output.name + "\\n")
 if config.get("lora_r") == 13:
     sys.exit("unlucky")
-if os.environ.get("PRESS_CTRL_C"):
+if os.environ.get("PRESS_CTRL_C") == "soon":
     os.kill(os.getppid(), signal.SIGINT)
     time.sleep(60)
+if os.environ.get("PRESS_CTRL_C") == "late":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.kill(os.getppid(), signal.SIGINT)
 loss = 2 + abs(math.log10(config["learning_rate"] / 1e-4)) + config["seed"] / 1000
 lines = [{"step": 0, "epoch": 0, "eval_loss": 5.0, "eval_seconds": 0.1}]
 for step in (1, 2):
@@ -106,20 +109,27 @@ def test_search_stops_what_falls_behind_and_goes_on(run: Callable[..., Any]) -> 
     }.items()
 
 
+@pytest.mark.parametrize(("when", "ends"), [("soon", ["stopped"]), ("late", ["finished", "not run"])])
 def test_interrupted_search_goes_on_with_the_same_point(
-    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    when: str,
+    ends: list[str],
 ) -> None:
-    space = {"learning_rate": "1e-5..1e-3:log"}
-    run(space=space, trials=1)
-    monkeypatch.setenv("PRESS_CTRL_C", "yes")
-    code, found, order = run(space=space, trials=3)
-    assert (code, len(order)) == (130, 2)
-    assert [setup["trials"][0]["state"] for setup in found["setups"]] == ["finished", "stopped"]
+    search = {"space": {"learning_rate": "1e-5..1e-3:log"}, "seeds": 2}
+    run(**search, trials=1)
+    monkeypatch.setenv("PRESS_CTRL_C", when)
+    code, found, _ = run(**search, trials=2)
+    assert code == 130
+    assert [trial["state"] for trial in found["setups"][1]["trials"]] == ends
     assert capsys.readouterr().err.endswith("Stopped. To go on: again\n")
     monkeypatch.delenv("PRESS_CTRL_C")
-    code, found, order = run(space=space, trials=3)
-    assert (code, len(order), len(found["setups"])) == (0, 4, 3)
-    assert order[2] == order[1]
+    code, found, order = run(**search, trials=2)
+    assert code == 0
+    assert [len(setup["trials"]) for setup in found["setups"]] == [2, 2]
+    assert len({*order}) == 4  # the same points
+    assert len(order) == (5 if when == "soon" else 4)
 
 
 def test_another_space_is_another_search(run: Callable[..., Any]) -> None:
