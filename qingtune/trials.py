@@ -169,18 +169,24 @@ def _run_process(
         try:
             while child.poll() is None:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
-                lines = read_metrics(trial.folder)
-                if len(lines) > seen and not pruned:
-                    pruned = watch(lines)
+                size = metrics_size(trial.folder)  # read only what changed: the trial's speed is measured meanwhile
+                if size != seen and not pruned:
+                    pruned = watch(read_metrics(trial.folder))
                     if pruned:
                         child.terminate()
-                seen = len(lines)
+                seen = size
         finally:
             stopping.child = None
             if child.poll() is None:  # something went wrong here: leave no process behind
                 child.terminate()
                 child.wait()
         return child.returncode, pruned
+
+
+def metrics_size(folder: Path) -> int:
+    """Bytes of metrics.jsonl."""
+    path = folder / METRICS
+    return path.stat().st_size if path.exists() else 0
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
