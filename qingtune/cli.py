@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qingtune import __version__
-from qingtune.command_config import CheckConfig, ExportConfig, InferConfig, MergeConfig, PlanConfig, PushConfig
+from qingtune.command_config import (
+    CheckConfig,
+    CompareConfig,
+    ExportConfig,
+    InferConfig,
+    MergeConfig,
+    PlanConfig,
+    PushConfig,
+)
 from qingtune.config import Settings, TrainConfig
 from qingtune.config_load import check_flags, load_config, load_train_config
 from qingtune.errors import UserError
@@ -51,6 +59,9 @@ COMMANDS = {
     "push": Command("Upload a folder to Hugging Face or ModelScope; by itself only shows it.", PushConfig, "push:push"),
     "check": Command("Report on a data set without training.", CheckConfig, "check:check"),
     "plan": Command("Tell the memory and time of a run before it starts.", PlanConfig, "plan:plan"),
+    "compare": Command(
+        "Train methods or settings on the same data, and compare them.", CompareConfig, "compare:compare"
+    ),
 }
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from qingtune.config import DEFAULT_MODEL, Settings, TrainConfig, setting
-from qingtune.values import CommaList, Integer, Number, Quantizations, RepositoryName
+from qingtune.values import (
+    CommaList,
+    Grid,
+    Integer,
+    Number,
+    Quantizations,
+    RepositoryName,
+    SettingsOfMethods,
+    Space,
+    TrainingMethods,
+)
 
 
 class ModelSettings(Settings):
@@ -144,3 +154,45 @@ class PlanConfig(TrainConfig):
         False, "Plan", "Measure this machine's matrix products first, for two seconds, to tell the time of a run."
     )
     json_report: bool = setting(False, "Plan", "Print the plan as JSON.", flag="json")
+
+
+class CompareConfig(TrainConfig):
+    """Settings of `qingtune compare` besides those of training; output_dir holds the whole comparison."""
+
+    methods: TrainingMethods = setting(
+        None,
+        "Compare",
+        "full, lora, qlora4 and qlora8, comma-separated (default: all four; with grid or space, that of the settings).",
+    )
+    seeds: Integer = setting(
+        1, "Compare", "Trials of each setup, with seed, seed + 1, ...; more than one shows the spread.", ge=1, le=100
+    )
+    per_method: SettingsOfMethods = setting(
+        None,
+        "Compare",
+        'Settings of single methods; in a file {"full": {"learning_rate": 2e-5}}. A learning_rate given otherwise is '
+        "that of the settings' own method, and the others train at their defaults.",
+        words="METHOD.NAME=VALUE",
+    )
+    grid: Grid = setting(
+        None,
+        "Compare",
+        'Settings to vary, all with all: lora_r=8,16,64 learning_rate=1e-4,2e-4; in a file {"lora_r": [8, 16, 64]}. '
+        '"default" leaves a setting out; where values hold commas, ; parts them.',
+        words="NAME=A,B",
+    )
+    space: Space = setting(
+        None,
+        "Compare",
+        "Settings to search: learning_rate=1e-5..1e-3:log lora_r=8,16,64 lora_dropout=0..0.1; needs Optuna.",
+        words="NAME=LOW..HIGH",
+    )
+    trials: Integer = setting(20, "Compare", "Setups that a search tries.", ge=1)
+    sampler: Literal["random", "tpe"] = setting(
+        "tpe", "Compare", "How a search chooses: at random, or after ten such by what did well (TPE)."
+    )
+    pruner: Literal["none", "halving"] = setting(
+        "none",
+        "Compare",
+        "halving: at evaluations 1, 2, 4, 8, ... a search goes on only with the better half of what came so far.",
+    )

@@ -32,13 +32,17 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def setting(default: Any, group: str, description: str, *, flag: str = "", **checks: Any) -> Any:
+def setting(
+    default: Any, group: str, description: str, *, flag: str = "", words: str | None = None, **checks: Any
+) -> Any:
     """A field with its help text and the heading under which --help and the docs list it.
 
     Args:
         flag: another name by which the command line knows it.
+        words: the form of a word in help, where the flag takes several words, up to the next flag.
     """
-    extra: dict[str, Any] = {"group": group, "flag": flag} if flag else {"group": group}
+    extra: dict[str, Any] = {"group": group}
+    extra |= {name: given for name, given in (("flag", flag), ("words", words)) if given}
     return Field(default, description=description, json_schema_extra=extra, **checks)
 
 
@@ -110,6 +114,9 @@ class TrainConfig(Settings):
     eval_data_path: CommaList = setting(None, "Data", "Evaluation data, in the same forms.")
     val_size: Number = setting(
         0.0, "Data", "Without eval_data_path: the share (below 1) or number of rows held out for evaluation.", ge=0
+    )
+    val_seed: Integer | None = setting(
+        None, "Data", "Seed by which val_size's rows are drawn (default: seed).", ge=0, lt=2**32
     )
     max_seq_length: Integer = setting(2048, "Data", "The longest sample, in tokens.", ge=8)
     on_long: Literal["drop", "truncate", "raise"] = setting(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -25,10 +25,15 @@ Training = TypeVar("Training", bound=TrainConfig)
 
 @dataclass(frozen=True)
 class Loaded(Generic[Training]):
-    """A checked configuration, with what the user should be told about it."""
+    """A checked configuration, with what the user should be told about it.
+
+    Attributes:
+        given: the settings as they were given, by today's names, before defaults were filled in.
+    """
 
     config: Training
     notices: tuple[str, ...]
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 def load_train_config(config_file: str | None, flags: Mapping[str, str]) -> Loaded[TrainConfig]:
@@ -53,17 +58,42 @@ def load_config(schema: type[Training], config_file: str | None, flags: Mapping[
     for given, where in ((read_json_object(config_file) if config_file else {}, config_file or ""), (flags, "")):
         for name, value in _without_older_names(given, where, problems).items():
             values[name], origin[name] = value, where or f"--{name}"
+    return _check(schema, values, origin, problems, config_file)
+
+
+def check_settings(schema: type[Training], values: Mapping[str, Any], where: str) -> Loaded[Training]:
+    """Check settings that were made rather than read.
+
+    Args:
+        values: by today's names.
+        where: what problems are said to be in.
+
+    Raises:
+        UserError: names every problem, a line each.
+    """
+    return _check(schema, dict(values), dict.fromkeys(values, where), [], where)
+
+
+def _check(
+    schema: type[Training],
+    values: dict[str, Any],
+    origin: Mapping[str, str],
+    problems: list[UserError],
+    elsewhere: str | None,
+) -> Loaded[Training]:
+    """Check, resolve and raise what is wrong; `elsewhere` is where settings that are not given are missing."""
+    given = dict(values)
     notices = _take_out_idle(values)
     config, faulty = _validate(schema, values, origin, problems)
     if config is not None:
         for names, what, fix in _conflicts(config):
             if not faulty & set(names):
-                where = next((origin[name] for name in names if name in origin), config_file)
+                where = next((origin[name] for name in names if name in origin), elsewhere)
                 problems.append(UserError(what, where=where, fix=fix))
     raise_all(problems)
     assert config is not None
     resolved, reasons = _resolve(config)
-    return Loaded(resolved, (*notices, *reasons))
+    return Loaded(resolved, (*notices, *reasons), given)
 
 
 def read_json_object(path: str) -> dict[str, Any]:
@@ -153,12 +183,17 @@ def _validate(
     return schema.model_validate({k: v for k, v in values.items() if k not in faults}), set(faults)
 
 
+def not_a_setting(schema: type[Settings], name: str, origin: str) -> UserError:
+    """A name that the schema lacks, with the one that may be meant."""
+    known = [*schema.model_fields, *(ALIASES if issubclass(schema, TrainConfig) else ())]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    fix = f'Did you mean "{near[0]}"?' if near else "See --help for all settings."
+    return UserError(f'"{shorten(name)}" is not a setting', where=origin, fix=fix)
+
+
 def _problem(schema: type[Settings], name: str, value: Any, message: str, kind: str, origin: str) -> UserError:
     if kind == "extra_forbidden":
-        known = [*schema.model_fields, *(ALIASES if issubclass(schema, TrainConfig) else ())]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        fix = f'Did you mean "{near[0]}"?' if near else "See --help for all settings."
-        return UserError(f'"{shorten(name)}" is not a setting', where=origin, fix=fix)
+        return not_a_setting(schema, name, origin)
     message = message.removeprefix("Value error, ").replace("Input should be", "should be")
     shown = shorten(json.dumps(value, ensure_ascii=False))
     return UserError(f'"{name}" is {shown}: {message[0].lower()}{message[1:]}', where=origin)

@@ -67,6 +67,8 @@ class Result:
     seconds: float
     peak_bytes: int
     planned_bytes: dict[str, int] | None
+    trained_parameters: int
+    parameters: int
     eval_loss_before: float | None
     eval_loss: float | None
     best_eval_loss: float | None
@@ -154,7 +156,7 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
     processes.wait()
 
     work, limits, progress = make_work(config, model, data, hardware, processes, settings, resume_from, say)
-    result = _train(config, work, limits, progress, processes)
+    result = _train(config, work, limits, progress, processes, count_parameters(model))
     result = replace(result, planned_bytes=plan and plan.planned_bytes())
     if plan and processes.count == 1:
         keep_measured_speed(plan, output_dir / METRICS, say)
@@ -181,7 +183,7 @@ def _record(
         prompt_style=data.style,
         stop_ids=sorted(template.stop_ids),
         settings=settings,
-        results=asdict(result),
+        results={**asdict(result), "evaluation_data": data.evaluation_hash},
         versions=versions(),
     )
 
@@ -219,8 +221,7 @@ def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware, sa
             parameter.data = parameter.data.clone()  # what is loaded as it is stored may lie in the file's pages
     if not full:
         _add_adapters(config, model, say)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    everything = trained if full else trained + _parameters_of_base(model)
+    trained, everything = count_parameters(model)
     say(f"Trainable: {trained:,} of {everything:,} parameters ({trained / everything:.2%}).")
     return model
 
@@ -263,19 +264,29 @@ def _kind_of_adapters(config: TrainConfig, adapters: dict[str, LoRALinear]) -> s
     return f"{name}: rank {rank}, alpha {config.lora_alpha:g}{scaling}, on {len(adapters)} layers ({', '.join(kinds)})."
 
 
-def _parameters_of_base(model: PreTrainedModel) -> int:
-    """Parameters that are not trained, packed weights counted as what they stand for."""
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """Trained parameters, and all of them; packed weights count as what they stand for."""
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
-    return packed + sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, packed + sum(p.numel() for p in model.parameters())
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
 def _train(
-    config: TrainConfig, work: Work, limits: Limits, progress: Progress, processes: AcceleratedProcesses
+    config: TrainConfig,
+    work: Work,
+    limits: Limits,
+    progress: Progress,
+    processes: AcceleratedProcesses,
+    counts: tuple[int, int],
 ) -> Result:
-    """Run the loop with its sinks, evaluating before the first step too, so that what training gained can be told."""
+    """Run the loop with its sinks, evaluating before the first step too, so that what training gained can be told.
+
+    Args:
+        counts: trained parameters, and all of them.
+    """
     output_dir = Path(config.output_dir)
     evaluations: list[Evaluated] = []
     began = time.perf_counter()
@@ -299,6 +310,8 @@ def _train(
         seconds=round(time.perf_counter() - began, 1),
         peak_bytes=work.peak_bytes(),
         planned_bytes=None,
+        trained_parameters=counts[0],
+        parameters=counts[1],
         eval_loss_before=before[0] if before else None,
         eval_loss=after[-1] if after else None,
         best_eval_loss=progress.best_loss if progress.best_step else None,

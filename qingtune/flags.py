@@ -6,7 +6,7 @@ import argparse
 import re
 import types
 from collections.abc import Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -43,14 +43,17 @@ def parse_flags(
             value, choices = "NAME", f"One of {value.replace('|', ', ')}."
         headings[heading].add_argument(
             *(f"--{word}" for word in (name, other_flag_of(field)) if word),
-            nargs="?" if switch else None,
+            nargs="?" if switch else "+" if words_of(field) else None,
             const="true" if switch else None,
             default=argparse.SUPPRESS,
+            action="extend" if words_of(field) else "store",
             metavar=value,
             help=f"{field.description} {choices} {default_of(field)}".strip().replace("%", "%%"),
         )
     known, unknown = parser.parse_known_args([_with_underscores(word) for word in argv])
-    flags: dict[str, str] = vars(known)
+    flags: dict[str, str] = {
+        name: " ".join(value) if isinstance(value, list) else value for name, value in vars(known).items()
+    }
     return flags.pop("config_file", None), flags | _pair(unknown)
 
 
@@ -82,11 +85,20 @@ def group_of(field: FieldInfo) -> str:
     return str(extra["group"])
 
 
-def other_flag_of(field: FieldInfo) -> str:
-    """Another name by which the command line knows a setting, or nothing."""
+def other_flag_of(field: FieldInfo) -> str | None:
+    """Another name by which the command line knows a setting."""
+    return _extra(field, "flag")
+
+
+def words_of(field: FieldInfo) -> str | None:
+    """The form of a word of a setting whose flag takes several; None for those of one word."""
+    return _extra(field, "words")
+
+
+def _extra(field: FieldInfo, name: str) -> str | None:
     extra = field.json_schema_extra
     assert isinstance(extra, dict)
-    return str(extra.get("flag", ""))
+    return cast("str | None", extra.get(name))
 
 
 def kinds_of(field: FieldInfo) -> list[Any]:
@@ -104,6 +116,8 @@ def kinds_of(field: FieldInfo) -> list[Any]:
 
 def value_of(field: FieldInfo) -> str:
     """What stands for the value in help and docs: the choices, or the kind in capitals."""
+    if words := words_of(field):
+        return words
     names = []
     for kind in kinds_of(field):
         if get_origin(kind) is Literal:

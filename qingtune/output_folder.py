@@ -23,8 +23,14 @@ _WRITTEN = (
 _HALF_DONE = (".checkpoint-*", ".result-*", ".*.tmp")
 
 
-def check_output_folder(output_dir: Path, *, overwrite: bool) -> None:
+def check_output_folder(
+    output_dir: Path, *, overwrite: bool, first_file: str = SETTINGS, what: str = "a training run"
+) -> None:
     """Make sure before anything is loaded that the result may and can be written.
+
+    Args:
+        first_file: what is written first; with it in the folder, the rest is of an earlier start.
+        what: makes such folders, in words.
 
     Raises:
         UserError: the folder holds something else, is no folder, or cannot be written.
@@ -40,17 +46,17 @@ def check_output_folder(output_dir: Path, *, overwrite: bool) -> None:
         raise UserError("output_dir is a file", where=str(output_dir), fix="Choose another output_dir.")
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError("output_dir cannot be written", where=str(existing), fix="Choose another output_dir.")
-    if output_dir.is_dir() and _holds_files_of_others(output_dir):
+    if output_dir.is_dir() and _holds_files_of_others(output_dir, first_file):
         raise UserError(
-            "output_dir holds files that are not of a training run; they are left alone" + overwrite * ", all the same",
+            f"output_dir holds files that are not of {what}; they are left alone" + overwrite * ", all the same",
             where=str(output_dir),
             fix="Choose another output_dir.",
         )
 
 
-def _holds_files_of_others(output_dir: Path) -> bool:
-    """Whether there is anything although no run has begun here; a run's settings are the first that it writes."""
-    if (output_dir / SETTINGS).exists():
+def _holds_files_of_others(output_dir: Path, first_file: str) -> bool:
+    """Whether there is anything although no run has begun here."""
+    if (output_dir / first_file).exists():
         return False
     ours = {output_dir / LOCK, *(path for pattern in _HALF_DONE for path in output_dir.glob(pattern))}
     return any(path not in ours for path in output_dir.iterdir())

@@ -1,8 +1,9 @@
-"""The loss curve of a run as a PNG."""
+"""Pictures as PNG: the loss curve of a run, and the setups of a comparison."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -26,3 +27,69 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     figure.tight_layout()
     figure.savefig(picture)
     plt.close(figure)
+
+
+def plot_comparison(
+    points: Sequence[tuple[str, tuple[float, float, float], tuple[float, float, float]]],
+    labels: tuple[str, str],
+    picture: Path,
+) -> None:
+    """Draw setups as points with their spread.
+
+    Args:
+        points: name, then median, least and most of what lies across, and of what stands up.
+        labels: of the two axes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names, families = drawable([name for name, _, _ in points])
+    with plt.rc_context({"font.family": families, "axes.unicode_minus": False}):
+        figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+        for number, (name, (_, across, up)) in enumerate(zip(names, ((p[0], p[1], p[2]) for p in points), strict=True)):
+            axes.errorbar(
+                across[0], up[0], xerr=_errors(across), yerr=_errors(up), label=name, markersize=7, capsize=3,
+                fmt="osD^v<>pP*X"[number % 11], color=f"C{number % 10}",
+            )  # fmt: skip
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.margins(0.12)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
+        figure.savefig(picture, bbox_inches="tight")
+        plt.close(figure)
+
+
+def _errors(spread: tuple[float, float, float]) -> list[list[float]]:
+    median, least, most = spread
+    return [[median - least], [most - median]]
+
+
+def drawable(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names as they can be drawn, and the font families to draw them with.
+
+    Where an installed font has the characters that matplotlib's own lacks, it is added; where none has, these are left
+    out, and such a name has its number in front.
+    """
+    from matplotlib import font_manager
+
+    own = "DejaVu Sans"
+    missing = {ord(letter) for name in names for letter in name} - _glyphs(font_manager.findfont(own))
+    if not missing:
+        return [*names], [own]
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.weight != 400, font.name)):
+        if missing <= _glyphs(font.fname):
+            return [*names], [own, font.name]
+    kept = ["".join(letter for letter in name if ord(letter) not in missing) for name in names]
+    return [
+        name if left == name else f"{number}: {left}".strip()
+        for number, (name, left) in enumerate(zip(names, kept, strict=True), 1)
+    ], [own]
+
+
+def _glyphs(font: str) -> set[int]:
+    """The characters that a font file has."""
+    from matplotlib.ft2font import FT2Font
+
+    return set(FT2Font(font).get_charmap())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, NonNegativeInt, PositiveFloat, PositiveInt, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveFloat, PositiveInt, WithJsonSchema
 
 
 def _number_not_bool(value: object) -> object:
@@ -81,6 +82,92 @@ def _start(value: object) -> object:
     return "default" if value is True or str(value).lower() == "true" else value
 
 
+@dataclass(frozen=True)
+class Interval:
+    """Numbers from low to high, both among them; evenly or, with log, evenly by their logarithm.
+
+    Attributes:
+        whole: whole numbers only.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+
+def _interval(text: str) -> Interval:
+    """Let "8..64" be whole numbers and "1e-5..1e-3:log" numbers spread by their logarithm."""
+    ends = re.fullmatch(rf"({_NUMBER})\.\.({_NUMBER})(:log)?", text.strip())
+    if not ends:
+        raise ValueError(f"{text} is not LOW..HIGH, such as 1e-5..1e-3:log or 8..64")
+    low, high = float(ends[1]), float(ends[2])
+    if low >= high:
+        raise ValueError(f"{text} ends before it begins")
+    if ends[3] and low <= 0:
+        raise ValueError(f"{text}: with :log both ends must be above 0")
+    return Interval(low, high, bool(ends[3]), all(re.fullmatch(r"[+-]?\d+", end) for end in ends.groups()[:2]))
+
+
+_NUMBER = r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
+
+
+def _settings_of_words(value: object) -> object:
+    """Let the words "a=1,2 b=3" mean {"a": "1,2", "b": "3"}."""
+    if not isinstance(value, str):
+        return value or None
+    pairs = [word.partition("=") for word in value.split()]
+    if wrong := [name for name, equals, text in pairs if not (name and equals and text)]:
+        raise ValueError(f"{wrong[0]} is not NAME=VALUE")
+    names = [name.replace("-", "_") for name, _, _ in pairs]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{repeated[0]} stands there twice")
+    return dict(zip(names, (text for _, _, text in pairs), strict=True)) or None
+
+
+def _alternatives(value: object) -> object:
+    """Let "8,16" and "q_proj,v_proj;all" be lists, and a value alone a list of it."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(";" if ";" in value else ",") if part.strip()]
+    return value if isinstance(value, list) else [value]
+
+
+def _alternatives_of_each(value: object) -> object:
+    value = _settings_of_words(value)
+    if not isinstance(value, dict):
+        return value
+    return {name: _alternatives(values) for name, values in cast("dict[str, object]", value).items()}
+
+
+def _alternatives_or_interval_of_each(value: object) -> object:
+    value = _settings_of_words(value)
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _interval(values) if isinstance(values, str) and ".." in values else _alternatives(values)
+        for name, values in cast("dict[str, object]", value).items()
+    }
+
+
+def _settings_of_methods(value: object) -> object:
+    """Let full.learning_rate=1e-5 and {"full": {"learning_rate": 1e-5}} mean the same."""
+    if not isinstance(value, str):
+        return value or None
+    settings: dict[str, dict[str, object]] = {}
+    for name, text in cast("dict[str, object]", _settings_of_words(value) or {}).items():
+        method, dot, setting = name.partition(".")
+        if not (method and dot and setting):
+            raise ValueError(f"{name} is not METHOD.SETTING, such as full.learning_rate")
+        settings.setdefault(method, {})[setting] = text
+    return settings or None
+
+
+def _no_repeats(values: list[Any]) -> list[Any]:
+    if repeated := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{repeated[0]} stands there twice")
+    return values
+
+
 Integer = Annotated[int, BeforeValidator(_number_not_bool)]
 Number = Annotated[float, BeforeValidator(_number_not_bool)]
 _TEXT_OR_LIST = WithJsonSchema(
@@ -114,3 +201,14 @@ AlphaPattern = Annotated[
 ]
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_no_if_false)]
 Start = Annotated[Literal["default", "gaussian", "pissa", "pissa_niter_16", "olora"], BeforeValidator(_start)]
+
+# What `qingtune compare` varies.
+TrainingMethod = Literal["full", "lora", "qlora4", "qlora8"]
+TrainingMethods = Annotated[list[TrainingMethod] | None, BeforeValidator(_split_commas)]
+_Alternatives = Annotated[list[Any], AfterValidator(_no_repeats)]
+Grid = Annotated[dict[str, _Alternatives] | None, BeforeValidator(_alternatives_of_each)]
+Space = Annotated[dict[str, Interval | _Alternatives] | None, BeforeValidator(_alternatives_or_interval_of_each)]
+SettingsOfMethods = Annotated[
+    dict[TrainingMethod, dict[str, Any]] | None,
+    BeforeValidator(_settings_of_methods),
+]

@@ -9,19 +9,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qingtune.command_config import CheckConfig, ExportConfig, InferConfig, MergeConfig, PlanConfig, PushConfig  # noqa: E402
+from qingtune import cli  # noqa: E402
 from qingtune.config import ALIASES, NO_EFFECT, Settings, TrainConfig  # noqa: E402
 from qingtune.flags import default_of, group_of, other_flag_of, value_of  # noqa: E402
 
-COMMANDS: dict[str, type[Settings]] = {
-    "qingtune train (fine_tune_qwen.py)": TrainConfig,
-    "qingtune infer, qingtune chat (inference_lora.py)": InferConfig,
-    "qingtune merge": MergeConfig,
-    "qingtune export": ExportConfig,
-    "qingtune push": PushConfig,
-    "qingtune check": CheckConfig,
-    "qingtune plan": PlanConfig,
-}
+# The scripts that the guide names.
+SCRIPTS = {"train": " (fine_tune_qwen.py)", "chat": " (inference_lora.py)"}
+
+
+def headings() -> dict[str, type[Settings]]:
+    """Commands and what they take; those that take the same share a heading."""
+    commands = {"train": TrainConfig} | {name: command.settings for name, command in cli.COMMANDS.items()}
+    sharing: dict[type[Settings], list[str]] = {}
+    for name, schema in commands.items():
+        sharing.setdefault(schema, []).append(f"qingtune {name}{SCRIPTS.get(name, '')}")
+    return {", ".join(names): schema for schema, names in sharing.items()}
 
 
 def settings_page() -> str:
@@ -34,12 +36,11 @@ def settings_page() -> str:
         "Keys that start with `_` are comments. `docs/train_config.schema.json` is the schema for editors:",
         "name it as `$schema` in a file.",
     ]
-    for command, schema in COMMANDS.items():
+    for command, schema in headings().items():
         lines += ["", f"## {command}"]
         heading = ""
         shared = TrainConfig.model_fields if issubclass(schema, TrainConfig) and schema is not TrainConfig else {}
-        if shared:
-            lines += ["", "All settings of `qingtune train`, none of them needed, and these:"]
+        lines += ["", "All settings of `qingtune train`, and these:"] * bool(shared)
         for name, field in schema.model_fields.items():
             if name in shared:
                 continue

@@ -30,10 +30,19 @@ class Data:
     @property
     def hash(self) -> str:
         """By which a later start of the run knows that its data is the same."""
-        digest = hashlib.sha256()
-        for sample in self.train:
-            digest.update(sample.token_ids.tobytes() + sample.trained.tobytes() + b"|")
-        return digest.hexdigest()[:16]
+        return _hash(self.train)
+
+    @property
+    def evaluation_hash(self) -> str | None:
+        """By which runs know that they were evaluated on the same; None without evaluation data."""
+        return _hash(self.evaluation) if self.evaluation else None
+
+
+def _hash(samples: Sequence[Sample]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.token_ids.tobytes() + sample.trained.tobytes() + b"|")
+    return digest.hexdigest()[:16]
 
 
 def check_files_exist(paths: Mapping[str, Sequence[str] | None]) -> None:
@@ -80,7 +89,8 @@ def load_data(config: TrainConfig, template: Template, context: int | None, say:
     if config.eval_data_path:
         evaluation = _read("Evaluation data", config.eval_data_path, config, say)
     else:
-        conversations, evaluation = _hold_out(conversations, config.val_size, config.seed)
+        seed = config.seed if config.val_seed is None else config.val_seed
+        conversations, evaluation = _hold_out(conversations, config.val_size, seed)
     styles: set[PromptStyle] = {"chat" if c.text is None else "plain" for c in conversations}
     train_samples = _tokenize("Training data", config, template, conversations, limit, say)
     eval_samples = _tokenize("Evaluation data", config, template, evaluation, limit, say) if evaluation else []

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, load_tool
 from pydantic import ValidationError
 
-from qingtune.command_config import ExportConfig, InferConfig, MergeConfig, PushConfig
+from qingtune.command_config import CompareConfig, ExportConfig, InferConfig, MergeConfig, PushConfig
 from qingtune.config import ALIASES, NO_EFFECT, Settings, TrainConfig
 from qingtune.config_load import load_train_config
 from qingtune.flags import group_of
@@ -173,7 +173,7 @@ def test_settings_cannot_change_once_checked() -> None:
 # --- The schema ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schema", [TrainConfig, InferConfig, MergeConfig, ExportConfig, PushConfig])
+@pytest.mark.parametrize("schema", [TrainConfig, InferConfig, MergeConfig, ExportConfig, PushConfig, CompareConfig])
 def test_every_setting_has_a_heading_and_a_sentence(schema: type[Settings]) -> None:
     for name, field in schema.model_fields.items():
         assert group_of(field), name

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from qingtune.command_config import ExportConfig, InferConfig, MergeConfig, PushConfig
+from qingtune.command_config import CompareConfig, ExportConfig, InferConfig, MergeConfig, PushConfig
 from qingtune.config import Settings, TrainConfig
 from qingtune.config_load import load_train_config
 from qingtune.errors import UserError
 from qingtune.flags import default_of, group_of, parse_flags
 
-SCHEMAS: list[type[Settings]] = [TrainConfig, InferConfig, MergeConfig, ExportConfig, PushConfig]
+SCHEMAS: list[type[Settings]] = [TrainConfig, InferConfig, MergeConfig, ExportConfig, PushConfig, CompareConfig]
 
 
 def parsed(*argv: str, schema: type[Settings] = TrainConfig) -> dict[str, str]:
@@ -75,6 +75,11 @@ def test_negative_numbers_are_values() -> None:
     assert parsed("--max_steps", "-1") == {"max_steps": "-1"}
 
 
+def test_flags_of_several_words_end_at_the_next_flag() -> None:
+    argv = ("--grid", "lora_r=8,16", "lora_alpha=16", "--seeds", "2", "--grid", "max_steps=-1")
+    assert parsed(*argv, schema=CompareConfig) == {"grid": "lora_r=8,16 lora_alpha=16 max_steps=-1", "seeds": "2"}
+
+
 @pytest.mark.parametrize("argv", [("stray",), ("--lora_r", "4", "stray"), ("--zzz", "1", "stray"), ("-r", "4")])
 def test_stray_words_are_named(argv: tuple[str, ...]) -> None:
     word = "-r" if "-r" in argv else "stray"
@@ -118,7 +123,9 @@ def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
     def show(schema: type[Settings], option: str = "--help") -> str:
         with pytest.raises(SystemExit) as stopped:
-            parse_flags(schema, "qingtune train", "What it does.", [option], config_file=schema is TrainConfig)
+            parse_flags(
+                schema, "qingtune train", "What it does.", [option], config_file=issubclass(schema, TrainConfig)
+            )
         assert stopped.value.code == 0
         return capsys.readouterr().out
 
@@ -136,7 +143,7 @@ def test_help_lists_every_setting_with_its_sentence_and_default(
         assert re.search(rf"^{re.escape(group_of(field))}:$", shown, re.MULTILINE), name
         for part in (field.description or "", default_of(field)):
             assert re.sub(r"\s+", "", part) in flowing, name
-    assert ("--config_file" in shown) == (schema is TrainConfig)
+    assert ("--config_file" in shown) == issubclass(schema, TrainConfig)
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)

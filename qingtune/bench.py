@@ -1,0 +1,181 @@
+"""Trials one after another: methods and grids in turns of seeds, searches point by point; their outcomes collected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qingtune.command_config import CompareConfig
+from qingtune.config_load import Loaded
+from qingtune.search import Asked, Search
+from qingtune.setups import Setup, make_setup
+from qingtune.trials import (
+    Interruption,
+    Outcome,
+    State,
+    Trial,
+    check_same_settings,
+    check_same_work,
+    evaluations,
+    finished_outcome,
+    last_evaluation,
+    run_trial,
+)
+
+TRIALS = "trials"  # the folder of them
+Watch = Callable[[Sequence[dict[str, Any]]], bool]
+
+
+@dataclass
+class Bench:
+    """Where trials are run and their outcomes collected.
+
+    Attributes:
+        stopping: once it is asked for, no further trial begins.
+        outcomes: setup's name -> the setup, and seed -> how its trial ended.
+    """
+
+    loaded: Loaded[CompareConfig]
+    stopping: Interruption
+
+    def __post_init__(self) -> None:
+        self.output_dir = Path(self.loaded.config.output_dir)
+        first = self.loaded.config.seed
+        self.seeds = range(first, first + self.loaded.config.seeds)
+        self.outcomes: dict[str, tuple[Setup, dict[int, Outcome]]] = {}
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def trial(self, setup: Setup, seed: int) -> Trial:
+        """The trial in its place."""
+        return Trial(setup, seed, self.output_dir / TRIALS / f"{setup.slug}-seed{seed}")
+
+    def run(self, trial: Trial, of_all: str, watch: Watch) -> Outcome:
+        """Run a trial unless it is finished, and tell how it goes."""
+        name = f"{of_all} {trial.setup.name}, seed {trial.seed}"
+        outcome = finished_outcome(trial)
+        if outcome.state == "finished":
+            self.console.print(f"{name}: finished already", markup=False)
+        elif self.stopping.asked:
+            outcome = Outcome("not run")
+        else:
+            self.console.print(f"{name} ...", markup=False)
+            with self.console.status("") as status:
+
+                def look(lines: Sequence[dict[str, Any]]) -> bool:
+                    status.update(_progress(lines))
+                    return watch(lines)
+
+                outcome = run_trial(trial, self.stopping, look)
+            self.console.print(f"{name}: {_told(outcome)}", markup=False)
+        self.keep(trial, outcome)
+        check_same_work([self.trial(setup, seed) for setup, of_seeds in self.outcomes.values() for seed in of_seeds])
+        return outcome
+
+    def keep(self, trial: Trial, outcome: Outcome) -> None:
+        """Collect how a trial ended."""
+        self.outcomes.setdefault(trial.setup.name, (trial.setup, {}))[1][trial.seed] = outcome
+
+    def keep_end(self, setup: Setup, state: str) -> None:
+        """Keep how a setup's first trial ended in an earlier start."""
+        ended: State = "pruned" if state == "pruned" else "failed"
+        trial = self.trial(setup, self.seeds[0])
+        self.keep(trial, Outcome(ended, last_evaluation(trial) if ended == "pruned" else f"see {trial.log_file}"))
+
+    def losses_of(self, setup: Setup) -> list[float]:
+        """Of its finished trials."""
+        _, outcomes = self.outcomes[setup.name]
+        return [outcome.numbers.eval_loss for outcome in outcomes.values() if outcome.numbers]
+
+    def end_of(self, setup: Setup) -> State:
+        """How the last of its trials ended."""
+        return [*self.outcomes[setup.name][1].values()][-1].state
+
+    def any_failed(self) -> bool:
+        """Whether a trial did."""
+        return any(o.state == "failed" for _, of_seeds in self.outcomes.values() for o in of_seeds.values())
+
+
+def run_all(bench: Bench, setups: Sequence[Setup]) -> None:
+    """All setups with the first seed, then with the next, so that a first comparison is there early."""
+    trials = [bench.trial(setup, seed) for seed in bench.seeds for setup in setups]
+    check_same_settings(trials)
+    for number, trial in enumerate(trials, 1):
+        bench.run(trial, f"[{number}/{len(trials)}]", lambda _: False)
+
+
+def run_search(bench: Bench, search: Search) -> None:
+    """One point after another, each with all seeds; whether one falls behind is judged by its first seed."""
+    told = [(make_setup(bench.loaded, point.method, point.varied), point.state) for point in search.told()]
+    check_same_settings([bench.trial(setup, seed) for setup, _ in told for seed in bench.seeds])
+    ends: dict[str, str] = {}
+    for number, (setup, state) in enumerate(told, 1):
+        ends[setup.name] = state
+        if state == "finished":  # there may be more seeds than before
+            _run_seeds(bench, setup, f"[{number}/{search.config.trials}]", lambda _: False)
+        else:
+            bench.keep_end(setup, state)
+    while not bench.stopping.asked and (asked := search.ask()):
+        setup = make_setup(bench.loaded, asked.method, asked.varied)
+        watch = _Watch(search, asked, setup)
+        if setup.name not in ends:
+            losses = _run_seeds(bench, setup, f"[{asked.number}/{search.config.trials}]", watch)
+            ends[setup.name] = bench.end_of(setup)
+        else:  # drawn once more
+            losses = bench.losses_of(setup)
+        if ends[setup.name] in ("stopped", "not run"):  # asked again when the search goes on
+            return
+        search.tell(asked, ends[setup.name], losses)
+
+
+def _run_seeds(bench: Bench, setup: Setup, of_all: str, watch: Watch) -> list[float]:
+    """Train a setup with each seed as long as that succeeds; `watch` sees the first only. Returns the losses."""
+    for seed in bench.seeds:
+        outcome = bench.run(bench.trial(setup, seed), of_all, watch if seed == bench.seeds[0] else lambda _: False)
+        if outcome.state != "finished":
+            break
+    return bench.losses_of(setup)
+
+
+@dataclass
+class _Watch:
+    """Reports a trial's evaluations to the search, and says whether it falls behind; never at its last step."""
+
+    search: Search
+    asked: Asked
+    setup: Setup
+    heard: int = 0
+
+    def __call__(self, lines: Sequence[dict[str, Any]]) -> bool:
+        """Take all lines so far."""
+        found = evaluations(lines)
+        losses = [loss for _, loss in found]
+        behind = self.search.falls_behind(self.asked, losses, self.heard)
+        self.heard = len(losses)
+        return behind and not self._is_over(lines[-1])
+
+    def _is_over(self, line: dict[str, Any]) -> bool:
+        config = self.setup.config
+        return line["step"] >= config.max_steps if config.max_steps > 0 else line["epoch"] >= config.num_train_epochs
+
+
+def _progress(lines: Sequence[dict[str, Any]]) -> str:
+    """The last step and evaluation, for a line that changes."""
+    steps = [line for line in lines if "tokens" in line]
+    found = evaluations(lines)
+    told = f"step {steps[-1]['step']}, loss {steps[-1]['loss'] or math.nan:.4f}" if steps else "starting"
+    return told + (f", eval_loss {found[-1][1]:.4f}" if found else "")
+
+
+def _told(outcome: Outcome) -> str:
+    """How a trial ended, as a line."""
+    if outcome.numbers is None:
+        return f"{outcome.state}. {outcome.message}"
+    numbers = outcome.numbers
+    return (
+        f"eval_loss {numbers.eval_loss_before:.4f} -> {numbers.eval_loss:.4f}, {numbers.tokens_per_second:,.0f} tok/s"
+    )

@@ -1,0 +1,206 @@
+"""`qingtune compare`: train setups on the same data in processes of their own -> a table of what was measured."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qingtune.bench import TRIALS, Bench, run_all, run_search
+from qingtune.command_config import CompareConfig
+from qingtune.comparison import Comparison, compare_outcomes
+from qingtune.comparison_table import as_console, as_json, as_markdown
+from qingtune.config_load import Loaded, read_json_object
+from qingtune.data.prepare import check_files_exist
+from qingtune.errors import UserError, raise_all
+from qingtune.files import sha256_of, write_json
+from qingtune.output_folder import check_output_folder, only_run_in
+from qingtune.plots import plot_comparison
+from qingtune.record import read_record
+from qingtune.redaction import redact, redact_values
+from qingtune.search import Search, extremes, require_optuna
+from qingtune.setups import Setup, about_learning_rates, check_varied, grid_setups, make_setup, methods_to_compare
+from qingtune.trials import interruption
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+# What a comparison leaves in its folder; BEGUN is the first.
+BEGUN, JOURNAL = "compare_config.json", "search.journal"
+PAGE, NUMBERS, PICTURE = "comparison.md", "comparison.json", "comparison.png"
+_ANEW_FLAG = re.compile(r" --overwrite[_-]output[_-]dir(?:[= ]true\b)?")
+ANEW = "Pass --overwrite_output_dir to begin anew, or choose another output_dir."
+
+
+def compare(loaded: Loaded[CompareConfig], command: str) -> int:
+    """Run the trials that are not finished yet, write the report and print its table.
+
+    Args:
+        command: what the user typed, shown where it can be used again.
+
+    Returns:
+        The exit code: 0, 1 if a trial failed, 130 if a signal ended it early; what is done is kept then.
+
+    Raises:
+        UserError: anything that the user can mend, before the first trial.
+    """
+    config, output_dir = loaded.config, Path(loaded.config.output_dir)
+    _check(config)
+    setups, notices = _search_checked(loaded) if config.space else _grid_checked(loaded)
+    check_output_folder(output_dir, overwrite=config.overwrite_output_dir, first_file=BEGUN, what="a comparison")
+    check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
+    with only_run_in(output_dir), interruption() as stopping:
+        _begin(config, output_dir)
+        for notice in notices:
+            _say(notice)
+        bench = Bench(loaded, stopping)
+        if config.space:
+            run_search(bench, Search(config, output_dir / JOURNAL))
+        else:
+            run_all(bench, setups)
+        code = INTERRUPTED if stopping.asked else FAILED if bench.any_failed() else DONE
+        _report(bench)
+    if code == INTERRUPTED:
+        _say(f"Stopped. To go on: {_ANEW_FLAG.sub('', command)}")
+    return code
+
+
+# --- Before the first trial ------------------------------------------------------------------------------------------
+
+
+def _check(config: CompareConfig) -> None:
+    """Refuse what cannot be compared.
+
+    Raises:
+        UserError: names every problem.
+    """
+    check_varied(config)
+    problems: list[UserError] = []
+    if not (config.eval_data_path or config.val_size):
+        problems.append(
+            UserError("a comparison needs evaluation data", fix="Give eval_data_path, or val_size, such as 0.1.")
+        )
+    elif config.eval_strategy == "no":
+        problems.append(UserError('eval_strategy is "no"', fix="Leave it out: a comparison needs evaluations."))
+    if config.pruner != "none" and not config.space:
+        problems.append(
+            UserError(f"pruner {config.pruner} without space has no meaning", fix="Give space, or leave it out.")
+        )
+    if config.resume_from_checkpoint not in ("auto", True):
+        problems.append(
+            UserError(
+                "resume_from_checkpoint has no meaning in a comparison", fix="Unfinished trials go on by themselves."
+            )
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append(UserError("a comparison starts its processes itself", fix="Start it without a launcher."))
+    raise_all(problems)
+
+
+def _grid_checked(loaded: Loaded[CompareConfig]) -> tuple[list[Setup], list[str]]:
+    """The grid's setups, and what the user should be told of them."""
+    setups = grid_setups(loaded)
+    about = about_learning_rates(loaded.config, loaded.given)
+    notices = [*([about] if about else []), *(notice for setup in setups for notice in setup.notices)]
+    return setups, [*dict.fromkeys(notices)]
+
+
+def _search_checked(loaded: Loaded[CompareConfig]) -> tuple[list[Setup], list[str]]:
+    """No setups, as a search finds them; but what it may ask for is checked, and what is true of all is told."""
+    require_optuna()
+    assert loaded.config.space is not None
+    points = extremes(loaded.config.space)
+    setups = [make_setup(loaded, method, point) for method in methods_to_compare(loaded.config) for point in points]
+    about = about_learning_rates(loaded.config, loaded.given)
+    of_all = [notice for notice in setups[0].notices if all(notice in setup.notices for setup in setups)]
+    return [], [*([about] if about else []), *of_all]
+
+
+def _begin(config: CompareConfig, output_dir: Path) -> None:
+    """Remove an earlier comparison where that is asked for, else make sure that this is the same one; write it down.
+
+    Raises:
+        UserError: the data or the space is not what it was.
+    """
+    if config.overwrite_output_dir:
+        shutil.rmtree(output_dir / TRIALS, ignore_errors=True)
+        for name in (BEGUN, JOURNAL, PAGE, NUMBERS, PICTURE):
+            (output_dir / name).unlink(missing_ok=True)
+    paths = [*(config.data_path or []), *(config.eval_data_path or [])]
+    space = config.model_dump(mode="json", include={"space"}).get("space")
+    now = {"data": {path: sha256_of(Path(path)) for path in paths}, "space": space}
+    if config.space:
+        now["methods"] = methods_to_compare(config)
+    if (output_dir / BEGUN).exists():
+        before = read_json_object(str(output_dir / BEGUN))
+        for name, value in now.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"the {name} of this comparison changed since it began", where=str(output_dir), fix=ANEW
+                )
+    settings = redact_values(config.model_dump(mode="json", exclude_defaults=True, exclude={"overwrite_output_dir"}))
+    write_json(output_dir / BEGUN, {**now, "settings": settings})
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+def _report(bench: Bench) -> None:
+    """Write the report, and print it."""
+    config, output_dir = bench.loaded.config, bench.output_dir
+    comparison = compare_outcomes([*bench.outcomes.values()])
+    trials = [bench.trial(setup, seed) for setup, of_seeds in bench.outcomes.values() for seed in of_seeds]
+    records = [record for trial in trials if (record := read_record(trial.folder))]
+    about = _about(config, sorted({record.results["steps"] for record in records}))
+    (output_dir / PAGE).write_text(redact(as_markdown(comparison, about)), encoding="utf-8")
+    versions = records[0].versions if records else {}
+    write_json(output_dir / NUMBERS, redact_values({"about": about, "versions": versions, **as_json(comparison)}))
+    if comparison.best:
+        _draw(comparison, output_dir / PICTURE)
+        print(as_console(comparison, min(120, max(80, shutil.get_terminal_size().columns))))
+        best = bench.trial(comparison.best.setup, min(comparison.best.numbers))
+        print(f"Its settings: {best.config_file}; its result: {best.folder}")
+    else:
+        print("No trial is finished.")
+    print(f"Report: {output_dir / PAGE}, {NUMBERS}" + f", {PICTURE}" * bool(comparison.best))
+
+
+_OF_THE_ORDER = {"per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"}
+
+
+def _about(config: CompareConfig, steps: Sequence[int]) -> list[str]:
+    """What was trained on what.
+
+    Args:
+        steps: of finished trials, each number once.
+    """
+    evaluated = ", ".join(config.eval_data_path or []) or f"{config.val_size:g} of it, held out"
+    data = ", ".join(config.data_path or [])
+    lines = [f"Model: {config.model_name_or_path}", f"Data: {data}; evaluated on {evaluated}"]
+    of_methods = {name for settings in (config.per_method or {}).values() for name in settings}
+    if steps and not _OF_THE_ORDER & {*(config.grid or {}), *(config.space or {}), *of_methods}:
+        samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        lines.append(f"{steps[0]:,} steps of {samples} samples; all setups get the same ones in the same order")
+    return lines
+
+
+def _draw(comparison: Comparison, picture: Path) -> None:
+    """Quality over memory; eval_loss where there is no quality."""
+    rows = [row for row in comparison.rows if row.eval_loss and row.peak_bytes]
+    related = all(row.quality for row in rows)
+    points: list[tuple[str, tuple[float, float, float], tuple[float, float, float]]] = []
+    for row in rows:
+        across, up = row.peak_bytes, row.quality if related else row.eval_loss
+        assert across is not None
+        assert up is not None
+        sizes = (across.median / 1e9, across.least / 1e9, across.most / 1e9)
+        scale = 100 if related else 1
+        points.append((row.setup.name, sizes, (up.median * scale, up.least * scale, up.most * scale)))
+    assert comparison.reference is not None
+    standing = f"quality relative to {comparison.reference.setup.name} (%)" if related else "eval_loss (nats per token)"
+    plot_comparison(points, ("peak memory (GB)", standing), picture)
