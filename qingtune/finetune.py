@@ -151,7 +151,7 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
         load_best(output_dir, model, progress, say)
     if processes.index == 0:
         save_result(config, model, template, folder, _record(config, folder, template, data, settings, result))
-        plot_losses(output_dir / METRICS, output_dir / CURVE)
+        plot_losses(output_dir / METRICS, output_dir / CURVE, title=output_dir.resolve().name)
         page.write()
     return result
 

@@ -106,7 +106,7 @@ def _write_record(folder: Path, settings: dict[str, Any], *, extras: bool) -> No
     if extras:
         results["planned_bytes"] = {
             "weights": 988_000_000, "adapters": 140_000_000, "gradients": 140_000_000, "optimizer_states": 280_000_000,
-            "activations": 610_000_000, "logits": 180_000_000, "overhead": 330_000_000, "total": 2_668_000_000,
+            "activations": 610_000_000, "logits": 180_000_000, "runtime": 330_000_000, "total": 2_668_000_000,
         }  # fmt: skip
         results |= {"trained_parameters": 35_192_832, "parameters": 529_225_600}
     record = {
@@ -129,10 +129,21 @@ def _write_extras(folder: Path) -> None:
         ],
     )
     metrics = {
-        "loss": {"before": 2.45, "after": 1.5792, "difference": -0.8708, "interval": [-0.95, -0.79]},
-        "bleu": {"before": 3.12, "after": 11.87, "difference": 8.75, "interval": [6.2, 11.4]},
-        "distinct_2": {"before": 0.61, "after": 0.64, "difference": 0.03, "interval": [-0.02, 0.08]},
-        "self_ended": {"before": 0.9, "after": 1.0, "difference": 0.1, "interval": None},
-        "form_all": {"before": None, "after": 0.93, "difference": None},
+        "loss": _change((2.45, None), (1.5792, None), (-0.8708, [-0.95, -0.79])),
+        "BLEU": _change((3.12, [2.0, 4.1]), (11.87, [9.5, 14.0]), (8.75, [6.2, 11.4])),
+        "distinct-2": _change((0.61, None), (0.64, None), (0.03, [-0.02, 0.08])),
+        "ended by itself %": _change((90.0, None), (100.0, None), (10.0, None)),
+        "form: all %": _change(None, (93.3, [80.0, 100.0]), None),
     }
     (folder / EVALUATION).write_text(json.dumps({"metrics": metrics}), encoding="utf-8")
+
+
+Estimate = tuple[float, list[float] | None] | None
+
+
+def _change(before: Estimate, after: Estimate, difference: Estimate) -> dict[str, Any]:
+    interval = difference and difference[1]
+    return {
+        name: estimate and {"value": estimate[0], "interval": estimate[1]}
+        for name, estimate in (("before", before), ("after", after), ("difference", difference))
+    } | {"difference_excludes_zero": None if interval is None else interval[0] > 0 or interval[1] < 0}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BOX = 1000  # the side of the box, in its own units
 COLUMNS = 400  # in each of which four points of a line are kept at most
 MOST_TICKS = 5
+MOST_DOTS = 30  # points of a line that are marked
 SMOOTHED_FROM = 20  # points; fewer are readable as they are
 
 Values = Sequence[float]
@@ -34,6 +35,7 @@ class Line:
         kind: names its colour: raw, smooth or evaluation.
         label: beside its last value.
         path: SVG path data in the box; gaps where values are missing.
+        dots: the same for a dot at each point, where there are few, and where one has no neighbours.
         last: the last value, as text.
         points: JSON of the kept steps and their values as text, for the pointer.
     """
@@ -41,6 +43,7 @@ class Line:
     kind: str
     label: Words
     path: str
+    dots: str
     last: str
     points: str
 
@@ -82,8 +85,7 @@ def make_chart(
         return None
     left, right = min(int(x[0]) for _, x, _ in lines), max(int(x[-1]) for _, x, _ in lines)
     finite = np.concatenate([y[np.isfinite(y)] for _, _, y in lines])
-    bottom, step = _axis(0.0 if from_zero else float(finite.min()), high := float(finite.max()))
-    top = bottom + step * max(1, math.ceil((high - bottom) / step - 1e-9))
+    bottom, top, step = _axis(0.0 if from_zero else float(finite.min()), float(finite.max()))
     exponent = math.floor(math.log10(max(abs(bottom), abs(top))))
     power = exponent if exponent < -2 or exponent > 5 else 0
     if power:
@@ -136,7 +138,7 @@ def _line(
     return Line(
         column.kind,
         column.label,
-        _path(across.tolist(), down.tolist(), with_dots=column.kind == "evaluation"),
+        *_paths(across.tolist(), down.tolist(), with_dots=column.kind != "smooth"),
         show(float(y[known][-1])),
         json.dumps([x[known].tolist(), [show(value) for value in y[known].tolist()]], separators=(",", ":")),
     )
@@ -160,32 +162,32 @@ def _thin(x: NDArray[np.int64], y: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.array(sorted(kept))
 
 
-def _path(across: list[float], down: list[float], *, with_dots: bool) -> str:
-    """SVG path data; a point without neighbours, or each one `with_dots`, is a line of no length, drawn as a dot."""
-    words: list[str] = []
-    drawing = False
+def _paths(across: list[float], down: list[float], *, with_dots: bool) -> tuple[str, str]:
+    """SVG path data of the lines from neighbour to neighbour, and of dots, which are lines of no length."""
+    known = [math.isfinite(below) for below in down]
+    few = with_dots and sum(known) <= MOST_DOTS
+    lines: list[str] = []
+    dots: list[str] = []
     for place, (right, below) in enumerate(zip(across, down, strict=True)):
-        if not math.isfinite(below):
-            drawing = False
+        if not known[place]:
             continue
-        words.append(f"{'L' if drawing else 'M'}{right:.5g} {below:.5g}")
-        followed = place + 1 < len(down) and math.isfinite(down[place + 1])
-        if with_dots or not (drawing or followed):
-            words.append("h0")
-        drawing = True
-    return "".join(words)
+        follows = place > 0 and known[place - 1]
+        lines.append(f"{'L' if follows else 'M'}{right:.5g} {below:.5g}")
+        if few or not (follows or (place + 1 < len(down) and known[place + 1])):
+            dots.append(f"M{right:.5g} {below:.5g}h0")
+    return "".join(lines), "".join(dots)
 
 
 # --- Axes ------------------------------------------------------------------------------------------------------------
 
 
-def _axis(low: float, high: float) -> tuple[float, float]:
-    """Where a y axis begins, and its step: 1, 2 or 5 times a power of ten, with at most MOST_TICKS steps."""
+def _axis(low: float, high: float) -> tuple[float, float, float]:
+    """Where a y axis begins and ends, and its step: 1, 2 or 5 times a power of ten."""
     if high <= low:  # all values alike
         room = abs(low) / 10 or 1.0
         low, high = (low, high + room) if low == 0 else (low - room, high + room)
     step = _step(high - low)
-    return math.floor(low / step + 1e-9) * step, step
+    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, step
 
 
 def _step(span: float) -> float:

@@ -138,7 +138,7 @@ def _figures(source: Source) -> list[tuple[Words, str | Words]]:
     figures: list[tuple[Words, str | Words]] = []
     if after is not None:
         figures += [
-            (Words("evaluation loss", "评估损失"), _from_to(before, after, 4)),
+            (Words("evaluation loss", "评估损失"), _from_to(before, after, 3)),
             (Words("perplexity", "困惑度"), _from_to(_exp(before), _exp(after), 2)),
         ]
     elif losses := [loss for loss in curves.values["loss"] if math.isfinite(loss)]:
@@ -155,7 +155,7 @@ def _figures(source: Source) -> list[tuple[Words, str | Words]]:
     if trained := results.get("trained_parameters"):
         share = trained / results["parameters"] if results.get("parameters") else None
         figures.append(
-            (Words("trained parameters", "可训练参数"), f"{trained:,}" + (f" ({share:.2%})" if share else ""))
+            (Words("trained parameters", "可训练参数"), _millions(trained) + (f" ({share:.2%})" if share else ""))
         )
     return figures
 
@@ -166,7 +166,11 @@ def _exp(loss: float | None) -> float | None:
 
 def _from_to(before: float | None, after: float | None, decimals: int) -> str:
     parts = [number(value, decimals) for value in (before, after) if value is not None]
-    return " → ".join(parts)
+    return "\u00a0→ ".join(parts)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f} M" if count >= 1e5 else f"{count:,}"
 
 
 def _highest(values: Sequence[float]) -> float | None:
@@ -226,9 +230,9 @@ def _chat(source: Source) -> str:
 
 def _evaluate(source: Source) -> str:
     data = source.settings.get("eval_data_path") or ["ROWS.jsonl"]
-    return shlex.join(
-        ["qingtune", "evaluate", *_model_flags(source), "--data", ",".join(data), "--output_dir", source.folder]
-    )
+    where = ["--output_dir", source.folder]
+    evaluate = shlex.join(["qingtune", "evaluate", *_model_flags(source), "--data", ",".join(data), *where])
+    return f"{evaluate}\n{shlex.join(['qingtune', 'report', *where])}"
 
 
 # --- Curves ----------------------------------------------------------------------------------------------------------
@@ -261,18 +265,16 @@ def _charts(source: Source) -> list[Chart | None]:
     unit, divisor = ("GB", 1e9) if most >= 1e8 else ("MB", 1e6)
     memory = [value / divisor for value in values["peak_bytes"]]
 
-    def line(name: Words, column: Sequence[float]) -> list[Column]:
-        return [Column("raw", name, curves.steps, column)]
+    def line(column: Sequence[float]) -> list[Column]:
+        return [Column("raw", Words("last", "最新"), curves.steps, column)]
 
     rate, norm = Words("Learning rate", "学习率"), Words("Gradient norm", "梯度范数")
     speed, peak = Words("Speed", "训练速度"), Words("Peak memory so far", "峰值内存（至当前步）")
     return [
-        make_chart(rate, both(""), line(rate, values["learning_rate"]), lambda v: f"{v:.2e}", from_zero=True),
-        make_chart(
-            norm, Words("before clipping", "裁剪前"), line(norm, values["grad_norm"]), significant, from_zero=True
-        ),
-        make_chart(speed, Words("tokens/s", "token/秒"), line(speed, speeds), lambda v: number(v, 0), from_zero=True),
-        make_chart(peak, both(unit), line(peak, memory), lambda v: f"{number(v, 2)} {unit}", from_zero=True),
+        make_chart(rate, both(""), line(values["learning_rate"]), lambda v: f"{v:.2e}", from_zero=True),
+        make_chart(norm, Words("before clipping", "裁剪前"), line(values["grad_norm"]), significant, from_zero=True),
+        make_chart(speed, Words("tokens/s", "token/秒"), line(speeds), lambda v: number(v, 0), from_zero=True),
+        make_chart(peak, both(unit), line(memory), lambda v: f"{number(v, 2)} {unit}", from_zero=True),
     ]
 
 
@@ -293,12 +295,10 @@ def _rows(source: Source) -> list[Row]:
     rows: list[Row] = []
     for metric in source.metrics:
         before, after = ("–" if value is None else significant(value) for value in (metric.before, metric.after))
-        difference, sure = "–" if metric.difference is None else f"{metric.difference:+.4g}", False
+        difference = "–" if metric.difference is None else f"{metric.difference:+.4g}"
         if metric.interval:
-            low, high = metric.interval
-            difference += f" [{low:+.4g}, {high:+.4g}]"
-            sure = low > 0 or high < 0
-        rows.append(Row(named(METRICS, metric.name), before, after, difference, sure))
+            difference += " [{:+.4g},\u00a0{:+.4g}]".format(*metric.interval)
+        rows.append(Row(named(METRICS, metric.name), before, after, difference, metric.sure))
     return rows
 
 
@@ -330,10 +330,16 @@ def _settings(settings: Mapping[str, Any], *, changed: bool) -> list[tuple[str, 
     """Settings that differ from the defaults, or those that do not, as text."""
     fields = TrainConfig.model_fields
     return [
-        (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        (name, _as_text(value))
         for name, value in settings.items()
         if (name not in fields or name in _CHOSEN_ALWAYS or value != fields[name].default) == changed
     ]
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_as_text(item) for item in value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _machine(source: Source) -> list[tuple[Words, str]]:

@@ -50,13 +50,20 @@ class Answers:
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure of answers; `interval` is the 95 % interval of the difference."""
+    """A measure of answers.
+
+    Attributes:
+        before: None where there is no such model or value; likewise the others.
+        interval: the 95 % interval of the difference.
+        sure: whether that excludes zero.
+    """
 
     name: str
     before: float | None
     after: float | None
     difference: float | None
     interval: tuple[float, float] | None
+    sure: bool
 
 
 @dataclass(frozen=True)
@@ -175,29 +182,42 @@ def _eval_samples(path: Path) -> tuple[list[Answers], tuple[int, int] | None]:
 
 
 def _predictions(folder: Path) -> list[Answers]:
-    """The answers of `qingtune evaluate`, row by row."""
+    """The answers of `qingtune evaluate`: rows of the data, each with its answer, in the same order in both files."""
     before, after = ([redact_values(row) for row in _lines(folder / name)] for name in PREDICTIONS)
-    rows = range(max(len(before), len(after)))
-    pairs = [(before[i] if i < len(before) else {}, after[i] if i < len(after) else {}) for i in rows]
-    return [
-        Answers(
-            str((two or one).get("prompt", "")), (two or one).get("reference"), one.get("answer"), two.get("answer")
-        )
-        for one, two in pairs
-    ]
+    answers: list[Answers] = []
+    for place in range(max(len(before), len(after))):
+        one, two = (rows[place] if place < len(rows) else {} for rows in (before, after))
+        if "answer" in one or "answer" in two:
+            prompt, reference = _asked(two or one)
+            answers.append(Answers(prompt, reference, one.get("answer"), two.get("answer")))
+    return answers
+
+
+def _asked(row: dict[str, Any]) -> tuple[str, str | None]:
+    """Prompt and answer of a row of data as text to read, whichever of the formats it has."""
+    turns = row.get("messages") or row.get("conversations")
+    if turns:
+        texts = [str(turn.get("content", turn.get("value", ""))) for turn in turns]
+        closed = turns[-1].get("role", turns[-1].get("from")) in ("assistant", "gpt")
+        return "\n\n".join(texts[:-1] if closed else texts), texts[-1] if closed else None
+    if "prompt" in row:
+        return _as_text(row["prompt"]) or "", _as_text(row.get("completion"))
+    parts = [str(row[name]) for name in ("system", "instruction", "input") if row.get(name)]
+    return "\n\n".join(parts), _as_text(row.get("output"))
+
+
+def _as_text(turns: Any) -> str | None:
+    if isinstance(turns, list):
+        return "\n\n".join(str(turn.get("content", "")) for turn in turns)
+    return None if turns is None else str(turns)
 
 
 def _metrics(evaluation: dict[str, Any]) -> list[Metric]:
     metrics: list[Metric] = []
-    for name, values in dict(evaluation.get("metrics", {})).items():
-        low_high = values.get("interval")
-        metrics.append(
-            Metric(
-                name,
-                values.get("before"),
-                values.get("after"),
-                values.get("difference"),
-                (low_high[0], low_high[1]) if low_high else None,
-            )
-        )
+    for name, about in dict(evaluation.get("metrics", {})).items():
+        before, after, difference = (about.get(part) or {} for part in ("before", "after", "difference"))
+        low_high = difference.get("interval")
+        interval = (low_high[0], low_high[1]) if low_high else None
+        sure = about.get("difference_excludes_zero") is True
+        metrics.append(Metric(name, before.get("value"), after.get("value"), difference.get("value"), interval, sure))
     return metrics

@@ -24,33 +24,32 @@ METHODS = {
     "qlora": Words("QLoRA", "QLoRA"),
 }
 
+# The plan's parts.
 PARTS = {
     "weights": Words("weights", "模型权重"),
-    "quantised_weights": Words("quantised weights", "量化后的权重"),
     "quantized_weights": Words("quantised weights", "量化后的权重"),
     "adapters": Words("adapters", "适配器"),
     "gradients": Words("gradients", "梯度"),
     "optimizer_states": Words("optimizer states", "优化器状态"),
-    "optimizer": Words("optimizer states", "优化器状态"),
     "activations": Words("activations", "激活值"),
     "logits": Words("logits", "logits（输出层）"),
-    "overhead": Words("runtime", "运行时开销"),
-    "runtime": Words("runtime", "运行时开销"),
+    "runtime": Words("runtime", "运行时"),
+    "loading": Words("more while loading", "加载时额外占用"),
 }
 
+# What `qingtune evaluate` measures; names that stay as they are in Chinese too are not listed.
 METRICS = {
-    "loss": Words("loss per trained token", "每 token 损失"),
+    "loss": Words("loss per trained token", "损失（每训练 token）"),
     "perplexity": Words("perplexity", "困惑度"),
-    "exact_match": Words("exact match", "完全一致率"),
-    "bleu": Words("BLEU", "BLEU"),
-    "chrf": Words("chrF", "chrF"),
-    "rouge_1": Words("ROUGE-1", "ROUGE-1"),
-    "rouge_2": Words("ROUGE-2", "ROUGE-2"),
-    "rouge_l": Words("ROUGE-L", "ROUGE-L"),
-    "distinct_1": Words("distinct-1", "distinct-1（一元多样性）"),
-    "distinct_2": Words("distinct-2", "distinct-2（二元多样性）"),
-    "length_ratio": Words("length of answers / references", "回答与参考的长度比"),
-    "self_ended": Words("answers that ended by themselves", "自行结束的回答"),
+    "exact match %": Words("exact match %", "完全一致 %"),
+    "length ratio": Words("length ratio", "长度比（回答 / 参考）"),
+    "ended by itself %": Words("ended by itself %", "自行结束 %"),
+    "form: title %": Words("form: title %", "格式：标题 %"),
+    "form: emoji %": Words("form: emoji %", "格式：表情符号 %"),
+    "form: tags %": Words("form: tags %", "格式：话题标签 %"),
+    "form: max_characters %": Words("form: max characters %", "格式：字数上限 %"),
+    "form: contains %": Words("form: contains %", "格式：必含内容 %"),
+    "form: all %": Words("form: all %", "格式：全部满足 %"),
 }
 
 ENVIRONMENT = {
