@@ -17,7 +17,8 @@ _WRITTEN = (
     SETTINGS, RECORD, METRICS, CURVE, LATEST, FACTS, PAGE, "checkpoint-*", "trackers", "adapter_config.json",
     "adapter_model.safetensors", "README.md", "model*.safetensors", "model.safetensors.index.json", "config.json",
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
-    "merges.txt", "added_tokens.json", "demo_answers.json", "evaluation.*", "eval_samples.jsonl", "predictions_*.jsonl*",
+    "merges.txt", "added_tokens.json", "demo_answers.json",
+    "evaluation.json", "evaluation.md", "eval_samples.jsonl", "predictions_*.jsonl*",
 )  # fmt: skip
 # What a run that was killed while it wrote leaves besides.
 _HALF_DONE = (".checkpoint-*", ".result-*", ".*.tmp")

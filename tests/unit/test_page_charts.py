@@ -76,7 +76,7 @@ def test_a_value_stands_where_the_ticks_say() -> None:
 def test_missing_values_are_gaps_and_lonely_points_are_dots() -> None:
     many = list(range(MOST_DOTS * 3))
     values = [1.0 + step % 2 for step in many]
-    values[10] = values[12] = values[20] = math.nan
+    values[10] = values[12] = values[20] = math.nan  # 11 stands alone
     line = chart_of((many, values)).lines[0]
     assert line.path.count("M") == 4
     assert [x for x, _ in points_of(line.dots)] == pytest.approx([11 / many[-1] * BOX], rel=1e-4)
