@@ -81,7 +81,7 @@ def test_an_error_would_be_seen(page: str, browse: Callable[..., tuple[dict[str,
     _, console = browse(page.replace("<main>", '<main><img src="https://example.org/x.png">'))
     assert any("violates the following Content Security Policy" in line for line in console)
     data, _ = browse(page.replace("</body>", PROBE).replace("<main>", f"<main><pre>{'x' * 80}</pre>"), 390)
-    assert int(data["content"]) == 390
+    assert int(data["content"]) <= 390
     data, _ = browse(page.replace("</body>", PROBE).replace("<main>", f"<main><nobr>{'x' * 80}</nobr>"), 390)
     assert int(data["content"]) > 390
 
