@@ -117,7 +117,7 @@ def read_run(folder: Path) -> Source:
         answers=answers[:MOST_SAMPLES],
         steps_of_answers=steps,
         more_answers=max(0, len(answers) - MOST_SAMPLES),
-        metrics=_metrics(_json(folder / EVALUATION)),
+        metrics=_metrics(folder / EVALUATION),
     )
 
 
@@ -212,12 +212,16 @@ def _as_text(turns: Any) -> str | None:
     return None if turns is None else str(turns)
 
 
-def _metrics(evaluation: dict[str, Any]) -> list[Metric]:
-    metrics: list[Metric] = []
-    for name, about in dict(evaluation.get("metrics", {})).items():
-        before, after, difference = (about.get(part) or {} for part in ("before", "after", "difference"))
-        low_high = difference.get("interval")
-        interval = (low_high[0], low_high[1]) if low_high else None
-        sure = about.get("difference_excludes_zero") is True
-        metrics.append(Metric(name, before.get("value"), after.get("value"), difference.get("value"), interval, sure))
-    return metrics
+def _metrics(path: Path) -> list[Metric]:
+    try:
+        return [_metric(name, about) for name, about in dict(_json(path).get("metrics", {})).items()]
+    except (AttributeError, TypeError, ValueError, LookupError) as error:
+        raise UserError(f"this is not as `qingtune evaluate` writes it ({error})", where=str(path)) from None
+
+
+def _metric(name: str, about: dict[str, Any]) -> Metric:
+    before, after, difference = (about[part] or {} for part in ("before", "after", "difference"))
+    ends = difference.get("interval")
+    interval = (float(ends[0]), float(ends[1])) if ends else None
+    sure = about["difference_excludes_zero"] is True
+    return Metric(name, before.get("value"), after.get("value"), difference.get("value"), interval, sure)

@@ -225,6 +225,13 @@ def test_a_line_without_what_it_should_hold_is_named(folder: Path) -> None:
         write_page(folder)
 
 
+@pytest.mark.parametrize("metrics", [{"BLEU": 3.2}, {"BLEU": {"after": 3.2}}, [3.2]])
+def test_an_evaluation_of_another_kind_is_named(folder: Path, metrics: Any) -> None:
+    (folder / EVALUATION).write_text(json.dumps({"metrics": metrics}), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{EVALUATION}: this is not as `qingtune evaluate` writes it"):
+        write_page(folder)
+
+
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
