@@ -261,9 +261,11 @@ def test_the_command_loads_nothing_heavy(folder: Path, run: Callable[..., subpro
 
 
 def test_a_full_disk_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_module, "write_text", _no_room)
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr("qingtune.files.flush", _no_room)
     with pytest.raises(UserError, match=r"report\.html could not be written: No space left on device"):
         report(ReportConfig(output_dir=str(folder)))
+    assert sorted(folder.iterdir()) == before
 
 
 def _no_room(*_: object) -> None:
