@@ -295,9 +295,11 @@ def _rows(source: Source) -> list[Row]:
     rows: list[Row] = []
     for metric in source.metrics:
         before, after = ("–" if value is None else significant(value) for value in (metric.before, metric.after))
-        difference = "–" if metric.difference is None else f"{metric.difference:+.4g}"
+        decimals = min(4, len(after.partition(".")[2]))  # the difference's too, so that it can be checked by eye
+        difference = "–" if metric.difference is None else f"{metric.difference:+,.{decimals}f}"
         if metric.interval:
-            difference += " [{:+.4g},\u00a0{:+.4g}]".format(*metric.interval)
+            low, high = metric.interval
+            difference += f" [{low:+,.{decimals}f},\u00a0{high:+,.{decimals}f}]"
         rows.append(Row(named(METRICS, metric.name), before, after, difference, metric.sure))
     return rows
 

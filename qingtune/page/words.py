@@ -47,6 +47,7 @@ METRICS = {
     "form: title %": Words("form: title %", "格式：标题 %"),
     "form: emoji %": Words("form: emoji %", "格式：表情符号 %"),
     "form: tags %": Words("form: tags %", "格式：话题标签 %"),
+    "form: min_characters %": Words("form: min characters %", "格式：字数下限 %"),
     "form: max_characters %": Words("form: max characters %", "格式：字数上限 %"),
     "form: contains %": Words("form: contains %", "格式：必含内容 %"),
     "form: all %": Words("form: all %", "格式：全部满足 %"),
