@@ -295,7 +295,7 @@ def _rows(source: Source) -> list[Row]:
     rows: list[Row] = []
     for metric in source.metrics:
         before, after = ("–" if value is None else significant(value) for value in (metric.before, metric.after))
-        decimals = min(4, len(after.partition(".")[2]))  # the difference's too, so that it can be checked by eye
+        decimals = min(4, max(len(text.partition(".")[2]) for text in (before, after)))
         difference = "–" if metric.difference is None else f"{metric.difference:+,.{decimals}f}"
         if metric.interval:
             low, high = metric.interval

@@ -81,9 +81,11 @@ def significant(value: float) -> str:
     """A number of any size with four significant digits, such as 12,340 or 0.01234 or 1.2e-05."""
     if not math.isfinite(value):
         return "–"
-    if value and not 1e-4 <= abs(value) < 1e9:
+    if not value:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e9:
         return f"{value:.3g}"
-    decimals = 4 if not value else max(0, 3 - math.floor(math.log10(abs(value))))
+    decimals = max(0, 3 - math.floor(math.log10(abs(value))))
     return f"{value:,.{decimals}f}"
 
 
