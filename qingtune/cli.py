@@ -20,6 +20,7 @@ from qingtune.command_config import (
     MergeConfig,
     PlanConfig,
     PushConfig,
+    ReportConfig,
 )
 from qingtune.config import Settings, TrainConfig
 from qingtune.config_load import check_flags, load_config, load_train_config
@@ -57,6 +58,7 @@ COMMANDS = {
     "merge": Command("Write base model and adapter as one model.", MergeConfig, "merge:merge"),
     "export": Command("Write a model as GGUF for llama.cpp and Ollama.", ExportConfig, "export:export"),
     "push": Command("Upload a folder to Hugging Face or ModelScope; by itself only shows it.", PushConfig, "push:push"),
+    "report": Command("Write a training run's report.html anew.", ReportConfig, "report:report"),
     "check": Command("Report on a data set without training.", CheckConfig, "check:check"),
     "plan": Command("Tell the memory and time of a run before it starts.", PlanConfig, "plan:plan"),
     "compare": Command(

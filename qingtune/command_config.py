@@ -122,6 +122,13 @@ class PushConfig(Settings):
     confirm: bool = setting(False, "Where", "Upload; without this, only what would be done is shown.")
 
 
+class ReportConfig(Settings):
+    """Settings of `qingtune report`."""
+
+    output_dir: str = setting("./output", "Run", "The folder of the run; report.html is written there.", min_length=1)
+    open: bool = setting(False, "Run", "Show the page in the browser.")
+
+
 class CheckConfig(Settings):
     """Settings of `qingtune check`."""
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,7 @@ from qingtune.config import TrainConfig
 from qingtune.continuation import check_checkpoint_exists, is_finished, load_best, where_to_go_on
 from qingtune.data.prepare import Data, Say, check_files_exist, load_data
 from qingtune.data.tokenize import Template, make_template
+from qingtune.environment import describe_machine
 from qingtune.errors import UserError
 from qingtune.files import copy_file, disk_errors, staging_folder, usual_permissions, write_json
 from qingtune.hardware import Hardware, choose_hardware
@@ -35,7 +37,9 @@ from qingtune.plots import plot_losses
 from qingtune.quiet import quieten
 from qingtune.record import (
     CURVE,
+    FACTS,
     METRICS,
+    PAGE,
     SETTINGS,
     Record,
     settings_to_compare,
@@ -43,6 +47,7 @@ from qingtune.record import (
     write_record,
 )
 from qingtune.redaction import redact_values
+from qingtune.report import PageOfRun
 from qingtune.run_plan import keep_measured_speed, plan_run, try_to_plan
 from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, MetricsFile, Sink, to_all
 from qingtune.training.loop import Limits, Progress, Work, train
@@ -156,19 +161,38 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
     processes.wait()
 
     work, limits, progress = make_work(config, model, data, hardware, processes, settings, resume_from, say)
-    result = _train(config, work, limits, progress, processes, count_parameters(model))
+    page = PageOfRun(output_dir, say)
+    if processes.index == 0:
+        facts = _facts(hardware, processes, data, limits)
+        write_json(output_dir / FACTS, redact_values(facts))
+    result = _train(config, work, limits, progress, processes, page, count_parameters(model))
     result = replace(result, planned_bytes=plan and plan.planned_bytes())
     if plan and processes.count == 1:
         keep_measured_speed(plan, output_dir / METRICS, say)
     del work  # and with it the optimizer's states, before the result takes memory
     if not result.finished:
+        if processes.index == 0:
+            page.write()
         return result
     if config.load_best_model_at_end:
         load_best(output_dir, model, progress, say)
     if processes.index == 0:
         save_result(config, model, template, folder, _record(config, folder, template, data, settings, result))
-        plot_losses(output_dir / METRICS, output_dir / CURVE)
+        plot_losses(output_dir / METRICS, output_dir / CURVE, title=output_dir.resolve().name)
+        page.write()
     return result
+
+
+def _facts(hardware: Hardware, processes: AcceleratedProcesses, data: Data, limits: Limits) -> dict[str, Any]:
+    """What the run knows of itself when it starts, for its page."""
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    machine = {"device": hardware.reason, "processes": processes.count, **describe_machine(), "started": started}
+    return {
+        "data": asdict(data.report),
+        "machine": machine,
+        "versions": versions(),
+        "total_steps": limits.total_steps,
+    }
 
 
 def _record(
@@ -280,6 +304,7 @@ def _train(
     limits: Limits,
     progress: Progress,
     processes: AcceleratedProcesses,
+    page: PageOfRun,
     counts: tuple[int, int],
 ) -> Result:
     """Run the loop with its sinks, evaluating before the first step too, so that what training gained can be told.
@@ -295,7 +320,7 @@ def _train(
         if processes.index == 0:
             console = stack.enter_context(ConsoleSink(limits.total_steps, progress.step))
             metrics = stack.enter_context(MetricsFile(output_dir / METRICS, progress.step))
-            logged = to_all([metrics, processes.track, console.log])
+            logged = to_all([metrics, processes.track, console.log, page])
             sinks += [console, EverySteps(config.logging_steps, limits.total_steps, logged, progress.unlogged)]
         emit = to_all(sinks)
         if limits.evaluate_every and not progress.step:
@@ -347,5 +372,7 @@ def _summary(config: TrainConfig, result: Result, chat_command: str) -> str:
         lines.append(f"eval_loss {start}{result.eval_loss:.4f}")
     base = config.output_dir if config.method == "full" else config.model_name_or_path
     adapter = "" if config.method == "full" else f" --lora_model {config.output_dir}"
+    if (Path(config.output_dir) / PAGE).exists():
+        lines.append(f"Report: {Path(config.output_dir) / PAGE}")
     lines += [f"Result: {config.output_dir}", f"Talk to it: {chat_command} --base_model {base}{adapter}"]
     return "\n".join(lines)

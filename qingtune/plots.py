@@ -6,9 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from qingtune.fonts import font_for
 
-def plot_losses(metrics: Path, picture: Path) -> None:
-    """Draw training and evaluation loss over the steps, from a metrics.jsonl."""
+
+def plot_losses(metrics: Path, picture: Path, title: str) -> None:
+    """Draw training and evaluation loss over the steps, from a metrics.jsonl; the title may be in any script."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -21,6 +23,8 @@ def plot_losses(metrics: Path, picture: Path) -> None:
         if points:
             few = len(points) < 3
             axes.plot(*zip(*points, strict=True), label=label, marker=marker or ("o" if few else ""), markersize=4)
+    lettering = font_for(title)
+    axes.set_title(lettering.text, family=lettering.families, fontsize="medium", parse_math=False)
     axes.set(xlabel="step", ylabel="loss (nats per trained token)")
     axes.grid(alpha=0.3)
     axes.legend()

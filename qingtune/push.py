@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from qingtune.command_config import PushConfig
 from qingtune.errors import UserError, raise_all
 from qingtune.output_folder import LOCK
-from qingtune.record import CURVE, LATEST, METRICS, RECORD, SETTINGS
+from qingtune.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SETTINGS
 from qingtune.redaction import redact
 
 # What a model, adapter or export consists of; anything else is a person's to decide on.
@@ -22,7 +22,10 @@ _PUBLISHED = re.compile(
     r"added_tokens\.json|chat_template\.jinja|vocab\.json|merges\.txt|" + re.escape(RECORD)
 )
 # What a run leaves that others have no use for.
-_LEFT_OUT = {SETTINGS, METRICS, CURVE, LATEST, LOCK, "demo_answers.json", "trackers", ".DS_Store"}
+_LEFT_OUT = {
+    SETTINGS, METRICS, CURVE, LATEST, FACTS, PAGE, LOCK, "demo_answers.json", "trackers", ".DS_Store",
+    "evaluation.json", "evaluation.md", "eval_samples.jsonl", "predictions_before.jsonl", "predictions_after.jsonl",
+}  # fmt: skip
 _NO_TEXT = re.compile(
     r".*\.(gguf|safetensors)|tokenizer\.(json|model)|vocab\.json|merges\.txt"
 )  # binary, or words alone

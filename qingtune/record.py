@@ -14,8 +14,10 @@ from qingtune.errors import UserError
 from qingtune.files import write_json
 from qingtune.redaction import redact_values
 
-# What a run writes besides the model's or adapter's own files; SETTINGS is the first, RECORD the last.
+# What a run writes besides the model's or adapter's own files; SETTINGS is the first, RECORD the last of those that
+# the result needs. FACTS are what the run knows of itself when it starts; the page is made of all of them.
 RECORD, SETTINGS, METRICS, CURVE = "qingtune.json", "train_config.json", "metrics.jsonl", "loss_curve.png"
+FACTS, PAGE = "run_facts.json", "report.html"
 LATEST = "latest_checkpoint.json"  # names the checkpoint to go on from
 
 # Settings that may change from one start of a run to the next without changing what it computes.

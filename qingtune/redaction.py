@@ -17,8 +17,8 @@ _SHAPES = (
     (re.compile(r"(?<=://)[^/\s@\"']+(?=@)"), HIDDEN),  # user and password in a URL
     (re.compile(r"([?&][\w.-]*(?:token|key|secret|password|signature|sig)=)[^&\s\"']+", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(r"(authorization\W+(?:bearer|basic)\s+)[\w.~+/=-]+", re.IGNORECASE), rf"\1{HIDDEN}"),
-    # Hugging Face, OpenAI and alike, GitHub, GitLab, AWS, Slack
-    (re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|AKIA|xox[abp]-)[\w-]{10,}"), HIDDEN),
+    # Hugging Face, OpenAI and alike, GitHub, GitLab, AWS, Slack; a Chinese character before it is no part of a token
+    (re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|AKIA|xox[abp]-)[\w-]{10,}", re.ASCII), HIDDEN),
 )
 
 

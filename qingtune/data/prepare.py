@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from qingtune.config import TrainConfig
-from qingtune.data.format import Conversation, faulty_rows, read_conversations
-from qingtune.data.tokenize import Sample, Template, describe, show_example, tokenize
+from qingtune.data.format import Conversation, Reading, faulty_rows, read_conversations
+from qingtune.data.tokenize import SHOWN, Sample, Summary, Template, describe, show_example, summarize, tokenize
 from qingtune.errors import UserError, raise_all, shorten
 
 PromptStyle = Literal["chat", "plain"]
@@ -20,12 +20,44 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class SetReport:
+    """What is told of training or evaluation data.
+
+    Attributes:
+        summary: of what was tokenised.
+        formats: what rows each file holds; nothing for rows held out of the training data.
+        ignored_columns: of each file.
+        rows_read: in the files.
+        faults: rows of the files that were refused.
+        first_faults: where the first refused rows stand and why.
+    """
+
+    summary: Summary
+    formats: dict[str, str] = field(default_factory=dict)
+    ignored_columns: dict[str, list[str]] = field(default_factory=dict)
+    rows_read: int = 0
+    faults: int = 0
+    first_faults: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What is told of the data: by set, how many evaluation samples are trained on, and an example."""
+
+    training: SetReport
+    evaluation: SetReport | None
+    evaluated_and_trained: int
+    example: str
+
+
+@dataclass(frozen=True)
 class Data:
-    """Tokenised training and evaluation data."""
+    """Tokenised training and evaluation data, and the report on it."""
 
     train: list[Sample]
     evaluation: list[Sample]
     style: PromptStyle
+    report: DataReport
 
     @property
     def hash(self) -> str:
@@ -85,33 +117,38 @@ def load_data(config: TrainConfig, template: Template, context: int | None, say:
         say(f"max_seq_length = {context:,}: the model reads no more (the setting is {limit:,}).")
         limit = context
     assert config.data_path is not None
-    conversations = _read("Training data", config.data_path, config, say)
+    reading, of_evaluation = _read("Training data", config.data_path, config, say), Reading()
     if config.eval_data_path:
-        evaluation = _read("Evaluation data", config.eval_data_path, config, say)
+        of_evaluation = _read("Evaluation data", config.eval_data_path, config, say)
+        conversations, evaluation = reading.conversations, of_evaluation.conversations
     else:
         seed = config.seed if config.val_seed is None else config.val_seed
-        conversations, evaluation = _hold_out(conversations, config.val_size, seed)
+        conversations, evaluation = _hold_out(reading.conversations, config.val_size, seed)
     styles: set[PromptStyle] = {"chat" if c.text is None else "plain" for c in conversations}
-    train_samples = _tokenize("Training data", config, template, conversations, limit, say)
-    eval_samples = _tokenize("Evaluation data", config, template, evaluation, limit, say) if evaluation else []
+    train_samples, training = _tokenize("Training data", config, template, conversations, limit, reading, say)
+    eval_samples, evaluated = [], None
+    if evaluation:
+        eval_samples, evaluated = _tokenize("Evaluation data", config, template, evaluation, limit, of_evaluation, say)
     twice = {s.token_ids.tobytes() for s in train_samples} & {s.token_ids.tobytes() for s in eval_samples}
     if twice:
         say(f"Warning: {len(twice):,} evaluation samples stand in the training data too; eval_loss is too good.")
     short = min(train_samples[:100], key=lambda sample: len(sample.token_ids))
-    say(f"An example, its trained part between >>> and <<<:\n{show_example(template.tokenizer, short)}")
-    return Data(train_samples, eval_samples, "plain" if styles == {"plain"} else "chat")
+    example = show_example(template.tokenizer, short)
+    say(f"An example, its trained part between >>> and <<<:\n{example}")
+    report = DataReport(training, evaluated, len(twice), example)
+    return Data(train_samples, eval_samples, "plain" if styles == {"plain"} else "chat", report)
 
 
-def _read(name: str, paths: Sequence[str], config: TrainConfig, say: Say) -> list[Conversation]:
+def _read(name: str, paths: Sequence[str], config: TrainConfig, say: Say) -> Reading:
     reading = read_conversations(paths, config.system_prompt, config.on_bad_row)
     for path, kind in reading.formats.items():
         unused = reading.ignored_columns[path]
         say(f"{name}: {path} holds {kind} rows" + (f"; not used: {', '.join(unused)}" if unused else ""))
-    for fault in reading.faults[:5]:
+    for fault in reading.faults[:SHOWN]:
         say(f"refused: {fault}")
     if reading.faults:
         say(f"{name}: {len(reading.faults):,} of {reading.rows:,} rows refused")
-    return reading.conversations
+    return reading
 
 
 def _hold_out(
@@ -132,12 +169,18 @@ def _hold_out(
 
 
 def _tokenize(
-    name: str, config: TrainConfig, template: Template, conversations: Sequence[Conversation], limit: int, say: Say
-) -> list[Sample]:
+    name: str,
+    config: TrainConfig,
+    template: Template,
+    conversations: Sequence[Conversation],
+    limit: int,
+    reading: Reading,
+    say: Say,
+) -> tuple[list[Sample], SetReport]:
     tokenized = tokenize(template, conversations, limit, config.on_long)
     if tokenized.faults and config.on_bad_row == "raise":
         raise faulty_rows(tokenized.faults, len(conversations))
-    for fault in tokenized.faults[:5]:
+    for fault in tokenized.faults[:SHOWN]:
         say(f"refused: {fault}")
     if not tokenized.samples:
         raise UserError(
@@ -146,6 +189,9 @@ def _tokenize(
             where=name,
             fix="Raise max_seq_length or look at the data.",
         )
-    for line in describe(name, len(conversations), len(tokenized.faults), tokenized):
+    summary = summarize(len(conversations), tokenized)
+    for line in describe(name, summary):
         say(line)
-    return tokenized.samples
+    faults = [str(fault) for fault in [*reading.faults, *tokenized.faults]]
+    report = SetReport(summary, reading.formats, reading.ignored_columns, reading.rows, len(faults), faults[:SHOWN])
+    return tokenized.samples, report

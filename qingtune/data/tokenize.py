@@ -32,6 +32,10 @@ PLAIN_TEMPLATE = (
 )
 
 
+BINS = 24  # of the histogram of lengths
+SHOWN = 5  # places named of each kind
+
+
 @dataclass(frozen=True)
 class Sample:
     """Token ids (int32, [T]) and which of them are trained (bool, [T]): True where the loss predicts that token."""
@@ -269,26 +273,73 @@ def _sample(ids: list[int], spans: Sequence[tuple[int, int]], origin: str) -> Sa
 # --- The report ------------------------------------------------------------------------------------------------------
 
 
-def describe(name: str, rows: int, faults: int, tokenized: Tokenized) -> list[str]:
-    """The data report: a few lines on what is trained and what is not."""
+@dataclass(frozen=True)
+class Summary:
+    """The data report in numbers: what is trained and what is not.
+
+    Attributes:
+        rows: that were tokenised.
+        faults: rows that the template cannot express.
+        lengths: percentiles of the samples' lengths, in tokens: p50, p90, p99, longest.
+        histogram: how many samples are of which length, as (longest length, samples) of each bin.
+        first_too_long: where the first rows stand that were dropped for their length.
+    """
+
+    rows: int
+    faults: int
+    samples: int
+    tokens: int
+    trained_tokens: int
+    too_long: int
+    untrained: int
+    truncated: int
+    split_conversations: int
+    lengths: dict[str, int]
+    histogram: list[tuple[int, int]]
+    first_too_long: list[str]
+
+
+def summarize(rows: int, tokenized: Tokenized) -> Summary:
+    """Count what `rows` conversations became; there is at least one sample."""
     lengths = np.array([len(sample.token_ids) for sample in tokenized.samples])
-    trained = sum(sample.trained_tokens for sample in tokenized.samples)
     half, most, nearly_all = (int(np.percentile(lengths, share)) for share in (50, 90, 99))
+    longest = int(lengths.max())
+    counts, edges = np.histogram(lengths, bins=min(BINS, longest), range=(0, longest))
+    return Summary(
+        rows=rows,
+        faults=len(tokenized.faults),
+        samples=len(tokenized.samples),
+        tokens=int(lengths.sum()),
+        trained_tokens=sum(sample.trained_tokens for sample in tokenized.samples),
+        too_long=len(tokenized.too_long),
+        untrained=len(tokenized.untrained),
+        truncated=tokenized.truncated,
+        split_conversations=tokenized.split_conversations,
+        lengths={"p50": half, "p90": most, "p99": nearly_all, "longest": longest},
+        histogram=[(round(edge), count) for edge, count in zip(edges[1:].tolist(), counts.tolist(), strict=True)],
+        first_too_long=tokenized.too_long[:SHOWN],
+    )
+
+
+def describe(name: str, summary: Summary) -> list[str]:
+    """The data report as a few lines."""
+    lengths = ", ".join(f"{place} {length:,}" for place, length in summary.lengths.items())
     lines = [
-        f"{name}: {rows:,} rows read, {len(tokenized.samples):,} samples, {faults:,} refused, "
-        f"{len(tokenized.too_long):,} too long, {len(tokenized.untrained):,} without a trained token",
-        f"{name}: {lengths.sum():,} tokens, {trained:,} of them trained ({trained / lengths.sum():.0%}); "
-        f"length p50 {half:,}, p90 {most:,}, p99 {nearly_all:,}, longest {lengths.max():,}",
+        f"{name}: {summary.rows:,} rows read, {summary.samples:,} samples, {summary.faults:,} refused, "
+        f"{summary.too_long:,} too long, {summary.untrained:,} without a trained token",
+        f"{name}: {summary.tokens:,} tokens, {summary.trained_tokens:,} of them trained "
+        f"({summary.trained_tokens / summary.tokens:.0%}); length {lengths}",
     ]
-    if tokenized.truncated:
-        lines.append(f"{name}: {tokenized.truncated:,} samples cut at the end; these do not teach the model to stop")
-    if tokenized.split_conversations:
+    if summary.truncated:
+        lines.append(f"{name}: {summary.truncated:,} samples cut at the end; these do not teach the model to stop")
+    if summary.split_conversations:
         lines.append(
-            f"{name}: {tokenized.split_conversations:,} conversations trained turn by turn, "
+            f"{name}: {summary.split_conversations:,} conversations trained turn by turn, "
             "as the template writes earlier turns otherwise once later ones follow"
         )
-    if tokenized.too_long:
-        lines.append(f"{name}: too long: {', '.join(tokenized.too_long[:5])}{' ...' * (len(tokenized.too_long) > 5)}")
+    if summary.too_long:
+        more = " ..." * (summary.too_long > len(summary.first_too_long))
+        lines.append(f"{name}: too long: {', '.join(summary.first_too_long)}{more}")
     return lines
 
 

@@ -136,6 +136,7 @@ def test_error_in_a_process_of_its_own(run: Callable[..., subprocess.CompletedPr
         (("export", "--lora_model", "none", "--output_dir", "out"), "none: no adapter_config.json here"),
         (("export", "--output_dir", "out"), "no model is named. Pass --lora_model"),
         (("export", "--base_model", "x", "--output_dir", "o", "--quantize", "q5"), '--quantize: "quantize" is "q5"'),
+        (("report", "--output_dir", "none"), "none: no training run here"),
         (("push", "--folder", "none", "--repo", "me/mine"), "none: there is no such folder"),
         (("push", "--folder", "none", "--repo", "mine"), '--repo: "repo" is "mine": should be OWNER/NAME'),
         (("export", "--base_model", "x", "--output_dir", ""), '--output_dir: "output_dir" is ""'),

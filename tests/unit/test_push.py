@@ -41,6 +41,7 @@ def folder(tmp_path: Path) -> Path:
         "adapter_model.safetensors": "weights", "tokenizer.json": "{}", "chat_template.jinja": "</think>",
         "qingtune.json": '{"base_model": "Qwen/Qwen2.5-0.5B-Instruct"}', "README.md": "# Mine\n/v1/chat",
         "train_config.json": '{"output_dir": "/home/someone"}', "metrics.jsonl": "{}", "loss_curve.png": "x",
+        "report.html": "x", "run_facts.json": "{}", "evaluation.json": "{}",
     }  # fmt: skip
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -69,7 +70,10 @@ def test_without_confirmation_only_a_list_is_shown(folder: Path, capsys: pytest.
     assert [line.split()[0] for line in lines[1:-3]] == PUBLISHED
     assert "adapter_model.safetensors  7 bytes" in lines[3]
     assert lines[-3].startswith("6 files, ")
-    assert lines[-2] == "Left out: loss_curve.png, metrics.jsonl, trackers, train_config.json."
+    assert lines[-2] == (
+        "Left out: evaluation.json, loss_curve.png, metrics.jsonl, report.html, run_facts.json, trackers, "
+        "train_config.json."
+    )
     assert lines[-1] == "Nothing was uploaded. To do it, give the same command with --confirm."
 
 

@@ -22,6 +22,7 @@ from qingtune.redaction import redact, redact_values, redacted_output
         ("Authorization: Bearer eyJhbGciOi.J9", "Authorization: Bearer ***"),
         ("{'authorization': 'Bearer abc.def'}", "{'authorization': 'Bearer ***'}"),
         ("hf_abcdefghijklmnopqrst is bad", "*** is bad"),
+        ("令牌hf_abcdefghijklmnopqrst无效", "令牌***无效"),
         ("key sk-proj-0123456789abcdef.", "key ***."),
         ("ghp_0123456789abcdefghij", "***"),
     ],

@@ -13,7 +13,17 @@ import pytest
 from conftest import CHATML, make_tokenizer
 
 from qingtune.data.format import Conversation, Message
-from qingtune.data.tokenize import Sample, Template, Tokenized, describe, make_template, prompt_ids, show_example
+from qingtune.data.read import Fault
+from qingtune.data.tokenize import (
+    Sample,
+    Template,
+    Tokenized,
+    describe,
+    make_template,
+    prompt_ids,
+    show_example,
+    summarize,
+)
 from qingtune.data.tokenize import tokenize as tokenize_all
 from qingtune.errors import UserError
 
@@ -274,8 +284,9 @@ def test_the_report_counts_what_is_trained() -> None:
     rows = [Conversation(THREE_TURNS, "a:1"), Conversation((QUESTION, ANSWER), "a:2")]
     tokenized = tokenize_all(template, rows, 90, "drop")
     tokenized.untrained.append("a:3")
+    tokenized.faults.append(Fault("a:4", "no"))
     tokenized.too_long = [f"a:{number}" for number in range(10, 17)]
-    report = "\n".join(describe("Data", 12, 1, tokenized))
+    report = "\n".join(describe("Data", summarize(12, tokenized)))
     tokens = sum(len(sample.token_ids) for sample in tokenized.samples)
     trained = sum(int(sample.trained.sum()) for sample in tokenized.samples)
     assert f"12 rows read, {len(tokenized.samples)} samples, 1 refused, 7 too long, 1 without" in report

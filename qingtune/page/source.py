@@ -1,0 +1,227 @@
+"""A run's folder -> what its page shows. The only place that knows the files; each of them may be missing."""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qingtune.errors import UserError
+from qingtune.record import FACTS, METRICS, SETTINGS, Record, read_record
+from qingtune.redaction import redact_values
+
+EVALUATION, EVAL_SAMPLES = "evaluation.json", "eval_samples.jsonl"
+PREDICTIONS = ("predictions_before.jsonl", "predictions_after.jsonl")
+MOST_SAMPLES = 12
+# What is drawn of each logged line, as training/events.py writes it; speed is tokens / seconds.
+LOGGED = ("loss", "learning_rate", "grad_norm", "tokens", "seconds", "peak_bytes")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """metrics.jsonl as columns; numbers that are missing or not finite are NaN.
+
+    Attributes:
+        steps: of the logged lines, int [N].
+        values: by the names of LOGGED, float [N] each.
+        eval_steps: of the evaluations, int [M].
+        eval_losses: mean over the trained tokens, in nats, float [M].
+    """
+
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    values: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in LOGGED})
+    eval_steps: array[int] = field(default_factory=lambda: array("q"))
+    eval_losses: array[float] = field(default_factory=lambda: array("d"))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A prompt with the answers before and after training, and the one in the data; None where there is none."""
+
+    prompt: str
+    reference: str | None
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measure of answers.
+
+    Attributes:
+        before: None where there is no such model or value; likewise the others.
+        interval: the 95 % interval of the difference.
+        sure: whether that excludes zero.
+    """
+
+    name: str
+    before: float | None
+    after: float | None
+    difference: float | None
+    interval: tuple[float, float] | None
+    sure: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that the page shows, without secrets.
+
+    Attributes:
+        folder: of the run, as the user named it.
+        settings: train_config.json.
+        record: of a finished run; None while it is not.
+        facts: what the run knew when it started: data, machine, steps to do.
+        curves: what was measured.
+        answers: at most MOST_SAMPLES.
+        steps_of_answers: the steps before and after which they were given; None if the files do not say.
+        more_answers: how many there are besides.
+        metrics: of `qingtune evaluate`.
+    """
+
+    folder: str
+    settings: dict[str, Any]
+    record: Record | None
+    facts: dict[str, Any]
+    curves: Curves
+    answers: list[Answers]
+    steps_of_answers: tuple[int, int] | None
+    more_answers: int
+    metrics: list[Metric]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """Of the finished run; empty while it is not."""
+        return self.record.results if self.record else {}
+
+
+def read_run(folder: Path) -> Source:
+    """Read what a run has left so far.
+
+    Raises:
+        UserError: a file is broken.
+    """
+    answers, steps = _eval_samples(folder / EVAL_SAMPLES)
+    if not answers:
+        answers = _predictions(folder)
+    record = read_record(folder)
+    return Source(
+        folder=str(folder),
+        settings=_json(folder / SETTINGS),
+        record=Record(**redact_values(vars(record))) if record else None,
+        facts=_json(folder / FACTS),
+        curves=_curves(folder / METRICS),
+        answers=answers[:MOST_SAMPLES],
+        steps_of_answers=steps,
+        more_answers=max(0, len(answers) - MOST_SAMPLES),
+        metrics=_metrics(folder / EVALUATION),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object; empty if there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(redact_values(json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"this file is broken ({error})", where=str(path)) from None
+
+
+def _lines(path: Path, *names: str) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines, each with these names; a line that is still being written is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                values = dict(json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"this line is broken ({error})", where=f"{path}:{number}") from None
+            if missing := [name for name in names if name not in values]:
+                raise UserError(f"{', '.join(missing)} is missing in this line", where=f"{path}:{number}")
+            yield values
+
+
+def _curves(path: Path) -> Curves:
+    curves = Curves()
+    for line in _lines(path, "step"):
+        if "eval_loss" in line:
+            curves.eval_steps.append(line["step"])
+            curves.eval_losses.append(_number(line["eval_loss"]))
+        else:
+            curves.steps.append(line["step"])
+            for name, column in curves.values.items():
+                column.append(_number(line.get(name)))
+    return curves
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _eval_samples(path: Path) -> tuple[list[Answers], tuple[int, int] | None]:
+    """The answers of the first evaluation beside those of the last one."""
+    by_step: dict[int, dict[str, dict[str, Any]]] = {}
+    for line in _lines(path, "step", "prompt", "answer"):
+        by_step.setdefault(line["step"], {})[line["prompt"]] = redact_values(line)
+    if not by_step:
+        return [], None
+    first, last = min(by_step), max(by_step)
+    earlier = by_step[first] if first < last else {}
+    answers = [
+        Answers(row["prompt"], row.get("reference"), earlier.get(prompt, {}).get("answer"), row["answer"])
+        for prompt, row in by_step[last].items()
+    ]
+    return answers, (first, last)
+
+
+def _predictions(folder: Path) -> list[Answers]:
+    """The answers of `qingtune evaluate`: rows of the data, each with its answer, in the same order in both files."""
+    before, after = ([redact_values(row) for row in _lines(folder / name)] for name in PREDICTIONS)
+    answers: list[Answers] = []
+    for place in range(max(len(before), len(after))):
+        one, two = (rows[place] if place < len(rows) else {} for rows in (before, after))
+        if "answer" in one or "answer" in two:
+            prompt, reference = _asked(two or one)
+            answers.append(Answers(prompt, reference, one.get("answer"), two.get("answer")))
+    return answers
+
+
+def _asked(row: dict[str, Any]) -> tuple[str, str | None]:
+    """Prompt and answer of a row of data as text to read, whichever of the formats it has."""
+    turns = row.get("messages") or row.get("conversations")
+    if turns:
+        texts = [str(turn.get("content", turn.get("value", ""))) for turn in turns]
+        closed = turns[-1].get("role", turns[-1].get("from")) in ("assistant", "gpt")
+        return "\n\n".join(texts[:-1] if closed else texts), texts[-1] if closed else None
+    if "prompt" in row:
+        return _as_text(row["prompt"]) or "", _as_text(row.get("completion"))
+    parts = [str(row[name]) for name in ("system", "instruction", "input") if row.get(name)]
+    return "\n\n".join(parts), _as_text(row.get("output"))
+
+
+def _as_text(turns: Any) -> str | None:
+    if isinstance(turns, list):
+        return "\n\n".join(str(turn.get("content", "")) for turn in turns)
+    return None if turns is None else str(turns)
+
+
+def _metrics(path: Path) -> list[Metric]:
+    try:
+        return [_metric(name, about) for name, about in dict(_json(path).get("metrics", {})).items()]
+    except (AttributeError, TypeError, ValueError, LookupError) as error:
+        raise UserError(f"this is not as `qingtune evaluate` writes it ({error})", where=str(path)) from None
+
+
+def _metric(name: str, about: dict[str, Any]) -> Metric:
+    before, after, difference = (about[part] or {} for part in ("before", "after", "difference"))
+    ends = difference.get("interval")
+    interval = (float(ends[0]), float(ends[1])) if ends else None
+    sure = about["difference_excludes_zero"] is True
+    return Metric(name, before.get("value"), after.get("value"), difference.get("value"), interval, sure)
