@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qingtune import __version__
-from qingtune.command_config import CheckConfig, ExportConfig, InferConfig, MergeConfig, PushConfig
+from qingtune.command_config import CheckConfig, EvaluateConfig, ExportConfig, InferConfig, MergeConfig, PushConfig
 from qingtune.config import Settings, TrainConfig
 from qingtune.config_load import check_flags, load_train_config
 from qingtune.errors import UserError
@@ -48,6 +48,7 @@ COMMANDS = {
     "merge": Command("Write base model and adapter as one model.", MergeConfig, "merge:merge"),
     "export": Command("Write a model as GGUF for llama.cpp and Ollama.", ExportConfig, "export:export"),
     "push": Command("Upload a folder to Hugging Face or ModelScope; by itself only shows it.", PushConfig, "push:push"),
+    "evaluate": Command("Measure a model on data, before and after training.", EvaluateConfig, "evaluation:evaluate"),
     "check": Command("Report on a data set without training.", CheckConfig, "check:check"),
 }
 

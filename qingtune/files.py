@@ -21,8 +21,13 @@ MANIFEST = "manifest.json"
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file in one move, flushed to the disk."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one move, flushed to the disk."""
     half_done = path.with_name(f".{path.name}.tmp")
-    half_done.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    half_done.write_text(text, encoding="utf-8")
     flush(half_done)
     os.replace(half_done, path)
     flush(path.parent)

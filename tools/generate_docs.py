@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qingtune.command_config import CheckConfig, ExportConfig, InferConfig, MergeConfig, PushConfig  # noqa: E402
+from qingtune.command_config import CheckConfig, EvaluateConfig, ExportConfig, InferConfig, MergeConfig, PushConfig  # noqa: E402
 from qingtune.config import ALIASES, NO_EFFECT, Settings, TrainConfig  # noqa: E402
 from qingtune.flags import default_of, group_of, value_of  # noqa: E402
 
@@ -19,6 +19,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "qingtune merge": MergeConfig,
     "qingtune export": ExportConfig,
     "qingtune push": PushConfig,
+    "qingtune evaluate": EvaluateConfig,
     "qingtune check": CheckConfig,
 }
 

@@ -16,7 +16,7 @@ from qingtune.config import DEFAULT_MODEL
 from qingtune.errors import UserError
 
 ANSWER_WITHIN_S = 4.0
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -51,8 +51,7 @@ def find_model(name: str, cache_dir: str | None, hub: str) -> ModelSource:
     """
     tried: list[str] = []
     last = Path(name).name
-    cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
-    for place in (Path(name).expanduser(), Path("models") / last, cache / last):
+    for place in _places(name, cache_dir):
         if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
             return _checked(ModelSource(name, place))
         if place.is_file():
@@ -82,6 +81,19 @@ def find_model(name: str, cache_dir: str | None, hub: str) -> ModelSource:
     )
 
 
+def _places(name: str, cache_dir: str | None) -> tuple[Path, ...]:
+    last = Path(name).name
+    cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
+    return Path(name).expanduser(), Path("models") / last, cache / last
+
+
+def is_here(name: str, cache_dir: str | None, hub: str) -> bool:
+    """Whether `find_model` finds a model without asking a hub."""
+    if any(place.exists() for place in _places(name, cache_dir)):
+        return True
+    return hub != "modelscope" and _is_hub_name(name) and _in_hugging_face_cache(name, cache_dir) is not None
+
+
 def _is_hub_name(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
 
@@ -89,19 +101,10 @@ def _is_hub_name(name: str) -> bool:
 def _from_hugging_face(name: str, cache_dir: str | None) -> Path | str:
     """The folder of the model, downloaded if need be; or a line on why it could not be had."""
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    def fetch(local: bool) -> Path:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, cache_dir=cache_dir, allow_patterns=list(_MODEL_FILES), local_files_only=local
-            )
-        )
-
-    try:
-        return fetch(local=True)
-    except (LocalEntryNotFoundError, FileNotFoundError, ValueError):
-        pass  # not downloaded before: ask the hub
+    if here := _in_hugging_face_cache(name, cache_dir):
+        return here
     endpoint = os.environ.get("HF_ENDPOINT") or "Hugging Face"
     if any(os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE") for variable in _OFFLINE):
         return f"{endpoint}: not in its local cache, and HF_HUB_OFFLINE forbids to ask"
@@ -114,11 +117,26 @@ def _from_hugging_face(name: str, cache_dir: str | None) -> Path | str:
     if isinstance(answer, Exception):
         return f"{endpoint}: no answer ({type(answer).__name__})"
     try:
-        return fetch(local=False)
+        return Path(huggingface_hub.snapshot_download(name, cache_dir=cache_dir, allow_patterns=_MODEL_FILES))
     except GatedRepoError:  # the page of such a model is public, its files are not
         return gated
     except Exception as error:  # the transport's errors are of many kinds; each is told
         return f"{endpoint}: the download broke off ({type(error).__name__})"
+
+
+def _in_hugging_face_cache(name: str, cache_dir: str | None) -> Path | None:
+    """The folder of a model that was downloaded before."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, cache_dir=cache_dir, allow_patterns=_MODEL_FILES, local_files_only=True
+            )
+        )
+    except (LocalEntryNotFoundError, FileNotFoundError, ValueError):
+        return None
 
 
 def _from_modelscope(name: str, cache_dir: str | None) -> Path | str:
