@@ -91,7 +91,7 @@ def as_json(about: About, changes: Sequence[Change], sides: Mapping[str, Side]) 
         "models": {name: side.identity for name, side in sides.items()},
         "rows_without_loss": {name: side.without_loss for name, side in sides.items()},
         "intervals": {"share": SHARE, "resamples": RESAMPLES, "kind": "paired percentile bootstrap over rows"},
-        "sacrebleu": signatures(about.references),
+        "sacrebleu": signatures(about.references) if about.references else {},
         "metrics": {change.name: _change_as_json(change) for change in changes},
         "lm_eval": {name: side.harness for name, side in sides.items() if side.harness is not None},
         "settings": about.settings,

@@ -34,6 +34,7 @@ from qingtune.quiet import quieten
 from qingtune.record import (
     CURVE,
     METRICS,
+    SAMPLES,
     SETTINGS,
     Record,
     settings_to_compare,
@@ -41,7 +42,8 @@ from qingtune.record import (
     write_record,
 )
 from qingtune.redaction import redact_values
-from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, MetricsFile, Sink, to_all
+from qingtune.sample_answers import SampleAnswers
+from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, LinesFile, MetricsFile, Sink, to_all
 from qingtune.training.loop import Limits, Progress, Work, train
 from qingtune.training.optim import EIGHT_BITS
 from qingtune.training.processes import AcceleratedProcesses
@@ -132,7 +134,13 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
     processes.wait()
 
     work, limits, progress = make_work(config, model, data, hardware, processes, settings, resume_from, say)
-    result = _train(config, work, limits, progress, processes)
+    answers = None
+    if config.eval_samples and processes.index == 0:
+        file = LinesFile(output_dir / SAMPLES, progress.step)
+        mixed = hardware.dtype if config.method == "full" or config.modules_to_save else None
+        asked = data.evaluation[: config.eval_samples]
+        answers = SampleAnswers(file, model, template, asked, context_length(folder), mixed)
+    result = _train(config, work, limits, progress, processes, answers)
     del work  # and with it the optimizer's states, before the result takes memory
     if not result.finished:
         return result
@@ -248,7 +256,12 @@ def _parameters_of_base(model: PreTrainedModel) -> int:
 
 
 def _train(
-    config: TrainConfig, work: Work, limits: Limits, progress: Progress, processes: AcceleratedProcesses
+    config: TrainConfig,
+    work: Work,
+    limits: Limits,
+    progress: Progress,
+    processes: AcceleratedProcesses,
+    answers: SampleAnswers | None,
 ) -> Result:
     """Run the loop with its sinks, evaluating before the first step too, so that what training gained can be told."""
     output_dir = Path(config.output_dir)
@@ -261,6 +274,8 @@ def _train(
             metrics = stack.enter_context(MetricsFile(output_dir / METRICS, progress.step))
             logged = to_all([metrics, processes.track, console.log])
             sinks += [console, EverySteps(config.logging_steps, limits.total_steps, logged, progress.unlogged)]
+        if answers:
+            sinks.append(stack.enter_context(answers))
         emit = to_all(sinks)
         if limits.evaluate_every and not progress.step:
             loss, tokens = work.evaluate()

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qingtune.errors import UserError, shorten
-from qingtune.record import CURVE, LATEST, METRICS, RECORD, SETTINGS
+from qingtune.record import CURVE, LATEST, METRICS, RECORD, SAMPLES, SETTINGS
 
 LOCK = ".qingtune.lock"
 # All that a run leaves in its folder.
 _WRITTEN = (
-    SETTINGS, RECORD, METRICS, CURVE, LATEST, "checkpoint-*", "trackers", "adapter_config.json",
+    SETTINGS, RECORD, METRICS, CURVE, LATEST, SAMPLES, "checkpoint-*", "trackers", "adapter_config.json",
     "adapter_model.safetensors", "README.md", "model*.safetensors", "model.safetensors.index.json", "config.json",
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
     "merges.txt", "added_tokens.json", "demo_answers.json",

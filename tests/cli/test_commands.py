@@ -120,7 +120,10 @@ def test_error_in_a_process_of_its_own(run: Callable[..., subprocess.CompletedPr
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("zzz",), '"zzz" is not a command. The commands are train, infer, chat, merge, export, push, check.'),
+        (
+            ("zzz",),
+            '"zzz" is not a command. The commands are train, infer, chat, merge, export, push, evaluate, check.',
+        ),
         (("--lora_r", "8"), '"--lora_r" is not a command'),
         (("train",), "data_path is missing"),
         (("train", "stray.json"), '"stray.json" stands alone'),
@@ -134,6 +137,9 @@ def test_error_in_a_process_of_its_own(run: Callable[..., subprocess.CompletedPr
         (("chat", "--temperature", "hot"), '--temperature: "temperature" is "hot"'),
         (("merge", "--lora_model", "none", "--output_dir", "out"), "none: no adapter_config.json here"),
         (("export", "--lora_model", "none", "--output_dir", "out"), "none: no adapter_config.json here"),
+        (("evaluate", "--data", "x.jsonl"), "--output_dir is missing"),
+        (("evaluate", "--output_dir", "out", "--base_model", "x"), "--data is missing"),
+        (("evaluate", "--output_dir", "out", "--base_model", "x", "--data", "none.jsonl"), "there is no such file"),
         (("export", "--output_dir", "out"), "no model is named. Pass --lora_model"),
         (("export", "--base_model", "x", "--output_dir", "o", "--quantize", "q5"), '--quantize: "quantize" is "q5"'),
         (("push", "--folder", "none", "--repo", "me/mine"), "none: there is no such folder"),
