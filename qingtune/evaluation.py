@@ -60,7 +60,7 @@ def evaluate(config: EvaluateConfig) -> None:
     _refuse_finished(output_dir, overwrite=config.overwrite_output_dir)
     speakers = _speakers(config)
     rows = _read(config, speakers[AFTER].system_prompt)
-    with only_run_in(output_dir), disk_errors("the evaluation", output_dir, "Choose another output_dir."):
+    with only_run_in(output_dir):
         if config.overwrite_output_dir:
             _remove_earlier(output_dir)
         sides: dict[str, Side] = {}
@@ -72,7 +72,8 @@ def evaluate(config: EvaluateConfig) -> None:
             _say("Stopped; the same command goes on with it.")
             raise
         about = _about(config, rows)
-        changes = write_report(output_dir, about, sides)
+        with disk_errors("the evaluation", output_dir, "Make room and run the same command again."):
+            changes = write_report(output_dir, about, sides)
         for name in sides:
             (output_dir / f"predictions_{name}.jsonl.unfinished.json").unlink(missing_ok=True)
     print_report(about, changes, sides)
@@ -141,14 +142,16 @@ def _to_infer(config: EvaluateConfig, base: str | None, adapter: str | None, sys
 
 
 def _speakers(config: EvaluateConfig) -> dict[str, Speaker]:
-    """The models in the order in which they are loaded; both are given the same system message."""
+    """The models in the order in which they are loaded; both are given the same prompts."""
     slots = 1 if config.skip_generation else min(SLOTS, config.limit or SLOTS)
     after = prepare_speaker(_to_infer(config, config.base_model, config.lora_model, config.system_prompt), slots)
     name = None if config.only_after else config.before_model or _base_of(config, after)
     if name is None:
         return {AFTER: after}
     before = prepare_speaker(_to_infer(config, name, None, after.system_prompt), slots)
-    return {BEFORE: replace(before, system_prompt=after.system_prompt), AFTER: after}
+    system = after.system_prompt
+    identity = before.identity | {"system_prompt": system}
+    return {BEFORE: replace(before, system_prompt=system, plain=after.plain, identity=identity), AFTER: after}
 
 
 def _base_of(config: EvaluateConfig, after: Speaker) -> str | None:
@@ -207,8 +210,6 @@ def _samples(template: Template, row: Row, longest: int) -> list[Sample]:
 
 def _about(config: EvaluateConfig, rows: Sequence[Row]) -> About:
     return About(
-        after=" + ".join(filter(None, (config.base_model, config.lora_model))),
-        before=config.before_model,
         data={path: sha256_of(Path(path)) for path in config.data or []},
         rows=len(rows),
         references=[row.asked.reference for row in rows if row.asked.reference is not None],
@@ -237,13 +238,14 @@ def _go_through(name: str, speaker: Speaker, rows: Sequence[Row], config: Evalua
             tell = _labelled(name)
             answer_file(file, len(rows), lambda done: _records(speaker, rows[done:], longest, config, tell), tell)
     harness = _run_harness(name, speaker, identity, config) if config.lm_eval else None
-    lines = path.read_text(encoding="utf-8").splitlines() if rows else []
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if rows else []
     outcomes = [_outcome(row, json.loads(line)) for row, line in zip(rows, lines, strict=True)]
     too_long = [
         row.asked.origin for row, one in zip(rows, outcomes, strict=True)
         if row.asked.conversation is not None and not one.trained_tokens
     ]  # fmt: skip
-    return Side(identity, outcomes, too_long, harness)
+    model = f"{speaker.base} + {config.lora_model}" if name == AFTER and config.lora_model else str(speaker.base)
+    return Side(model, identity, outcomes, too_long, harness)
 
 
 def _records(

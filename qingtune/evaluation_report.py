@@ -25,15 +25,12 @@ class About:
     """What was evaluated.
 
     Attributes:
-        after: name of the model, as it was given; likewise before, None for the default.
         data: the files, each with its SHA-256.
         rows: how many were read.
         references: the texts to compare with, of the rows that have one.
         settings: of the command.
     """
 
-    after: str
-    before: str | None
     data: dict[str, str]
     rows: int
     references: list[str]
@@ -45,12 +42,14 @@ class Side:
     """One model's part.
 
     Attributes:
+        model: where it lies.
         identity: what decides its answers.
         outcomes: of each row.
         without_loss: rows that have an answer to learn and are too long for a loss.
         harness: metrics of lm-evaluation-harness by task; None if it was not asked.
     """
 
+    model: str
     identity: dict[str, Any]
     outcomes: list[Outcome]
     without_loss: list[str]
@@ -88,7 +87,7 @@ def as_json(about: About, changes: Sequence[Change], sides: Mapping[str, Side]) 
         "data": about.data,
         "rows": about.rows,
         "rows_with_reference": len(about.references),
-        "models": {name: side.identity for name, side in sides.items()},
+        "models": {name: {"model": side.model, **side.identity} for name, side in sides.items()},
         "rows_without_loss": {name: side.without_loss for name, side in sides.items()},
         "intervals": {"share": SHARE, "resamples": RESAMPLES, "kind": "paired percentile bootstrap over rows"},
         "sacrebleu": signatures(about.references) if about.references else {},
@@ -121,8 +120,7 @@ def _estimate_as_json(estimate: Estimate | None) -> dict[str, Any] | None:
 
 def print_report(about: About, changes: Sequence[Change], sides: Mapping[str, Side]) -> None:
     """Print the table, within 80 columns, and what it rests on."""
-    print("\n".join(as_table(changes, compared="before" in sides)))
-    for line in [*_harness_lines(sides), *notes(about, changes, sides)]:
+    for line in [*as_table(changes, compared="before" in sides), *_harness_lines(sides), *notes(about, changes, sides)]:
         print(line)
 
 
@@ -166,7 +164,7 @@ def as_markdown(about: About, changes: Sequence[Change], sides: Mapping[str, Sid
 def notes(about: About, changes: Sequence[Change], sides: Mapping[str, Side]) -> list[str]:
     """What the numbers rest on."""
     after = sides[AFTER]
-    found: list[str] = []
+    found = [f"{name}: {side.model}" for name, side in sides.items()]
     if changes:
         answered = sum(one.answer is not None for one in after.outcomes)
         ruled = sum(bool(one.form) for one in after.outcomes)

@@ -117,7 +117,11 @@ def _from_hugging_face(name: str, cache_dir: str | None) -> Path | str:
     if isinstance(answer, Exception):
         return f"{endpoint}: no answer ({type(answer).__name__})"
     try:
-        return Path(huggingface_hub.snapshot_download(name, cache_dir=cache_dir, allow_patterns=_MODEL_FILES))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, cache_dir=cache_dir, allow_patterns=_MODEL_FILES, local_files_only=False
+            )
+        )
     except GatedRepoError:  # the page of such a model is public, its files are not
         return gated
     except Exception as error:  # the transport's errors are of many kinds; each is told

@@ -122,7 +122,8 @@ class LinesFile:
 
     def __init__(self, path: Path, keep_to_step: int) -> None:
         """Start anew, or keep the lines up to the step from which a run goes on."""
-        lines = path.read_text(encoding="utf-8").splitlines() if keep_to_step and path.exists() else []
+        # Not splitlines: an answer may hold other characters that it takes for the end of a line.
+        lines = path.read_text(encoding="utf-8").split("\n") if keep_to_step and path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= keep_to_step]
         self.file = path.open("wb", buffering=0)
         self.waiting = "".join(f"{line}\n" for line in kept).encode()

@@ -33,7 +33,7 @@ def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def result(output: Path) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def test_an_adapter_is_compared_with_its_base(
     assert after == pytest.approx(plain_loss(base.eval(), ROWS, system), abs=1e-5)
     assert after < before
     shown = capsys.readouterr().out.splitlines()
-    table = shown[: shown.index(next(line for line in shown if line.startswith("6 rows")))]
+    table = shown[: shown.index(f"before: {tmp_path / 'base'}")]
     assert [line.split()[0] for line in table[:2]] == ["metric", "loss"]
     assert max(map(len, table)) <= 80
     assert f"{after - before:+.4f}" in table[1]
@@ -111,9 +111,9 @@ def test_an_adapter_is_compared_with_its_base(
 def test_rows_of_all_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_model(tmp_path / "model")
     rows = [
-        {"prompt": TEXTS[0], "form": {"max_characters": 1000, "tags": 1}},
+        {"prompt": TEXTS[0] + "\u2028", "form": {"max_characters": 1000, "tags": 1}},
         {"text": TEXTS[1]},
-        {"instruction": "q", "output": "w" * 300},
+        {"instruction": "q", "output": "w " * 300},
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>hm</think>\na"}]},
     ]
     found = run(tmp_path, rows, base_model=str(folder), max_seq_length=200)

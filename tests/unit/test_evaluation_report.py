@@ -12,7 +12,7 @@ from qingtune.evaluation_report import About, Side, as_json, as_markdown, change
 from qingtune.metrics import Outcome
 
 REFERENCES = ["fresh bread at seven", "closed on mondays", "the blue door is open", "tea and cake"]
-ABOUT = About("base + adapter", None, {"rows.jsonl": "abc"}, 4, REFERENCES, {"limit": None})
+ABOUT = About({"rows.jsonl": "abc"}, 4, REFERENCES, {"limit": None})
 HARNESS = {"arc_easy": {"acc": {"value": 0.25, "error": 0.0125}, "em (strict)": {"value": 1.0, "error": None}}}
 
 
@@ -21,7 +21,7 @@ def side(loss: float, answers: list[str], **more: Any) -> Side:
         Outcome(loss * 5, 5, answer, True, reference, {"max_characters": len(answer) < 20})
         for answer, reference in zip(answers, REFERENCES, strict=True)
     ]
-    return Side({"bits": None}, outcomes, more.get("without_loss", []), more.get("harness"))
+    return Side("base", {"bits": None}, outcomes, more.get("without_loss", []), more.get("harness"))
 
 
 BOTH = {"before": side(123.4, ["bread " * 9] * 4, harness=HARNESS), "after": side(1.2, REFERENCES, harness=HARNESS)}
@@ -65,7 +65,7 @@ def test_json_knows_no_nan(tmp_path: Path) -> None:
 
 
 def test_losses_by_other_tokens_are_told_apart() -> None:
-    other = Side({}, [Outcome(9.0, 7, a, True, a) for a in REFERENCES], [], None)
+    other = Side("other", {}, [Outcome(9.0, 7, a, True, a) for a in REFERENCES], [], None)
     sides = {"before": other, "after": BOTH["after"]}
     changes = {change.name: change for change in changes_of(sides)}
     assert changes["loss"].difference is None
