@@ -22,7 +22,7 @@ from qingtune.data.format import Asked, asked_rows, faulty_rows
 from qingtune.data.prepare import check_files_exist
 from qingtune.data.read import Fault
 from qingtune.data.tokenize import Sample, Template, tokenize
-from qingtune.errors import UserError
+from qingtune.errors import UserError, raise_all
 from qingtune.evaluation_report import MARKDOWN, RESULT, About, Side, print_report, write_report
 from qingtune.files import disk_errors, sha256_of, write_json
 from qingtune.hardware import give_back_memory
@@ -37,6 +37,7 @@ from qingtune.scoring import score_sample
 from qingtune.thinking import split_thinking
 
 BEFORE, AFTER = "before", "after"
+SHOWN_PROBLEMS = 10
 HARNESS = "lm_eval==0.4.13"  # the extra of pyproject.toml
 
 
@@ -46,6 +47,15 @@ class Row:
 
     asked: Asked
     form: Form | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A row for one model: the samples that give its loss, and what it is asked; None for plain text."""
+
+    asked: Asked
+    samples: list[Sample]
+    question: Question | None
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -75,7 +85,8 @@ def evaluate(config: EvaluateConfig) -> None:
         with disk_errors("the evaluation", output_dir, "Make room and run the same command again."):
             changes = write_report(output_dir, about, sides)
         for name in sides:
-            (output_dir / f"predictions_{name}.jsonl.unfinished.json").unlink(missing_ok=True)
+            for kept in (f"predictions_{name}.jsonl.unfinished.json", f"lm_eval_{name}.json"):
+                (output_dir / kept).unlink(missing_ok=True)
     print_report(about, changes, sides)
     print(f"Written: {output_dir}")
 
@@ -198,16 +209,6 @@ def _read(config: EvaluateConfig, system_prompt: str | None) -> list[Row]:
     return rows
 
 
-def _samples(template: Template, row: Row, longest: int) -> list[Sample]:
-    """What is trained of a row; nothing without an answer, or where it is too long."""
-    if row.asked.conversation is None:
-        return []
-    tokenized = tokenize(template, [row.asked.conversation], longest, "drop")
-    if tokenized.faults:
-        raise UserError(tokenized.faults[0].reason, where=row.asked.origin)
-    return [] if tokenized.too_long else tokenized.samples
-
-
 def _about(config: EvaluateConfig, rows: Sequence[Row]) -> About:
     return About(
         data={path: sha256_of(Path(path)) for path in config.data or []},
@@ -231,12 +232,12 @@ def _go_through(name: str, speaker: Speaker, rows: Sequence[Row], config: Evalua
         "skip_generation": config.skip_generation,
     }
     path = output_dir / f"predictions_{name}.jsonl"
-    longest = min(config.max_seq_length, speaker.context_length)
     if rows:
         file = AnswerFile(path, identity, overwrite=False, setting="output_dir")
         if file.rows_there() < len(rows):
             tell = _labelled(name)
-            answer_file(file, len(rows), lambda done: _records(speaker, rows[done:], longest, config, tell), tell)
+            prepared = _prepare(speaker, rows, min(config.max_seq_length, speaker.context_length))
+            answer_file(file, len(rows), lambda done: _records(speaker, prepared[done:], config, tell), tell)
     harness = _run_harness(name, speaker, identity, config) if config.lm_eval else None
     lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if rows else []
     outcomes = [_outcome(row, json.loads(line)) for row, line in zip(rows, lines, strict=True)]
@@ -248,46 +249,69 @@ def _go_through(name: str, speaker: Speaker, rows: Sequence[Row], config: Evalua
     return Side(model, identity, outcomes, too_long, harness)
 
 
+def _prepare(speaker: Speaker, rows: Sequence[Row], longest: int) -> list[Prepared]:
+    """The rows in the model's tokens, all of them before hours go into the first.
+
+    Raises:
+        UserError: names rows that the template cannot express, or that leave no room for an answer.
+    """
+    prepared: list[Prepared] = []
+    problems: list[UserError] = []
+    for row in rows:
+        asked = row.asked
+        try:
+            samples = _samples(speaker.template, asked, longest)
+            ids = None if asked.prompt is None else speaker.ids(asked.prompt)
+            decoding = None if ids is None else speaker.within_context(ids, speaker.decoding)
+        except UserError as error:
+            problems.append(UserError(error.what, where=asked.origin, fix="Shorten the row or leave it out."))
+        else:
+            question = None if ids is None or decoding is None else Question(asked.values, ids, decoding)
+            prepared.append(Prepared(asked, samples, question))
+    raise_all(problems[:SHOWN_PROBLEMS])
+    return prepared
+
+
+def _samples(template: Template, asked: Asked, longest: int) -> list[Sample]:
+    """What is trained of a row; nothing without an answer, or where it is too long."""
+    if asked.conversation is None:
+        return []
+    tokenized = tokenize(template, [asked.conversation], longest, "drop")
+    if tokenized.faults:
+        raise UserError(tokenized.faults[0].reason)
+    return [] if tokenized.too_long else tokenized.samples
+
+
 def _records(
-    speaker: Speaker, rows: Sequence[Row], longest: int, config: EvaluateConfig, say: Callable[[str], None]
+    speaker: Speaker, rows: Sequence[Prepared], config: EvaluateConfig, say: Callable[[str], None]
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """Each row with its loss and, unless it is plain text, the answer; and the tokens that were made."""
     window = ROWS_A_SLOT * speaker.decoder.slots
     for start in range(0, len(rows), window):
         group = rows[start : start + window]
         say(f"losses of {len(group)} rows")
-        records = [_with_loss(speaker, row, longest) for row in group]
-        if config.skip_generation:
-            yield from ((record, 0) for record in records)
-            continue
-        questions = [_question(speaker, row, record) for row, record in zip(group, records, strict=True)]
-        asked = [question for question in questions if question is not None]
+        records = [_with_loss(speaker, row) for row in group]
+        asked = [
+            replace(row.question, values=record)
+            for row, record in zip(group, records, strict=True)
+            if row.question is not None and not config.skip_generation
+        ]
         answers = answer_questions(speaker.decoder, speaker.template, asked)
-        for question, record in zip(questions, records, strict=True):
-            yield (record, 0) if question is None else next(answers)
+        for row, record in zip(group, records, strict=True):
+            yield (record, 0) if row.question is None or config.skip_generation else next(answers)
 
 
-def _with_loss(speaker: Speaker, row: Row, longest: int) -> dict[str, Any]:
+def _with_loss(speaker: Speaker, row: Prepared) -> dict[str, Any]:
     """The row with its summed loss and trained tokens.
 
     Raises:
         UserError: the loss is not a number that can be used.
     """
-    scores = [score_sample(speaker.decoder, sample) for sample in _samples(speaker.template, row, longest)]
+    scores = [score_sample(speaker.decoder, sample) for sample in row.samples]
     loss = sum(score.loss for score in scores)
     if not abs(loss) < float("inf"):
         raise UserError(f"the loss is {loss}", where=row.asked.origin, fix="Are the model's weights sound?")
     return {**row.asked.values, "summed_loss": loss, "trained_tokens": sum(score.tokens for score in scores)}
-
-
-def _question(speaker: Speaker, row: Row, record: dict[str, Any]) -> Question | None:
-    if row.asked.prompt is None:
-        return None
-    ids = speaker.ids(row.asked.prompt)
-    try:
-        return Question(record, ids, speaker.within_context(ids, speaker.decoding))
-    except UserError as error:
-        raise UserError(error.what, where=row.asked.origin, fix="Shorten the row or leave it out.") from None
 
 
 def _outcome(row: Row, record: dict[str, Any]) -> Outcome:

@@ -4,6 +4,7 @@ which the two models differ by more than their training."""
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,19 @@ def test_other_settings_do_not_go_on(adapter: Path, tmp_path: Path, monkeypatch:
         run(tmp_path, lora_model=str(adapter))
 
 
+def test_one_model_is_in_memory_at_a_time(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, alive = inference.load_decoder, weakref.WeakSet[Any]()
+
+    def watched(*arguments: Any) -> Any:
+        assert len(alive) == 0
+        decoder = load(*arguments)
+        alive.add(decoder)
+        return decoder
+
+    monkeypatch.setattr(inference, "load_decoder", watched)
+    run(tmp_path, lora_model=str(adapter))
+
+
 def test_losses_alone(adapter: Path, tmp_path: Path) -> None:
     found = run(tmp_path, lora_model=str(adapter), skip_generation=True)
     assert list(found["metrics"]) == ["loss", "perplexity"]
@@ -246,7 +260,8 @@ def spell_out(folder: Path) -> None:
         ({"base_model": "MODEL"}, [{"prompt": "q", "form": {"titel": True}}], '"form.titel"'),
         ({"base_model": "MODEL"}, [{"prompt": ""}, {"question": "q"}], r'"prompt" is empty\n.*"prompt" is missing'),
         ({"base_model": "MODEL"}, [], "no row to evaluate on"),
-        ({"base_model": "MODEL"}, [{"prompt": "word " * 300}], "rows.jsonl:1: the prompt has"),
+        ({"base_model": "MODEL"}, [ROWS[0], {"prompt": "word " * 300}], "rows.jsonl:2: the prompt has"),
+        ({"base_model": "MODEL"}, [ROWS[0], {"prompt": "q", "completion": "<|im_end|>"}], "jsonl:2: holds <|im_end|>"),
         ({"base_model": "x", "lm_eval": "arc_easy"}, ROWS, "pip install lm_eval=="),
     ],
 )
@@ -256,9 +271,9 @@ def test_what_cannot_be_evaluated_is_told(
     monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda _: None)
     if settings.get("base_model") == "MODEL":
         settings = settings | {"base_model": str(save_model(tmp_path / "model"))}
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message.replace("|", r"\|")):
         run(tmp_path, rows, **settings)
-    assert not (tmp_path / "out" / "evaluation.json").exists()
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("predictions*"))
 
 
 def test_a_loss_that_is_no_number_is_told(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import write_jsonl
 
-from qingtune.data.format import Asked, Message, asked_rows
+from qingtune.data.format import Asked, FileFacts, Message, asked_rows, conversations_of
 from qingtune.data.read import Fault
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -72,3 +72,10 @@ def test_faulty_rows_are_faults(tmp_path: Path, row: dict[str, Any], reason: str
     assert isinstance(found, Fault)
     assert found.reason == reason
     assert found.origin.endswith("rows.jsonl:1")
+
+
+def test_rules_of_form_are_no_column_that_is_ignored(tmp_path: Path) -> None:
+    about = FileFacts()
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "q", "output": "a", "form": {"tags": 1}, "id": 7}])
+    assert len(list(conversations_of(str(path), None, about))) == 1
+    assert about.ignored_columns == ["id"]
