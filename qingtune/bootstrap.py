@@ -56,16 +56,21 @@ class Change:
         return low > 0 or high < 0
 
 
-def compare(before: Metric | None, after: Metric) -> Change:
+def compare(before: Metric | None, after: Metric, resamples: int = RESAMPLES) -> Change:
     """A metric of one model, or of two on the same rows.
+
+    Args:
+        before: None where there is but one.
+        after: of the same rows.
+        resamples: how many data sets are drawn.
 
     Raises:
         ValueError: the two are not of the same rows, so that they cannot be paired.
     """
     if before is not None and before.rows.shape[0] != after.rows.shape[0]:
         raise ValueError(f"{after.name}: {before.rows.shape[0]} rows before, {after.rows.shape[0]} after")
-    of_after = _resampled(after)
-    of_before = None if before is None else _resampled(before)
+    of_after = _resampled(after, resamples)
+    of_before = None if before is None else _resampled(before, resamples)
     difference = None
     if before is not None:
         apart = None if of_before is None or of_after is None else of_after - of_before
@@ -80,12 +85,12 @@ def compare(before: Metric | None, after: Metric) -> Change:
     )
 
 
-def _resampled(metric: Metric) -> NDArray[np.float64] | None:
-    """The metric of each resampled data set, [RESAMPLES]; the draws depend on the number of rows alone."""
+def _resampled(metric: Metric, resamples: int) -> NDArray[np.float64] | None:
+    """The metric of each resampled data set, [resamples]; the draws depend on the number of rows alone."""
     count = metric.rows.shape[0]
     if not metric.additive or count < FEWEST_ROWS:
         return None
-    draws = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    draws = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), size=resamples)
     return np.array([metric.value(sums) for sums in draws @ metric.rows])
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +172,9 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         wanted: dict[str, Any] = normalize_gen_kwargs(settings)
         most = min(int(wanted["max_gen_toks"]), self.max_length - 1)
         ids = self.tok_encode(context)[-(self.max_length - most) :]
-        decoding = replace(
-            Decoding(max_new_tokens=most, temperature=float(wanted["temperature"]), repetition_penalty=1),
+        decoding = Decoding(
+            max_new_tokens=most,
+            temperature=float(wanted.get("temperature", 1)) if wanted["do_sample"] else 0,
             top_p=float(wanted.get("top_p", 1)),
             top_k=int(wanted.get("top_k", 0)),
         )

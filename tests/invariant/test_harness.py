@@ -77,7 +77,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "lm_eval.api.model": {"TemplateLM": TemplateLM},
         "lm_eval.models": {},
         "lm_eval.models.utils": {
-            "normalize_gen_kwargs": lambda given: {"max_gen_toks": 256, "temperature": 0.0, "until": [], **given}
+            "normalize_gen_kwargs": lambda given: {"max_gen_toks": 256, "do_sample": False, "until": [], **given}
         },
         "lm_eval.tasks": {"TaskManager": TaskManager},
         "lm_eval.tasks._yaml_loader": {"load_yaml": lambda path, resolve_func: {"task": Path(path).stem}},
