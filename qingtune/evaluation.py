@@ -213,7 +213,7 @@ def _about(config: EvaluateConfig, rows: Sequence[Row]) -> About:
     return About(
         data={path: sha256_of(Path(path)) for path in config.data or []},
         rows=len(rows),
-        references=[row.asked.reference for row in rows if row.asked.reference is not None],
+        references=sum(row.asked.reference is not None for row in rows),
         settings=config.model_dump(mode="json"),
     )
 
@@ -240,7 +240,8 @@ def _go_through(name: str, speaker: Speaker, rows: Sequence[Row], config: Evalua
             answer_file(file, len(rows), lambda done: _records(speaker, prepared[done:], config, tell), tell)
     harness = _run_harness(name, speaker, identity, config) if config.lm_eval else None
     lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if rows else []
-    outcomes = [_outcome(row, json.loads(line)) for row, line in zip(rows, lines, strict=True)]
+    asks = not config.skip_generation
+    outcomes = [_outcome(row, json.loads(line), asks=asks) for row, line in zip(rows, lines, strict=True)]
     too_long = [
         row.asked.origin for row, one in zip(rows, outcomes, strict=True)
         if row.asked.conversation is not None and not one.trained_tokens
@@ -314,15 +315,16 @@ def _with_loss(speaker: Speaker, row: Prepared) -> dict[str, Any]:
     return {**row.asked.values, "summed_loss": loss, "trained_tokens": sum(score.tokens for score in scores)}
 
 
-def _outcome(row: Row, record: dict[str, Any]) -> Outcome:
-    """What the metrics see of a line of predictions."""
-    answer = split_thinking(record["answer"])[1].strip() if "answer_ended" in record else None
+def _outcome(row: Row, record: dict[str, Any], *, asks: bool) -> Outcome:
+    """What the metrics see of a line of predictions; without `asks` an "answer" there is the row's own column."""
+    asks = asks and row.asked.prompt is not None
+    answer = split_thinking(record["answer"])[1].strip() if asks else None
     reference = None if row.asked.reference is None else split_thinking(row.asked.reference)[1].strip()
     return Outcome(
         loss=record["summed_loss"],
         trained_tokens=record["trained_tokens"],
         answer=answer,
-        ended=record.get("answer_ended", False),
+        ended=asks and record["answer_ended"],
         reference=reference,
         form={} if row.form is None or answer is None else kept_rules(row.form, answer),
     )

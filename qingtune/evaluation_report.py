@@ -27,13 +27,13 @@ class About:
     Attributes:
         data: the files, each with its SHA-256.
         rows: how many were read.
-        references: the texts to compare with, of the rows that have one.
+        references: how many have a text to compare with.
         settings: of the command.
     """
 
     data: dict[str, str]
     rows: int
-    references: list[str]
+    references: int
     settings: dict[str, Any]
 
 
@@ -86,16 +86,22 @@ def as_json(about: About, changes: Sequence[Change], sides: Mapping[str, Side]) 
     return {
         "data": about.data,
         "rows": about.rows,
-        "rows_with_reference": len(about.references),
+        "rows_with_reference": about.references,
         "models": {name: {"model": side.model, **side.identity} for name, side in sides.items()},
         "rows_without_loss": {name: side.without_loss for name, side in sides.items()},
         "intervals": {"share": SHARE, "resamples": RESAMPLES, "kind": "paired percentile bootstrap over rows"},
-        "sacrebleu": signatures(about.references) if about.references else {},
+        "sacrebleu": _signatures(sides[AFTER]),
         "metrics": {change.name: _change_as_json(change) for change in changes},
         "lm_eval": {name: side.harness for name, side in sides.items() if side.harness is not None},
         "settings": about.settings,
         "versions": versions(),
     }
+
+
+def _signatures(side: Side) -> dict[str, str]:
+    """How sacrebleu computed; nothing where it had nothing to compare."""
+    compared = [one.reference for one in side.outcomes if one.answer is not None and one.reference is not None]
+    return signatures(compared) if compared else {}
 
 
 def _change_as_json(change: Change) -> dict[str, Any]:
@@ -170,13 +176,12 @@ def notes(about: About, changes: Sequence[Change], sides: Mapping[str, Side]) ->
         ruled = sum(bool(one.form) for one in after.outcomes)
         how = f"{answered:,} answered greedily" if answered else "none answered"
         found.append(
-            f"{about.rows:,} rows: {len(about.references):,} with a reference, {how}, {ruled:,} with rules of form."
+            f"{about.rows:,} rows: {about.references:,} with a reference, {how}, {ruled:,} with rules of form."
         )
         found.append(f"{SHARE:.0%} intervals: paired bootstrap over rows, {RESAMPLES:,} times.")
     if any(change.sure for change in changes):
         found.append("*: the difference's interval excludes zero.")
-    if any(change.name == "BLEU" for change in changes):
-        found += [f"{name}: {signature}" for name, signature in signatures(about.references).items()]
+    found += [f"{name}: {signature}" for name, signature in _signatures(after).items()]
     for name, side in sides.items():
         if side.without_loss:
             shown = ", ".join(side.without_loss[:SHOWN_TOO_LONG]) + " ..." * (len(side.without_loss) > SHOWN_TOO_LONG)

@@ -209,6 +209,9 @@ def test_losses_alone(adapter: Path, tmp_path: Path) -> None:
     found = run(tmp_path, lora_model=str(adapter), skip_generation=True)
     assert list(found["metrics"]) == ["loss", "perplexity"]
     assert "answer" not in lines(tmp_path / "out" / "predictions_after.jsonl")[0]
+    answered = [{**row, "answer": "as infer wrote it", "answer_ended": True} for row in ROWS]
+    found = run(tmp_path, answered, name="again", lora_model=str(adapter), skip_generation=True)
+    assert list(found["metrics"]) == ["loss", "perplexity"]
 
 
 @pytest.mark.parametrize("gone", [False, True])

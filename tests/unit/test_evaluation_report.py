@@ -12,7 +12,7 @@ from qingtune.evaluation_report import About, Side, as_json, as_markdown, change
 from qingtune.metrics import Outcome
 
 REFERENCES = ["fresh bread at seven", "closed on mondays", "the blue door is open", "tea and cake"]
-ABOUT = About({"rows.jsonl": "abc"}, 4, REFERENCES, {"limit": None})
+ABOUT = About({"rows.jsonl": "abc"}, 4, 4, {"limit": None})
 HARNESS = {"arc_easy": {"acc": {"value": 0.25, "error": 0.0125}, "em (strict)": {"value": 1.0, "error": None}}}
 
 
