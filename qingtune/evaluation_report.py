@@ -16,6 +16,7 @@ from qingtune.record import versions
 RESULT, MARKDOWN = "evaluation.json", "evaluation.md"
 NAME_WIDTH, VALUE_WIDTH = 24, 9
 SHOWN_TOO_LONG = 5
+TOO_LARGE = 1e5  # to be written out
 PER_TOKEN = ("loss", "perplexity")
 AFTER = "after"
 
@@ -205,14 +206,17 @@ def _harness_lines(sides: Mapping[str, Side]) -> list[str]:
     return lines
 
 
-def _number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+def _number(value: float, digits: int, sign: str = "") -> str:
+    """A value in a column's width: the perplexity of a broken model would fill the screen with digits."""
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:{sign}.3g}" if abs(value) >= TOO_LARGE else f"{value:{sign}.{digits}f}"
 
 
 def _interval(estimate: Estimate, digits: int, sign: str = "") -> str:
     if estimate.interval is None:
         return "-"
-    low, high = (f"{end:{sign}.{digits}f}" for end in estimate.interval)
+    low, high = (_number(end, digits, sign) for end in estimate.interval)
     return f"[{low}, {high}]"
 
 
@@ -222,4 +226,4 @@ def _with_interval(estimate: Estimate | None, digits: int, sure: bool | None) ->
         return "-"
     sign = "" if sure is None else "+"
     interval = "" if estimate.interval is None else f" {_interval(estimate, digits, sign)}"
-    return f"{estimate.value:{sign}.{digits}f}{interval}{' *' * bool(sure)}"
+    return f"{_number(estimate.value, digits, sign)}{interval}{' *' * bool(sure)}"

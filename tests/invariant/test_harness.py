@@ -138,7 +138,8 @@ def test_likelihoods_are_transformers(harness: Any, speak: Callable[..., Speaker
     texts = [("Which shop? ", "Blue Door"), ("七点", "出炉"), ("q", "")]
     found = model.loglikelihood([Request(text) for text in texts])
     for (context, continuation), (value, greedy) in zip(texts, found, strict=True):
-        before, ids = model.tok_encode(context), model.tok_encode(context + continuation)
+        before, whole = model.tok_encode(context), model.tok_encode(context + continuation)
+        ids = [*before, *whole[len(before) :]]
         with torch.no_grad():
             logs = plain(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         places = range(len(before) - 1, len(ids) - 1)

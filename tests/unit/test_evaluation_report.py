@@ -34,6 +34,7 @@ def test_the_table_fits_a_terminal(sides: dict[str, Side], capsys: pytest.Captur
     shown = capsys.readouterr().out.splitlines()
     assert max(map(len, shown)) <= 80
     assert len({line.split("  ")[0] for line in shown}) == len(shown)
+    assert ("3.91e+53" in str(shown)) == ("before" in sides)
     sure = next(line for line in shown if line.startswith("ROUGE-L"))
     assert ("*" in sure) == ("before" in sides)
     assert "100.00" in sure
