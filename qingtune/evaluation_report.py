@@ -140,7 +140,7 @@ def as_table(changes: Sequence[Change], *, compared: bool) -> list[str]:
         after, digits = _number(change.after.value, change.digits), change.digits
         if compared:
             before = "-" if change.before is None else _number(change.before.value, digits)
-            lines.append(_line(change.name, (before, after, _with_interval(change.difference, digits, change.sure))))
+            lines.append(_line(change.name, (before, after, _difference(change))))
         else:
             lines.append(_line(change.name, (after, _interval(change.after, digits))))
     return lines
@@ -159,9 +159,9 @@ def as_markdown(about: About, changes: Sequence[Change], sides: Mapping[str, Sid
     columns += [f"difference {share}"] if compared else []
     lines = ["# Evaluation", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for change in changes:
-        cells = [_with_interval(change.before, change.digits, None)] if compared else []
-        cells.append(_with_interval(change.after, change.digits, None))
-        cells += [_with_interval(change.difference, change.digits, change.sure)] if compared else []
+        cells = [_with_interval(change.before, change.digits)] if compared else []
+        cells.append(_with_interval(change.after, change.digits))
+        cells += [_difference(change)] if compared else []
         lines.append(f"| {change.name} | {' | '.join(cells).replace('*', chr(92) + '*')} |")
     if harness := _harness_lines(sides):
         lines += ["", "```", *harness, "```"]
@@ -220,10 +220,13 @@ def _interval(estimate: Estimate, digits: int, sign: str = "") -> str:
     return f"[{low}, {high}]"
 
 
-def _with_interval(estimate: Estimate | None, digits: int, sure: bool | None) -> str:
-    """A value and its interval; differences, of which `sure` tells something, with their sign."""
+def _with_interval(estimate: Estimate | None, digits: int, sign: str = "") -> str:
     if estimate is None or not math.isfinite(estimate.value):
         return "-"
-    sign = "" if sure is None else "+"
     interval = "" if estimate.interval is None else f" {_interval(estimate, digits, sign)}"
-    return f"{_number(estimate.value, digits, sign)}{interval}{' *' * bool(sure)}"
+    return f"{_number(estimate.value, digits, sign)}{interval}"
+
+
+def _difference(change: Change) -> str:
+    """With its sign, and a star where it is sure."""
+    return _with_interval(change.difference, change.digits, "+") + " *" * bool(change.sure)

@@ -52,6 +52,7 @@ def test_differences_have_signs() -> None:
         in rows["loss"]
     )
     assert "| +100.0 [+100.0, +100.0] \\* |" in rows["exact match %"]
+    assert rows["distinct-1"] == "| distinct-1 | 0.028 | 1.000 | +0.972 |"
 
 
 def test_json_knows_no_nan(tmp_path: Path) -> None:
