@@ -159,7 +159,7 @@ def _speakers(config: EvaluateConfig) -> dict[str, Speaker]:
     name = None if config.only_after else config.before_model or _base_of(config, after)
     if name is None:
         return {AFTER: after}
-    before = prepare_speaker(_to_infer(config, name, None, after.system_prompt), slots)
+    before = prepare_speaker(_to_infer(config, name, None, None), slots)
     system = after.system_prompt
     identity = before.identity | {"system_prompt": system}
     return {BEFORE: replace(before, system_prompt=system, plain=after.plain, identity=identity), AFTER: after}

@@ -219,9 +219,10 @@ def compared(name: str, model: str | None) -> Iterator[tuple[str, float, float]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", help="folder, .gguf file or name of a model to compute the loss of, in fp32")
+    parser.add_argument("--only", choices=FILES, help="one of the files; default: both")
     options = parser.parse_args()
     largest = 0.0
-    for name in FILES:
+    for name in [options.only] if options.only else FILES:
         print(f"\n{name:<28}{'qingtune':>14}{'other code':>14}{'apart':>10}")
         for metric, ours, theirs in compared(name, options.model):
             largest = max(largest, abs(ours - theirs))

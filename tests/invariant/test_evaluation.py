@@ -24,7 +24,12 @@ from qingtune.hardware import Hardware
 from qingtune.models.load import load_model
 
 FP32 = Hardware(torch.device("cpu"), torch.float32, "fp32")
-ROWS = instruction_rows(6)
+# The longest prompt first, which is the order of answering: what is answered before a stop is in the file.
+ROWS = sorted(
+    instruction_rows(6),
+    key=lambda row: len(make_tokenizer()(f"{row['instruction']}\n\n{row['input']}")["input_ids"]),
+    reverse=True,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +172,8 @@ def test_stopped_evaluation_goes_on(
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, lora_model=str(adapter))
     assert not (tmp_path / "out" / "evaluation.json").exists()
+    side = "before" if len(most) == 1 else "after"
+    assert len(lines(tmp_path / "out" / f"predictions_{side}.jsonl")) == most[-1]
     loaded = interrupt(monkeypatch, [9, 9])
     assert run(tmp_path, lora_model=str(adapter))["metrics"] == whole["metrics"]
     assert len(loaded) == 3 - len(most)  # a model that has answered everything is not loaded again
