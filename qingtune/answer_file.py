@@ -57,10 +57,13 @@ class AnswerFile:
         path: of the file; None for stdout, where nothing is gone on with.
         identity: everything that decides the answers, as JSON values.
         overwrite: replace a file that is there.
+        setting: by which the user chose the place; there is one named overwrite_... to replace what is there.
     """
 
-    def __init__(self, path: Path | None, identity: dict[str, Any], *, overwrite: bool) -> None:
-        self.path, self.identity, self.overwrite = path, identity, overwrite
+    def __init__(
+        self, path: Path | None, identity: dict[str, Any], *, overwrite: bool, setting: str = "output_file"
+    ) -> None:
+        self.path, self.identity, self.overwrite, self.setting = path, identity, overwrite, setting
 
     @property
     def _state(self) -> Path:
@@ -76,7 +79,9 @@ class AnswerFile:
         if self.path is None:
             return sys.stdout, 0
         try:
-            rows = self._kept_rows(say)
+            rows = self.rows_there()
+            if rows:
+                say(f"{self.path}: {rows:,} answers are there; going on.")
             stream = self.path.open("r+" if rows else "w", encoding="utf-8")
             if rows:
                 _cut_after(stream, rows)
@@ -91,25 +96,28 @@ class AnswerFile:
         if self.path:
             self._state.unlink(missing_ok=True)
 
-    def _kept_rows(self, say: Callable[[str], None]) -> int:
-        """Whole rows of an earlier start that this one goes on from."""
+    def rows_there(self) -> int:
+        """Whole rows of an earlier start that this one goes on from.
+
+        Raises:
+            UserError: the file holds something else.
+        """
         assert self.path
         if self.overwrite or not self.path.exists() or not self.path.stat().st_size:
             return 0
         if not self.path.is_file():  # such as /dev/null or a pipe
             return 0
-        refuse_finished(self.path)
+        refuse_finished(self.path, self.setting)
         before = json.loads(self._state.read_text(encoding="utf-8"))
         if other := sorted(name for name in self.identity if before.get(name) != self.identity[name]):
             raise UserError(
-                f"output_file holds answers that were made otherwise: {', '.join(other)} differ",
+                f"{self.setting} holds answers that were made otherwise: {', '.join(other)} differ",
                 where=str(self.path),
-                fix="Give the same settings to go on, choose another file, or pass --overwrite_output_file.",
+                fix=f"Give the same settings to go on, choose another {self.setting}, "
+                f"or pass --overwrite_{self.setting}.",
             )
         with self.path.open("rb") as file:
-            rows = sum(line.endswith(b"\n") for line in file)
-        say(f"{self.path}: {rows:,} answers are there; going on.")
-        return rows
+            return sum(line.endswith(b"\n") for line in file)
 
 
 def _state_of(path: Path) -> Path:
@@ -117,7 +125,7 @@ def _state_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.unfinished.json")
 
 
-def refuse_finished(path: Path) -> None:
+def refuse_finished(path: Path, setting: str = "output_file") -> None:
     """Leave alone a file that holds something and is not one to go on with.
 
     Raises:
@@ -125,9 +133,9 @@ def refuse_finished(path: Path) -> None:
     """
     if path.is_file() and path.stat().st_size and not _state_of(path).exists():
         raise UserError(
-            "output_file is there already",
+            f"{setting} is there already",
             where=str(path),
-            fix="Choose another one, or pass --overwrite_output_file.",
+            fix=f"Choose another one, or pass --overwrite_{setting}.",
         )
 
 
@@ -141,13 +149,18 @@ def _cut_after(stream: TextIO, rows: int) -> None:
 
 
 def answer_file(
-    decoder: Decoder,
-    template: Template,
-    questions: Sequence[Question],
     file: AnswerFile,
+    count: int,
+    rows_after: Callable[[int], Iterator[tuple[dict[str, Any], int]]],
     say: Callable[[str], None],
 ) -> None:
-    """Answer every row that has no answer yet; each goes to the file as soon as all before it are there.
+    """Write every row that is not there yet, as soon as it comes. `finish` is left to the caller.
+
+    Args:
+        file: where they go.
+        count: of all rows.
+        rows_after: how many rows are there -> the others, in order, each with the tokens that it took.
+        say: is told the progress.
 
     Raises:
         UserError: the file cannot be written.
@@ -155,16 +168,15 @@ def answer_file(
     stream, done = file.open(say)
     began, tokens_made = time.perf_counter(), 0
     try:
-        for row, tokens in answer_questions(decoder, template, questions[done:]):
+        for row, tokens in rows_after(done):
             print(json.dumps(row, ensure_ascii=False, default=str), file=stream, flush=True)
             done, tokens_made = done + 1, tokens_made + tokens
             if stream is not sys.stdout or not os.isatty(1):
                 rate = tokens_made / (time.perf_counter() - began)
-                say(f"{done}/{len(questions)}  {rate:.0f} tok/s")
+                say(f"{done}/{count}" + f"  {rate:.0f} tok/s" * bool(tokens_made))
     finally:
         if stream is not sys.stdout:
             stream.close()
-    file.finish()
 
 
 def with_seed(decoding: Decoding, row: int) -> Decoding:

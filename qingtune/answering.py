@@ -4,7 +4,7 @@ not fit."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,13 @@ class ModulesDecoder:
 
     def move(self, source: int, target: int) -> None:
         """There is one slot only."""
+
+    def logits_at(self, ids: Sequence[int], places: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Logits [n, V] that follow places of a text, in one piece."""
+        with torch.inference_mode():
+            inputs, wanted = (torch.tensor(list(numbers), device=self.device) for numbers in (ids, places))
+            logits = self.model(input_ids=inputs[None], use_cache=False, logits_to_keep=wanted).logits[0]
+        yield logits
 
     def _read(self, ids: Sequence[int]) -> torch.Tensor:
         inputs = torch.tensor([list(ids)], device=self.device)

@@ -15,6 +15,7 @@ from qingtune import __version__
 from qingtune.command_config import (
     CheckConfig,
     CompareConfig,
+    EvaluateConfig,
     ExportConfig,
     InferConfig,
     MergeConfig,
@@ -59,6 +60,7 @@ COMMANDS = {
     "export": Command("Write a model as GGUF for llama.cpp and Ollama.", ExportConfig, "export:export"),
     "push": Command("Upload a folder to Hugging Face or ModelScope; by itself only shows it.", PushConfig, "push:push"),
     "report": Command("Write a training run's report.html anew.", ReportConfig, "report:report"),
+    "evaluate": Command("Measure a model on data, before and after training.", EvaluateConfig, "evaluation:evaluate"),
     "check": Command("Report on a data set without training.", CheckConfig, "check:check"),
     "plan": Command("Tell the memory and time of a run before it starts.", PlanConfig, "plan:plan"),
     "compare": Command(

@@ -112,6 +112,52 @@ class ExportConfig(ModelSettings):
     )
 
 
+class EvaluateConfig(ModelSettings):
+    """Settings of `qingtune evaluate`."""
+
+    lora_model: str | None = setting(
+        None, "Model", "Folder of the adapter; base and adapter are then compared with the base alone."
+    )
+    before_model: str | None = setting(
+        None,
+        "Model",
+        "The model to compare with (default: an adapter's base; of a merged or fully trained model the one its record "
+        "names, if it is on this machine).",
+    )
+    only_after: bool = setting(False, "Model", "Compare with nothing.")
+    load_in_4bit: bool = setting(False, "Model", "Hold the models' linear layers in 4 bits (NF4).")
+    load_in_8bit: bool = setting(False, "Model", "Hold the models' linear layers in 8 bits.")
+
+    data: CommaList = setting(
+        None,
+        "Data",
+        'Rows in any form of training; those without an answer are judged by their "form" alone. One file or several, '
+        "comma-separated.",
+    )
+    limit: Integer | None = setting(None, "Data", "Take the first rows only; also those of each lm_eval task.", ge=1)
+    system_prompt: str | None = setting(
+        None,
+        "Data",
+        "System message for rows that have none, given to both models (default: the one used in training).",
+    )
+    max_seq_length: Integer = setting(2048, "Data", "Longer rows have no loss, in tokens.", ge=8)
+
+    skip_generation: bool = setting(False, "Answers", "Losses only.")
+    max_new_tokens: Integer = setting(512, "Answers", "The longest answer, in tokens; answers are greedy.", ge=1)
+    lm_eval: CommaList = setting(
+        None,
+        "Answers",
+        "Tasks of lm-evaluation-harness, comma-separated names or .yaml files (needs `pip install lm_eval`).",
+    )
+
+    output_dir: str = setting(
+        ..., "Result", "Where evaluation.json, evaluation.md and the predictions are written.", min_length=1
+    )
+    overwrite_output_dir: bool = setting(
+        False, "Result", "Begin anew; without it an unfinished evaluation is gone on with, a finished one kept."
+    )
+
+
 class PushConfig(Settings):
     """Settings of `qingtune push`."""
 

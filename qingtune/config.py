@@ -180,6 +180,13 @@ class TrainConfig(Settings):
     eval_steps: Integer | None = setting(
         None, "Log, evaluate, save", "Steps between evaluations (default: logging_steps).", ge=1
     )
+    eval_samples: Integer = setting(
+        0,
+        "Log, evaluate, save",
+        "So many first evaluation rows are answered at each evaluation, greedily and in up to 256 tokens each, into "
+        "eval_samples.jsonl.",
+        ge=0,
+    )
     save_strategy: Strategy = setting("steps", "Log, evaluate, save", "When to save a checkpoint.")
     save_steps: Integer = setting(500, "Log, evaluate, save", "Steps between checkpoints.", ge=1)
     save_total_limit: Integer | None = setting(

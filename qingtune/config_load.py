@@ -246,6 +246,12 @@ def _conflicts(config: TrainConfig) -> list[tuple[tuple[str, ...], str, str]]:
             'Give eval_data_path or val_size, or set eval_strategy to "no".',
         ),
         (
+            config.eval_samples > 0 and (not _has_evaluation(config) or config.eval_strategy == "no"),
+            ("eval_samples", "eval_data_path", "val_size", "eval_strategy"),
+            "eval_samples needs evaluations",
+            'Give eval_data_path or val_size, and an eval_strategy other than "no".',
+        ),
+        (
             config.load_best_model_at_end and not _has_evaluation(config),
             ("load_best_model_at_end", "eval_data_path", "val_size"),
             "load_best_model_at_end needs evaluations to choose by",

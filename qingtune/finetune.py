@@ -40,6 +40,7 @@ from qingtune.record import (
     FACTS,
     METRICS,
     PAGE,
+    SAMPLES,
     SETTINGS,
     Record,
     settings_to_compare,
@@ -49,7 +50,8 @@ from qingtune.record import (
 from qingtune.redaction import redact_values
 from qingtune.report import PageOfRun
 from qingtune.run_plan import keep_measured_speed, plan_run, try_to_plan
-from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, MetricsFile, Sink, to_all
+from qingtune.sample_answers import SampleAnswers
+from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, LinesFile, MetricsFile, Sink, to_all
 from qingtune.training.loop import Limits, Progress, Work, train
 from qingtune.training.processes import AcceleratedProcesses
 from qingtune.work import make_work
@@ -161,11 +163,15 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
     processes.wait()
 
     work, limits, progress = make_work(config, model, data, hardware, processes, settings, resume_from, say)
-    page = PageOfRun(output_dir, say)
+    page, answers = PageOfRun(output_dir, say), None
     if processes.index == 0:
-        facts = _facts(hardware, processes, data, limits)
-        write_json(output_dir / FACTS, redact_values(facts))
-    result = _train(config, work, limits, progress, processes, page, count_parameters(model))
+        write_json(output_dir / FACTS, redact_values(_facts(hardware, processes, data, limits)))
+        if config.eval_samples:
+            file = LinesFile(output_dir / SAMPLES, progress.step)
+            mixed = hardware.dtype if config.method == "full" or config.modules_to_save else None
+            asked = data.evaluation[: config.eval_samples]
+            answers = SampleAnswers(file, model, template, asked, context_length(folder), mixed)
+    result = _train(config, work, limits, progress, processes, page, answers, count_parameters(model))
     result = replace(result, planned_bytes=plan and plan.planned_bytes())
     if plan and processes.count == 1:
         keep_measured_speed(plan, output_dir / METRICS, say)
@@ -305,6 +311,7 @@ def _train(
     progress: Progress,
     processes: AcceleratedProcesses,
     page: PageOfRun,
+    answers: SampleAnswers | None,
     counts: tuple[int, int],
 ) -> Result:
     """Run the loop with its sinks, evaluating before the first step too, so that what training gained can be told.
@@ -322,6 +329,8 @@ def _train(
             metrics = stack.enter_context(MetricsFile(output_dir / METRICS, progress.step))
             logged = to_all([metrics, processes.track, console.log, page])
             sinks += [console, EverySteps(config.logging_steps, limits.total_steps, logged, progress.unlogged)]
+        if answers:
+            sinks.append(stack.enter_context(answers))
         emit = to_all(sinks)
         if limits.evaluate_every and not progress.step:
             loss, tokens = work.evaluate()

@@ -72,6 +72,10 @@ class Decoder(Protocol):
         """Let a slot hold what another one holds."""
         ...
 
+    def logits_at(self, ids: Sequence[int], places: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Logits [n, V] that follow places of a text, in order, as many at a time as there is room for."""
+        ...
+
 
 class Draw:
     """Chooses the tokens of one answer, one after the other.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qingtune.adapters.files import read_adapter_config
-from qingtune.answer_file import AnswerFile, Question, answer_file, refuse_finished, with_seed
+from qingtune.answer_file import AnswerFile, Question, answer_file, answer_questions, refuse_finished, with_seed
 from qingtune.answering import load_decoder
 from qingtune.chat import chat
 from qingtune.chat_session import ChatSession
@@ -41,25 +42,32 @@ TOKENS_PER_CHINESE_CHARACTER = 1.3
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model ready to answer.
+    """A model to answer, whose weights are read when they are first needed.
 
     Attributes:
-        decoder: base and adapter.
+        load: reads base and adapter.
         template: makes prompts as in training.
         decoding: the settings.
         system_prompt: put before prompts that have none; None for none.
         plain: whether training was on plain text, so that prompts are.
         context_length: tokens that prompt and answer may take together.
         identity: what decides the answers, as JSON values.
+        base: the base model's folder.
     """
 
-    decoder: Decoder
+    load: Callable[[], Decoder]
     template: Template
     decoding: Decoding
     system_prompt: str | None
     plain: bool
     context_length: int
     identity: dict[str, Any]
+    base: Path
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """Base and adapter."""
+        return self.load()
 
     def ids(self, prompt: Sequence[Message] | str) -> list[int]:
         """A prompt as it was in training."""
@@ -104,8 +112,7 @@ def infer(config: InferConfig) -> None:
         UserError: anything that the user can mend.
     """
     quieten()
-    if config.load_in_4bit and config.load_in_8bit:
-        raise UserError("load_in_4bit and load_in_8bit are both given", fix="Choose one.")
+    check_bits(config)
     if config.prompt_file and not Path(config.prompt_file).is_file():
         raise UserError("there is no such file", where=config.prompt_file, fix="Check --prompt_file.")
     if config.output_file and not config.overwrite_output_file:
@@ -121,6 +128,12 @@ def infer(config: InferConfig) -> None:
         _answer_file(speaker, questions, config)
     else:
         _answer_bundled(speaker)
+
+
+def check_bits(config: InferConfig) -> None:
+    """Refuse to hold a model in 4 and in 8 bits."""
+    if config.load_in_4bit and config.load_in_8bit:
+        raise UserError("load_in_4bit and load_in_8bit are both given", fix="Choose one.")
 
 
 # --- Loading ---------------------------------------------------------------------------------------------------------
@@ -160,6 +173,17 @@ def load_speaker(config: InferConfig, slots: int = 1) -> Speaker:
     Raises:
         UserError: something is missing, broken, or does not fit.
     """
+    speaker = prepare_speaker(config, slots)
+    _ = speaker.decoder
+    return speaker
+
+
+def prepare_speaker(config: InferConfig, slots: int = 1) -> Speaker:
+    """Find and check all but the weights of what the settings name.
+
+    Raises:
+        UserError: something is missing, broken, or does not fit.
+    """
     adapter = Path(config.lora_model) if config.lora_model else None
     if adapter:
         read_adapter_config(adapter)
@@ -167,14 +191,13 @@ def load_speaker(config: InferConfig, slots: int = 1) -> Speaker:
     hardware = choose_hardware()
     _say(f"Device: {hardware.reason}.")
     bits = 4 if config.load_in_4bit else 8 if config.load_in_8bit else None
-    decoder = load_decoder(base, adapter, bits, hardware, config.cache_dir, slots, _say)
     own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(adapter if own_tokenizer and adapter else base)
     template = make_template(tokenizer, record.stop_ids if record else stop_ids(base))
     system = config.system_prompt if config.system_prompt is not None else record.system_prompt if record else None
     decoding = choose_decoding(config, base)
     return Speaker(
-        decoder=decoder,
+        load=lambda: load_decoder(base, adapter, bits, hardware, config.cache_dir, slots, _say),
         template=template,
         decoding=decoding,
         system_prompt=system,
@@ -187,6 +210,7 @@ def load_speaker(config: InferConfig, slots: int = 1) -> Speaker:
             "system_prompt": system,
             "decoding": asdict(decoding),
         },
+        base=base,
     )
 
 
@@ -235,7 +259,13 @@ def _answer_file(speaker: Speaker, rows: list[tuple[dict[str, Any], Any]], confi
     identity = {**speaker.identity, "prompt_file": sha256_of(Path(config.prompt_file))}
     output = Path(config.output_file) if config.output_file else None
     file = AnswerFile(output, identity, overwrite=config.overwrite_output_file)
-    answer_file(speaker.decoder, speaker.template, questions, file, _say)
+    answer_file(
+        file,
+        len(questions),
+        lambda done: answer_questions(speaker.decoder, speaker.template, questions[done:]),
+        _say,
+    )
+    file.finish()
 
 
 def _fit_slots(decoder: Decoder, questions: Sequence[Question], prompt_file: str) -> None:

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qingtune.errors import UserError, shorten
-from qingtune.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SETTINGS
+from qingtune.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SAMPLES, SETTINGS
 
 LOCK = ".qingtune.lock"
 # All that a run leaves in its folder.
 _WRITTEN = (
-    SETTINGS, RECORD, METRICS, CURVE, LATEST, FACTS, PAGE, "checkpoint-*", "trackers", "adapter_config.json",
+    SETTINGS, RECORD, METRICS, CURVE, LATEST, FACTS, PAGE, SAMPLES, "checkpoint-*", "trackers", "adapter_config.json",
     "adapter_model.safetensors", "README.md", "model*.safetensors", "model.safetensors.index.json", "config.json",
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
     "merges.txt", "added_tokens.json", "demo_answers.json",
-    "evaluation.json", "evaluation.md", "eval_samples.jsonl", "predictions_*.jsonl*",
+    "evaluation.json", "evaluation.md", "predictions_*.jsonl*",
 )  # fmt: skip
 # What a run that was killed while it wrote leaves besides.
 _HALF_DONE = (".checkpoint-*", ".result-*", ".*.tmp")

@@ -17,14 +17,14 @@ from qingtune.redaction import redact_values
 # What a run writes besides the model's or adapter's own files; SETTINGS is the first, RECORD the last of those that
 # the result needs. FACTS are what the run knows of itself when it starts; the page is made of all of them.
 RECORD, SETTINGS, METRICS, CURVE = "qingtune.json", "train_config.json", "metrics.jsonl", "loss_curve.png"
-FACTS, PAGE = "run_facts.json", "report.html"
+FACTS, PAGE, SAMPLES = "run_facts.json", "report.html", "eval_samples.jsonl"
 LATEST = "latest_checkpoint.json"  # names the checkpoint to go on from
 
 # Settings that may change from one start of a run to the next without changing what it computes.
 _MAY_CHANGE = {
     "dry_run", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "hub", "logging_steps",
-    "report_to", "eval_strategy", "eval_steps", "per_device_eval_batch_size", "save_strategy", "save_steps",
-    "save_total_limit", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    "report_to", "eval_strategy", "eval_steps", "eval_samples", "per_device_eval_batch_size", "save_strategy",
+    "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     "gradient_checkpointing", "dataloader_num_workers", "deepspeed", "remove_unused_columns",
     "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip

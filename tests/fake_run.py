@@ -9,8 +9,8 @@ from typing import Any
 
 from conftest import write_jsonl
 
-from qingtune.page.source import EVAL_SAMPLES, EVALUATION
-from qingtune.record import FACTS, METRICS, RECORD, SETTINGS
+from qingtune.page.source import EVALUATION
+from qingtune.record import FACTS, METRICS, RECORD, SAMPLES, SETTINGS
 
 HOSTILE = '<script>document.title = "taken"</script><img src="https://example.org/x.png">&amp; {{ 7 * 7 }}'
 POST = (
@@ -121,7 +121,7 @@ def _write_extras(folder: Path) -> None:
     prompts = ["写一条小红书风格的笔记。\n\n店名：蓝门\n品类：面包房\n地址：磨坊巷4号", HOSTILE, "长" * 300 + "x" * 400]
     answers = {0: "这是一家面包店，欢迎光临。", STEPS // 2: "七点出炉。", STEPS: POST}
     write_jsonl(
-        folder / EVAL_SAMPLES,
+        folder / SAMPLES,
         [
             {"step": step, "prompt": prompt, "reference": POST, "answer": HOSTILE if prompt == HOSTILE else answer}
             for step, answer in answers.items()

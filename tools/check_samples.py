@@ -9,13 +9,19 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from qingtune.answer_form import COLUMN, form_of, kept_rules  # noqa: E402
+from qingtune.errors import UserError  # noqa: E402
+
 BUNDLED_PAIRS = (
     ("data/store_xhs_sft_samples.jsonl", "data/store_xhs_heldout.jsonl"),
     ("data/store_posts_en_samples.jsonl", "data/store_posts_en_heldout.jsonl"),
@@ -82,6 +88,7 @@ class Row(NamedTuple):
     facts: dict[str, str]
     output: str
     language: Language
+    rules: dict[str, Any]
 
 
 def numeral_value(match: re.Match[str]) -> str:
@@ -151,6 +158,13 @@ def wrong_form(row: Row) -> Iterator[str]:
         yield f"title has no emoji: {lines[0]}"
     if len(lines) < 3 or not HASHTAG_LINE.fullmatch(lines[-1]):
         yield f"output must be a title, a body and a last line of hashtags only, not: {lines[-1]}"
+    try:
+        form = form_of(row.rules, f'"{COLUMN}"')
+    except UserError as error:
+        yield str(error)
+    else:
+        kept = kept_rules(form, row.output) if form else {}
+        yield from (f"output breaks its own rule of form: {rule}" for rule, keeps in kept.items() if not keeps)
     if not language.shortest <= length <= language.longest:
         yield f"output is {length} long, not {language.shortest}-{language.longest}"
 
@@ -161,16 +175,16 @@ def parse_row(path: str, line: int, text: bytes) -> Row:
         record = json.loads(text.decode())
     except ValueError as error:
         raise ValueError(f"invalid JSON: {error}") from error
-    if not isinstance(record, dict) or list(record) != ROW_KEYS:
-        raise ValueError(f"must be an object with the keys {', '.join(ROW_KEYS)} in this order")
-    if not all(isinstance(value, str) and value.strip() for value in record.values()):
+    if not isinstance(record, dict) or list(record) not in (ROW_KEYS, [*ROW_KEYS, COLUMN]):
+        raise ValueError(f"must be an object with the keys {', '.join(ROW_KEYS)} in this order, then {COLUMN} or none")
+    if not all(isinstance(record[key], str) and record[key].strip() for key in ROW_KEYS):
         raise ValueError("each value must be text that is not empty")
     pairs = [fact.replace("：", ":").partition(":") for fact in record["input"].split("\n")]
     facts = {field.strip(): value.strip() for field, _, value in pairs}
     language = next((known for known in (CHINESE, ENGLISH) if facts.get(known.fields[0])), None)
     if language is None:
         raise ValueError("input must hold a line 店名：… or Name: …")
-    return Row(path, line, record["instruction"], facts, record["output"], language)
+    return Row(path, line, record["instruction"], facts, record["output"], language, record)
 
 
 def repeated(rows: Sequence[Row], what: str, key: Callable[[Row], Hashable]) -> Iterator[Fault]:

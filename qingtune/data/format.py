@@ -12,6 +12,7 @@ from qingtune.errors import UserError, shorten
 Role = Literal["system", "user", "assistant", "tool"]
 SHOWN_FAULTS = 10
 MOST_UNKNOWN = 1000  # rows read in the hope that one of them tells the format
+OF_EVALUATION = "form"  # a column that evaluation alone reads; see answer_form.py
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,11 @@ def read_conversations(paths: Sequence[str], system_prompt: str | None, on_bad_r
     return reading
 
 
-def faulty_rows(faults: Sequence[Fault], rows: int) -> UserError:
+def faulty_rows(faults: Sequence[Fault], rows: int, fix: str = "Fix the rows or pass --on_bad_row skip.") -> UserError:
     """The error that lists the first faults and says what can be done."""
     shown = "\n".join(str(fault) for fault in faults[:SHOWN_FAULTS])
     more = f"\n... and {len(faults) - SHOWN_FAULTS:,} more" if len(faults) > SHOWN_FAULTS else ""
-    fix = f"({len(faults):,} of {rows:,} rows.) Fix the rows or pass --on_bad_row skip."
-    return UserError(f"{shown}{more}\n{fix}")
+    return UserError(f"{shown}{more}\n({len(faults):,} of {rows:,} rows.) {fix}")
 
 
 def conversations_of(path: str, system_prompt: str | None, about: FileFacts) -> Iterator[Conversation | Fault]:
@@ -112,7 +112,7 @@ def conversations_of(path: str, system_prompt: str | None, about: FileFacts) -> 
         waiting.append(row)
         if not about.format and (name := _detect(row.values)):
             about.format = name
-            about.ignored_columns = sorted(set(row.values) - set(FORMATS[name].columns))
+            about.ignored_columns = sorted(set(row.values) - {*FORMATS[name].columns, OF_EVALUATION})
         if about.format:
             yield from (_convert(waited, about.format, system_prompt) for waited in waiting)
             waiting.clear()
@@ -324,3 +324,74 @@ def _prompt_of_row(row: Row) -> tuple[Message, ...] | str:
     if "prompt" not in values and "text" in values:
         return _text_of(values, "text")
     return prompt_of(_completion(Row({"prompt": values.get("prompt"), "completion": "-"}, row.origin)))
+
+
+# --- Rows to evaluate on ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A row to evaluate on.
+
+    Attributes:
+        values: as they stand in the file.
+        prompt: the turns before the answer; None for plain text, which asks nothing.
+        conversation: as in training; None where the row has no answer to compare with.
+    """
+
+    values: dict[str, Any]
+    origin: str
+    prompt: tuple[Message, ...] | None
+    conversation: Conversation | None
+
+    @property
+    def reference(self) -> str | None:
+        """The answer to compare with."""
+        return self.conversation.messages[-1].content if self.conversation and self.prompt else None
+
+
+def asked_rows(path: str, system_prompt: str | None) -> Iterator[Asked | Fault]:
+    """Yield a file's rows, each of any training format, with its answer or without; a Fault in place of each other.
+
+    Args:
+        system_prompt: system message for rows that have none; None leaves them without.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    for row in read_rows(path):
+        if isinstance(row, Fault):
+            yield row
+            continue
+        try:
+            yield _asked(row, system_prompt)
+        except RowError as error:
+            yield Fault(row.origin, str(error))
+
+
+def _asked(row: Row, system_prompt: str | None) -> Asked:
+    if _has_answer(row.values):
+        converted = _convert(row, _detect(row.values), system_prompt)
+        if isinstance(converted, Fault):
+            raise RowError(converted.reason)
+        prompt = prompt_of(converted) if converted.text is None else None
+        return Asked(row.values, row.origin, prompt, converted)
+    prompt = _prompt_of_row(row)
+    if isinstance(prompt, str) or not any(message.role == "user" for message in prompt):
+        raise RowError("no user turn, so nothing to answer")
+    if system_prompt is not None and prompt[0].role != "system":
+        prompt = (Message("system", system_prompt), *prompt)
+    return Asked(row.values, row.origin, prompt, None)
+
+
+_ANSWERS = {"messages": "messages", "sharegpt": "conversations", "instruction": "output", "completion": "completion"}
+
+
+def _has_answer(values: dict[str, Any]) -> bool:
+    """Whether the row holds what is trained in training; null is nothing, nor are turns that end with the user's."""
+    name = _detect(values)
+    answer = values.get(_ANSWERS.get(name, name))
+    if name in ("messages", "sharegpt"):
+        last = answer[-1] if isinstance(answer, list) and answer else None
+        return isinstance(last, dict) and _ROLES.get(str(last.get("role", last.get("from")))) == "assistant"
+    return answer is not None

@@ -139,7 +139,17 @@ def prompt_ids(template: Template, messages: Sequence[Message] | str) -> list[in
     """
     if isinstance(messages, str):
         return _plain_ids(template, messages)
-    return _encode(template.tokenizer, _render(template.tokenizer, messages, True))
+    return _encode(template.tokenizer, prompt_text(template, messages))
+
+
+def prompt_text(template: Template, messages: Sequence[Message]) -> str:
+    """What `prompt_ids` makes ids of."""
+    return _render(template.tokenizer, messages, True)
+
+
+def encode_text(template: Template, text: str, *, start: bool) -> list[int]:
+    """Ids of any text; with `start` after what the tokenizer puts in front of a text."""
+    return _plain_ids(template, text) if start else _encode(template.tokenizer, text)
 
 
 def _plain_ids(template: Template, text: str) -> list[int]:

@@ -100,9 +100,7 @@ def _find_here(name: str, cache_dir: str | None) -> tuple[Path | None, list[str]
         UserError: there is something else in such a place, or the name is a path.
     """
     tried: list[str] = []
-    last = Path(name).name
-    cache = cache_folder(cache_dir)
-    for place in (Path(name).expanduser(), Path("models") / last, cache / last):
+    for place in _places(name, cache_dir):
         if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
             return place, tried
         if place.is_file():
@@ -115,6 +113,19 @@ def _find_here(name: str, cache_dir: str | None) -> tuple[Path | None, list[str]
             fix=f"Check the path. A name such as {DEFAULT_MODEL} is looked up on a hub.",
         )
     return None, tried
+
+
+def _places(name: str, cache_dir: str | None) -> tuple[Path, ...]:
+    last = Path(name).name
+    return Path(name).expanduser(), Path("models") / last, cache_folder(cache_dir) / last
+
+
+def is_here(name: str, cache_dir: str | None, hub: str) -> bool:
+    """Whether `find_model` finds a model without asking a hub."""
+    if any(place.exists() for place in _places(name, cache_dir)):
+        return True
+    asks = hub != "modelscope" and _is_hub_name(name)
+    return asks and _hugging_face_folder(name, cache_dir, _MODEL_FILES, local=True) is not None
 
 
 def _not_found(name: str, tried: list[str]) -> UserError:

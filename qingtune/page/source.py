@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from qingtune.errors import UserError
-from qingtune.record import FACTS, METRICS, SETTINGS, Record, read_record
+from qingtune.record import FACTS, METRICS, SAMPLES, SETTINGS, Record, read_record
 from qingtune.redaction import redact_values
 
-EVALUATION, EVAL_SAMPLES = "evaluation.json", "eval_samples.jsonl"
+EVALUATION = "evaluation.json"
 PREDICTIONS = ("predictions_before.jsonl", "predictions_after.jsonl")
 MOST_SAMPLES = 12
 # What is drawn of each logged line, as training/events.py writes it; speed is tokens / seconds.
@@ -104,7 +104,7 @@ def read_run(folder: Path) -> Source:
     Raises:
         UserError: a file is broken.
     """
-    answers, steps = _eval_samples(folder / EVAL_SAMPLES)
+    answers, steps = _eval_samples(folder / SAMPLES)
     if not answers:
         answers = _predictions(folder)
     record = read_record(folder)

@@ -117,34 +117,26 @@ def as_metrics(event: Event) -> dict[str, Any] | None:
     }
 
 
-class MetricsFile:
-    """metrics.jsonl: one JSON object a line, written through at once; while the disk is full, lines wait."""
+class LinesFile:
+    """A file of one JSON object a line, written through at once; while the disk is full, lines wait."""
 
     def __init__(self, path: Path, keep_to_step: int) -> None:
         """Start anew, or keep the lines up to the step from which a run goes on."""
-        lines = path.read_text(encoding="utf-8").splitlines() if keep_to_step and path.exists() else []
+        # Not splitlines: an answer may hold other characters that it takes for the end of a line.
+        lines = path.read_text(encoding="utf-8").split("\n") if keep_to_step and path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= keep_to_step]
         self.file = path.open("wb", buffering=0)
         self.waiting = "".join(f"{line}\n" for line in kept).encode()
         self.failed = False
         self._write()
 
-    def __enter__(self) -> MetricsFile:
-        """The file is open already."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
+    def close(self) -> None:
+        """No more comes."""
         self.file.close()
 
-    def __call__(self, event: Event) -> None:
-        """Write an event; numbers that are not finite, for which JSON has no word, are null there and told as text."""
-        metrics = as_metrics(event)
-        if metrics is None:
-            return
-        bad = {k: str(v) for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)}
-        line = metrics | dict.fromkeys(bad) | ({"not_finite": bad} if bad else {})
-        self.waiting += (json.dumps(line) + "\n").encode()
+    def add(self, line: dict[str, Any]) -> None:
+        """Write a line."""
+        self.waiting += (json.dumps(line, ensure_ascii=False) + "\n").encode()
         self._write()
 
     def _write(self) -> None:
@@ -167,6 +159,26 @@ class MetricsFile:
         self.file.truncate(start)
         self.file.seek(start)
         return written
+
+
+class MetricsFile(LinesFile):
+    """metrics.jsonl. Use as a context manager."""
+
+    def __enter__(self) -> MetricsFile:
+        """The file is open already."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def __call__(self, event: Event) -> None:
+        """Write an event; numbers that are not finite, for which JSON has no word, are null there and told as text."""
+        metrics = as_metrics(event)
+        if metrics is None:
+            return
+        bad = {k: str(v) for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)}
+        self.add(metrics | dict.fromkeys(bad) | ({"not_finite": bad} if bad else {}))
 
 
 class ConsoleSink:

@@ -90,7 +90,9 @@ def write(
     path: Path | None, template: Template, decoder: Counting, *, identity: Any = None, over: bool = False
 ) -> None:
     file = AnswerFile(path, identity or IDENTITY, overwrite=over)
-    answer_file(decoder, template, questions(20), file, lambda _: None)
+    asked = questions(20)
+    answer_file(file, 20, lambda done: answer_questions(decoder, template, asked[done:]), lambda _: None)
+    file.finish()
 
 
 @pytest.mark.parametrize("half", [b"", b'{"number": 99, "ans'])

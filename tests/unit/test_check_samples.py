@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import load_tool
 
 check_samples = load_tool("check_samples")
-Sample = dict[str, str]
+Sample = dict[str, Any]
 
 BAKERY = {
     "instruction": "写一篇小红书探店笔记，风格：甜美",
@@ -110,6 +111,8 @@ def test_unreadable_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], lin
         (changed(BAKERY, output=("轻轻一碰", "三点二十停住")), "clock time not in the input: 3点20"),
         (changed(BAKERY, output=("早上十点开门", "到21：00，400")), "clock time not in the input: 21:00"),
         (changed(CAFE, output=("8 am", "7 am")), "clock time not in the input: 7 am"),
+        (CAFE | {"form": {"tags": 2, "emoji": False}}, "output breaks its own rule of form: emoji"),
+        (CAFE | {"form": {"tag": 2}}, '"form.tag"'),
     ],
 )
 def test_faulty_row(tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Sample, message: str) -> None:

@@ -14,6 +14,7 @@ from qingtune.training.events import (
     Evaluated,
     Event,
     EverySteps,
+    LinesFile,
     MetricsFile,
     Noted,
     Stepped,
@@ -173,3 +174,15 @@ def test_on_a_terminal_a_bar_stands_in_for_the_lines(
         assert console.bar.tasks[0].completed == 4
         assert "loss 1.5000" in console.bar.tasks[0].description
     assert "step 4/10" not in capsys.readouterr().err
+
+
+def test_lines_of_text_are_kept_whole_when_a_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    texts = ["one\u2028two", "three\x85four\n", "热的 🥖"]
+    file = LinesFile(path, 0)
+    for step, text in enumerate(texts, 1):
+        file.add({"step": step, "answer": text})
+    file.close()
+    LinesFile(path, 2).close()
+    kept = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    assert kept == [{"step": step, "answer": texts[step - 1]} for step in (1, 2)]

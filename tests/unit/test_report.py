@@ -18,12 +18,12 @@ from page_text import Page
 from qingtune import report as report_module
 from qingtune.command_config import ReportConfig
 from qingtune.errors import UserError
-from qingtune.page.source import EVAL_SAMPLES, EVALUATION, MOST_SAMPLES
+from qingtune.page.source import EVALUATION, MOST_SAMPLES
 from qingtune.page.words import Words, duration, significant, size
-from qingtune.record import FACTS, METRICS, PAGE, RECORD, SETTINGS
+from qingtune.record import FACTS, METRICS, PAGE, RECORD, SAMPLES, SETTINGS
 from qingtune.report import PageOfRun, report, write_page
 
-FILES = (RECORD, SETTINGS, METRICS, FACTS, EVAL_SAMPLES, EVALUATION)
+FILES = (RECORD, SETTINGS, METRICS, FACTS, SAMPLES, EVALUATION)
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
@@ -103,7 +103,7 @@ def test_what_is_missing_is_left_out_or_told(folder: Path, missing: str) -> None
         METRICS: "No step is logged yet.",
         SETTINGS: "train_config.json is missing.",
         FACTS: "This run kept no report on its data.",
-        EVAL_SAMPLES: "train with --eval_samples 8, or run:",
+        SAMPLES: "train with --eval_samples 8, or run:",
         EVALUATION: "To fill this table, run:",
     }
     for name, words in told.items():
@@ -169,7 +169,7 @@ def test_the_result_of_a_run_that_keeps_its_best_evaluation_is_that_one(folder: 
 
 def test_secrets_do_not_show(folder: Path) -> None:
     token = "hf_" + "abcdefghijklmnop"
-    for name in (SETTINGS, FACTS, RECORD, EVAL_SAMPLES):
+    for name in (SETTINGS, FACTS, RECORD, SAMPLES):
         text = (folder / name).read_text(encoding="utf-8")
         (folder / name).write_text(text.replace("蓝门", token).replace("lora", token), encoding="utf-8")
         assert token in (folder / name).read_text(encoding="utf-8") or name == FACTS
@@ -178,7 +178,7 @@ def test_secrets_do_not_show(folder: Path) -> None:
 
 def test_many_and_long_answers_are_cut_and_counted(folder: Path) -> None:
     rows = [{"step": 0, "prompt": f"p{n}", "reference": None, "answer": "y" * 5000} for n in range(MOST_SAMPLES + 3)]
-    write_jsonl(folder / EVAL_SAMPLES, rows)
+    write_jsonl(folder / SAMPLES, rows)
     page = page_of(folder)
     assert_sound(page)
     assert "3 more are in the folder." in page.text
@@ -203,7 +203,7 @@ def test_many_and_long_answers_are_cut_and_counted(folder: Path) -> None:
 def test_predictions_stand_in_for_answers(
     folder: Path, row: dict[str, Any], prompt: str, reference: str | None
 ) -> None:
-    (folder / EVAL_SAMPLES).unlink()
+    (folder / SAMPLES).unlink()
     write_jsonl(folder / "predictions_before.jsonl", [{**row, "answer": "earlier"}])
     write_jsonl(folder / "predictions_after.jsonl", [{**row, "answer": "later"}, {**row, "summed_loss": 1.0}])
     (answers,) = report_module.read_run(folder).answers
@@ -221,8 +221,8 @@ def test_a_broken_file_is_named(folder: Path, name: str) -> None:
 
 
 def test_a_line_without_what_it_should_hold_is_named(folder: Path) -> None:
-    (folder / EVAL_SAMPLES).write_text('{"step": 1, "prompt": "p"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=rf"{EVAL_SAMPLES}:1: answer is missing"):
+    (folder / SAMPLES).write_text('{"step": 1, "prompt": "p"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{SAMPLES}:1: answer is missing"):
         write_page(folder)
 
 

@@ -34,7 +34,9 @@ SYSTEM_PROMPTS = [None, "Be kind.", ""]  # an empty one keeps the template from 
 
 def make_speaker(template: Template, system_prompt: str | None, *, plain: bool) -> Speaker:
     decoder: Any = None  # not asked here
-    return Speaker(decoder, template, Decoding(), system_prompt, plain, context_length=512, identity={})
+    return Speaker(
+        lambda: decoder, template, Decoding(), system_prompt, plain, context_length=512, identity={}, base=Path()
+    )
 
 
 @pytest.mark.parametrize("system_prompt", SYSTEM_PROMPTS)
