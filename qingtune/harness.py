@@ -105,8 +105,13 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
 
     @property
     def eot_token_id(self) -> int:
-        """Ends an answer, and stands before texts without a beginning."""
+        """Ends an answer."""
         return self.template.end_of_turn
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands before texts without a beginning, as in the harness's own models."""
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     @property
     def tokenizer_name(self) -> str:

@@ -167,6 +167,8 @@ def test_rolling_likelihood_covers_each_token_once(harness: Any, speak: Callable
     ids = model.tok_encode("Fresh bread at seven.")
     ((value, _),) = model._loglikelihood_tokens([(("", ""), [model.eot_token_id], ids)])
     assert found == pytest.approx(value)
+    speaker.template.tokenizer.bos_token = "<|im_start|>"
+    assert model.prefix_token_id == speaker.template.tokenizer.bos_token_id != model.eot_token_id
 
 
 def test_answers_end_before_their_stop_texts(harness: Any, speak: Callable[..., Speaker]) -> None:
