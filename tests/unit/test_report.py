@@ -67,7 +67,8 @@ def test_the_page_of_a_whole_run_is_sound_and_shows_everything(folder: Path) -> 
         "我的面包店", "LoRA", "Qwen/Qwen2.5-0.5B-Instruct", "35.19 M (6.65%)", "2.450\u00a0→ 1.579",
         "70 分钟", "2.62 GB",
         "评估损失从 2.4500 降到 1.5792，下降 35.5%。", "Evaluation loss fell by 35.5%, from 2.4500 to 1.5792.", POST,
-        "这是一家面包店，欢迎光临。", "+8.750 [+6.200,\u00a0+11.400]", "2.67 GB (+1.8%)", "optimizer states", "优化器状态",
+        "这是一家面包店，欢迎光临。", "+8.750 [+6.200,\u00a0+11.400]", "2.67 GB (+1.8%)",
+        "optimizer states", "优化器状态",
         'samples.jsonl:118: "output" is empty', "layers.11.mlp.up_proj", "AMD EPYC 9R14", "5.23.0",
     ):  # fmt: skip
         assert words in page.text, words
