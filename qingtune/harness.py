@@ -111,7 +111,8 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
     @property
     def prefix_token_id(self) -> int:
         """Stands before texts without a beginning, as in the harness's own models."""
-        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        beginning: Any = self.tokenizer.bos_token_id
+        return self.eot_token_id if beginning is None else beginning
 
     @property
     def tokenizer_name(self) -> str:
