@@ -61,6 +61,10 @@ MEASURED = [
     ("lora", 512, 8, 8, False, 2.064),
     ("lora", 1024, 1, 8, False, 2.428),
     ("lora", 1024, 8, 64, False, 2.955),
+    ("lora", 512, 1, 64, True, 2.256),
+    ("full", 128, 1, 16, False, 8.591),
+    ("full8", 128, 1, 16, False, 3.723),
+    ("qlora8", 128, 1, 8, False, 1.731),  # reached while it was loaded
 ]
 
 
