@@ -35,6 +35,7 @@ from qingtune.trained_numbers import Trained, find_trained
 # Linux (benchmarks/plan_grid.py) at two vocabularies; a tokenizer in memory grows with its own.
 RUNTIME_ON_CPU = 430_000_000
 RUNTIME_A_TOKEN_OF_VOCABULARY = 730
+RUNTIME_AFTER_LOADING = 80_000_000  # of it, what is allocated only when the model is there
 # What a CUDA context and its libraries' kernels take of a GPU before anything is allocated; not measured here.
 CONTEXT_ON_GPU = 500_000_000
 STEPS_TO_LOOK_AT = 200  # for the fullest pass
@@ -239,9 +240,13 @@ class Planner:
         if self.machine.kind == "cuda":
             return 0
         numbers, as_stored = self.shape.parameters, self.weight_itemsize == self.shape.stored_itemsize
+        if self.config.method == "qlora" and self.shape.plain:
+            ends = max(m.parameters for m in self.shape.modules if m.kind in ("embedding", "head"))
+            pages = self.fixed["quantized_weights"] + ends * self.shape.stored_itemsize  # of files that are being read
+            held = self.fixed["weights"] + self.fixed["quantized_weights"]
+            return self.runtime - RUNTIME_AFTER_LOADING + held + pages
         if self.config.method == "qlora":
-            whole = 0 if self.shape.plain else numbers * self.weight_itemsize
-            return self.runtime + whole + self.fixed["quantized_weights"]
+            return self.runtime + numbers * self.weight_itemsize + self.fixed["quantized_weights"]
         twice = numbers * self.shape.stored_itemsize if self.full or not as_stored else 0
         return self.runtime + numbers * self.weight_itemsize + twice
 
