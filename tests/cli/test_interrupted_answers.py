@@ -19,7 +19,7 @@ ROWS = 600
 IN_FP32 = """
 import sys
 from qingtune import cli, hardware
-hardware._cpu_has_bf16 = lambda: False
+hardware.cpu_has_bf16 = lambda: False
 sys.exit(cli.main())
 """
 WITHIN_S = 120

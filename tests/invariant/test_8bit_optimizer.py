@@ -37,7 +37,7 @@ def start(tmp_path: Path) -> Start:
 def held_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """What the weights are held in; here every CPU has bf16, native or emulated."""
     narrow = request.param == "bf16"
-    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: narrow)
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: narrow)
     return torch.bfloat16 if narrow else torch.float32
 
 
@@ -85,7 +85,7 @@ def test_interrupted_run_equals_whole(
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
 
 
-@pytest.mark.skipif(not hardware._cpu_has_bf16(), reason="this CPU has no bf16 of its own")
+@pytest.mark.skipif(not hardware.cpu_has_bf16(), reason="this CPU has no bf16 of its own")
 def test_without_a_word_a_cpu_with_bf16_holds_weights_in_it(start: Start, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
