@@ -32,7 +32,8 @@ from qingtune.models.load import local_folder
 from qingtune.models.source import find_model, fingerprint, is_here
 from qingtune.output_folder import only_run_in
 from qingtune.quiet import quieten
-from qingtune.record import read_record
+from qingtune.record import SETTINGS, read_record
+from qingtune.report import write_page
 from qingtune.scoring import score_sample
 from qingtune.thinking import split_thinking
 
@@ -87,6 +88,8 @@ def evaluate(config: EvaluateConfig) -> None:
         for name in sides:
             for kept in (f"predictions_{name}.jsonl.unfinished.json", f"lm_eval_{name}.json"):
                 (output_dir / kept).unlink(missing_ok=True)
+        if (output_dir / SETTINGS).exists():  # a run's own folder
+            write_page(output_dir)
     print_report(about, changes, sides)
     print(f"Written: {output_dir}")
 

@@ -14,11 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from qingtune.adapted_model import count_parameters, load_adapted_model
 from qingtune.adapters.files import save_adapter
-from qingtune.adapters.lora import LoRALinear, add_lora
-from qingtune.adapters.variants import TAKEN, Variant
-from qingtune.adapters.whole import find_modules, train_in_full
-from qingtune.base import load_base
 from qingtune.config import TrainConfig
 from qingtune.continuation import check_checkpoint_exists, is_finished, load_best, where_to_go_on
 from qingtune.data.prepare import Data, Say, check_files_exist, load_data
@@ -27,8 +24,6 @@ from qingtune.environment import describe_machine
 from qingtune.errors import UserError
 from qingtune.files import copy_file, disk_errors, staging_folder, usual_permissions, write_json
 from qingtune.hardware import Hardware, choose_hardware
-from qingtune.kernels.linear import QuantizedLinear
-from qingtune.memory import EIGHT_BITS
 from qingtune.models.load import load_tokenizer, local_folder, save_model, stop_ids, stored_dtype
 from qingtune.models.source import context_length, find_model, fingerprint, stored_in_4bit
 from qingtune.output_folder import check_output_folder, only_run_in, prepare_output_folder
@@ -121,9 +116,60 @@ def finetune(
     return True
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What a run has before any weight is read; `folder` is the base model's."""
+
+    hardware: Hardware
+    folder: Path
+    template: Template
+    data: Data
+
+
 def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Result | None:
     """Train and, unless a signal ended that early, write the result; None if it is there, or only planned for."""
-    output_dir = Path(config.output_dir)
+    output_dir, opened = Path(config.output_dir), _open(config, processes, say)
+    hardware, folder, data = opened.hardware, opened.folder, opened.data
+    if config.dry_run:
+        report = plan_run(config, folder, hardware, data, processes.count).report
+        if processes.index == 0:
+            print("\n".join(as_lines(report)))
+        return None
+    plan = try_to_plan(lambda: plan_run(config, folder, hardware, data, processes.count), say)
+    settings = settings_to_compare(config, processes.count, data.hash, fingerprint(folder))
+    if is_finished(config, settings, say):
+        return None
+    resume_from = where_to_go_on(config, settings, say)
+    for line in short_lines(plan.report) if plan else ():
+        say(line)
+    model = load_adapted_model(config, folder, hardware, say)
+    _check_vocabulary(model, opened.template, folder)
+    if processes.index == 0:
+        _begin_folder(config, resume_from)
+    processes.wait()
+
+    work, limits, progress = make_work(config, model, data, hardware, processes, settings, resume_from, say)
+    page, answers = PageOfRun(output_dir, say), None
+    if processes.index == 0:
+        write_json(output_dir / FACTS, redact_values(_facts(hardware, processes, data, limits)))
+        answers = _sample_answers(config, opened, model, progress) if config.eval_samples else None
+    result = _train(config, work, limits, progress, processes, page, answers, count_parameters(model))
+    result = replace(result, planned_bytes=plan and plan.planned_bytes())
+    if plan and processes.count == 1:
+        keep_measured_speed(plan, output_dir / METRICS, say)
+    del work  # and with it the optimizer's states, before the result takes memory
+    if result.finished and config.load_best_model_at_end:
+        load_best(output_dir, model, progress, say)
+    if processes.index == 0:
+        if result.finished:
+            save_result(config, model, opened.template, folder, _record(config, opened, settings, result))
+            plot_losses(output_dir / METRICS, output_dir / CURVE, title=output_dir.resolve().name)
+        page.write()
+    return result
+
+
+def _open(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Opened:
+    """Choose the hardware, find the model, read the data."""
     hardware = choose_hardware(config.bf16, config.fp16, processes.local_index)
     say(f"Device: {hardware.reason}.")
     with processes.main_first():
@@ -139,54 +185,24 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
     template = make_template(load_tokenizer(folder), stop_ids(folder))
     for notice in template.notices:
         say(notice)
-    data = load_data(config, template, context_length(folder), say)
-    if config.dry_run:
-        report = plan_run(config, folder, hardware, data, processes.count).report
-        if processes.index == 0:
-            print("\n".join(as_lines(report)))
-        return None
-    plan = try_to_plan(lambda: plan_run(config, folder, hardware, data, processes.count), say)
+    return Opened(hardware, folder, template, load_data(config, template, context_length(folder), say))
 
-    settings = settings_to_compare(config, processes.count, data.hash, fingerprint(folder))
-    if is_finished(config, settings, say):
-        return None
-    resume_from = where_to_go_on(config, settings, say)
-    for line in short_lines(plan.report) if plan else ():
-        say(line)
-    model = load_adapted_model(config, folder, hardware, say)
-    _check_vocabulary(model, template, folder)
-    if processes.index == 0:
-        prepare_output_folder(output_dir, anew=resume_from is None and config.overwrite_output_dir)
-        write_json(output_dir / SETTINGS, redact_values(config.model_dump(mode="json")))
-        if resume_from and (resume_from / METRICS).exists():
-            copy_file(resume_from / METRICS, output_dir / METRICS)
-    processes.wait()
 
-    work, limits, progress = make_work(config, model, data, hardware, processes, settings, resume_from, say)
-    page, answers = PageOfRun(output_dir, say), None
-    if processes.index == 0:
-        write_json(output_dir / FACTS, redact_values(_facts(hardware, processes, data, limits)))
-        if config.eval_samples:
-            file = LinesFile(output_dir / SAMPLES, progress.step)
-            mixed = hardware.dtype if config.method == "full" or config.modules_to_save else None
-            asked = data.evaluation[: config.eval_samples]
-            answers = SampleAnswers(file, model, template, asked, context_length(folder), mixed)
-    result = _train(config, work, limits, progress, processes, page, answers, count_parameters(model))
-    result = replace(result, planned_bytes=plan and plan.planned_bytes())
-    if plan and processes.count == 1:
-        keep_measured_speed(plan, output_dir / METRICS, say)
-    del work  # and with it the optimizer's states, before the result takes memory
-    if not result.finished:
-        if processes.index == 0:
-            page.write()
-        return result
-    if config.load_best_model_at_end:
-        load_best(output_dir, model, progress, say)
-    if processes.index == 0:
-        save_result(config, model, template, folder, _record(config, folder, template, data, settings, result))
-        plot_losses(output_dir / METRICS, output_dir / CURVE, title=output_dir.resolve().name)
-        page.write()
-    return result
+def _begin_folder(config: TrainConfig, resume_from: Path | None) -> None:
+    """Make the output folder that of this run, with what it goes on from."""
+    output_dir = Path(config.output_dir)
+    prepare_output_folder(output_dir, anew=resume_from is None and config.overwrite_output_dir)
+    write_json(output_dir / SETTINGS, redact_values(config.model_dump(mode="json")))
+    if resume_from and (resume_from / METRICS).exists():
+        copy_file(resume_from / METRICS, output_dir / METRICS)
+
+
+def _sample_answers(config: TrainConfig, opened: Opened, model: PreTrainedModel, progress: Progress) -> SampleAnswers:
+    """What writes answers to the first rows of the evaluation data."""
+    file = LinesFile(Path(config.output_dir) / SAMPLES, progress.step)
+    mixed = opened.hardware.dtype if config.method == "full" or config.modules_to_save else None
+    asked = opened.data.evaluation[: config.eval_samples]
+    return SampleAnswers(file, model, opened.template, asked, context_length(opened.folder), mixed)
 
 
 def _facts(hardware: Hardware, processes: AcceleratedProcesses, data: Data, limits: Limits) -> dict[str, Any]:
@@ -201,19 +217,17 @@ def _facts(hardware: Hardware, processes: AcceleratedProcesses, data: Data, limi
     }
 
 
-def _record(
-    config: TrainConfig, folder: Path, template: Template, data: Data, settings: dict[str, Any], result: Result
-) -> Record:
-    """What the run says of itself; `folder` is the base model's."""
+def _record(config: TrainConfig, opened: Opened, settings: dict[str, Any], result: Result) -> Record:
+    """What the run says of itself."""
     return Record(
         method=config.method,
         base_model=config.model_name_or_path,
-        base_fingerprint=fingerprint(folder),
+        base_fingerprint=fingerprint(opened.folder),
         system_prompt=config.system_prompt,
-        prompt_style=data.style,
-        stop_ids=sorted(template.stop_ids),
+        prompt_style=opened.data.style,
+        stop_ids=sorted(opened.template.stop_ids),
         settings=settings,
-        results={**asdict(result), "evaluation_data": data.evaluation_hash},
+        results={**asdict(result), "evaluation_data": opened.data.evaluation_hash},
         versions=versions(),
     )
 
@@ -229,76 +243,6 @@ def _say(text: str) -> None:
 
 def _say_nothing(_text: str) -> None:
     pass
-
-
-# --- Model -----------------------------------------------------------------------------------------------------------
-
-
-def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware, say: Say) -> PreTrainedModel:
-    """The model on its device, quantised and with adapters as the method asks; the trained share is told.
-
-    Adapters train in fp32 on weights in the hardware's dtype. Full training keeps the weights in fp32, as small steps
-    would be lost in 16 bits, and computes in the hardware's dtype; only our 8-bit optimizer, which rounds at random so
-    that they are not lost on average, works on weights in 16 bits.
-    """
-    full = config.method == "full"
-    bits = config.quantization_bit if config.method == "qlora" else None
-    narrow = config.optim in EIGHT_BITS and hardware.device.type == "cpu" and hardware.dtype == torch.bfloat16
-    dtype = torch.float32 if full and not narrow else hardware.dtype
-    model = load_base(folder, dtype, bits, hardware.device, config.cache_dir, say)
-    if full and dtype == stored_dtype(folder):
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()  # what is loaded as it is stored may lie in the file's pages
-    if not full:
-        _add_adapters(config, model, say)
-    trained, everything = count_parameters(model)
-    say(f"Trainable: {trained:,} of {everything:,} parameters ({trained / everything:.2%}).")
-    return model
-
-
-def _add_adapters(config: TrainConfig, model: PreTrainedModel, say: Say) -> None:
-    """Put adapters on a model, of the kind that the settings name, and let modules_to_save be trained."""
-    assert config.lora_alpha is not None
-    variant = Variant(
-        init_lora_weights=config.init_lora_weights,
-        use_dora=config.use_dora,
-        use_rslora=config.use_rslora,
-        rank_pattern=config.rank_pattern or {},
-        alpha_pattern=config.alpha_pattern or {},
-        layers_to_transform=config.layers_to_transform,
-    )
-    if config.init_lora_weights in TAKEN:
-        say(f"{config.init_lora_weights}: the adapters' start is taken out of the weights; this may take minutes.")
-    whole = find_modules(model, config.modules_to_save)
-    adapters = add_lora(
-        model, config.lora_target_modules, config.lora_r, config.lora_alpha, config.lora_dropout,
-        seed=config.seed, variant=variant, leave=whole,
-    )  # fmt: skip
-    say(_kind_of_adapters(config, adapters))
-    if config.loraplus_lr_ratio:
-        say(f"LoRA+: B matrices learn at {config.loraplus_lr_ratio:g} times the learning rate that is shown.")
-    for notice in train_in_full(model, whole):
-        say(notice)
-    if whole:
-        say(f"Trained in full, in fp32: {', '.join(whole)}.")
-
-
-def _kind_of_adapters(config: TrainConfig, adapters: dict[str, LoRALinear]) -> str:
-    """A line for the user: kind, rank, scaling, and where."""
-    ranks = sorted({adapter.r for adapter in adapters.values()})
-    rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    scalings = sorted({f"{adapter.scaling:.4g}" for adapter in adapters.values()})
-    scaling = f", scaled by alpha / sqrt(rank) = {' or '.join(scalings)}" if config.use_rslora else ""
-    kinds = sorted({name.rsplit(".", 1)[-1] for name in adapters})
-    name = "DoRA" if config.use_dora else "LoRA"
-    return f"{name}: rank {rank}, alpha {config.lora_alpha:g}{scaling}, on {len(adapters)} layers ({', '.join(kinds)})."
-
-
-def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """Trained parameters, and all of them; packed weights count as what they stand for."""
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, packed + sum(p.numel() for p in model.parameters())
 
 
 # --- Training --------------------------------------------------------------------------------------------------------

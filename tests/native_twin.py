@@ -6,6 +6,7 @@ import torch
 
 from qingtune.kernels.native.matrices import GROUP_SIZE
 from qingtune.kernels.packed import round_to_int8
+from qingtune.machine import cpu_flags
 
 
 def stands_for(weight: torch.Tensor, bits: int | None) -> torch.Tensor:
@@ -32,5 +33,7 @@ def rounded(x: torch.Tensor, bits: int | None) -> torch.Tensor:
 
 
 def product(weight: torch.Tensor, bits: int | None, x: torch.Tensor) -> torch.Tensor:
-    """x [T, K] by a weight [N, K] as it is kept."""
+    """x [T, K] by a weight [N, K] as it is kept; beside bf16 weights 4 rows and more are rounded to bf16."""
+    if bits is None and len(x) >= 4 and "avx512_bf16" in cpu_flags():
+        x = x.bfloat16().float()
     return (rounded(x, bits).double() @ stands_for(weight, bits).double().t()).float()

@@ -58,7 +58,7 @@ class CachedDecoder:
         self._cache = AnswerCache(shape, slots, self.dtype, self.device)
         self._step = None
         if library is not None:
-            self._step = AnswerStep(library, self._cache, layers, norm, cast("NativeMatrix", head), rotary)
+            self._step = AnswerStep(library, shape, layers, norm, cast("NativeMatrix", head), rotary)
 
     @property
     def held_bytes(self) -> int:
@@ -91,7 +91,7 @@ class CachedDecoder:
         held = self._cache.ids[: len(tokens)]
         self._cache.reserve(max(map(len, held)) + 1)
         x = self._embedded(tokens)
-        logits = self._step.logits(x) if self._step else self._logits_of_tokens(x)
+        logits = self._step.logits(x, self._cache) if self._step else self._logits_of_tokens(x)
         for ids, token in zip(held, tokens, strict=True):
             ids.append(token)
         return logits

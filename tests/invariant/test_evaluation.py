@@ -212,6 +212,15 @@ def test_one_model_is_in_memory_at_a_time(adapter: Path, tmp_path: Path, monkeyp
     run(tmp_path, lora_model=str(adapter))
 
 
+def test_the_page_of_a_run_shows_its_evaluation(adapter: Path, tmp_path: Path) -> None:
+    page = adapter / "report.html"
+    assert "chrF" not in page.read_text(encoding="utf-8")
+    found = run(tmp_path, lora_model=str(adapter), output_dir=str(adapter), name=adapter.name)
+    text = page.read_text(encoding="utf-8")
+    assert "chrF" in text
+    assert f"{found['metrics']['loss']['after']['value']:.4f}" in text
+
+
 def test_losses_alone(adapter: Path, tmp_path: Path) -> None:
     found = run(tmp_path, lora_model=str(adapter), skip_generation=True)
     assert list(found["metrics"]) == ["loss", "perplexity"]

@@ -14,6 +14,7 @@
 #include <string.h>
 
 #define GROUP 32 /* activations, and weights in 4 bits, that share a scale */
+#define AHEAD 8192 /* bytes of weights asked for before they are needed: the CPU itself stops at the end of each page */
 #define BLOCK 16 /* rows of a matrix that a thread takes at a time */
 /* Of 16 rows by 32 columns; in 4 bits scales and offsets come first, then numbers, two in a byte. */
 #define SCALES_OF_INT4 64
@@ -52,7 +53,7 @@ typedef struct {
 /* Activations as matrices want them, each thread its own. */
 typedef struct {
     float *x;     /* [T, K] */
-    int8_t *q;    /* [T, K], rounded */
+    int8_t *q;    /* [T, K], rounded to int8; or bf16 */
     float *scale; /* [T, K / 32] */
     float *sum;   /* [T, K / 32]: of a group's rounded numbers, scaled */
     float *total; /* [T]: of all of them */
@@ -138,28 +139,69 @@ static inline void put(const Matrix *m, const Target *to, int64_t t, int64_t row
     *y = value + (m->bias ? m->bias[row] : 0.0f) + (to->add ? *y : 0.0f);
 }
 
-/* Rows of bf16, one or 4, by as many sequences; a single row reads memory in one stream. */
+/* Whether activations beside bf16 weights are rounded to bf16 too: many sequences are bound by arithmetic, of which the
+   bf16 units do twice as much; a few by memory, and lose nothing by fp32. */
+static inline int rounds_to_bf16(int64_t count) {
+#ifdef __AVX512BF16__
+    return count >= 4;
+#else
+    (void)count;
+    return 0;
+#endif
+}
+
+static inline void put_dense(const Matrix *m, const Target *to, int64_t row, int64_t t, __m512 sum) {
+    float *y = to->y + t * to->stride + row;
+    *y = _mm512_reduce_add_ps(sum) + (m->bias ? m->bias[row] : 0.0f) + (to->add ? *y : 0.0f);
+}
+
+/* A row of bf16 by a sequence in fp32, in one stream of memory. */
+static inline void dense_row(const Matrix *m, const Rows *rows, const Target *to, int64_t row, int64_t t) {
+    const uint16_t *w = (const uint16_t *)m->weight + row * m->columns;
+    const float *x = rows->x + t * m->columns;
+    __m512 one = _mm512_setzero_ps(), two = _mm512_setzero_ps(); /* apart, as each waits for its last */
+    for (int64_t k = 0; k < m->columns; k += 32) {
+        _mm_prefetch((const char *)(w + k) + AHEAD, _MM_HINT_T0);
+        one = _mm512_fmadd_ps(from_bf16(w + k), _mm512_loadu_ps(x + k), one);
+        two = _mm512_fmadd_ps(from_bf16(w + k + 16), _mm512_loadu_ps(x + k + 16), two);
+    }
+    put_dense(m, to, row, t, _mm512_add_ps(one, two));
+}
+
+#ifdef __AVX512BF16__
+/* 4 rows of bf16 by up to 4 sequences in bf16. */
 static inline __attribute__((always_inline)) void
 dense_tile(const Matrix *m, const Rows *rows, const Target *to, int64_t row, int64_t first, const int count) {
     const int64_t n = m->columns;
-    const uint16_t *w = (const uint16_t *)m->weight + row * n;
+    const uint16_t *w = (const uint16_t *)m->weight + row * n, *x = (const uint16_t *)rows->q + first * n;
     __m512 sum[4][4];
-    for (int r = 0; r < count; r++)
+    for (int r = 0; r < 4; r++)
         for (int t = 0; t < count; t++) sum[r][t] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < n; k += 16) {
-        __m512 part[4];
-        for (int r = 0; r < count; r++) part[r] = from_bf16(w + r * n + k);
+    for (int64_t k = 0; k < n; k += 32)
         for (int t = 0; t < count; t++) {
-            __m512 x = _mm512_loadu_ps(rows->x + (first + t) * n + k);
-            for (int r = 0; r < count; r++) sum[r][t] = _mm512_fmadd_ps(part[r], x, sum[r][t]);
+            __m512bh right = (__m512bh)_mm512_loadu_si512(x + t * n + k);
+            for (int r = 0; r < 4; r++)
+                sum[r][t] = _mm512_dpbf16_ps(sum[r][t], (__m512bh)_mm512_loadu_si512(w + r * n + k), right);
         }
+    for (int r = 0; r < 4; r++)
+        for (int t = 0; t < count; t++) put_dense(m, to, row + r, first + t, sum[r][t]);
+}
+#endif
+
+/* A block of rows of bf16 by all sequences. */
+static void dense_block(const Matrix *m, const Rows *rows, const Target *to, int64_t row, int64_t count) {
+#ifdef __AVX512BF16__
+    if (rounds_to_bf16(count)) {
+        int64_t t = 0;
+        for (; t + 4 <= count; t += 4)
+            for (int64_t r = row; r < row + BLOCK; r += 4) dense_tile(m, rows, to, r, t, 4);
+        for (; t < count; t++)
+            for (int64_t r = row; r < row + BLOCK; r += 4) dense_tile(m, rows, to, r, t, 1);
+        return;
     }
-    for (int r = 0; r < count; r++)
-        for (int t = 0; t < count; t++) {
-            float *y = to->y + (first + t) * to->stride + row + r;
-            float bias = m->bias ? m->bias[row + r] : 0.0f;
-            *y = _mm512_reduce_add_ps(sum[r][t]) + bias + (to->add ? *y : 0.0f);
-        }
+#endif
+    for (int64_t t = 0; t < count; t++)
+        for (int64_t r = row; r < row + BLOCK; r++) dense_row(m, rows, to, r, t);
 }
 
 /* 16 rows and 32 columns of a packed weight: bytes by 4 columns in each lane, a lane a row. */
@@ -186,6 +228,7 @@ static inline __attribute__((always_inline)) void packed_tile(const Matrix *m, c
     for (int64_t g = 0; g < groups; g++, block += bytes) {
         __m512i part[8];
         __m512 scale, offset;
+        for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)block + AHEAD + i, _MM_HINT_T0);
         numbers_of(bits == 8 ? block : block + SCALES_OF_INT4, bits, part);
         if (bits == 4) {
             scale = from_bf16((const uint16_t *)block);
@@ -232,16 +275,16 @@ static void multiply(const Matrix *m, const Rows *rows, int64_t count, int64_t f
             for (; t + 4 <= count; t += 4) packed_tile(m, rows, &to, row, t, 4, 8);
             for (; t < count; t++) packed_tile(m, rows, &to, row, t, 1, 8);
         } else {
-            for (; t + 4 <= count; t += 4)
-                for (int64_t r = row; r < row + BLOCK; r += 4) dense_tile(m, rows, &to, r, t, 4);
-            for (; t < count; t++)
-                for (int64_t r = row; r < row + BLOCK; r++) dense_tile(m, rows, &to, r, t, 1);
+            dense_block(m, rows, &to, row, count);
         }
     }
 }
 
 static void prepare(const Matrix *m, Rows *rows, int64_t count) {
-    if (m->kind != DENSE) round_rows(rows, count, m->columns);
+    if (m->kind != DENSE)
+        round_rows(rows, count, m->columns);
+    else if (rounds_to_bf16(count))
+        for (int64_t i = 0; i < count * m->columns; i += 16) to_bf16((uint16_t *)rows->q + i, _mm512_loadu_ps(rows->x + i));
 }
 
 static inline int64_t share(int64_t rows, int64_t thread, int64_t threads) { return rows / BLOCK * thread / threads; }
@@ -254,7 +297,7 @@ static float *take(char **from, int64_t count) {
 
 static void take_rows(char **from, Rows *rows, int64_t count, int64_t columns) {
     rows->x = take(from, count * columns);
-    rows->q = (int8_t *)take(from, count * columns / 4);
+    rows->q = (int8_t *)take(from, count * columns / 2);
     rows->scale = take(from, count * columns / GROUP);
     rows->sum = take(from, count * columns / GROUP);
     rows->total = take(from, count);

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from qingtune.kernels.answer_cache import AnswerCache
+from qingtune.kernels.answer_cache import AnswerCache, AnswerShape
 from qingtune.kernels.answer_layer import AnswerLayer, Norm
 from qingtune.kernels.native.matrices import MatrixStruct, NativeMatrix
 
@@ -47,7 +47,7 @@ class AnswerStep:
 
     Args:
         library: the compiled kernels.
-        cache: of the decoder.
+        shape: of the attention.
         layers: whose matrices are all native ones; likewise the head.
         norm: the last one.
         head: [V, D].
@@ -57,16 +57,15 @@ class AnswerStep:
     def __init__(
         self,
         library: ctypes.CDLL,
-        cache: AnswerCache,
+        shape: AnswerShape,
         layers: Sequence[AnswerLayer],
         norm: Norm,
         head: NativeMatrix,
         rotary: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
-        self._library, self._cache = library, cache
+        self._library = library
         self._held: list[torch.Tensor] = []  # what pointers point to
         self._layers = (_LayerStruct * len(layers))(*(self._layer(layer) for layer in layers))
-        shape = cache.shape
         self._vocabulary = head.struct().rows
         first = layers[0]
         self._model = _ModelStruct(
@@ -76,12 +75,14 @@ class AnswerStep:
         )  # fmt: skip
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: torch.Tensor, cache: AnswerCache) -> torch.Tensor:
         """The logits [T, V] after one more token of each of the first T slots, from their embeddings [T, D]; fp32.
 
         Keys and values go into the cache, in which there must be room for them; the caller notes their ids.
         """
-        cache, count = self._cache, len(x)
+        count = len(x)
+        assert count <= len(cache.ids)
+        assert max(map(len, cache.ids[:count])) < cache.keys.shape[3]
         threads = torch.get_num_threads()
         x = x.float().contiguous()
         places = torch.tensor([len(ids) for ids in cache.ids[:count]])
