@@ -49,8 +49,9 @@ def plot_comparison(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names, families = drawable([name for name, _, _ in points])
-    with plt.rc_context({"font.family": families, "axes.unicode_minus": False}):
+    lettering = font_for("\n".join(name for name, _, _ in points))
+    names = lettering.text.split("\n")
+    with plt.rc_context({"font.family": lettering.families, "axes.unicode_minus": False}):
         figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
         for number, (name, (_, across, up)) in enumerate(zip(names, ((p[0], p[1], p[2]) for p in points), strict=True)):
             axes.errorbar(
@@ -68,32 +69,3 @@ def plot_comparison(
 def _errors(spread: tuple[float, float, float]) -> list[list[float]]:
     median, least, most = spread
     return [[median - least], [most - median]]
-
-
-def drawable(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The names as they can be drawn, and the font families to draw them with.
-
-    Where an installed font has the characters that matplotlib's own lacks, it is added; where none has, these are left
-    out, and such a name has its number in front.
-    """
-    from matplotlib import font_manager
-
-    own = "DejaVu Sans"
-    missing = {ord(letter) for name in names for letter in name} - _glyphs(font_manager.findfont(own))
-    if not missing:
-        return [*names], [own]
-    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.weight != 400, font.name)):
-        if missing <= _glyphs(font.fname):
-            return [*names], [own, font.name]
-    kept = ["".join(letter for letter in name if ord(letter) not in missing) for name in names]
-    return [
-        name if left == name else f"{number}: {left}".strip()
-        for number, (name, left) in enumerate(zip(names, kept, strict=True), 1)
-    ], [own]
-
-
-def _glyphs(font: str) -> set[int]:
-    """The characters that a font file has."""
-    from matplotlib.ft2font import FT2Font
-
-    return set(FT2Font(font).get_charmap())

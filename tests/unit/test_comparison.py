@@ -11,11 +11,10 @@ from typing import Any, cast
 
 import pytest
 
-from qingtune import plots
 from qingtune.comparison import Comparison, Row, Spread, compare_outcomes
 from qingtune.comparison_table import as_console, as_json, as_markdown, duration
 from qingtune.config import TrainConfig
-from qingtune.plots import drawable, plot_comparison
+from qingtune.plots import plot_comparison
 from qingtune.setups import Setup
 from qingtune.trials import Numbers, Outcome
 
@@ -179,24 +178,9 @@ def test_durations(seconds: float, text: str) -> None:
 # --- Picture ---------------------------------------------------------------------------------------------------------
 
 
-def test_picture_is_drawn(tmp_path: Path) -> None:
-    points = [("full", (9.0, 9.0, 9.1), (100.0, 99.0, 101.0)), ("lora", (2.6, 2.6, 2.6), (96.0, 95.0, 97.0))]
+@pytest.mark.filterwarnings("error")  # as of a character that no font has
+@pytest.mark.parametrize("name", ["lora", "lora 小红书", "lora \U0010fffd"])
+def test_picture_is_drawn(name: str, tmp_path: Path) -> None:
+    points = [("full", (9.0, 9.0, 9.1), (100.0, 99.0, 101.0)), (name, (2.6, 2.6, 2.6), (96.0, 95.0, 97.0))]
     plot_comparison(points, ("memory (GB)", "quality (%)"), tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_names_without_a_font_lose_what_cannot_be_drawn() -> None:
-    nobody_has = "\U0010fffd"  # a private character
-    assert drawable(["lora", f"lora {nobody_has}", nobody_has]) == (["lora", "2: lora", "3:"], ["DejaVu Sans"])
-    assert drawable(["lora ±"]) == (["lora ±"], ["DejaVu Sans"])
-
-
-def test_a_font_that_has_the_characters_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any installed font but the first stands in for a Chinese one, which not every machine has."""
-    has = plots._glyphs  # pyright: ignore[reportPrivateUsage]
-
-    def glyphs(font: str) -> set[int]:
-        return has(font) | ({ord(letter) for letter in "小红书"} if font.endswith("DejaVuSerif.ttf") else set())
-
-    monkeypatch.setattr(plots, "_glyphs", glyphs)
-    assert drawable(["lora", "小红书"]) == (["lora", "小红书"], ["DejaVu Sans", "DejaVu Serif"])
