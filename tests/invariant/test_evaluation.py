@@ -218,7 +218,7 @@ def test_the_page_of_a_run_shows_its_evaluation(adapter: Path, tmp_path: Path) -
     found = run(tmp_path, lora_model=str(adapter), output_dir=str(adapter), name=adapter.name)
     text = page.read_text(encoding="utf-8")
     assert "chrF" in text
-    assert f"{found['metrics']['loss']['after']['value']:.4f}" in text
+    assert f"{found['metrics']['loss']['after']['value']:.3f}" in text
 
 
 def test_losses_alone(adapter: Path, tmp_path: Path) -> None:
