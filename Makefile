@@ -40,8 +40,9 @@ check: .venv/dev
 	$(BIN)/python tools/generate_docs.py --check
 	$(BIN)/python tools/check_samples.py
 
+# Tiny models gain nothing by threads, and processes beside each other would fight for them: half the time with one.
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 docs: .venv/dev
 	$(BIN)/python tools/generate_docs.py
