@@ -27,3 +27,10 @@ def test_everything_locked_has_a_hash_and_torch_is_free() -> None:
     assert len(entries) > 60
     assert [entry for entry in entries if "--hash=sha256:" not in entry] == []
     assert not re.search(r"(?m)^(torch|triton|nvidia-|cuda-)", text)
+
+
+def test_every_package_is_installed() -> None:
+    there = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "qingtune").rglob("__init__.py")}
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = text.partition("\npackages = [")[2].partition("]")[0]
+    assert set(re.findall(r'"([a-z_.]+)"', listed)) == there | {"qingtune.bundled"}
