@@ -228,6 +228,21 @@ def _conflicts(config: TrainConfig) -> list[tuple[tuple[str, ...], str, str]]:
             "Choose one, or leave both out to have it chosen by the hardware.",
         ),
         (
+            config.max_steps == 0,
+            ("max_steps",),
+            "max_steps is 0",
+            "Give a number of steps, or -1 to go by num_train_epochs.",
+        ),
+        *_evaluation_conflicts(config),
+        *_adapter_conflicts(config),
+    ]
+    return [(names, what, fix) for wrong, names, what, fix in checks if wrong]
+
+
+def _evaluation_conflicts(config: TrainConfig) -> list[tuple[bool, tuple[str, ...], str, str]]:
+    """What is wrong in the settings of evaluation."""
+    return [
+        (
             bool(config.eval_data_path) and config.val_size > 0,
             ("eval_data_path", "val_size"),
             "eval_data_path and val_size are both given",
@@ -269,15 +284,7 @@ def _conflicts(config: TrainConfig) -> list[tuple[tuple[str, ...], str, str]]:
             "greater_is_better is true, but eval_loss is better when it is smaller",
             "Leave it out.",
         ),
-        (
-            config.max_steps == 0,
-            ("max_steps",),
-            "max_steps is 0",
-            "Give a number of steps, or -1 to go by num_train_epochs.",
-        ),
-        *_adapter_conflicts(config),
     ]
-    return [(names, what, fix) for wrong, names, what, fix in checks if wrong]
 
 
 def _adapter_conflicts(config: TrainConfig) -> list[tuple[bool, tuple[str, ...], str, str]]:
