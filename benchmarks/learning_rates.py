@@ -19,10 +19,10 @@ from qingtune.cli import main as qingtune
 from qingtune.inference import bundled_data
 
 RATES = {
-    "full": "1e-5,2e-5,5e-5",
-    "lora": "1e-4,2e-4,4e-4",
-    "qlora4": "1e-4,2e-4,4e-4",
-    "qlora8": "1e-4,2e-4,4e-4",
+    "full": "1e-5,2e-5,5e-5,1e-4,2e-4",
+    "lora": "1e-4,2e-4,4e-4,8e-4",
+    "qlora4": "1e-4,2e-4,4e-4,8e-4",
+    "qlora8": "1e-4,2e-4,4e-4,8e-4",
 }
 ALPHAS = "16,128"
 
@@ -35,11 +35,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--max_steps", type=int, default=66)
     arguments = parser.parse_args()
-    code = 0
     for method in arguments.methods:
-        code = code or _compare(method, arguments)
+        if code := _compare(method, arguments):
+            return code
     _print_table([arguments.output / method for method in arguments.methods])
-    return code
+    return 0
 
 
 def _compare(method: str, arguments: argparse.Namespace) -> int:

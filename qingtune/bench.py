@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qingtune.trials import (
     evaluations,
     finished_outcome,
     last_evaluation,
+    remove_model,
     run_trial,
 )
 
@@ -73,8 +75,21 @@ class Bench:
                 outcome = run_trial(trial, self.stopping, look)
             self.console.print(f"{name}: {_told(outcome)}", markup=False)
         self.keep(trial, outcome)
+        if self.loaded.config.keep_models == "best":
+            self._remove_models_but_the_best()
         check_same_work([self.trial(setup, seed) for setup, of_seeds in self.outcomes.values() for seed in of_seeds])
         return outcome
+
+    def _remove_models_but_the_best(self) -> None:
+        """Leave one whole model: a setup's first seed, as a comparison names that one as its result."""
+        finished = [
+            (seed != self.seeds[0], outcome.numbers.eval_loss, self.trial(setup, seed))
+            for setup, of_seeds in self.outcomes.values()
+            for seed, outcome in of_seeds.items()
+            if setup.method == "full" and outcome.numbers
+        ]
+        for _, _, trial in sorted(finished, key=itemgetter(0, 1))[1:]:
+            remove_model(trial)
 
     def keep(self, trial: Trial, outcome: Outcome) -> None:
         """Collect how a trial ended."""

@@ -220,6 +220,11 @@ class CompareConfig(TrainConfig):
     seeds: Integer = setting(
         1, "Compare", "Trials of each setup, with seed, seed + 1, ...; more than one shows the spread.", ge=1, le=100
     )
+    keep_models: Literal["best", "all"] = setting(
+        "best",
+        "Compare",
+        "Whole models that full trials leave: the best one (of the first seed), or all. Adapters are always kept.",
+    )
     per_method: SettingsOfMethods = setting(
         None,
         "Compare",

@@ -19,7 +19,7 @@ from qingtune.errors import UserError, raise_all
 from qingtune.files import sha256_of, write_json
 from qingtune.output_folder import check_output_folder, only_run_in
 from qingtune.plots import plot_comparison
-from qingtune.record import read_record
+from qingtune.record import WEIGHTS_REMOVED, read_record
 from qingtune.redaction import redact, redact_values
 from qingtune.search import Search, extremes, require_optuna
 from qingtune.setups import Setup, about_learning_rates, check_varied, grid_setups, make_setup, methods_to_compare
@@ -165,6 +165,8 @@ def _report(bench: Bench) -> None:
         print(as_console(comparison, min(120, max(80, shutil.get_terminal_size().columns))))
         best = bench.trial(comparison.best.setup, min(comparison.best.numbers))
         print(f"Its settings: {best.config_file}; its result: {best.folder}")
+        if (note := best.folder / WEIGHTS_REMOVED).exists():  # it was not the best yet when another's were kept
+            print(f"Its weights were removed; how to have them again: {note}")
     else:
         print("No trial is finished.")
     print(f"Report: {output_dir / PAGE}, {NUMBERS}" + f", {PICTURE}" * bool(comparison.best))

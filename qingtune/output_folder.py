@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qingtune.errors import UserError, shorten
-from qingtune.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SAMPLES, SETTINGS
+from qingtune.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SAMPLES, SETTINGS, WEIGHTS_REMOVED
 
 LOCK = ".qingtune.lock"
 # All that a run leaves in its folder.
@@ -18,7 +18,7 @@ _WRITTEN = (
     "adapter_model.safetensors", "README.md", "model*.safetensors", "model.safetensors.index.json", "config.json",
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
     "merges.txt", "added_tokens.json", "demo_answers.json",
-    "evaluation.json", "evaluation.md", "predictions_*.jsonl*",
+    "evaluation.json", "evaluation.md", "predictions_*.jsonl*", WEIGHTS_REMOVED,
 )  # fmt: skip
 # What a run that was killed while it wrote leaves besides.
 _HALF_DONE = (".checkpoint-*", ".result-*", ".*.tmp")

@@ -19,6 +19,7 @@ from qingtune.redaction import redact_values
 RECORD, SETTINGS, METRICS, CURVE = "qingtune.json", "train_config.json", "metrics.jsonl", "loss_curve.png"
 FACTS, PAGE, SAMPLES = "run_facts.json", "report.html", "eval_samples.jsonl"
 LATEST = "latest_checkpoint.json"  # names the checkpoint to go on from
+WEIGHTS_REMOVED = "weights_removed.txt"  # in place of a whole model that a comparison did not keep
 
 # Settings that may change from one start of a run to the next without changing what it computes.
 _MAY_CHANGE = {

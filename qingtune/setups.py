@@ -168,7 +168,7 @@ def _short(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return ",".join(str(item) for item in value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return re.sub(r"e([+-])0(\d)$", r"e\1\2", f"{value:.6g}") if isinstance(value, float) else str(value)
 
 
 def about_learning_rates(config: CompareConfig, given: Mapping[str, Any]) -> str | None:

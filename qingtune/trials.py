@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from qingtune.config import TrainConfig
 from qingtune.config_load import load_train_config
 from qingtune.errors import UserError
 from qingtune.files import write_json
-from qingtune.record import LATEST, METRICS, RECORD, differences, read_record, settings_to_compare
+from qingtune.record import LATEST, METRICS, RECORD, WEIGHTS_REMOVED, differences, read_record, settings_to_compare
 from qingtune.setups import Setup
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -209,6 +210,18 @@ def remove_checkpoints(folder: Path) -> None:
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
     (folder / LATEST).unlink(missing_ok=True)
+
+
+def remove_model(trial: Trial) -> None:
+    """Remove a whole model's weights, which are large; a note in their place tells how to have them again."""
+    weights = [*trial.folder.glob("model*.safetensors*")]
+    if not weights:
+        return
+    command = f"qingtune train --config_file {shlex.quote(str(trial.config_file))} --overwrite_output_dir"
+    note = "Another trial was better (keep_models: best). The same seed trains this one's weights again:"
+    (trial.folder / WEIGHTS_REMOVED).write_text(f"{note}\n{command}\n", encoding="utf-8")
+    for path in weights:
+        path.unlink()
 
 
 def last_evaluation(trial: Trial) -> str:

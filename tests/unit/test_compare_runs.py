@@ -44,6 +44,8 @@ for step in (1, 2):
     (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
     time.sleep(float(sys.argv[2]))
 results = {"peak_bytes": 9, "trained_parameters": 5, "parameters": 100, "eval_loss": loss, "steps": 2}
+if not config.get("use_lora"):
+    (output / "model.safetensors").write_text("large")
 record = dict(method="", base_model="", base_fingerprint="", system_prompt=None, prompt_style="chat", stop_ids=[])
 (output / "qingtune.json").write_text(json.dumps({**record, "settings": {}, "results": results}))
 """
@@ -80,6 +82,23 @@ def test_seeds_come_in_turns_and_more_can_be_added(run: Callable[..., Any], caps
     assert found["best"] == "lora learning_rate=0.0001"
     assert found["setups"][0]["eval_loss"] == {"median": 2.043, "least": 2.042, "most": 2.044}
     assert "trials/lora_learning_rate=0.0001-seed42.json" in capsys.readouterr().out
+
+
+def test_of_whole_models_only_the_best_stays(run: Callable[..., Any], tmp_path: Path) -> None:
+    grid = {"learning_rate": [1e-3, 1e-4, 1e-5]}
+
+    def models() -> list[str]:
+        return sorted(path.parent.name for path in (tmp_path / "out" / "trials").glob("*/model.safetensors"))
+
+    run(use_lora=False, lora_alpha=None, grid=grid, seeds=2, keep_models="all")
+    assert len(models()) == 6
+    run(use_lora=False, lora_alpha=None, grid=grid, seeds=2)  # nothing is trained, but room is made
+    assert models() == ["full_learning_rate=0.0001-seed42"]
+    removed = tmp_path / "out" / "trials" / "full_learning_rate=0.001-seed42"
+    note = (removed / "weights_removed.txt").read_text()
+    assert f"qingtune train --config_file {removed}.json --overwrite_output_dir" in note
+    _, found, order = run(use_lora=False, lora_alpha=None, grid=grid, seeds=2)
+    assert (len(order), found["best"]) == (6, "full learning_rate=0.0001")
 
 
 def test_failed_trial_is_told_and_the_others_go_on(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
