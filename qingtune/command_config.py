@@ -206,6 +206,13 @@ class PlanConfig(TrainConfig):
     calibrate: bool = setting(
         False, "Plan", "Measure this machine's matrix products first, for two seconds, to tell the time of a run."
     )
+    gpu_memory_gib: Number | None = setting(
+        None,
+        "Plan",
+        "Plan for an NVIDIA GPU with so much memory (GiB: 24 for a card of 24 GB) instead of this machine.",
+        gt=0,
+        le=1e6,
+    )
     json_report: bool = setting(False, "Plan", "Print the plan as JSON.", flag="json")
 
 

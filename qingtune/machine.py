@@ -29,6 +29,7 @@ class Machine:
         free: bytes that a run may take there; None where unknown. total: all that there is.
         free_with_swap: on a CPU, with free swap space.
         int8_units: whether int8 weights are multiplied as such.
+        supposed: it is not this machine, and nothing was measured on it.
     """
 
     kind: DeviceKind
@@ -38,6 +39,7 @@ class Machine:
     total: int | None
     free_with_swap: int | None = None
     int8_units: bool = False
+    supposed: bool = False
 
     @property
     def dtype(self) -> str:
@@ -59,6 +61,12 @@ def find_machine(bf16: bool | None = None, fp16: bool | None = None) -> Machine:
         return Machine("mps", "Apple GPU", 4 if wide else 2, free_ram_bytes(), ram)
     itemsize = 2 if cpu_has_bf16() and bf16 is not False else 4
     return Machine("cpu", cpu_name(), itemsize, free_ram_bytes(), ram, free_ram_bytes(swap=True), cpu_has_int8_units())
+
+
+def supposed_gpu(memory_gib: float) -> Machine:
+    """An NVIDIA GPU that is not here, with all its memory free."""
+    total = round(memory_gib * 2**30)
+    return Machine("cuda", f"a GPU of {memory_gib:g} GiB (not this machine)", 2, total, total, supposed=True)
 
 
 # --- GPUs ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from qingtune.config_load import Loaded
 from qingtune.data.format import Conversation, read_conversations
 from qingtune.data.prepare import check_files_exist
 from qingtune.errors import UserError
-from qingtune.machine import Machine, find_machine
+from qingtune.machine import Machine, find_machine, supposed_gpu
 from qingtune.memory import PassTokens
 from qingtune.models.gguf_header import config_of_gguf
 from qingtune.models.shape import ModelShape, shape_of_config
@@ -34,7 +34,11 @@ def plan(loaded: Loaded[PlanConfig], _command: str) -> None:
     check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
     source = find_header(config.model_name_or_path, config.cache_dir, config.hub)
     shape = read_shape(source.path)
+    if config.gpu_memory_gib is not None and config.calibrate:
+        raise UserError("calibrate measures this machine, and the plan is for another", fix="Leave one of them out.")
     machine = find_machine(config.bf16, config.fp16)
+    if config.gpu_memory_gib is not None:
+        machine = supposed_gpu(config.gpu_memory_gib)
     cache = cache_folder(config.cache_dir)
     if config.calibrate:
         from qingtune.calibration import calibrate

@@ -221,6 +221,8 @@ def _advice(advice: Sequence[Advice]) -> Iterator[str]:
 
 def _time(report: Report) -> str:
     speed, samples = report.own.speed, report.samples
+    if speed is None and report.machine.supposed:
+        return "Time: unknown, as nothing was measured there."
     if speed is None:
         return "Time: unknown; `qingtune plan --calibrate` measures this machine, and each run adds to it."
     rate = f"about {speed.tokens_per_second:,.0f} tokens/s, by {speed.basis}"

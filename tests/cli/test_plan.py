@@ -82,6 +82,22 @@ def test_samples_are_counted_where_there_is_a_tokenizer(
     assert "counted" in found["basis"]
 
 
+def test_a_gpu_that_is_not_here(header: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--model_name_or_path", header, "--use_lora", "--per_device_train_batch_size", 1)
+    fits = {}
+    for gib in (12, 24):
+        code, out, _ = plan(*flags, "--gpu_memory_gib", gib, "--json", capsys=capsys)
+        content = json.loads(out)
+        assert (code, content["machine"]["kind"]) == (0, "cuda")
+        assert content["machine"]["free_bytes"] == gib * 2**30
+        fits[gib] = content["fits"]
+    assert fits == {12: False, 24: True}
+    _, out, _ = plan(*flags, "--gpu_memory_gib", 24, capsys=capsys)
+    assert "a GPU of 24 GiB (not this machine)" in " ".join(out.split())
+    assert "nothing was measured there" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -108,6 +124,7 @@ def test_a_malformed_header_is_refused(
         (("--data_path", "none.jsonl"), "none.jsonl: there is no such file"),
         (("--use_lora", "--lora_target_modules", "q_prj"), 'Did you mean "q_proj"?'),
         (("--model_name_or_path", "./none"), "./none: no model folder"),
+        (("--gpu_memory_gib", "24", "--calibrate"), "the plan is for another"),
     ],
 )
 def test_wrong_usage_is_refused(
