@@ -1,8 +1,9 @@
 """Which learning rates the defaults should be: each method at several, as `qingtune compare` measures them.
 
-python benchmarks/learning_rates.py --model NAME --output FOLDER [--seeds 2] [--max_steps 66] [--methods full lora ...]
-compares each method's learning rates, and for adapters of rank 64 alpha 16 against 128, on the bundled English data,
-and prints a Markdown table of the evaluation losses. Trials that the folder holds are not run again.
+python benchmarks/learning_rates.py --model NAME --output FOLDER [--chinese] [--seeds 2] [--max_steps 66]
+    [--methods full lora ...] [--rates 1e-4,2e-4] [--alphas 128]
+compares each method's learning rates, and for adapters of rank 64 alpha 16 against 128, on the bundled English or
+Chinese data, and prints a Markdown table of the evaluation losses. Trials that the folder holds are not run again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ RATES = {
     "qlora4": "1e-4,2e-4,4e-4,8e-4",
     "qlora8": "1e-4,2e-4,4e-4,8e-4",
 }
-ALPHAS = "16,128"
 
 
 def main() -> int:
@@ -32,6 +32,9 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="a folder, a .gguf file or a name on a hub")
     parser.add_argument("--output", type=Path, required=True, help="folder of the comparisons, one a method")
     parser.add_argument("--methods", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--chinese", action="store_true", help="train and evaluate on the Chinese data")
+    parser.add_argument("--rates", help="instead of each method's own")
+    parser.add_argument("--alphas", default="16,128")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--max_steps", type=int, default=66)
     arguments = parser.parse_args()
@@ -43,11 +46,12 @@ def main() -> int:
 
 
 def _compare(method: str, arguments: argparse.Namespace) -> int:
-    data = bundled_data()
+    names = ("xhs_sft_samples", "xhs_heldout") if arguments.chinese else ("posts_en_samples", "posts_en_heldout")
+    train, held_out = (bundled_data() / f"store_{name}.jsonl" for name in names)
     flags: dict[str, Any] = {
         "model_name_or_path": arguments.model,
-        "data_path": data / "store_posts_en_samples.jsonl",
-        "eval_data_path": data / "store_posts_en_heldout.jsonl",
+        "data_path": train,
+        "eval_data_path": held_out,
         "output_dir": arguments.output / method,
         "methods": method,
         "seeds": arguments.seeds,
@@ -60,7 +64,9 @@ def _compare(method: str, arguments: argparse.Namespace) -> int:
         "report_to": "none",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    grid = [f"learning_rate={RATES[method]}", *([] if method == "full" else [f"lora_alpha={ALPHAS}"])]
+    grid = [f"learning_rate={arguments.rates or RATES[method]}"]
+    if method != "full":
+        grid.append(f"lora_alpha={arguments.alphas}")
     return qingtune(["compare", *words, "--grid", *grid])
 
 
