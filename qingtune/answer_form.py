@@ -20,8 +20,22 @@ from qingtune.values import Integer
 COLUMN = "form"
 TITLE_COLUMNS = 80  # a title's width at most, a Chinese character counting 2
 
-_EMOJI = re.compile("[\u231a-\u23ff\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]")
-_TAG = re.compile(r"(?<![\w#])#(?=[^\s#]*\w)[^\s#]+")
+# Unicode's emoji (emoji-data.txt of UTS #51): those drawn as pictures by themselves, and the pictographs that a phone
+# draws so. Not its text symbols: ★, ❶ and ✓; ©, ™, → and digits only where a variation selector or a keycap follows.
+_EMOJI = re.compile(
+    "[\ufe0f\u20e3"
+    "\u231a\u231b\u23e9-\u23ec\u23f0\u23f3\u25fd\u25fe\u2600-\u2604\u260e\u2611\u2614\u2615\u2618\u261d\u2620\u2622"
+    "\u2623\u2626\u262a\u262e\u262f\u2638-\u263a\u2640\u2642\u2648-\u2653\u265f\u2660\u2663\u2665\u2666\u2668\u267b"
+    "\u267e\u267f\u2692-\u2697\u2699\u269b\u269c\u26a0\u26a1\u26a7\u26aa\u26ab\u26b0\u26b1\u26bd\u26be\u26c4\u26c5"
+    "\u26c8\u26ce\u26cf\u26d1\u26d3\u26d4\u26e9\u26ea\u26f0-\u26f5\u26f7-\u26fa\u26fd\u2702\u2705\u2708-\u270d\u270f"
+    "\u2712\u2714\u2716\u271d\u2721\u2728\u2733\u2734\u2744\u2747\u274c\u274e\u2753-\u2755\u2757\u2763\u2764"
+    "\u2795-\u2797\u27a1\u27b0\u27bf\u2b1b\u2b1c\u2b50\u2b55"
+    "\U0001f004\U0001f0cf\U0001f18e\U0001f191-\U0001f19a\U0001f1e6-\U0001f1ff\U0001f201\U0001f21a\U0001f22f"
+    "\U0001f232-\U0001f23a\U0001f250\U0001f251\U0001f300-\U0001f64f\U0001f680-\U0001f6ff\U0001f7e0-\U0001f7eb"
+    "\U0001f7f0\U0001f900-\U0001f9ff\U0001fa70-\U0001faff]"
+)
+# A tag, with the # that closes it on Weibo; or a run of # that begins none, as of a heading or of C#.
+_TAG = re.compile(r"(?<![A-Za-z0-9_&/])([#＃](?=[^\s#＃]*[^\W\d_])[^\s#＃]+)[#＃]?|[#＃]+")
 
 
 class Form(Settings):
@@ -30,8 +44,9 @@ class Form(Settings):
     Attributes:
         title: true: the first line is a title. It is not empty, at most 80 columns wide (40 Chinese characters), is
             not made of hashtags alone, and more lines follow.
-        emoji: true: at least one emoji; false: none.
-        tags: so many hashtags at least, such as `#bakery`; `# A heading` is none.
+        emoji: true: at least one emoji, be it a flag or a keycap; false: none. ©, digits and signs such as ★ are none.
+        tags: so many hashtags at least, such as `#bakery`, `#面包#` or `#面包[话题]#`. A # begins one at the start of
+            a word or after a Chinese character, and a letter has to be in it: `# A heading`, `C#` and `#1` are none.
         min_characters: so many characters at least, white space not counted; likewise max_characters, at most.
         contains: each of these texts stands in the answer, as it is written.
         excludes: none of these texts does.
@@ -78,8 +93,8 @@ def kept_rules(form: Form, answer: str) -> dict[str, bool]:
 
 
 def tags_in(text: str) -> list[str]:
-    """The hashtags of a text."""
-    return _TAG.findall(text)
+    """The hashtags of a text, without the # that closes them."""
+    return [tag for tag in _TAG.findall(text) if tag]
 
 
 def has_title(text: str) -> bool:

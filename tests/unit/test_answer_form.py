@@ -75,7 +75,33 @@ def test_wrong_rules_are_told_with_their_row(rules: object, told: str) -> None:
     assert str(caught.value).startswith(f"rows.jsonl:7: {told}")
 
 
+@pytest.mark.parametrize("text", ["🇨🇳", "👍🏽", "👩‍🍳", "1️⃣", "1⃣", "❤", "❤️", "☕", "✨", "🀄", "©️", "🈶"])
+def test_emoji_of_every_kind(text: str) -> None:
+    assert keeps({"emoji": True}, f"早餐{text}7点") == {"emoji": True}
+
+
+@pytest.mark.parametrize("text", ["©", "®", "™", "7", "#", "！，。《》【】", "★☆", "❶", "①", "✓", "→", "♪", "🄰", "🁢"])
+def test_signs_that_are_no_emoji(text: str) -> None:
+    assert keeps({"emoji": False}, f"早餐{text}7点") == {"emoji": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "tags"),
+    [
+        ("#面包# #早餐#", ["#面包", "#早餐"]),  # as on Weibo
+        ("#面包##早餐#今天", ["#面包", "#早餐"]),
+        ("#面包[话题]# #早餐[话题]#后文", ["#面包[话题]", "#早餐[话题]"]),  # as Xiaohongshu copies them
+        ("真好吃#面包 ，＃早餐", ["#面包", "＃早餐"]),
+        ("our #1 spot, &#39;x&#39;, https://a.b/#about, ###三 C#", []),
+        ("#2024新年 #7am", ["#2024新年", "#7am"]),
+    ],
+)
+def test_tags_as_platforms_write_them(text: str, tags: list[str]) -> None:
+    assert tags_in(text) == tags
+
+
 def test_tags_and_titles_of_posts() -> None:
+    assert not has_title("#面包# ＃早餐\n正文")
     assert tags_in("#一 #two!\n#三#四 a#five # six") == ["#一", "#two!", "#三"]
     assert has_title(POST)
     assert not has_title("")
