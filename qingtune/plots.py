@@ -61,7 +61,9 @@ def plot_comparison(
         axes.set(xlabel=labels[0], ylabel=labels[1])
         axes.margins(0.12)
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
+        legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # patterns of modules hold dollar signs
         figure.savefig(picture, bbox_inches="tight")
         plt.close(figure)
 
