@@ -25,6 +25,7 @@ from qingtune.trials import (
     evaluations,
     finished_outcome,
     last_evaluation,
+    remove_checkpoints,
     remove_model,
     run_trial,
 )
@@ -61,6 +62,7 @@ class Bench:
         name = f"{of_all} {trial.setup.name}, seed {trial.seed}"
         outcome = finished_outcome(trial)
         if outcome.state == "finished":
+            remove_checkpoints(trial.folder)  # it may have ended without us
             self.console.print(f"{name}: finished already", markup=False)
         elif self.stopping.asked:
             outcome = Outcome("not run")
@@ -95,11 +97,10 @@ class Bench:
         """Collect how a trial ended."""
         self.outcomes.setdefault(trial.setup.name, (trial.setup, {}))[1][trial.seed] = outcome
 
-    def keep_end(self, setup: Setup, state: str) -> None:
-        """Keep how a setup's first trial ended in an earlier start."""
-        ended: State = "pruned" if state == "pruned" else "failed"
+    def keep_pruned(self, setup: Setup) -> None:
+        """Keep that a setup's first trial was stopped in an earlier start."""
         trial = self.trial(setup, self.seeds[0])
-        self.keep(trial, Outcome(ended, last_evaluation(trial) if ended == "pruned" else f"see {trial.log_file}"))
+        self.keep(trial, Outcome("pruned", last_evaluation(trial)))
 
     def losses_of(self, setup: Setup) -> list[float]:
         """Of its finished trials."""
@@ -128,12 +129,13 @@ def run_search(bench: Bench, search: Search) -> None:
     told = [(make_setup(bench.loaded, point.method, point.varied), point.state) for point in search.told()]
     check_same_settings([bench.trial(setup, seed) for setup, _ in told for seed in bench.seeds])
     ends: dict[str, str] = {}
+    count = max(search.config.trials, len(told))
     for number, (setup, state) in enumerate(told, 1):
         ends[setup.name] = state
         if state == "finished":  # there may be more seeds than before
-            _run_seeds(bench, setup, f"[{number}/{search.config.trials}]", lambda _: False)
+            _run_seeds(bench, setup, f"[{number}/{count}]", lambda _: False)
         else:
-            bench.keep_end(setup, state)
+            bench.keep_pruned(setup)
     while not bench.stopping.asked and (asked := search.ask()):
         setup = make_setup(bench.loaded, asked.method, asked.varied)
         watch = _Watch(search, asked, setup)

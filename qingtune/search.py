@@ -63,13 +63,29 @@ class Search:
         self.study = optuna.create_study(
             storage=storage, study_name="compare", direction="minimize", pruner=pruner, load_if_exists=True
         )
-        for trial in self.study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # interrupted: asked again first
-            self.study.enqueue_trial(trial.params)
-            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        self._asked_again = self._ask_again()
+
+    def _ask_again(self) -> set[int]:
+        """Have what an earlier start left interrupted or failed, as by a full disk, asked again first; its numbers."""
+        from optuna.trial import TrialState
+
+        trials = self.study.get_trials()
+        unsettled = [trial for trial in trials if trial.state in (TrialState.RUNNING, TrialState.FAIL)]
+        known = [trial.system_attrs.get("fixed_params", trial.params) for trial in trials if trial not in unsettled]
+        for trial in unsettled:
+            if trial.params not in known:
+                known.append(trial.params)
+                self.study.enqueue_trial(trial.params)
+            if trial.state == TrialState.RUNNING:
+                self.study.tell(trial.number, state=TrialState.FAIL)
+        return {trial.number for trial in unsettled}
 
     def told(self) -> list[Point]:
-        """The points whose end is known, in their order."""
-        trials = [trial for trial in self.study.get_trials() if _TOLD in trial.user_attrs]
+        """The points whose end is known, in their order; failures of earlier starts are not among them."""
+        trials = [
+            trial for trial in self.study.get_trials()
+            if _TOLD in trial.user_attrs and trial.number not in self._asked_again
+        ]  # fmt: skip
         return [Point(*self._values(trial.params), state=trial.user_attrs[_TOLD]) for trial in trials]
 
     def ask(self) -> Asked | None:

@@ -71,12 +71,31 @@ def test_interrupted_search_asks_what_it_would_have_asked(tmp_path: Path, sample
 
 def test_what_was_told_is_known_again(tmp_path: Path) -> None:
     found = search(tmp_path / "journal")
-    for state in ("finished", "pruned", "failed"):
+    for state in ("finished", "pruned"):
         found.tell(asked(found), state, [2.0] if state == "finished" else [])
     asked(found)
     again = search(tmp_path / "journal")
-    assert [point.state for point in again.told()] == ["finished", "pruned", "failed"]
-    assert asked(again).number == 4
+    assert [point.state for point in again.told()] == ["finished", "pruned"]
+    assert asked(again).number == 3
+
+
+def test_what_failed_is_asked_again_by_the_next_start(tmp_path: Path) -> None:
+    found = search(tmp_path / "journal")
+    points: list[Asked] = []
+    for _ in range(2):
+        points.append(asked(found))
+        found.tell(points[-1], "failed", [])
+    assert [point.state for point in found.told()] == ["failed", "failed"]
+    for _ in range(2):  # a start that ends before it asks changes nothing
+        again = search(tmp_path / "journal")
+        assert not again.told()
+    for number, point in enumerate(points, 1):
+        repeated = asked(again)
+        assert (repeated.number, repeated.varied) == (number, point.varied)
+        again.tell(repeated, "finished", [2.0])
+    last = search(tmp_path / "journal")
+    assert [point.varied for point in last.told()] == [point.varied for point in points]
+    assert asked(last).varied not in [point.varied for point in points]
 
 
 def test_halving_stops_the_worse_half(tmp_path: Path) -> None:
