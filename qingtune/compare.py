@@ -6,13 +6,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qingtune.bench import TRIALS, Bench, run_all, run_search
 from qingtune.command_config import CompareConfig
 from qingtune.comparison import Comparison, compare_outcomes
-from qingtune.comparison_table import as_console, as_json, as_markdown
+from qingtune.comparison_table import as_console, as_json, as_markdown, ordered_otherwise
 from qingtune.config_load import Loaded, read_json_object
 from qingtune.data.prepare import check_files_exist
 from qingtune.errors import UserError, raise_all
@@ -22,8 +23,16 @@ from qingtune.plots import plot_comparison
 from qingtune.record import WEIGHTS_REMOVED, read_record
 from qingtune.redaction import redact, redact_values
 from qingtune.search import Search, extremes, require_optuna
-from qingtune.setups import Setup, about_learning_rates, check_varied, grid_setups, make_setup, methods_to_compare
-from qingtune.trials import interruption
+from qingtune.setups import (
+    Setup,
+    about_full_training,
+    about_learning_rates,
+    check_varied,
+    grid_setups,
+    make_setup,
+    methods_to_compare,
+)
+from qingtune.trials import interruption, wait_for_left_behind
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 # What a comparison leaves in its folder; BEGUN is the first.
@@ -46,11 +55,16 @@ def compare(loaded: Loaded[CompareConfig], command: str) -> int:
         UserError: anything that the user can mend, before the first trial.
     """
     config, output_dir = loaded.config, Path(loaded.config.output_dir)
-    _check(config)
+    how_to_go_on = f"Stopped. To go on: {_ANEW_FLAG.sub('', command)}"
+    _check(config, loaded.given)
     setups, notices = _search_checked(loaded) if config.space else _grid_checked(loaded)
     check_output_folder(output_dir, overwrite=config.overwrite_output_dir, first_file=BEGUN, what="a comparison")
     check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
     with only_run_in(output_dir), interruption() as stopping:
+        wait_for_left_behind(output_dir / TRIALS, stopping, _say)
+        if stopping.asked:
+            _say(how_to_go_on)
+            return INTERRUPTED
         _begin(config, output_dir)
         for notice in notices:
             _say(notice)
@@ -62,15 +76,18 @@ def compare(loaded: Loaded[CompareConfig], command: str) -> int:
         code = INTERRUPTED if stopping.asked else FAILED if bench.any_failed() else DONE
         _report(bench)
     if code == INTERRUPTED:
-        _say(f"Stopped. To go on: {_ANEW_FLAG.sub('', command)}")
+        _say(how_to_go_on)
     return code
 
 
 # --- Before the first trial ------------------------------------------------------------------------------------------
 
 
-def _check(config: CompareConfig) -> None:
+def _check(config: CompareConfig, given: Mapping[str, Any]) -> None:
     """Refuse what cannot be compared.
+
+    Args:
+        given: the settings that the user gave.
 
     Raises:
         UserError: names every problem.
@@ -87,6 +104,15 @@ def _check(config: CompareConfig) -> None:
         problems.append(
             UserError(f"pruner {config.pruner} without space has no meaning", fix="Give space, or leave it out.")
         )
+    problems += [
+        UserError(f"{name} without space has no meaning", fix="Give space, or leave it out.")
+        for name in ("trials", "sampler")
+        if name in given and not config.space
+    ]
+    if config.dry_run:
+        problems.append(
+            UserError("dry_run has no meaning in a comparison", fix="qingtune plan tells the memory of every method.")
+        )
     if config.resume_from_checkpoint not in ("auto", True):
         problems.append(
             UserError(
@@ -101,8 +127,8 @@ def _check(config: CompareConfig) -> None:
 def _grid_checked(loaded: Loaded[CompareConfig]) -> tuple[list[Setup], list[str]]:
     """The grid's setups, and what the user should be told of them."""
     setups = grid_setups(loaded)
-    about = about_learning_rates(loaded.config, loaded.given)
-    notices = [*([about] if about else []), *(notice for setup in setups for notice in setup.notices)]
+    about = [about_learning_rates(loaded.config, loaded.given), about_full_training(loaded.config)]
+    notices = [*filter(None, about), *(notice for setup in setups for notice in setup.notices)]
     return setups, [*dict.fromkeys(notices)]
 
 
@@ -156,7 +182,8 @@ def _report(bench: Bench) -> None:
     comparison = compare_outcomes([*bench.outcomes.values()])
     trials = [bench.trial(setup, seed) for setup, of_seeds in bench.outcomes.values() for seed in of_seeds]
     records = [record for trial in trials if (record := read_record(trial.folder))]
-    about = _about(config, sorted({record.results["steps"] for record in records}))
+    steps = sorted({record.results["steps"] for record in records})
+    about = _about(config, steps, same_order=not ordered_otherwise(comparison))
     (output_dir / PAGE).write_text(redact(as_markdown(comparison, about)), encoding="utf-8")
     versions = records[0].versions if records else {}
     write_json(output_dir / NUMBERS, redact_values({"about": about, "versions": versions, **as_json(comparison)}))
@@ -172,20 +199,17 @@ def _report(bench: Bench) -> None:
     print(f"Report: {output_dir / PAGE}, {NUMBERS}" + f", {PICTURE}" * bool(comparison.best))
 
 
-_OF_THE_ORDER = {"per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"}
-
-
-def _about(config: CompareConfig, steps: Sequence[int]) -> list[str]:
+def _about(config: CompareConfig, steps: Sequence[int], *, same_order: bool) -> list[str]:
     """What was trained on what.
 
     Args:
         steps: of finished trials, each number once.
+        same_order: whether all setups train on the same samples in the same steps.
     """
     evaluated = ", ".join(config.eval_data_path or []) or f"{config.val_size:g} of it, held out"
     data = ", ".join(config.data_path or [])
     lines = [f"Model: {config.model_name_or_path}", f"Data: {data}; evaluated on {evaluated}"]
-    of_methods = {name for settings in (config.per_method or {}).values() for name in settings}
-    if steps and not _OF_THE_ORDER & {*(config.grid or {}), *(config.space or {}), *of_methods}:
+    if steps and same_order:
         samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
         lines.append(f"{steps[0]:,} steps of {samples} samples; all setups get the same ones in the same order")
     return lines

@@ -96,6 +96,11 @@ def notes(comparison: Comparison) -> list[str]:
     lines: list[str] = []
     if comparison.best:
         lines += [*_about_seeds(comparison), *_about_quality(comparison)]
+        if varied := ordered_otherwise(comparison):
+            lines.append(
+                f"Setups do not train on the same samples in the same steps ({', '.join(varied)}): their losses and "
+                "times differ by that, too."
+            )
         lines.append(
             "tokens/s: over the logged steps but the first line. time: in steps and evaluations. "
             "memory: the most that a trial's process held."
@@ -107,6 +112,17 @@ def notes(comparison: Comparison) -> list[str]:
                 message = f": {outcome.message[:LONGEST_MESSAGE]}" if outcome.message else ""
                 lines.append(f"{row.setup.name}, seed {seed}, {_STATES[outcome.state]}{message}")
     return lines
+
+
+def ordered_otherwise(comparison: Comparison) -> list[str]:
+    """Settings by which the setups do not get the same samples in the same steps."""
+    configs = [row.setup.config for row in comparison.rows]
+    names = ["max_steps"]
+    if any(config.max_steps < 0 for config in configs):
+        names.append("num_train_epochs")
+    if len({config.per_device_train_batch_size * config.gradient_accumulation_steps for config in configs}) > 1:
+        names += ["per_device_train_batch_size", "gradient_accumulation_steps"]
+    return [name for name in names if len({getattr(config, name) for config in configs}) > 1]
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

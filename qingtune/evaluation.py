@@ -80,7 +80,8 @@ def evaluate(config: EvaluateConfig) -> None:
                 sides[name] = _go_through(name, speakers.pop(name), rows, config)
                 give_back_memory()
         except KeyboardInterrupt:
-            _say("Stopped; the same command goes on with it.")
+            without = " without --overwrite_output_dir" * config.overwrite_output_dir
+            _say(f"Stopped; the same command{without} goes on with it.")
             raise
         about = _about(config, rows)
         with disk_errors("the evaluation", output_dir, "Make room and run the same command again."):
@@ -202,7 +203,10 @@ def _read(config: EvaluateConfig, system_prompt: str | None) -> list[Row]:
         if isinstance(row, Fault):
             faults.append(row)
         else:
-            rows.append(Row(row, form_of(row.values, row.origin)))
+            try:
+                rows.append(Row(row, form_of(row.values, row.origin)))
+            except UserError as error:
+                faults.append(Fault(row.origin, " ".join(filter(None, (f"{error.what}.", error.fix)))))
         if len(rows) == config.limit:
             break
     if faults:
@@ -250,6 +254,7 @@ def _go_through(name: str, speaker: Speaker, rows: Sequence[Row], config: Evalua
         if row.asked.conversation is not None and not one.trained_tokens
     ]  # fmt: skip
     model = f"{speaker.base} + {config.lora_model}" if name == AFTER and config.lora_model else str(speaker.base)
+    model += f", in {speaker.identity['bits']} bits" if speaker.identity["bits"] else ""
     return Side(model, identity, outcomes, too_long, harness)
 
 

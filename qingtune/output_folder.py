@@ -102,6 +102,20 @@ def only_run_in(output_dir: Path) -> Generator[None]:
             place.rmdir()
 
 
+def who_writes_to(output_dir: Path) -> str | None:
+    """The run that has the folder, in words; None if none does."""
+    import filelock
+
+    path = output_dir / LOCK
+    if not path.exists():
+        return None
+    try:
+        with filelock.FileLock(path, timeout=0):
+            return None
+    except filelock.Timeout:
+        return _holder(path)
+
+
 def _holder(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8") or "it is just starting"

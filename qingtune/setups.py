@@ -33,7 +33,7 @@ _OF_THE_DATA = (
     "model_name_or_path", "eval_strategy",
 )  # fmt: skip
 _COMPARE_ONLY = CompareConfig.model_fields.keys() - TrainConfig.model_fields.keys()
-_LONGEST_SLUG = 100
+_LONGEST_SLUG = 100  # bytes: names of files may have 255, and a Chinese character takes 3
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ class Setup:
         """The name as a part of a path."""
         plain = self.name.replace(" ", "_")
         slug = re.sub(r"[^\w.=+-]", "_", plain)
-        if slug == plain and len(slug) <= _LONGEST_SLUG:
+        cut = slug.encode()[:_LONGEST_SLUG].decode(errors="ignore")
+        if cut == plain:
             return slug
-        return f"{slug[:_LONGEST_SLUG]}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
+        return f"{cut}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
 
 def own_method(config: TrainConfig) -> TrainingMethod:
@@ -150,7 +151,14 @@ def make_setup(loaded: Loaded[CompareConfig], method: TrainingMethod, varied: Ma
     values = {name: value for name, value in loaded.given.items() if name not in left_out}
     values |= METHODS[method] | (loaded.config.per_method or {}).get(method, {}) | chosen
     values = {name: value for name, value in values.items() if name not in chosen or value not in (None, "default")}
-    checked = check_settings(TrainConfig, values, _words([method, *(f"{k}={_short(v)}" for k, v in chosen.items())]))
+    where = _words([method, *(f"{k}={_short(v)}" for k, v in chosen.items())])
+    checked = check_settings(TrainConfig, values, where)
+    if "num_train_epochs" in chosen and checked.config.max_steps > 0:
+        raise UserError(
+            f"num_train_epochs has no effect, as max_steps is {checked.config.max_steps}",
+            where=where,
+            fix="Leave max_steps out.",
+        )
     found = {name: getattr(checked.config, name) for name in chosen}
     name = _words([method, *(f"{name}={_short(value)}" for name, value in found.items())])
     return Setup(name, method, found, checked.config, checked.notices)
@@ -169,6 +177,14 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(str(item) for item in value)
     return re.sub(r"e([+-])0(\d)$", r"e\1\2", f"{value:.6g}") if isinstance(value, float) else str(value)
+
+
+def about_full_training(config: CompareConfig) -> str | None:
+    """A line for the user on settings of the grid that full training does not have; None where there are none."""
+    without = [name for name in config.grid or {} if name in _OF_ADAPTERS]
+    if not without or "full" not in methods_to_compare(config):
+        return None
+    return f"{', '.join(without)}: without effect on full training, which is not varied by it."
 
 
 def about_learning_rates(config: CompareConfig, given: Mapping[str, Any]) -> str | None:

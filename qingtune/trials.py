@@ -22,6 +22,7 @@ from qingtune.config import TrainConfig
 from qingtune.config_load import load_train_config
 from qingtune.errors import UserError
 from qingtune.files import write_json
+from qingtune.output_folder import who_writes_to
 from qingtune.record import LATEST, METRICS, RECORD, WEIGHTS_REMOVED, differences, read_record, settings_to_compare
 from qingtune.setups import Setup
 
@@ -107,6 +108,22 @@ class Interruption:
         else:
             os.write(2, b"\nThe trial finishes its step and saves. Once more to leave at once.\n")
             self.child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+def wait_for_left_behind(trials: Path, stopping: Interruption, say: Callable[[str], None]) -> None:
+    """Wait for trials of an earlier start that was killed: they train on, and two at once would slow each other.
+
+    Args:
+        trials: the folder of them; it need not be there.
+        stopping: once it is asked for, waiting ends.
+    """
+    for folder in sorted(trials.glob("*/")):
+        told = False
+        while (holder := who_writes_to(folder)) and not stopping.asked:
+            if not told:
+                say(f"{folder} is still trained by an earlier start's {holder}; waiting for its end.")
+                told = True
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 @contextmanager

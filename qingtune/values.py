@@ -125,18 +125,20 @@ def _settings_of_words(value: object) -> object:
     return dict(zip(names, (text for _, _, text in pairs), strict=True)) or None
 
 
-def _alternatives(value: object) -> object:
+def _alternatives(name: str, value: object) -> object:
     """Let "8,16" and "q_proj,v_proj;all" be lists, and a value alone a list of it."""
     if isinstance(value, str):
-        return [part.strip() for part in value.split(";" if ";" in value else ",") if part.strip()]
-    return value if isinstance(value, list) else [value]
+        value = [part.strip() for part in value.split(";" if ";" in value else ",") if part.strip()]
+    if value == []:
+        raise ValueError(f"{name} has no value")
+    return cast("list[object]", value) if isinstance(value, list) else [value]
 
 
 def _alternatives_of_each(value: object) -> object:
     value = _settings_of_words(value)
     if not isinstance(value, dict):
         return value
-    return {name: _alternatives(values) for name, values in cast("dict[str, object]", value).items()}
+    return {name: _alternatives(name, values) for name, values in cast("dict[str, object]", value).items()}
 
 
 def _alternatives_or_interval_of_each(value: object) -> object:
@@ -144,7 +146,7 @@ def _alternatives_or_interval_of_each(value: object) -> object:
     if not isinstance(value, dict):
         return value
     return {
-        name: _interval(values) if isinstance(values, str) and ".." in values else _alternatives(values)
+        name: _interval(values) if isinstance(values, str) and ".." in values else _alternatives(name, values)
         for name, values in cast("dict[str, object]", value).items()
     }
 

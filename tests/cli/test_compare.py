@@ -110,6 +110,8 @@ def _nothing_is_trained_again(argv: list[str], tmp_path: Path) -> None:
         ((), "a comparison needs evaluation data"),
         (("--val_size", "2", "--eval_strategy", "no"), 'eval_strategy is "no"'),
         (("--val_size", "2", "--pruner", "halving"), "pruner halving without space"),
+        (("--val_size", "2", "--trials", "3"), "trials without space has no meaning"),
+        (("--val_size", "2", "--dry_run"), "dry_run has no meaning in a comparison"),
         (("--val_size", "2", "--grid", "lora_rr=8"), 'Did you mean "lora_r"?'),
         (("--val_size", "2", "--space", "lora_r=0..8"), 'lora lora_r=0: "lora_r" is 0'),
         (("--val_size", "2", "--resume_from_checkpoint", "x"), "resume_from_checkpoint has no meaning"),

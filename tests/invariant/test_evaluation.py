@@ -185,6 +185,15 @@ def test_stopped_evaluation_goes_on(
     ]  # fmt: skip
 
 
+def test_how_to_go_on_does_not_begin_anew(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(monkeypatch, [2])
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, lora_model=str(adapter), overwrite_output_dir=True)
+    assert "the same command without --overwrite_output_dir goes on with it" in capsys.readouterr().err
+
+
 def test_other_settings_do_not_go_on(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as context:
         interrupt(context, [9, 3])
@@ -277,6 +286,11 @@ def spell_out(folder: Path) -> None:
         ({"base_model": "x", "only_after": True, "before_model": "y"}, ROWS, "are both given"),
         ({"base_model": "x", "load_in_4bit": True, "load_in_8bit": True}, ROWS, "are both given"),
         ({"base_model": "MODEL"}, [{"prompt": "q", "form": {"titel": True}}], '"form.titel"'),
+        (
+            {"base_model": "MODEL"},
+            [{"prompt": "q", "form": {"tags": "x"}}, {"prompt": ""}, {"prompt": "q", "form": "{"}],
+            r'"form.tags".*\n.*"prompt" is empty\n.*"form" is not JSON.*\n\(3 of 3 rows',
+        ),
         ({"base_model": "MODEL"}, [{"prompt": ""}, {"question": "q"}], r'"prompt" is empty\n.*"prompt" is missing'),
         ({"base_model": "MODEL"}, [], "no row to evaluate on"),
         ({"base_model": "MODEL"}, [ROWS[0], {"prompt": "word " * 300}], "rows.jsonl:2: the prompt has"),

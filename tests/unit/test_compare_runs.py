@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_jsonl
+from conftest import ROOT, write_jsonl
 
 from qingtune import trials
 from qingtune.command_config import CompareConfig
@@ -108,6 +109,32 @@ def test_failed_trial_is_told_and_the_others_go_on(run: Callable[..., Any], caps
     assert "lora lora_r=13, seed 42, failed: exit code 1: unlucky" in capsys.readouterr().out
     code, _, order = run(grid={"lora_r": [13, 8]}, learning_rate=1e-4)
     assert (code, order[2:]) == (1, ["lora_lora_r=13-seed42"])  # tried again, the other not
+
+
+def test_failed_points_of_a_search_are_tried_again(run: Callable[..., Any]) -> None:
+    space = {"lora_r": [13]}
+    code, found, order = run(space=space, trials=1, learning_rate=1e-4)
+    assert (code, len(order), found["best"]) == (1, 1, None)
+    code, _, order = run(space=space, trials=1, learning_rate=1e-4)
+    assert (code, len(order)) == (1, 2)
+
+
+def test_a_trial_left_behind_is_waited_for(
+    run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out" / "trials" / "lora_learning_rate=0.0001-seed42"
+    begun = tmp_path / "out" / "compare_config.json"
+    folder.mkdir(parents=True)
+    begun.write_text("{}")
+    hold = "import sys, time; from pathlib import Path; from qingtune.output_folder import only_run_in\n"
+    hold += "with only_run_in(Path(sys.argv[1])): print('held', flush=True); time.sleep(0.6)"
+    hold += "; assert not (Path(sys.argv[1]).parent / 'order').exists()"
+    process = subprocess.Popen([sys.executable, "-c", hold, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    process.stdout.readline()
+    run(grid={"learning_rate": [1e-4]}, overwrite_output_dir=True)
+    assert process.wait() == 0
+    assert f"{folder} is still trained by an earlier start's process {process.pid}" in capsys.readouterr().err
 
 
 def test_search_stops_what_falls_behind_and_goes_on(run: Callable[..., Any]) -> None:

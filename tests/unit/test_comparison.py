@@ -134,6 +134,28 @@ def test_markdown_has_medians_and_ranges() -> None:
     assert "- Within the spread of it: lora. Least memory among them: full (2.00 GB)." in page
 
 
+@pytest.mark.parametrize(
+    ("one", "two", "told"),
+    [
+        ({"max_steps": 4}, {"max_steps": 8}, "(max_steps)"),
+        ({"num_train_epochs": 1}, {"num_train_epochs": 2}, "(num_train_epochs)"),
+        ({"per_device_train_batch_size": 2}, {"per_device_train_batch_size": 4}, "(per_device_train_batch_size)"),
+        ({"max_steps": 4, "num_train_epochs": 1}, {"max_steps": 4, "num_train_epochs": 2}, None),
+        (
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+            None,
+        ),
+    ],
+)
+def test_other_samples_are_told(one: dict[str, Any], two: dict[str, Any], told: str | None) -> None:
+    both = [Setup(f"lora {config}", "lora", {}, TrainConfig(**config)) for config in (one, two)]
+    page = as_markdown(compare_outcomes([(each, {42: finished(3.0)}) for each in both]), [])
+    found = [line for line in page.splitlines() if "do not train on the same samples in the same steps" in line]
+    assert [told in line for line in found if told] == [True] * bool(told)
+    assert len(found) == bool(told)
+
+
 def test_one_seed_is_said_to_be_one() -> None:
     page = as_markdown(compared(full=[3.0], lora=[3.1]), [])
     assert "One seed (42): small differences may be chance. --seeds 3 shows the spread." in page
@@ -184,3 +206,10 @@ def test_picture_is_drawn(name: str, tmp_path: Path) -> None:
     points = [("full", (9.0, 9.0, 9.1), (100.0, 99.0, 101.0)), (name, (2.6, 2.6, 2.6), (96.0, 95.0, 97.0))]
     plot_comparison(points, ("memory (GB)", "quality (%)"), tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_dollar_signs_are_no_formula(tmp_path: Path) -> None:
+    """As in `lora_target_modules=.*q_proj$,.*v_proj$`; the middle would be taken for one that cannot be read."""
+    point = ("lora lora_target_modules=.*q_proj$,.*^^v_proj$", (9.0, 9.0, 9.1), (100.0, 99.0, 101.0))
+    plot_comparison([point], ("memory (GB)", "quality (%)"), tmp_path / "comparison.png")
+    assert (tmp_path / "comparison.png").exists()

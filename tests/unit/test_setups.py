@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from qingtune.command_config import CompareConfig
 from qingtune.config_load import Loaded, load_config
 from qingtune.errors import UserError
-from qingtune.setups import Setup, about_learning_rates, check_varied, grid_setups
+from qingtune.setups import Setup, about_full_training, about_learning_rates, check_varied, grid_setups
 from qingtune.values import Interval
 
 DATA = {"data_path": "train.jsonl", "eval_data_path": "eval.jsonl"}
@@ -92,6 +93,13 @@ def test_grid_with_methods_has_full_training_once() -> None:
     assert [*setups(methods="full,lora", grid="lora_r=8,16")] == ["full", "lora lora_r=8", "lora lora_r=16"]
 
 
+def test_what_full_training_does_not_have_is_told() -> None:
+    told = about_full_training(load(methods="full,lora", grid="lora_r=8,16 learning_rate=1e-4").config)
+    assert told == "lora_r: without effect on full training, which is not varied by it."
+    assert about_full_training(load(methods="lora", grid="lora_r=8,16").config) is None
+    assert about_full_training(load(methods="full", grid="learning_rate=1e-4,2e-4").config) is None
+
+
 def test_default_leaves_a_setting_out() -> None:
     found = setups(use_lora="true", lora_r="64", lora_alpha="8", grid="lora_alpha=16,default")
     assert [setup.config.lora_alpha for setup in found.values()] == [16, 128]
@@ -115,6 +123,15 @@ def test_names_make_paths_and_differ() -> None:
     assert slugs[2] == "lora_lora_target_modules=q_proj_lora_r=8"
 
 
+def test_long_names_make_paths_too(tmp_path: Path) -> None:
+    names = ",".join(["目标模块"] * 20)
+    found = setups(use_lora="true", grid=f"lora_target_modules={names};{names}A;q_proj")
+    folders = {tmp_path / f"{setup.slug}-seed42.json" for setup in found.values()}
+    for folder in folders:
+        folder.touch()
+    assert len(folders) == 3
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -129,6 +146,7 @@ def test_names_make_paths_and_differ() -> None:
         ({"per_method": "full.learning_rate=1"}, "per_method names full, which is not compared"),
         ({"per_method": "lora.lora_r=4", "grid": "lora_r=8,16"}, '"lora_r" is in grid and in per_method'),
         ({"grid": "lora_r=8", "space": "lora_alpha=8,16"}, "grid and space are both given"),
+        ({"grid": "num_train_epochs=1,2", "max_steps": "6"}, "num_train_epochs has no effect, as max_steps is 6"),
     ],
     ids=str,
 )
@@ -168,6 +186,8 @@ def test_values_are_understood(name: str, text: Any, value: Any) -> None:
         ("grid", "lora_r", "lora_r is not NAME=VALUE"),
         ("grid", "lora_r=8 lora_r=16", "lora_r stands there twice"),
         ("grid", "lora_r=8,8", "8 stands there twice"),
+        ("grid", "lora_r=,", "lora_r has no value"),
+        ("space", "lora_r=,", "lora_r has no value"),
         ("space", "lora_r=64..8", "64..8 ends before it begins"),
         ("space", "lora_r=0..8:log", "above 0"),
         ("space", "lora_r=a..b", "a..b is not LOW..HIGH"),
