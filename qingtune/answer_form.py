@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
@@ -36,6 +36,7 @@ _EMOJI = re.compile(
 )
 # A tag, with the # that closes it on Weibo; or a run of # that begins none, as of a heading or of C#.
 _TAG = re.compile(r"(?<![A-Za-z0-9_&/])([#＃](?=[^\s#＃]*[^\W\d_])[^\s#＃]+)[#＃]?|[#＃]+")
+_SomeText = Annotated[str, Field(min_length=1)]
 
 
 class Form(Settings):
@@ -57,8 +58,8 @@ class Form(Settings):
     tags: Integer | None = Field(None, ge=0)
     min_characters: Integer | None = Field(None, ge=0)
     max_characters: Integer | None = Field(None, ge=0)
-    contains: list[str] | None = None
-    excludes: list[str] | None = None
+    contains: list[_SomeText] | None = None
+    excludes: list[_SomeText] | None = None
 
 
 def form_of(values: dict[str, Any], origin: str) -> Form | None:

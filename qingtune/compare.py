@@ -17,7 +17,7 @@ from qingtune.comparison_table import as_console, as_json, as_markdown, ordered_
 from qingtune.config_load import Loaded, read_json_object
 from qingtune.data.prepare import check_files_exist
 from qingtune.errors import UserError, raise_all
-from qingtune.files import sha256_of, write_json
+from qingtune.files import sha256_of, write_json, write_text
 from qingtune.output_folder import check_output_folder, only_run_in
 from qingtune.plots import plot_comparison
 from qingtune.record import WEIGHTS_REMOVED, read_record
@@ -150,7 +150,7 @@ def _begin(config: CompareConfig, output_dir: Path) -> None:
         UserError: the data or the space is not what it was.
     """
     if config.overwrite_output_dir:
-        shutil.rmtree(output_dir / TRIALS, ignore_errors=True)
+        _remove_trials(output_dir / TRIALS)
         for name in (BEGUN, JOURNAL, PAGE, NUMBERS, PICTURE):
             (output_dir / name).unlink(missing_ok=True)
     paths = [*(config.data_path or []), *(config.eval_data_path or [])]
@@ -169,6 +169,23 @@ def _begin(config: CompareConfig, output_dir: Path) -> None:
     write_json(output_dir / BEGUN, {**now, "settings": settings})
 
 
+def _remove_trials(folder: Path) -> None:
+    """Remove those of an earlier comparison; one that stayed would pass for a trial of this one.
+
+    Raises:
+        UserError: they cannot be removed.
+    """
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot be removed ({error.strerror})",
+            where=str(error.filename or folder),
+            fix="Remove it, or choose another output_dir.",
+        ) from error
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -184,7 +201,7 @@ def _report(bench: Bench) -> None:
     records = [record for trial in trials if (record := read_record(trial.folder))]
     steps = sorted({record.results["steps"] for record in records})
     about = _about(config, steps, same_order=not ordered_otherwise(comparison))
-    (output_dir / PAGE).write_text(redact(as_markdown(comparison, about)), encoding="utf-8")
+    write_text(output_dir / PAGE, redact(as_markdown(comparison, about)))
     versions = records[0].versions if records else {}
     write_json(output_dir / NUMBERS, redact_values({"about": about, "versions": versions, **as_json(comparison)}))
     if comparison.best:

@@ -64,6 +64,7 @@ def test_rules_may_be_json_text() -> None:
         ({"tags": "many"}, '"form.tags"'),
         ({"tags": True}, '"form.tags"'),
         ({"contains": "one"}, '"form.contains"'),
+        ({"excludes": [""]}, '"form.excludes.0"'),  # which every answer holds
         ({"max_characters": -1}, '"form.max_characters"'),
         (["title"], '"form"'),
         ("{broken", '"form" is not JSON'),

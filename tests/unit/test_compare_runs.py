@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,18 +127,54 @@ def test_a_trial_left_behind_is_waited_for(
     run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "out" / "trials" / "lora_learning_rate=0.0001-seed42"
-    begun = tmp_path / "out" / "compare_config.json"
+    process = _left_behind(folder, seconds=0.6)
+    code, _, order = run(grid={"learning_rate": [1e-4]}, overwrite_output_dir=True)
+    assert (code, order, process.wait()) == (0, [folder.name], 0)
+    assert f"{folder} is still trained by an earlier start's process {process.pid}" in capsys.readouterr().err
+
+
+def test_waiting_for_a_trial_left_behind_can_be_stopped(
+    run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out" / "trials" / "lora_learning_rate=0.0001-seed42"
+    process = _left_behind(folder, seconds=60)
+    (tmp_path / "out" / "comparison.json").write_text("{}")
+    (folder.parent / "order").touch()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert run(grid={"learning_rate": [1e-4]}, overwrite_output_dir=True) == (130, {}, [])  # nothing was removed
+    assert capsys.readouterr().err.endswith("Stopped. To go on: again\n")
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+
+
+def _left_behind(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    """A process that has the folder of a trial; it fails if another trial begins meanwhile."""
     folder.mkdir(parents=True)
-    begun.write_text("{}")
-    hold = "import sys, time; from pathlib import Path; from qingtune.output_folder import only_run_in\n"
-    hold += "with only_run_in(Path(sys.argv[1])): print('held', flush=True); time.sleep(0.6)"
-    hold += "; assert not (Path(sys.argv[1]).parent / 'order').exists()"
+    (folder.parent.parent / "compare_config.json").write_text("{}")
+    hold = f"""
+import sys, time; from pathlib import Path; from qingtune.output_folder import only_run_in
+with only_run_in(Path(sys.argv[1])):
+    print("held", flush=True); time.sleep({seconds}); assert not (Path(sys.argv[1]).parent / "order").exists()
+"""
     process = subprocess.Popen([sys.executable, "-c", hold, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout
-    process.stdout.readline()
-    run(grid={"learning_rate": [1e-4]}, overwrite_output_dir=True)
-    assert process.wait() == 0
-    assert f"{folder} is still trained by an earlier start's process {process.pid}" in capsys.readouterr().err
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_trials_that_cannot_be_removed_are_told(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(grid={"learning_rate": [1e-4]})
+
+    def refuse(path: Path, *_: object, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(UserError, match=r"trials: cannot be removed \(Permission denied\)"):
+        run(grid={"learning_rate": [1e-4]}, overwrite_output_dir=True)
 
 
 def test_search_stops_what_falls_behind_and_goes_on(run: Callable[..., Any]) -> None:
