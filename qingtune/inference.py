@@ -149,7 +149,13 @@ def find_base(config: ModelSettings, adapter: Path | None) -> tuple[Path, Record
     name = config.base_model
     if name is None and adapter:
         name = record.base_model if record else read_adapter_config(adapter).get("base_model_name_or_path")
-    source = find_model(name or DEFAULT_MODEL, config.cache_dir, config.hub)
+    try:
+        source = find_model(name or DEFAULT_MODEL, config.cache_dir, config.hub)
+    except UserError as error:
+        if adapter is None or config.base_model is not None:
+            raise
+        what = f"its base model is not to be found: {error.where or name}: {error.what}"
+        raise UserError(what, where=str(adapter), fix="Name it as --base_model.") from error
     folder = local_folder(source, config.cache_dir, _say)
     if adapter is None:
         return folder, read_record(folder)

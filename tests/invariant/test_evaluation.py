@@ -114,6 +114,15 @@ def test_an_adapter_is_compared_with_its_base(
     assert f"{after - before:+.4f}" in table[1]
 
 
+def test_an_adapter_whose_base_is_gone_says_so(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, lora_model=str(adapter))
+    assert str(caught.value).startswith(f"{adapter}: its base model is not to be found: {tmp_path / 'base'}: no model")
+    assert str(caught.value).endswith("Name it as --base_model.")
+    run(tmp_path, lora_model=str(adapter), base_model=str(tmp_path / "moved"), skip_generation=True)
+
+
 def test_rows_of_all_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_model(tmp_path / "model")
     rows = [
