@@ -123,6 +123,12 @@ def test_an_adapter_whose_base_is_gone_says_so(adapter: Path, tmp_path: Path) ->
     run(tmp_path, lora_model=str(adapter), base_model=str(tmp_path / "moved"), skip_generation=True)
 
 
+def test_bits_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_model(tmp_path / "model")
+    run(tmp_path, base_model=str(folder), load_in_8bit=True, skip_generation=True)
+    assert f"after: {folder}, in 8 bits\n" in capsys.readouterr().out
+
+
 def test_rows_of_all_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_model(tmp_path / "model")
     rows = [

@@ -177,6 +177,13 @@ def test_trials_that_cannot_be_removed_are_told(
         run(grid={"learning_rate": [1e-4]}, overwrite_output_dir=True)
 
 
+def test_the_report_says_whether_all_train_on_the_same(run: Callable[..., Any]) -> None:
+    _, found, _ = run(grid={"learning_rate": [1e-4, 2e-4]})
+    assert found["about"][2] == "2 steps of 8 samples; all setups get the same ones in the same order"
+    _, found, _ = run(grid={"max_steps": [4, 8]}, learning_rate=1e-4)
+    assert len(found["about"]) == 2
+
+
 def test_search_stops_what_falls_behind_and_goes_on(run: Callable[..., Any]) -> None:
     space = {"learning_rate": "1e-5..1e-3:log"}
     code, found, order = run(0.3, space=space, sampler="random", pruner="halving", trials=4)
