@@ -326,14 +326,10 @@ def _resolve(config: Training) -> tuple[Training, list[str]]:
     if config.learning_rate is None:
         chosen["learning_rate"] = _LEARNING_RATES[config.method]
         reasons.append(f"learning_rate = {chosen['learning_rate']:g}, the default of {config.method} training.")
-    if config.method != "full" and config.lora_alpha is None:
-        chosen["lora_alpha"] = float(2 * config.lora_r)
-        scaled = (
-            f"with use_rslora adapters are then scaled by lora_alpha / sqrt(lora_r) = {2 * config.lora_r**0.5:.4g}"
-            if config.use_rslora
-            else "so that adapters are scaled by 2 at any rank"
-        )
-        reasons.append(f"lora_alpha = {2 * config.lora_r}, twice lora_r, {scaled}.")
+    if config.method != "full":
+        reasons += _about_alpha(config)
+        if config.lora_alpha is None:
+            chosen["lora_alpha"] = float(2 * config.lora_r)
     if config.eval_strategy is None:
         chosen["eval_strategy"] = "epoch" if _has_evaluation(config) else "no"
     if config.eval_steps is None:
@@ -345,3 +341,21 @@ def _resolve(config: Training) -> tuple[Training, list[str]]:
     if config.report_to and "none" in [name.lower() for name in config.report_to]:
         chosen["report_to"] = None
     return config.model_copy(update=chosen), reasons
+
+
+def _about_alpha(config: TrainConfig) -> list[str]:
+    """Why adapters are scaled as they are, where the user did not choose or chose what teaches little."""
+    default, alpha = 2 * config.lora_r, config.lora_alpha
+    if alpha is None:
+        scaled = (
+            f"with use_rslora adapters are then scaled by lora_alpha / sqrt(lora_r) = {2 * config.lora_r**0.5:.4g}"
+            if config.use_rslora
+            else "so that adapters are scaled by 2 at any rank"
+        )
+        return [f"lora_alpha = {default}, twice lora_r, {scaled}."]
+    if config.use_rslora or alpha >= config.lora_r / 2:
+        return []
+    return [
+        f"lora_alpha {alpha:g} at lora_r {config.lora_r} scales adapters by {alpha / config.lora_r:.3g}: they learn "
+        f"slowly (docs/measurements.md). Left out it is {default}; or raise learning_rate."
+    ]

@@ -108,9 +108,9 @@ def test_eval_steps_follow_logging_steps_unless_given() -> None:
 
 
 def test_given_values_are_neither_changed_nor_told() -> None:
-    config = resolved(use_lora="true", learning_rate="0.5", lora_alpha="3")
-    assert (config.learning_rate, config.lora_alpha) == (0.5, 3)
-    assert notices(use_lora="true", learning_rate="0.5", lora_alpha="3") == ()
+    config = resolved(use_lora="true", learning_rate="0.5", lora_alpha="9")
+    assert (config.learning_rate, config.lora_alpha) == (0.5, 9)
+    assert notices(use_lora="true", learning_rate="0.5", lora_alpha="9") == ()
 
 
 def test_both_methods_at_once_are_told_to_be_qlora() -> None:
@@ -155,6 +155,12 @@ def test_json_has_the_same_forms(tmp_path: Path) -> None:
 
 def test_alpha_left_out_is_told_with_what_it_scales() -> None:
     assert "lora_alpha = 32, twice lora_r, so that adapters are scaled by 2 at any rank." in notices(use_lora="true")
+    weak = notices(use_lora="true", lora_r="64", lora_alpha="16")
+    assert any(
+        line.startswith("lora_alpha 16 at lora_r 64 scales adapters by 0.25: they learn slowly") for line in weak
+    )
+    for fine in ({"lora_alpha": "32"}, {"lora_alpha": "16", "use_rslora": "true"}):
+        assert not any("slowly" in line for line in notices(use_lora="true", lora_r="64", **fine))
     (told,) = (line for line in notices(use_lora="true", use_rslora="true") if "lora_alpha" in line)
     assert told.endswith("with use_rslora adapters are then scaled by lora_alpha / sqrt(lora_r) = 8.")
 
