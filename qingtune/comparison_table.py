@@ -56,7 +56,7 @@ def as_console(comparison: Comparison, width: int = 80) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("setup", overflow="fold")
     for heading in (
         "peak\nmemory",
