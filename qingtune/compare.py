@@ -13,7 +13,7 @@ from typing import Any
 from qingtune.bench import TRIALS, Bench, run_all, run_search
 from qingtune.command_config import CompareConfig
 from qingtune.comparison import Comparison, compare_outcomes
-from qingtune.comparison_table import as_console, as_json, as_markdown, ordered_otherwise
+from qingtune.comparison_table import as_console, as_json, as_markdown, ordered_otherwise, reference_name
 from qingtune.config_load import Loaded, read_json_object
 from qingtune.data.prepare import check_files_exist
 from qingtune.errors import UserError, raise_all
@@ -244,6 +244,5 @@ def _draw(comparison: Comparison, picture: Path) -> None:
         sizes = (across.median / 1e9, across.least / 1e9, across.most / 1e9)
         scale = 100 if related else 1
         points.append((row.setup.name, sizes, (up.median * scale, up.least * scale, up.most * scale)))
-    assert comparison.reference is not None
-    standing = f"quality relative to {comparison.reference.setup.name} (%)" if related else "eval_loss (nats per token)"
+    standing = f"quality relative to {reference_name(comparison)} (%)" if related else "eval_loss (nats per token)"
     plot_comparison(points, ("peak memory (GB)", standing), picture)

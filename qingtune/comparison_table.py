@@ -36,8 +36,8 @@ def as_markdown(comparison: Comparison, about: Sequence[str]) -> str:
         ("after", lambda row: row.eval_loss, loss),
         ("perplexity before", lambda row: row.perplexity_before, figures),
         ("after", lambda row: row.perplexity, figures),
-        (f"quality relative to {_reference(comparison)}", lambda row: row.quality, percent),
-        (f"perplexity over that of {_reference(comparison)}", lambda row: row.perplexity_ratio, ratio),
+        (f"quality relative to {reference_name(comparison)}", lambda row: row.quality, percent),
+        (f"perplexity over that of {reference_name(comparison)}", lambda row: row.perplexity_ratio, ratio),
     ]
     lines = ["# Comparison", "", *(f"- {line}" for line in about), ""]
     lines += [f"| setup | {' | '.join(name for name, _, _ in columns)} |", f"|---|{'---|' * len(columns)}"]
@@ -68,7 +68,7 @@ def as_console(comparison: Comparison, width: int = 80) -> str:
         "perpl.\nafter",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column(f"quality\nto {_reference(comparison)}", justify="right", no_wrap=True)
+    table.add_column(f"quality\nto {reference_name(comparison)}", justify="right", no_wrap=True)
     for row in comparison.rows:
         if not row.eval_loss:
             continue
@@ -170,7 +170,8 @@ def _several_seeds(comparison: Comparison) -> bool:
     return any(len(row.numbers) > 1 for row in comparison.rows)
 
 
-def _reference(comparison: Comparison) -> str:
+def reference_name(comparison: Comparison) -> str:
+    """What quality is relative to, in a word; `notes` names it in full."""
     return "full" if comparison.reference and comparison.reference.setup.method == "full" else "best"
 
 

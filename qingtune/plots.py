@@ -41,7 +41,7 @@ def plot_comparison(
     """Draw setups as points with their spread.
 
     Args:
-        points: name, then median, least and most of what lies across, and of what stands up.
+        points: name, then median, least and most of what lies across (from 0 on), and of what stands up.
         labels: of the two axes.
     """
     import matplotlib
@@ -60,6 +60,7 @@ def plot_comparison(
             )  # fmt: skip
         axes.set(xlabel=labels[0], ylabel=labels[1])
         axes.margins(0.12)
+        axes.set_xlim(left=0)  # what hardly differs shall look so
         axes.grid(alpha=0.3)
         legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
         for text in legend.get_texts():
