@@ -296,12 +296,18 @@ def _rows(source: Source) -> list[Row]:
     for metric in source.metrics:
         before, after = ("–" if value is None else significant(value) for value in (metric.before, metric.after))
         decimals = min(4, max(len(text.partition(".")[2]) for text in (before, after)))
-        difference = "–" if metric.difference is None else f"{metric.difference:+,.{decimals}f}"
-        if metric.interval:
-            low, high = metric.interval
-            difference += f" [{low:+,.{decimals}f},\u00a0{high:+,.{decimals}f}]"
+        difference = "–" if metric.difference is None else _signed(metric.difference, decimals)
+        if metric.interval and any(metric.interval):
+            low, high = (_signed(end, decimals) for end in metric.interval)
+            difference += f" [{low},\u00a0{high}]"
         rows.append(Row(named(METRICS, metric.name), before, after, difference, metric.sure))
     return rows
+
+
+def _signed(value: float, decimals: int) -> str:
+    """A difference with its sign; one that rounds to nothing is 0."""
+    text = f"{value:+,.{decimals}f}"
+    return text if text.strip("+-0.") else "0"
 
 
 def _bars(planned: Mapping[str, Any] | None, measured: float | None) -> list[Bar]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qingtune.errors import UserError
 from qingtune.record import FACTS, METRICS, SAMPLES, SETTINGS, Record, read_record
@@ -19,6 +19,8 @@ PREDICTIONS = ("predictions_before.jsonl", "predictions_after.jsonl")
 MOST_SAMPLES = 12
 # What is drawn of each logged line, as training/events.py writes it; speed is tokens / seconds.
 LOGGED = ("loss", "learning_rate", "grad_norm", "tokens", "seconds", "peak_bytes")
+LARGEST_STEP = 2**63 - 1  # that a column of whole numbers holds
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Source:
         steps_of_answers: the steps before and after which they were given; None if the files do not say.
         more_answers: how many there are besides.
         metrics: of `qingtune evaluate`.
+        evaluated: how many rows it asked, and of which files; None where that is not said.
     """
 
     folder: str
@@ -91,6 +94,7 @@ class Source:
     steps_of_answers: tuple[int, int] | None
     more_answers: int
     metrics: list[Metric]
+    evaluated: tuple[int, list[str]] | None
 
     @property
     def results(self) -> dict[str, Any]:
@@ -118,6 +122,7 @@ def read_run(folder: Path) -> Source:
         steps_of_answers=steps,
         more_answers=max(0, len(answers) - MOST_SAMPLES),
         metrics=_metrics(folder / EVALUATION),
+        evaluated=_evaluated(folder / EVALUATION),
     )
 
 
@@ -131,45 +136,60 @@ def _json(path: Path) -> dict[str, Any]:
         raise UserError(f"this file is broken ({error})", where=str(path)) from None
 
 
-def _lines(path: Path, *names: str) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, each with these names; a line that is still being written is left out."""
+def _lines(path: Path, read: Callable[[dict[str, Any]], _Read]) -> Iterator[_Read]:
+    """What `read` makes of each object in a file of JSON lines; a line that is still being written is left out."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:  # as bytes, for such a line may end within a character
         for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
             try:
-                values = dict(json.loads(line))
-            except (ValueError, TypeError) as error:
+                found = read(dict(json.loads(line.decode("utf-8"))))
+            except KeyError as error:
+                raise UserError(f"{error.args[0]} is missing in this line", where=f"{path}:{number}") from None
+            except (ValueError, TypeError, OverflowError) as error:
                 raise UserError(f"this line is broken ({error})", where=f"{path}:{number}") from None
-            if missing := [name for name in names if name not in values]:
-                raise UserError(f"{', '.join(missing)} is missing in this line", where=f"{path}:{number}")
-            yield values
+            yield found
 
 
 def _curves(path: Path) -> Curves:
     curves = Curves()
-    for line in _lines(path, "step"):
-        if "eval_loss" in line:
-            curves.eval_steps.append(line["step"])
-            curves.eval_losses.append(_number(line["eval_loss"]))
+    for step, eval_loss, values in _lines(path, _measured):
+        if values is None:
+            curves.eval_steps.append(step)
+            curves.eval_losses.append(eval_loss)
         else:
-            curves.steps.append(line["step"])
-            for name, column in curves.values.items():
-                column.append(_number(line.get(name)))
+            curves.steps.append(step)
+            for column, value in zip(curves.values.values(), values, strict=True):
+                column.append(value)
     return curves
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _measured(line: dict[str, Any]) -> tuple[int, float, list[float] | None]:
+    """The step of a line of metrics.jsonl with its evaluation's loss, or with None and its values, as in LOGGED."""
+    if "eval_loss" in line:
+        return _step(line), _number(line["eval_loss"]), None
+    return _step(line), math.nan, [_number(line.get(name)) for name in LOGGED]
+
+
+def _step(line: dict[str, Any]) -> int:
+    step = line["step"]
+    if not isinstance(step, int) or not 0 <= step <= LARGEST_STEP:
+        raise ValueError(f"step is {step!r}, where a whole number is wanted")
+    return step
+
+
+def _number(value: Any) -> float:
+    """NaN for null; a number that other tools wrote as text, such as "nan", is one too."""
+    return math.nan if value is None else float(value)
 
 
 def _eval_samples(path: Path) -> tuple[list[Answers], tuple[int, int] | None]:
     """The answers of the first evaluation beside those of the last one."""
     by_step: dict[int, dict[str, dict[str, Any]]] = {}
-    for line in _lines(path, "step", "prompt", "answer"):
-        by_step.setdefault(line["step"], {})[line["prompt"]] = redact_values(line)
+    for step, line in _lines(path, _answered):
+        by_step.setdefault(step, {})[line["prompt"]] = line
     if not by_step:
         return [], None
     first, last = min(by_step), max(by_step)
@@ -181,9 +201,16 @@ def _eval_samples(path: Path) -> tuple[list[Answers], tuple[int, int] | None]:
     return answers, (first, last)
 
 
+def _answered(line: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    for name in ("prompt", "answer"):
+        if not isinstance(line[name], str):
+            raise ValueError(f"{name} is no text")
+    return _step(line), redact_values(line)
+
+
 def _predictions(folder: Path) -> list[Answers]:
     """The answers of `qingtune evaluate`: rows of the data, each with its answer, in the same order in both files."""
-    before, after = ([redact_values(row) for row in _lines(folder / name)] for name in PREDICTIONS)
+    before, after = (list(_lines(folder / name, redact_values)) for name in PREDICTIONS)
     answers: list[Answers] = []
     for place in range(max(len(before), len(after))):
         one, two = (rows[place] if place < len(rows) else {} for rows in (before, after))
@@ -224,4 +251,11 @@ def _metric(name: str, about: dict[str, Any]) -> Metric:
     ends = difference.get("interval")
     interval = (float(ends[0]), float(ends[1])) if ends else None
     sure = about["difference_excludes_zero"] is True
-    return Metric(name, before.get("value"), after.get("value"), difference.get("value"), interval, sure)
+    values = (estimate.get("value") for estimate in (before, after, difference))
+    return Metric(name, *(None if value is None else float(value) for value in values), interval, sure)
+
+
+def _evaluated(path: Path) -> tuple[int, list[str]] | None:
+    content = _json(path)
+    rows, data = content.get("rows"), content.get("data")
+    return (rows, list(data)) if isinstance(rows, int) and isinstance(data, dict) else None

@@ -122,11 +122,11 @@ class LinesFile:
 
     def __init__(self, path: Path, keep_to_step: int) -> None:
         """Start anew, or keep the lines up to the step from which a run goes on."""
-        # Not splitlines: an answer may hold other characters that it takes for the end of a line.
-        lines = path.read_text(encoding="utf-8").split("\n") if keep_to_step and path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= keep_to_step]
+        # As bytes, for the last line may be cut off within a character; it is left out, as nothing ends it.
+        lines = path.read_bytes().split(b"\n")[:-1] if keep_to_step and path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= keep_to_step]
         self.file = path.open("wb", buffering=0)
-        self.waiting = "".join(f"{line}\n" for line in kept).encode()
+        self.waiting = b"".join(line + b"\n" for line in kept)
         self.failed = False
         self._write()
 

@@ -119,6 +119,15 @@ def test_a_new_run_starts_a_new_file(tmp_path: Path) -> None:
     assert MetricsFile(tmp_path / "none.jsonl", 7).file.tell() == 0
 
 
+def test_a_line_cut_off_within_a_character_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    whole = '{"step": 1, "answer": "面包\u2028"}\n'.encode()
+    for cut in ('{"step": 2, "answer": "面'.encode()[:-1], b'{"step": 2, "not_finite": {}'):
+        path.write_bytes(whole + cut)
+        LinesFile(path, 2).close()
+        assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("value", [3e-4, 1.25e-6, 3.4e-10])
 def test_small_numbers_are_written_as_they_are(value: float) -> None:
     metrics = as_metrics(stepped(1, rate=value))

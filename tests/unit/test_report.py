@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import re
 import subprocess
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from qingtune.record import FACTS, METRICS, PAGE, RECORD, SAMPLES, SETTINGS
 from qingtune.report import PageOfRun, report, write_page
 
 FILES = (RECORD, SETTINGS, METRICS, FACTS, SAMPLES, EVALUATION)
+NO_SIDES: dict[str, Any] = {"before": None, "difference": None, "difference_excludes_zero": None}
+WITH_TEXT = {**NO_SIDES, "after": {"value": "much"}}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
@@ -226,7 +229,62 @@ def test_a_line_without_what_it_should_hold_is_named(folder: Path) -> None:
         write_page(folder)
 
 
-@pytest.mark.parametrize("metrics", [{"BLEU": 3.2}, {"BLEU": {"after": 3.2}}, [3.2]])
+@pytest.mark.parametrize("name", [METRICS, SAMPLES])
+def test_a_last_line_that_is_cut_within_a_character_is_left_out(folder: Path, name: str) -> None:
+    whole = write_page(folder).read_bytes()
+    with (folder / name).open("ab") as file:
+        file.write('{"step": 300, "prompt": "写'.encode()[:-1])
+    assert write_page(folder).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        (METRICS, {"step": "300", "loss": 1.0}, "step is '300', where a whole number is wanted"),
+        (METRICS, {"step": 10**20, "loss": 1.0}, "where a whole number is wanted"),
+        (METRICS, {"step": 300, "loss": "low"}, "could not convert string to float"),
+        (METRICS, {"step": 300, "eval_loss": [1.0]}, "this line is broken"),
+        (SAMPLES, {"step": [1], "prompt": "p", "answer": "a"}, "where a whole number is wanted"),
+        (SAMPLES, {"step": 1, "prompt": ["p"], "answer": "a"}, "prompt is no text"),
+    ],
+)
+def test_a_line_with_something_else_in_it_is_named(folder: Path, name: str, line: dict[str, Any], message: str) -> None:
+    write_jsonl(folder / name, [line])
+    with pytest.raises(UserError, match=rf"{name}:1: .*{re.escape(message)}"):
+        write_page(folder)
+
+
+def test_numbers_as_text_are_numbers(folder: Path) -> None:
+    write_jsonl(folder / METRICS, [{"step": 1, "loss": "nan", "tokens": "7"}, {"step": 2, "eval_loss": "NaN"}])
+    curves = report_module.read_run(folder).curves
+    assert math.isnan(curves.values["loss"][0])
+    assert curves.values["tokens"][0] == 7
+    assert math.isnan(curves.eval_losses[0])
+    assert_sound(page_of(folder))
+
+
+def test_the_evaluation_says_on_what_it_rests(folder: Path) -> None:
+    content = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+    nothing = {"value": 0.0, "interval": [0.0, 0.0]}
+    content["metrics"] = {"exact match %": dict.fromkeys(("before", "after", "difference"), nothing)}
+    content["metrics"]["exact match %"]["difference_excludes_zero"] = False
+    (folder / EVALUATION).write_text(json.dumps({**content, "rows": 4, "data": {"小店.jsonl": "0"}}), encoding="utf-8")
+    page = page_of(folder)
+    assert "Over 4 rows of 小店.jsonl." in page.text
+    assert "共评估 4 行" in page.text
+    assert "+0 " not in page.text
+    assert "[+0" not in page.text
+    assert_sound(page)
+
+
+def test_text_that_runs_from_right_to_left_is_shown_so(folder: Path) -> None:
+    page = page_of(folder)
+    texts = [attributes for _, attributes in page.tags if "text" in attributes.get("class", "").split()]
+    assert len(texts) > 3
+    assert all(attributes.get("dir") == "auto" for attributes in texts)
+
+
+@pytest.mark.parametrize("metrics", [{"BLEU": 3.2}, {"BLEU": {"after": 3.2}}, [3.2], {"BLEU": WITH_TEXT}])
 def test_an_evaluation_of_another_kind_is_named(folder: Path, metrics: Any) -> None:
     (folder / EVALUATION).write_text(json.dumps({"metrics": metrics}), encoding="utf-8")
     with pytest.raises(UserError, match=rf"{EVALUATION}: this is not as `qingtune evaluate` writes it"):
