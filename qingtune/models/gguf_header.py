@@ -46,7 +46,7 @@ class _Tensor:
 
 
 class _Reader:
-    """Reads numbers, texts and arrays; of long arrays only how many there are."""
+    """Reads numbers, texts and arrays of numbers; other arrays are passed by."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size = file, size
@@ -59,18 +59,18 @@ class _Reader:
         return self._bytes(self.number("Q")).decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
-        """A value of a kind; an array gives its length."""
+        """A value of a kind; None for an array that is not of numbers."""
         if kind == _TEXT:
             return self.text()
         if kind != _ARRAY:
             return self.number(_NUMBERS[kind])
         inner, count = self.number("I"), self.number("Q")
         if inner in _NUMBERS:
-            self._bytes(struct.calcsize(_NUMBERS[inner]) * count)
-        else:
-            for _ in range(count):
-                self._bytes(self.number("Q")) if inner == _TEXT else self.value(inner)
-        return count
+            size = struct.calcsize(_NUMBERS[inner])
+            return [n for (n,) in struct.iter_unpack(f"<{_NUMBERS[inner]}", self._bytes(size * count))]
+        for _ in range(count):
+            self._bytes(self.number("Q")) if inner == _TEXT else self.value(inner)
+        return None
 
     def _bytes(self, length: int) -> bytes:
         if length > self.size:
@@ -91,7 +91,7 @@ def config_of_gguf(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             values, tensors, data = _read(file, path.stat().st_size)
             tied = _is_tied(file, tensors, data)
-    except (ValueError, KeyError, struct.error, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, struct.error, RecursionError) as error:
         raise UserError(f"the header of this GGUF file cannot be read ({error})", where=str(path)) from None
     kind = str(values.get("general.architecture"))
     config: dict[str, Any] = {

@@ -132,7 +132,12 @@ _FAMILIES: dict[str, _Family] = {
     "smollm3": _Family(mlp_bias="mlp_bias", defaults={"tie_word_embeddings": True}),
     "gemma": _Family(defaults=_GEMMA),
     "gemma2": _Family(extra_norms=_FOUR_NORMS, defaults=_GEMMA),
-    "gemma3_text": _Family(query_key_norm=True, extra_norms=_FOUR_NORMS, defaults=_GEMMA),
+    # Its published files leave out what is as in the 4B model.
+    "gemma3_text": _Family(
+        query_key_norm=True,
+        extra_norms=_FOUR_NORMS,
+        defaults={**_GEMMA, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208},
+    ),
     "phi3": _Family(False, False, fused=True),
     "mixtral": _Family(False, False, defaults={"num_local_experts": 8, "num_experts_per_tok": 2}),
     "qwen2_moe": _Family(
@@ -155,19 +160,27 @@ _FAMILIES: dict[str, _Family] = {
         },
     ),
 }  # fmt: skip
+# What no model is near to; beyond it a header is broken, and counting its modules would take all memory.
+MOST_LAYERS, LARGEST_NUMBER = 10_000, 10**9
 # Names under which config.json may hold the number of experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _ITEMSIZES = {"float32": 4, "float64": 8}
 
 
 class _Config:
-    """config.json, its text part if it has several, with the architecture's defaults beneath."""
+    """config.json, its text part if it has several, with the architecture's defaults beneath.
+
+    Raises:
+        UserError: it names no architecture.
+    """
 
     def __init__(self, content: Mapping[str, Any], where: str) -> None:
         text = content.get("text_config")
         values = {**content, **text} if isinstance(text, dict) else dict(content)
         self.where, self.nested = where, isinstance(text, dict)
-        self.model_type = str(values.get("model_type"))
+        self.model_type = values.get("model_type")
+        if not isinstance(self.model_type, str):
+            raise UserError("it names no model_type", where=where)
         self.family = _FAMILIES.get(self.model_type, _Family(mlp_bias="mlp_bias"))
         present = {name: value for name, value in values.items() if value is not None}
         self._given = present
@@ -186,6 +199,9 @@ class _Config:
             raise UserError(f'it does not say "{name}", without which the model cannot be planned', where=self.where)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f'"{name}" is {value!r}, where a whole number above 0 is wanted', where=self.where)
+        most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST_NUMBER
+        if value > most:
+            raise UserError(f'"{name}" is more than {most:,}, which no model has', where=self.where)
         return value
 
     def count(self, name: str) -> int:
@@ -194,10 +210,17 @@ class _Config:
 
     def numbers(self, name: str) -> list[int]:
         """A list of whole numbers, empty where it is not given."""
+        return self._list(name, int, "numbers")
+
+    def texts(self, name: str) -> list[str]:
+        """A list of texts, empty where it is not given."""
+        return self._list(name, str, "texts")
+
+    def _list(self, name: str, kind: type[Any], kinds: str) -> list[Any]:
         value = self._values.get(name) or []
-        if not isinstance(value, list) or not all(isinstance(n, int) for n in cast("list[Any]", value)):
-            raise UserError(f'"{name}" is {value!r}, where a list of numbers is wanted', where=self.where)
-        return cast("list[int]", value)
+        if not isinstance(value, list) or not all(isinstance(one, kind) for one in cast("list[Any]", value)):
+            raise UserError(f'"{name}" is {value!r}, where a list of {kinds} is wanted', where=self.where)
+        return cast("list[Any]", value)
 
     def experts(self) -> int:
         """Experts of a mixture's layer; what is given counts before what the architecture has by default."""
@@ -206,8 +229,15 @@ class _Config:
         return next((self.number(name) for name in (*given, *names)), 0)
 
     def flag(self, name: bool | str) -> bool:
-        """Itself, or a setting of this name."""
-        return bool(self._values.get(name)) if isinstance(name, str) else name
+        """Itself, or a setting of this name.
+
+        Raises:
+            UserError: that is neither true nor false, such as the text "false".
+        """
+        value = self._values.get(name, False) if isinstance(name, str) else name
+        if not isinstance(value, bool):
+            raise UserError(f'"{name}" is {value!r}, where true or false is wanted', where=self.where)
+        return value
 
     def text(self, *names: str) -> str:
         """The first that is given, as text."""
@@ -247,7 +277,7 @@ def shape_of_config(content: Mapping[str, Any], where: str) -> ModelShape:
         stored_itemsize=_ITEMSIZES.get(config.text("dtype", "torch_dtype") or "float32", 2),
         tied=tied,
         query_key_norm=config.family.query_key_norm,
-        plain=_is_plain(content, config, experts),
+        plain=_is_plain(config, experts),
         modules=modules,
         notices=tuple(_notices(config)),
         experts=experts if any(mixed) else 0,
@@ -255,10 +285,10 @@ def shape_of_config(content: Mapping[str, Any], where: str) -> ModelShape:
     )
 
 
-def _is_plain(content: Mapping[str, Any], config: _Config, experts: int) -> bool:
+def _is_plain(config: _Config, experts: int) -> bool:
     """Whether every layer is a dense one with full attention."""
-    kinds = set(cast("list[Any]", content.get("layer_types") or []))
-    sliding = content.get("use_sliding_window") is True and config.count("sliding_window")
+    kinds = set(config.texts("layer_types"))
+    sliding = config.flag("use_sliding_window") and config.count("sliding_window")
     return not (experts or kinds - {"full_attention"} or sliding)
 
 

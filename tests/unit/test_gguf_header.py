@@ -16,7 +16,9 @@ from qingtune.models.shape import shape_of_config
 VOCABULARY, HIDDEN = 96, 64
 
 
-def write(path: Path, architecture: str = "qwen2", head: str = "none", experts: int = 0) -> Path:
+def write(
+    path: Path, architecture: str = "qwen2", head: str = "none", experts: int = 0, key_heads: int | list[int] = 2
+) -> Path:
     writer = GGUFWriter(path, architecture)
     writer.add_array("tokenizer.ggml.tokens", [f"token {number}" for number in range(VOCABULARY)])
     writer.add_array("tokenizer.ggml.scores", [0.5] * VOCABULARY)
@@ -24,7 +26,7 @@ def write(path: Path, architecture: str = "qwen2", head: str = "none", experts: 
     writer.add_block_count(2)
     writer.add_feed_forward_length(128)
     writer.add_head_count(4)
-    writer.add_head_count_kv(2)
+    writer.add_head_count_kv(key_heads)
     writer.add_context_length(512)
     if experts:
         writer.add_expert_count(experts)
@@ -58,6 +60,13 @@ def test_llama_with_experts_is_mixtral(tmp_path: Path) -> None:
     config = config_of_gguf(write(tmp_path / "m.gguf", "llama", experts=4))
     assert config["model_type"] == "mixtral"
     assert shape_of_config(config, "").experts == 4
+
+
+def test_sizes_that_differ_by_layer_are_told_not_miscounted(tmp_path: Path) -> None:
+    config = config_of_gguf(write(tmp_path / "m.gguf", key_heads=[2, 1]))
+    assert config["num_key_value_heads"] == [2, 1]
+    with pytest.raises(UserError, match=r'"num_key_value_heads" is \[2, 1\]'):
+        shape_of_config(config, "m.gguf")
 
 
 @pytest.mark.parametrize("length", [0, 3, 8, 30, 200, 1000])

@@ -160,6 +160,15 @@ def test_settings_that_name_what_is_not_there_are_refused(settings: dict[str, An
         ({"vocab_size": True}, '"vocab_size" is True'),
         ({"num_attention_heads": -1}, '"num_attention_heads" is -1'),
         ({"num_experts": 4, "mlp_only_layers": "all"}, "\"mlp_only_layers\" is 'all'"),
+        ({"num_hidden_layers": 10**7}, '"num_hidden_layers" is more than 10,000'),
+        ({"hidden_size": 10**300}, '"hidden_size" is more than'),
+        ({"layer_types": 5}, '"layer_types" is 5, where a list of texts is wanted'),
+        ({"layer_types": [["full_attention"]]}, '"layer_types" is'),
+        ({"tie_word_embeddings": "false"}, "\"tie_word_embeddings\" is 'false', where true or false is wanted"),
+        ({"use_sliding_window": 1}, '"use_sliding_window" is 1'),
+        ({"num_key_value_heads": [2, 1]}, '"num_key_value_heads" is '),
+        ({"model_type": None}, "it names no model_type"),
+        ({"model_type": ["qwen2"]}, "it names no model_type"),
     ],
 )
 def test_broken_sizes_are_named(changes: dict[str, Any], message: str) -> None:
@@ -175,10 +184,23 @@ def test_an_unknown_architecture_is_counted_as_llama_and_told() -> None:
 
 
 def test_of_a_model_of_several_parts_the_text_is_counted() -> None:
-    nested = {"model_type": "some_vl", "text_config": {"model_type": "qwen2", **BASE}, "vision_config": {}}
+    nested: dict[str, Any] = {
+        "model_type": "some_vl",
+        "text_config": {"model_type": "qwen2", **BASE},
+        "vision_config": {},
+    }
     shape = shape_of_config(nested, "config.json")
     assert shape.parameters == shape_of_config({"model_type": "qwen2", **BASE}, "config.json").parameters
     assert shape.notices == ("Only the language part of this model is counted.",)
+    assert shape.plain
+    nested["text_config"]["layer_types"] = ["sliding_attention"] * 4
+    assert not shape_of_config(nested, "config.json").plain
+
+
+def test_a_published_gemma_that_leaves_out_its_heads_is_counted() -> None:
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    shape = shape_of_config({"model_type": "gemma3", "text_config": text}, "config.json")
+    assert shape.parameters == pytest.approx(3.88e9, rel=0.01)  # the language part of the 4B model
 
 
 @pytest.mark.parametrize(
