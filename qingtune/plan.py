@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import sys
 from pathlib import Path
@@ -11,11 +12,12 @@ from qingtune.config_load import Loaded
 from qingtune.data.format import Conversation, read_conversations
 from qingtune.data.prepare import check_files_exist
 from qingtune.errors import UserError
+from qingtune.files import disk_errors
 from qingtune.machine import Machine, find_machine, supposed_gpu
 from qingtune.memory import PassTokens
 from qingtune.models.gguf_header import config_of_gguf
 from qingtune.models.shape import ModelShape, shape_of_config
-from qingtune.models.source import cache_folder, find_header, read_model_config
+from qingtune.models.source import CONVERTED, cache_folder, find_header, read_model_config
 from qingtune.plan_report import as_json, as_lines, make_report
 from qingtune.planning import Samples, fullest_group, most_tokens_of, training_batches
 from qingtune.speed import read_speeds
@@ -43,7 +45,8 @@ def plan(loaded: Loaded[PlanConfig], _command: str) -> None:
     if config.calibrate:
         from qingtune.calibration import calibrate
 
-        calibrate(cache, machine, lambda text: print(text, file=sys.stderr, flush=True))
+        with disk_errors("the speed of this machine", cache, "Choose another cache_dir."):
+            calibrate(cache, machine, lambda text: print(text, file=sys.stderr, flush=True))
     samples = suppose_samples(config, shape, machine, source.path)
     report = make_report(source.name, shape, config, machine, samples, read_speeds(cache))
     if config.json_report:
@@ -64,7 +67,7 @@ def read_shape(path: Path) -> ModelShape:
 
 
 def suppose_samples(config: PlanConfig, shape: ModelShape, machine: Machine, model: Path) -> Samples:
-    """What the data will ask for: counted where a tokenizer is at hand, otherwise the worst.
+    """What the data will ask for: counted where a tokenizer is at hand, otherwise the most that it can be.
 
     Args:
         model: its folder or file.
@@ -73,17 +76,26 @@ def suppose_samples(config: PlanConfig, shape: ModelShape, machine: Machine, mod
     evaluates = bool(config.eval_data_path) or config.val_size > 0
     if not config.data_path:
         return Samples(limit, limit, 1.0, None, evaluates, "max_seq_length; no data named")
-    rows = read_conversations(config.data_path, config.system_prompt, "skip").conversations
-    if not rows:
-        raise UserError("no row can be used", where=config.data_path[0], fix="Look at it with `qingtune check`.")
-    tokenizer = model / "tokenizer.json"
-    if not (model.is_dir() and tokenizer.exists()):
-        return Samples(limit, limit, 1.0, len(rows), evaluates, "max_seq_length; no tokenizer to count with")
-    answers, all_tokens = _count(rows, tokenizer)
-    kept = [n for n in all_tokens if n <= limit or config.on_long == "truncate"] or [limit]
+    reading = read_conversations(config.data_path, config.system_prompt, "skip")
+    tokenizer = tokenizer_file(model, cache_folder(config.cache_dir))
+    if tokenizer is not None:
+        answers, all_tokens = _count(reading.conversations, tokenizer)
+        share = min(1.0, sum(answers) / sum(all_tokens))
+        basis = "samples counted, their template guessed"
+    else:
+        share, all_tokens = 1.0, [_most_tokens(row) for row in reading.conversations]
+        basis = "samples, at most a token a byte, as there is no tokenizer to count with"
+    kept = [n for n in all_tokens if n <= limit or tokenizer is None or config.on_long == "truncate"]
+    if not kept:
+        raise UserError(
+            f"no sample is as short as {limit:,} tokens",
+            where=", ".join(config.data_path),
+            fix="Raise max_seq_length, or pass --on_long truncate.",
+        )
+    left_out = len(reading.faults) + len(all_tokens) - len(kept)
+    basis += f"; {left_out:,} row{'s' * (left_out > 1)} left out" * bool(left_out)
     lengths = [min(n, limit) for n in kept]
     group = fullest_group(lengths, training_batches(len(lengths), config), most_tokens_of(machine))
-    share = min(1.0, sum(answers) / sum(all_tokens))
     tokens = sum(lengths[number] for number in group)
     return Samples(
         longest=max(lengths),
@@ -91,9 +103,24 @@ def suppose_samples(config: PlanConfig, shape: ModelShape, machine: Machine, mod
         trained_share=share,
         count=len(lengths),
         evaluates=evaluates,
-        basis=f"{len(lengths):,} samples counted, their template guessed",
+        basis=f"{len(lengths):,} {basis}",
         fullest=PassTokens(tokens, round(share * tokens), max(lengths[number] for number in group)),
     )
+
+
+def tokenizer_file(model: Path, cache: Path) -> Path | None:
+    """The tokenizer of a model's folder, or of a .gguf file that an earlier run converted."""
+    folders = [model] if model.is_dir() else list((cache / CONVERTED).glob(f"{glob.escape(model.stem)}-*"))
+    found = [folder / "tokenizer.json" for folder in folders if (folder / "tokenizer.json").is_file()]
+    return found[0] if len(found) == 1 else None  # of several, it is not known which is this file's
+
+
+def _most_tokens(row: Conversation) -> int:
+    """Tokens that a row has at most: one a byte, in vocabularies made of bytes, and a template's."""
+    if row.text is not None:
+        return len(row.text.encode())
+    around = TEMPLATE_A_SAMPLE + TEMPLATE_A_MESSAGE * len(row.messages)
+    return around + sum(len(message.content.encode()) for message in row.messages)
 
 
 def _count(rows: list[Conversation], tokenizer_file: Path) -> tuple[list[int], list[int]]:

@@ -36,11 +36,15 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """One method: its memory, the longest sample and largest micro-batch that fit, and its speed if it is known."""
+    """One method: its memory, the longest sample and largest micro-batch that fit, and its speed if it is known.
+
+    `recomputing`: whether these two fit only with gradient_checkpointing true.
+    """
 
     memory: MemoryPlan
     longest: int
     batch: int
+    recomputing: bool
     speed: Estimate | None
 
 
@@ -93,9 +97,9 @@ def make_report(
         memory = planner.plan_for(samples)
         flops = flops_of(planner, memory, samples)
         speed = estimate_speed(speeds, machine.name, machine.dtype, method, flops)
-        methods[method] = MethodPlan(
-            memory, planner.longest_that_fits(samples), planner.largest_batch_that_fits(samples), speed
-        )
+        longest, batch = planner.longest_that_fits(samples), planner.largest_batch_that_fits(samples)
+        recomputing = planner.has_to_recompute(samples, batch, longest)
+        methods[method] = MethodPlan(memory, longest, batch, recomputing, speed)
     advice = advise(Planner(shape, config, machine), samples)
     notices = (*shape.notices, *_notices(shape, methods[chosen].memory))
     return Report(name, shape, config, machine, samples, chosen, methods, tuple(advice), notices)
@@ -202,13 +206,14 @@ def _room(report: Report) -> str:
     """How far it could go."""
     plan, samples = report.own, report.samples
     if report.machine.free is None or (not plan.batch and not plan.longest):
-        return "Nothing longer than 8 tokens fits." if report.machine.free is not None else ""
+        return "No length fits." if report.machine.free is not None else ""
     batch = f"{plan.batch:,}" + " or more" * (plan.batch == LARGEST_BATCH_TRIED)
     most = ", all that the model reads" if plan.longest == report.shape.context else ""
     size = report.config.per_device_train_batch_size
     largest = f"samples a micro-batch at {samples.longest:,} tokens: {batch}" if plan.batch else ""
     longest = f"tokens a sample at {size} a micro-batch: {plan.longest:,}{most}" if plan.longest else ""
-    return f"The most that fits: {'; '.join(part for part in (largest, longest) if part)}."
+    how = ", with gradient_checkpointing true" * plan.recomputing
+    return f"The most that fits{how}: {'; '.join(part for part in (largest, longest) if part)}."
 
 
 def _advice(advice: Sequence[Advice]) -> Iterator[str]:
@@ -319,6 +324,7 @@ def _method_json(report: Report, method: str) -> dict[str, Any]:
         "layers_recomputed": plan.memory.recompute,
         "longest_sample_that_fits": plan.longest if report.machine.free is not None else None,
         "largest_batch_that_fits": plan.batch if report.machine.free is not None else None,
+        "these_need_gradient_checkpointing": plan.recomputing,
         "tokens_per_second": rate,
         "seconds_per_epoch": samples.count * samples.mean / rate if rate and samples.count is not None else None,
     }

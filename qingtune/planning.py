@@ -322,6 +322,17 @@ class Planner:
         """Samples a micro-batch at the longest length, LARGEST_BATCH_TRIED for that many or more; 0 if none fits."""
         return _largest(LARGEST_BATCH_TRIED, lambda n: self._fits(self.even_pass(samples.longest, n), samples))
 
+    def has_to_recompute(self, samples: Samples, batch: int, longest: int) -> bool:
+        """Whether what fits at most does so only with gradient_checkpointing true, as "auto" leaves less room.
+
+        Args:
+            batch: the largest that fits, 0 for none; likewise longest.
+        """
+        evaluation = self._evaluation(samples)
+        sizes = ((samples.longest, batch), (longest, self.config.per_device_train_batch_size))
+        works = [self.even_pass(length, size) for length, size in sizes if length and size]
+        return any(self.plan(work, evaluation).fits(self.machine) is False for work in works)
+
     def _fits(self, work: PassTokens, samples: Samples) -> bool:
         evaluation = self._evaluation(samples)
         tries = (self, replace(self, config=self.config.model_copy(update={"gradient_checkpointing": True})))

@@ -19,7 +19,7 @@ from qingtune.files import move_into_place, sha256_of, staging_folder
 from qingtune.kernels.linear import NF4Linear
 from qingtune.models.gguf_header import TIED_BELOW
 from qingtune.models.nf4 import Described, describe, layer_of, parts_of, unpack
-from qingtune.models.source import NF4_MARK, ModelSource, cache_folder, read_model_config, stored_in_4bit
+from qingtune.models.source import CONVERTED, NF4_MARK, ModelSource, cache_folder, read_model_config, stored_in_4bit
 from qingtune.quiet import quieten_transformers
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def local_folder(source: ModelSource, cache_dir: str | None, say: Callable[[str]
         if stored_in_4bit(source.path):
             say(IN_4BIT)
         return source.path
-    cache = cache_folder(cache_dir) / "gguf"
+    cache = cache_folder(cache_dir) / CONVERTED
     digest = sha256_of(source.path)
     folder = cache / f"{source.path.stem}-{digest[:12]}"
     if not (folder / "config.json").exists():

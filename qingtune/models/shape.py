@@ -178,9 +178,10 @@ class _Config:
         text = content.get("text_config")
         values = {**content, **text} if isinstance(text, dict) else dict(content)
         self.where, self.nested = where, isinstance(text, dict)
-        self.model_type = values.get("model_type")
-        if not isinstance(self.model_type, str):
+        model_type = values.get("model_type")
+        if not isinstance(model_type, str):
             raise UserError("it names no model_type", where=where)
+        self.model_type = model_type
         self.family = _FAMILIES.get(self.model_type, _Family(mlp_bias="mlp_bias"))
         present = {name: value for name, value in values.items() if value is not None}
         self._given = present

@@ -21,6 +21,7 @@ _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 # Ends the name of the tensor that says how a weight in 4 bits is packed; the weight's own name stands before it.
 NF4_MARK = ".quant_state.bitsandbytes__nf4"
 HEADERS = "headers"  # where config.json files without weights are kept, in the cache
+CONVERTED = "gguf"  # where converted .gguf files are kept, in the cache
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -104,7 +105,9 @@ def _find_here(name: str, cache_dir: str | None) -> tuple[Path | None, list[str]
         if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
             return place, tried
         if place.is_file():
-            raise UserError("a model is a folder or a .gguf file, not this", where=str(place))
+            of_folder = place.name == "config.json"
+            fix = f"Name its folder, {place.parent}." if of_folder else None
+            raise UserError("a model is a folder or a .gguf file, not this", where=str(place), fix=fix)
         tried.append(str(place))
     if not _is_hub_name(name):
         raise UserError(
@@ -305,6 +308,10 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         adapter = (folder / "adapter_config.json").exists()
+        if not adapter and (files := sorted(folder.glob("*.gguf"))):
+            raise UserError(
+                "no config.json here", where=str(folder), fix=f"Name a .gguf file, such as {files[0]}."
+            ) from None
         raise UserError(
             "this folder holds an adapter, not a model"
             if adapter

@@ -251,8 +251,12 @@ def _metric(name: str, about: dict[str, Any]) -> Metric:
     ends = difference.get("interval")
     interval = (float(ends[0]), float(ends[1])) if ends else None
     sure = about["difference_excludes_zero"] is True
-    values = (estimate.get("value") for estimate in (before, after, difference))
-    return Metric(name, *(None if value is None else float(value) for value in values), interval, sure)
+    return Metric(name, _value(before), _value(after), _value(difference), interval, sure)
+
+
+def _value(estimate: dict[str, Any]) -> float | None:
+    value = estimate.get("value")
+    return None if value is None else float(value)
 
 
 def _evaluated(path: Path) -> tuple[int, list[str]] | None:

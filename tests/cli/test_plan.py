@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_jsonl
 
 from qingtune.cli import main
+from qingtune.models.source import CONVERTED
 
 CONFIG = {
     "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
@@ -82,6 +84,82 @@ def test_samples_are_counted_where_there_is_a_tokenizer(
     assert "counted" in found["basis"]
 
 
+def test_without_a_tokenizer_a_token_is_a_byte_at_most(
+    header: Path, tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*[{"instruction": "写一条笔记", "output": "七点出炉。"}] * 3, {"instruction": "x"}]
+    data = write_jsonl(tmp_path / "小店.jsonl", rows)
+    _, out, _ = plan("--model_name_or_path", header, "--data_path", data, "--json", capsys=capsys)
+    most = json.loads(out)["samples"]
+    assert (most["count"], most["trained_share"]) == (3, 1.0)
+    assert 30 < most["longest"] == most["mean"] < 100
+    assert "at most a token a byte" in most["basis"]
+    assert "1 row left out" in most["basis"]
+    (header / "tokenizer.json").write_bytes((tiny() / "tokenizer.json").read_bytes())
+    _, out, _ = plan("--model_name_or_path", header, "--data_path", data, "--json", capsys=capsys)
+    counted = json.loads(out)["samples"]
+    assert counted["longest"] <= most["longest"]
+    assert "3 samples counted" in counted["basis"]
+    flags = ("--model_name_or_path", header, "--data_path", data, "--max_seq_length", 16)
+    code, _, err = plan(*flags, capsys=capsys)
+    assert code == 2
+    assert "no sample is as short as 16 tokens. Raise max_seq_length" in err
+    assert plan(*flags, "--on_long", "truncate", capsys=capsys)[0] == 0
+
+
+def test_a_converted_file_is_counted_with_its_tokenizer(
+    tmp_path: Path, tiny: Callable[..., Path], data_file: Path
+) -> None:
+    from qingtune.plan import tokenizer_file
+
+    model, cache = tmp_path / "my[1].gguf", tmp_path / "cache"
+    model.touch()
+    assert tokenizer_file(model, cache) is None
+    for digest in ("0123", "4567"):
+        folder = cache / CONVERTED / f"my[1]-{digest}"
+        folder.mkdir(parents=True)
+        (folder / "tokenizer.json").touch()
+        several = digest == "4567"
+        assert tokenizer_file(model, cache) == (None if several else folder / "tokenizer.json")
+
+
+def test_a_cache_that_cannot_be_written_is_told(
+    header: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qingtune import calibration
+
+    monkeypatch.setattr(calibration, "SECONDS", 0.0)
+    monkeypatch.setattr(calibration, "SHAPES", ((64, 32),))
+    (tmp_path / "cache").touch()
+    code, out, err = plan(
+        "--model_name_or_path", header, "--cache_dir", tmp_path / "cache", "--calibrate", capsys=capsys
+    )
+    assert (code, out) == (2, "")
+    assert "cache: the speed of this machine could not be written" in err
+    assert "Traceback" not in err
+
+
+def test_a_file_of_the_model_leads_to_the_model(header: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = plan("--model_name_or_path", header / "config.json", capsys=capsys)
+    assert (code, err.splitlines()[-1].rpartition(". ")[2]) == (2, f"Name its folder, {header}.")
+    (header / "config.json").unlink()
+    (header / "q4.gguf").touch()
+    code, _, err = plan("--model_name_or_path", header, capsys=capsys)
+    assert (code, err.splitlines()[-1].partition(". ")[2]) == (2, f"Name a .gguf file, such as {header / 'q4.gguf'}.")
+
+
+def test_a_small_gpu_is_told_what_fits_together(header: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model_name_or_path", header, "--use_lora", "--gpu_memory_gib", 12, "--json"]
+    given = json.loads(plan(*flags, capsys=capsys)[1])
+    assert [one["fits"] for one in given["advice"]] == [False] * (len(given["advice"]) - 1) + [True]
+    last = given["advice"][-1]
+    flags += [word for change in last["change"].split(", ") for word in f"--{change}".split()]
+    flags.remove("--use_lora")
+    followed = json.loads(plan(*flags, capsys=capsys)[1])
+    assert followed["fits"] is True
+    assert followed["total_bytes"] == given["total_bytes"] - last["saves_bytes"]
+
+
 def test_a_gpu_that_is_not_here(header: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--model_name_or_path", header, "--use_lora", "--per_device_train_batch_size", 1)
     fits = {}
@@ -103,7 +181,8 @@ def test_a_gpu_that_is_not_here(header: Path, capsys: pytest.CaptureFixture[str]
     [
         ("{", "not valid JSON"),
         ("[]", "a JSON object is wanted"),
-        ("{}", 'does not say "num_attention_heads"'),
+        ("{}", "it names no model_type"),
+        ('{"model_type": "qwen2"}', 'does not say "num_attention_heads"'),
         (json.dumps(CONFIG | {"num_hidden_layers": "many"}), "\"num_hidden_layers\" is 'many'"),
     ],
 )

@@ -247,7 +247,59 @@ def test_advice_saves_what_it_says(method: str, machine: Machine) -> None:
     changes = {one.change.split()[0] for one in given}
     assert "gradient_checkpointing" in changes
     assert ("per_device_train_batch_size" in changes) == (machine.kind == "cuda")
-    assert any("use_qlora" in one.change for one in given) == (method != "qlora4")
+    assert any("quantization_bit 4" in one.change for one in given) == (method != "qlora4")
+
+
+def as_settings(change: str) -> dict[str, Any]:
+    """The settings that an advice names."""
+    settings: dict[str, Any] = {}
+    for part in change.split(", "):
+        name, _, value = part.partition(" ")
+        settings[name] = int(value) if value.isdigit() else value or "true"
+    return settings | ({"use_lora": False} if "use_qlora" in settings else {})
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("free", [0.9e9, 2.2e9, 4e9, 24e9])
+def test_the_settings_that_are_advised_save_what_is_said(method: str, bits: int, free: float) -> None:
+    machine = replace(GPU, free=int(free))
+    plans = planner(method, machine, gradient_checkpointing="auto")
+    if plans.config.method != "qlora":
+        plans = replace(plans, config=plans.config.model_copy(update={"quantization_bit": bits}))
+    now = plans.plan_for(samples()).total
+    for one in advise(plans, samples()):
+        settings = as_settings(one.change)
+        config = TrainConfig.model_validate({**plans.config.model_dump(), **settings})
+        then = Planner(plans.shape, config, machine).plan_for(samples(settings.get("max_seq_length", 512)))
+        assert now - then.total == one.saves, one.change
+        assert then.fits(machine) is one.fits
+
+
+@pytest.mark.parametrize(("free", "told"), [(3.3e9, False), (1.9e9, True), (1.3e9, True), (0.2e9, False)])
+def test_several_changes_are_advised_where_none_alone_is_enough(free: float, told: bool) -> None:
+    plans = planner("lora", replace(GPU, free=int(free)))
+    given = advise(plans, samples())
+    assert (len(given[-1].change.split(", ")) > 2) is told
+    if told:
+        assert [one.fits for one in given] == [False] * (len(given) - 1) + [True]
+
+
+def test_it_is_said_that_the_most_that_fits_needs_recomputation() -> None:
+    shape, found = shape_of_config(QWEN_05B, ""), set[bool]()
+    for free in (2.0e9, 2.2e9, 2.5e9, 3e9, 24e9):
+        machine = replace(GPU, free=int(free))
+        report = make_report("m", shape, config_of(gradient_checkpointing="auto"), machine, samples(), [])
+        plan, planned = report.own, Planner(shape, report.config, machine)
+        works = [planned.even_pass(512, plan.batch or 1), planned.even_pass(plan.longest or 8, 8)]
+        fits = all(planned.plan(work).fits(machine) for work in works)
+        if not (plan.batch and plan.longest):
+            continue
+        assert plan.recomputing is not fits
+        assert ("with gradient_checkpointing true: samples" in " ".join(" ".join(as_lines(report)).split())) is not fits
+        assert as_json(report)["these_need_gradient_checkpointing"] is not fits
+        found.add(fits)
+    assert False in found
 
 
 @pytest.mark.parametrize("free", [None, 10**9, 3 * 10**9, 24 * 10**9])
