@@ -280,7 +280,7 @@ def shape_of_config(content: Mapping[str, Any], where: str) -> ModelShape:
         query_key_norm=config.family.query_key_norm,
         plain=_is_plain(config, experts),
         modules=modules,
-        notices=tuple(_notices(config)),
+        notices=tuple(_notices(config, content)),
         experts=experts if any(mixed) else 0,
         experts_per_token=per_token,
     )
@@ -293,7 +293,11 @@ def _is_plain(config: _Config, experts: int) -> bool:
     return not (experts or kinds - {"full_attention"} or sliding)
 
 
-def _notices(config: _Config) -> Iterator[str]:
+def _notices(config: _Config, content: Mapping[str, Any]) -> Iterator[str]:
+    stored: Any = content.get("quantization_config")
+    method = cast("dict[str, Any]", stored).get("quant_method") if isinstance(stored, dict) else None
+    if method not in (None, "bitsandbytes"):
+        yield f"Its weights are stored quantised by {method}, which training refuses; this is for its 16-bit version."
     if config.nested:
         yield "Only the language part of this model is counted."
     if config.model_type not in _FAMILIES:

@@ -244,7 +244,7 @@ def _loss_chart(source: Source) -> Chart | None:
     columns = [Column("raw", Words("training", "训练"), curves.steps, loss)]
     if smoothed := smooth(loss):
         averages, window = smoothed
-        label = Words(f"training, smoothed over {window} lines", f"训练（{window} 行指数平滑）")
+        label = Words(f"training, smoothed over {window:,} lines", f"训练（{window:,} 行指数平滑）")
         columns.append(Column("smooth", label, curves.steps, averages))
     columns.append(Column("evaluation", Words("evaluation", "评估"), curves.eval_steps, curves.eval_losses))
     return make_chart(

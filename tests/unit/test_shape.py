@@ -197,6 +197,13 @@ def test_of_a_model_of_several_parts_the_text_is_counted() -> None:
     assert not shape_of_config(nested, "config.json").plain
 
 
+def test_weights_that_training_would_refuse_are_told() -> None:
+    for method, told in (("awq", True), ("fp8", True), ("bitsandbytes", False), (None, False)):
+        content = {"model_type": "qwen2", **BASE, "quantization_config": {"quant_method": method}}
+        notices = shape_of_config(content, "config.json").notices
+        assert any(f"stored quantised by {method}, which training refuses" in one for one in notices) is told
+
+
 def test_a_published_gemma_that_leaves_out_its_heads_is_counted() -> None:
     text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
     shape = shape_of_config({"model_type": "gemma3", "text_config": text}, "config.json")
