@@ -39,7 +39,7 @@ def write_page(folder: Path) -> Path:
         UserError: a file of the run is broken, or the disk does not take the page.
     """
     text = render(read_run(folder))
-    with disk_errors(PAGE, folder, "Make room on the disk, then run `qingtune report`."):
+    with disk_errors(PAGE, folder, "See that it can be written and the disk has room, then run `qingtune report`."):
         write_text(folder / PAGE, text)
     return folder / PAGE
 

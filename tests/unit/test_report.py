@@ -291,6 +291,13 @@ def test_an_evaluation_of_another_kind_is_named(folder: Path, metrics: Any) -> N
         write_page(folder)
 
 
+def test_a_page_that_cannot_be_written_is_told(folder: Path) -> None:
+    (folder / PAGE).mkdir()
+    with pytest.raises(UserError, match=r"could not be written: Is a directory. See that it can be written"):
+        write_page(folder)
+    assert not list(folder.glob(".*.tmp"))
+
+
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
