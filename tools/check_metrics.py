@@ -2,7 +2,8 @@
 
 The answers are the references, damaged in ways that do not change from run to run. BLEU and chrF are computed from
 their papers' formulas, ROUGE by rouge-score with a tokenizer of Chinese characters, intervals by resampling the texts
-themselves, and with --model the loss by Transformers. Needs `pip install rouge-score==0.1.2` besides.
+themselves, rules of form by the tables of the regex library, and with --model the loss by Transformers.
+Needs `pip install rouge-score==0.1.2` besides.
 Exits with 1 if any two numbers differ by more than TOLERANCE.
 """
 
@@ -22,12 +23,13 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from qingtune.answer_form import form_of, kept_rules  # noqa: E402
 from qingtune.bootstrap import SEED, compare  # noqa: E402
 from qingtune.metrics import Metric, Outcome, is_chinese, metrics_of  # noqa: E402
 
 FILES = ("store_xhs_heldout.jsonl", "store_posts_en_heldout.jsonl")
 TOLERANCE = 1e-5
-CHECKED_RESAMPLES = 100  # of texts, which take their time
+CHECKED_RESAMPLES = 100  # of texts, which take their time; --resamples
 Pair = tuple[str, str]  # answer, reference
 
 
@@ -135,12 +137,37 @@ def second(pairs: Sequence[Pair], ended: Sequence[bool]) -> dict[str, float]:
     }
 
 
-def intervals_of_texts(pairs: Sequence[Pair]) -> dict[str, tuple[float, float]]:
+def forms(rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> dict[str, float]:
+    """The share of answers that keep each rule of the bundled rows, and all of them; the rules read anew."""
+    import regex
+
+    emoji = r"\p{Emoji_Presentation}|\p{Emoji}\uFE0F|\p{Extended_Pictographic}(?<=[\U0001F000-\U0001FAFF])"
+    kept: dict[str, list[bool]] = {}
+    for row, answer in zip(rows, answers, strict=True):
+        form, text, first = row["form"], "".join(answer.split()), answer.strip().split("\n")[0]
+        columns = len(first) + len(regex.findall(r"\p{East_Asian_Width=W}|\p{East_Asian_Width=F}", first))
+        tags = [word for word in answer.split() if word[0] == "#" and any(c.isalpha() for c in word)]
+        found = {
+            "title": columns <= 80 and first[:1] != "#" and "\n" in answer.strip(),
+            "emoji": bool(regex.search(emoji, answer)) == form.get("emoji"),
+            "tags": len(tags) >= form.get("tags", 0),
+            "min_characters": len(text) >= form.get("min_characters", 0),
+            "max_characters": len(text) <= form.get("max_characters", 1e9),
+            "contains": not [part for part in form.get("contains", []) if part not in answer],
+            "excludes": not [part for part in form.get("excludes", []) if part in answer],
+        }
+        for name in form:
+            kept.setdefault(name, []).append(found[name])
+        kept.setdefault("all", []).append(all(found[name] for name in form))
+    return {f"form: {name} %": 100 * sum(of_it) / len(of_it) for name, of_it in kept.items()}
+
+
+def intervals_of_texts(pairs: Sequence[Pair], resamples: int) -> dict[str, tuple[float, float]]:
     """BLEU's and chrF's intervals by sacrebleu's corpus scores of resampled texts, with the draws of the package."""
     import sacrebleu
 
     count, chinese = len(pairs), is_chinese([reference for _, reference in pairs])
-    draws = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), size=CHECKED_RESAMPLES)
+    draws = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), size=resamples)
     values: dict[str, list[float]] = {"BLEU": [], "chrF": []}
     for draw in draws:
         drawn = [pairs[place] for place in np.repeat(np.arange(count), draw)]
@@ -198,18 +225,25 @@ def losses(model: str, data: Path, rows: Sequence[dict[str, Any]]) -> tuple[floa
 # --- Side by side ----------------------------------------------------------------------------------------------------
 
 
-def compared(name: str, model: str | None) -> Iterator[tuple[str, float, float]]:
+def compared(name: str, model: str | None, resamples: int) -> Iterator[tuple[str, float, float]]:
     """Each number of a file by the package and by other code."""
     rows = rows_of(name)
     pairs = [(damaged(row["output"], number), row["output"]) for number, row in enumerate(rows)]
     ended = [number % 3 > 0 for number in range(len(pairs))]
-    outcomes = [Outcome(answer=a, reference=r, ended=e) for (a, r), e in zip(pairs, ended, strict=True)]
+    outcomes: list[Outcome] = []
+    for row, (answer, reference), over in zip(rows, pairs, ended, strict=True):
+        form = form_of(row, name)
+        kept = kept_rules(form, answer) if form else {}
+        outcomes.append(Outcome(answer=answer, reference=reference, ended=over, form=kept))
     metrics: dict[str, Metric] = {metric.name: metric for metric in metrics_of(outcomes)}
-    for metric, value in second(pairs, ended).items():
+    again = {**second(pairs, ended), **forms(rows, [answer for answer, _ in pairs])}
+    if missing := metrics.keys() - again.keys():
+        raise SystemExit(f"not computed a second time: {', '.join(sorted(missing))}")
+    for metric, value in again.items():
         yield metric, metrics[metric].total, value
-    for metric, ends in intervals_of_texts(pairs).items():
+    for metric, ends in intervals_of_texts(pairs, resamples).items():
         for end, ours, theirs in zip(
-            ("low", "high"), compare(None, metrics[metric], CHECKED_RESAMPLES).after.interval or (), ends, strict=True
+            ("low", "high"), compare(None, metrics[metric], resamples).after.interval or (), ends, strict=True
         ):
             yield f"{metric} {end}", ours, theirs
     if model:
@@ -220,11 +254,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", help="folder, .gguf file or name of a model to compute the loss of, in fp32")
     parser.add_argument("--only", choices=FILES, help="one of the files; default: both")
+    parser.add_argument("--resamples", type=int, default=CHECKED_RESAMPLES, help="%(default)s; evaluate takes 1,000")
     options = parser.parse_args()
     largest = 0.0
     for name in [options.only] if options.only else FILES:
         print(f"\n{name:<28}{'qingtune':>14}{'other code':>14}{'apart':>10}")
-        for metric, ours, theirs in compared(name, options.model):
+        for metric, ours, theirs in compared(name, options.model, options.resamples):
             largest = max(largest, abs(ours - theirs))
             print(f"{metric:<28}{ours:>14.6f}{theirs:>14.6f}{abs(ours - theirs):>10.1e}")
     print(f"\nlargest difference: {largest:.1e} (at most {TOLERANCE:g})")
