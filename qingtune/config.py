@@ -144,7 +144,7 @@ class TrainConfig(Settings):
     max_steps: Integer = setting(-1, "Batches", "Optimizer steps; overrides num_train_epochs when above 0.", ge=-1)
 
     learning_rate: Number | None = setting(
-        None, "Optimizer", "Peak learning rate (default: 1e-5 full, 1e-4 LoRA, 2e-4 QLoRA).", gt=0
+        None, "Optimizer", "Peak learning rate (default: 2e-5 full, 2e-4 LoRA and QLoRA).", gt=0
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         setting("linear", "Optimizer", "How the learning rate falls after the warm-up.")

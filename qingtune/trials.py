@@ -235,7 +235,7 @@ def remove_model(trial: Trial) -> None:
     if not weights:
         return
     command = f"qingtune train --config_file {shlex.quote(str(trial.config_file))} --overwrite_output_dir"
-    note = "Another trial was better (keep_models: best). The same seed trains this one's weights again:"
+    note = "Of whole models a comparison keeps the best one (keep_models). To train the weights of this one again:"
     (trial.folder / WEIGHTS_REMOVED).write_text(f"{note}\n{command}\n", encoding="utf-8")
     for path in weights:
         path.unlink()

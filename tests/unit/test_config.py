@@ -45,7 +45,7 @@ def test_shipped_config_loads_and_speaks_for_itself(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "method", "bits", "rate"),
     [
-        ("train_config_full", "full", 4, 1e-5),
+        ("train_config_full", "full", 4, 2e-5),
         ("train_config_lora", "lora", 4, 1e-4),
         ("train_config_qlora", "qlora", 4, 2e-4),
         ("train_config_qlora_8bit", "qlora", 8, 2e-4),
@@ -69,8 +69,8 @@ def test_shipped_configs_write_to_different_folders() -> None:
 @pytest.mark.parametrize(
     ("flags", "method", "rate"),
     [
-        ({}, "full", 1e-5),
-        ({"use_lora": "true"}, "lora", 1e-4),
+        ({}, "full", 2e-5),
+        ({"use_lora": "true"}, "lora", 2e-4),
         ({"use_qlora": "true"}, "qlora", 2e-4),
         ({"use_qlora": "true", "quantization_bit": "8"}, "qlora", 2e-4),
         ({"use_lora": "true", "use_qlora": "true"}, "qlora", 2e-4),

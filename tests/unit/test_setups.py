@@ -42,9 +42,9 @@ def test_all_four_methods_by_default() -> None:
 
 
 def test_a_learning_rate_stays_with_its_method() -> None:
-    assert rates(use_lora="true", learning_rate="3e-4") == {"full": 1e-5, "lora": 3e-4, "qlora4": 2e-4, "qlora8": 2e-4}
-    assert rates(use_qlora="true", learning_rate="3e-4") == {"full": 1e-5, "lora": 1e-4, "qlora4": 3e-4, "qlora8": 3e-4}
-    assert rates(learning_rate="3e-5", methods="full,lora") == {"full": 3e-5, "lora": 1e-4}
+    assert rates(use_lora="true", learning_rate="3e-4") == {"full": 2e-5, "lora": 3e-4, "qlora4": 2e-4, "qlora8": 2e-4}
+    assert rates(use_qlora="true", learning_rate="3e-4") == {"full": 2e-5, "lora": 2e-4, "qlora4": 3e-4, "qlora8": 3e-4}
+    assert rates(learning_rate="3e-5", methods="full,lora") == {"full": 3e-5, "lora": 2e-4}
 
 
 def test_the_user_is_told_whose_a_learning_rate_is() -> None:
@@ -61,8 +61,8 @@ def test_the_user_is_told_whose_a_learning_rate_is() -> None:
 
 
 def test_settings_of_a_method_are_its_alone() -> None:
-    found = setups(methods="full,lora", per_method="full.learning_rate=2e-5 lora.lora_r=4 lora.lora_alpha=4")
-    assert (found["full"].config.learning_rate, found["lora"].config.learning_rate) == (2e-5, 1e-4)
+    found = setups(methods="full,lora", per_method="full.learning_rate=7e-5 lora.lora_r=4 lora.lora_alpha=4")
+    assert (found["full"].config.learning_rate, found["lora"].config.learning_rate) == (7e-5, 2e-4)
     assert (found["lora"].config.lora_r, found["lora"].config.lora_alpha) == (4, 4)
 
 
