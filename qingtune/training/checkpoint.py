@@ -123,12 +123,20 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 def _optimizer_state(
     trained: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Each parameter's states by name: tensors, and what is none."""
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
+    storages: set[int] = set()
     for name, parameter in trained.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{name}::{key}"] = _plain(value).clone()
+                tensor = _plain(value)
+                storage = tensor.untyped_storage()
+                # safetensors takes no shared storage; copying all would hold the largest part of full training twice.
+                if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
+                    tensor = tensor.clone()
+                storages.add(tensor.untyped_storage().data_ptr())
+                tensors[f"{name}::{key}"] = tensor
             else:
                 scalars[f"{name}::{key}"] = value
     return tensors, scalars
