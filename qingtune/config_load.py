@@ -17,7 +17,7 @@ from qingtune.errors import UserError, raise_all, shorten
 # Values of these names that ask for nothing, so that nothing needs saying.
 _INERT = ("none", "", "false", "0", "0.0", "no")
 
-# Best of those tried on Qwen2.5-0.5B, and a half or less of what a smaller model wanted (docs/measurements.md).
+# Near the best of those tried on Qwen2.5-Coder-0.5B, half or less of what a smaller one wanted (docs/measurements.md).
 _LEARNING_RATES: dict[Method, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 
 
