@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,69 @@ done"""
     monkeypatch.setenv("CC", stand_in(tmp_path, script))
     assert "the compiled kernels cannot be used" in str(native_library())
     assert list(fresh.iterdir()) == []
+
+
+def test_a_compiler_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "'x")
+    assert native_library() == "CC cannot be read as a command: No closing quotation"
+
+
+COPIES = r"""
+[ "$1" = --version ] && echo 1 && exit 0
+while [ $# -gt 0 ]; do
+    [ "$1" = -o ] && cp LIBRARY "$2" && chmod 775 "$2"
+    shift
+done"""
+
+
+@pytest.fixture
+def kept(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file in the cache, "compiled" by copying a small library of the system's."""
+    library = next(iter(sorted(Path("/usr/lib").rglob("libgomp.so.1"))), None)
+    if sys.platform != "linux" or library is None:
+        pytest.skip("needs Linux's libgomp to stand in for what is compiled")
+    monkeypatch.setenv("CC", stand_in(tmp_path, COPIES.replace("LIBRARY", str(library))))
+    monkeypatch.setattr(build, "_declare", lambda library: None)
+    assert isinstance(native_library(), ctypes.CDLL)
+    (file,) = fresh.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o700
+    native_library.cache_clear()
+    return file
+
+
+def made_anew(file: Path) -> bool:
+    before = file.lstat().st_ino
+    assert isinstance(native_library(), ctypes.CDLL)
+    return file.lstat().st_ino != before
+
+
+def test_what_only_the_user_can_write_is_loaded_again(kept: Path) -> None:
+    assert not made_anew(kept)
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_a_library_that_others_can_write_to_is_made_anew(mode: int, kept: Path) -> None:
+    kept.chmod(mode)
+    assert made_anew(kept)
+
+
+def test_a_library_of_somebody_else_is_made_anew(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = kept.stat().st_ino
+    real = os.fstat
+
+    def fstat(handle: int) -> os.stat_result:
+        status = real(handle)
+        return os.stat_result((*status[:4], 12345, *status[5:10])) if status.st_ino == theirs else status
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    assert made_anew(kept)
+
+
+def test_a_link_is_not_followed(kept: Path, tmp_path: Path) -> None:
+    kept.rename(tmp_path / "theirs.so")
+    kept.symlink_to(tmp_path / "theirs.so")
+    assert made_anew(kept)
+    assert not kept.is_symlink()
 
 
 def test_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,12 +28,15 @@ SECONDS = 120  # that a compiler may take
 def native_library() -> ctypes.CDLL | str:
     """The compiled kernels, or the reason why this machine, whose CPU could run them, has none.
 
-    What was compiled is kept in the user's own cache folder, and loaded only if nobody else can write there: a cache
-    shared with others must not be a way to run their code.
+    What was compiled is kept in the user's own cache folder, and loaded only if nobody else can write there or wrote
+    the file: a cache shared with others must not be a way to run their code.
     """
     if os.environ.get("QINGTUNE_NATIVE") == "0":
         return "QINGTUNE_NATIVE is 0"
-    compiler = _compiler()
+    try:
+        compiler = _compiler()
+    except ValueError as error:
+        return f"CC cannot be read as a command: {error}"
     if compiler is None:
         return "there is no C compiler (cc, gcc or clang)"
     try:
@@ -42,8 +45,13 @@ def native_library() -> ctypes.CDLL | str:
         return f"{shlex.join(compiler)} failed: {_last_line(error.stderr)}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"the compiled kernels cannot be used: {error}"
-    library.scratch_bytes.restype = library.product_scratch_bytes.restype = ctypes.c_int64
+    _declare(library)
     return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Say what its functions return, where that is no int."""
+    library.scratch_bytes.restype = library.product_scratch_bytes.restype = ctypes.c_int64
 
 
 def has_native_units() -> bool:
@@ -52,7 +60,11 @@ def has_native_units() -> bool:
 
 
 def _compiler() -> list[str] | None:
-    """The user's own choice in CC, or the first one found."""
+    """The user's own choice in CC, or the first one found.
+
+    Raises:
+        ValueError: CC is no command line.
+    """
     chosen = shlex.split(os.environ.get("CC", ""))
     for words in (chosen, *([name] for name in COMPILERS)):
         if words and shutil.which(words[0]):
@@ -67,19 +79,34 @@ def _loaded(compiler: list[str]) -> ctypes.CDLL:
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     folder = _own_folder()
     path = folder / f"answer_step-{name}.so"
-    if path.exists():
-        with suppress(OSError):  # cut off, perhaps: made anew
-            return ctypes.CDLL(str(path))
+    with suppress(OSError):  # missing, cut off, or somebody else's: made anew
+        return _load(path)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / path.name
         _run([*compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"])
-        library = ctypes.CDLL(str(made))
+        made.chmod(0o700)  # a umask may have left it open to the group
+        library = _load(made)
         os.replace(made, path)
         return library
 
 
+def _load(path: Path) -> ctypes.CDLL:
+    """Load a library that nobody else can have written; what was looked at is loaded, whatever happens to the path.
+
+    Raises:
+        OSError: it is no such file, or no library.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        _refuse_of_others(path, os.fstat(handle))
+        return ctypes.CDLL(f"/proc/self/fd/{handle}")  # stays open: to the loader, the same name is the same library
+    except OSError:
+        os.close(handle)
+        raise
+
+
 def _run(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=SECONDS).stdout
 
 
 def _own_folder() -> Path:
@@ -90,10 +117,14 @@ def _own_folder() -> Path:
     """
     folder = default_cache() / "native"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"others can write to {folder}")
+    _refuse_of_others(folder, folder.stat())
     return folder
+
+
+def _refuse_of_others(path: Path, status: os.stat_result) -> None:
+    """Only this user, or root, may own it and write to it."""
+    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"others can write to {path}")
 
 
 def _last_line(text: str) -> str:
