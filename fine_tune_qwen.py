@@ -5,4 +5,4 @@ import sys
 from qingtune.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]], program="fine_tune_qwen.py"))
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -5,4 +5,4 @@ import sys
 from qingtune.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["infer", *sys.argv[1:]], program="inference_lora.py"))
+    sys.exit(main(["infer", *sys.argv[1:]]))

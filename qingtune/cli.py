@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from qingtune.config import Settings, TrainConfig
 from qingtune.config_load import check_flags, load_config, load_train_config
 from qingtune.errors import UserError
 from qingtune.flags import parse_flags
+from qingtune.invocation import program, shown
 from qingtune.redaction import redacted_output
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -75,26 +75,25 @@ def usage() -> str:
     lines = [f"  {name:<8} {purpose}" for name, purpose in purposes.items()]
     return "\n".join(
         [
-            "usage: qingtune COMMAND [--name value ...]",
+            f"usage: {shown(program('COMMAND'))} [--name value ...]",
             "",
             "commands:",
             *lines,
             "",
-            "`qingtune COMMAND --help` lists a command's settings.",
+            f"`{shown(program('COMMAND'))} --help` lists a command's settings.",
         ]
     )
 
 
-def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
     Args:
         argv: the command and its flags; sys.argv's by default.
-        program: the name to show in help and hints, where it is not `qingtune COMMAND`.
     """
     with redacted_output():
         try:
-            return _run([*(sys.argv[1:] if argv is None else argv)], program)
+            return _run([*(sys.argv[1:] if argv is None else argv)])
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return WRONG_USAGE
@@ -115,39 +114,45 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
             return FAILED
 
 
-def _run(argv: Sequence[str], program: str | None) -> int:
+def _run(argv: Sequence[str]) -> int:
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())
     elif name in ("-V", "--version"):
         print(f"qingtune {__version__}")
     elif name == "train":
-        return _train(rest, program or "qingtune train")
+        return _train(rest)
     elif name in COMMANDS:
-        return _run_command(COMMANDS[name], rest, program or f"qingtune {name}")
+        return _run_command(name, rest)
     else:
         raise UserError(f'"{name}" is not a command', fix=f"The commands are {', '.join(('train', *COMMANDS))}.")
     return DONE
 
 
-def _run_command(command: Command, argv: Sequence[str], program: str) -> int:
+def _run_command(name: str, argv: Sequence[str]) -> int:
+    command = COMMANDS[name]
     as_training = issubclass(command.settings, TrainConfig)
-    words = [*command.flags, *argv]
-    config_file, flags = parse_flags(command.settings, program, command.purpose, words, config_file=as_training)
+    words, called = [*command.flags, *argv], shown(program(name))
+    config_file, flags = parse_flags(command.settings, called, command.purpose, words, config_file=as_training)
     if issubclass(command.settings, TrainConfig):
-        given = (load_config(command.settings, config_file, flags), f"{program} {shlex.join(argv)}")
+        loaded = load_config(command.settings, config_file, flags)
+        given = (loaded, _to_go_on(name, argv, loaded.config))
     else:
         given = (check_flags(command.settings, flags),)
     module, function = command.function.split(":")
     return getattr(importlib.import_module(f"qingtune.{module}"), function)(*given) or DONE
 
 
-def _train(argv: Sequence[str], program: str) -> int:
-    config_file, flags = parse_flags(TrainConfig, program, TRAIN, argv, config_file=True)
+def _train(argv: Sequence[str]) -> int:
+    config_file, flags = parse_flags(TrainConfig, shown(program("train")), TRAIN, argv, config_file=True)
     loaded = load_train_config(config_file, flags)
     from qingtune.finetune import finetune
 
-    again = f"{'python ' * program.endswith('.py')}{program} {shlex.join(argv)}"
-    chat = "python inference_lora.py --chat" if program.endswith(".py") else "qingtune chat"
-    finished = finetune(loaded.config, notices=loaded.notices, command=again, chat_command=chat)
-    return DONE if finished else INTERRUPTED
+    command = _to_go_on("train", argv, loaded.config)
+    return DONE if finetune(loaded.config, notices=loaded.notices, command=command) else INTERRUPTED
+
+
+def _to_go_on(name: str, argv: Sequence[str], config: TrainConfig) -> str:
+    """The command that goes on with what this one began, which must not be overwritten then."""
+    keep = ["--overwrite_output_dir", "false"] if config.overwrite_output_dir else []
+    return shown([*program(name), *argv, *keep])

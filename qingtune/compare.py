@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from qingtune.config_load import Loaded, read_json_object
 from qingtune.data.prepare import check_files_exist
 from qingtune.errors import UserError, raise_all
 from qingtune.files import sha256_of, write_json, write_text
+from qingtune.invocation import command_line
 from qingtune.output_folder import check_output_folder, only_run_in
 from qingtune.plots import plot_comparison
 from qingtune.record import WEIGHTS_REMOVED, read_record
@@ -38,7 +38,6 @@ DONE, FAILED, INTERRUPTED = 0, 1, 130
 # What a comparison leaves in its folder; BEGUN is the first.
 BEGUN, JOURNAL = "compare_config.json", "search.journal"
 PAGE, NUMBERS, PICTURE = "comparison.md", "comparison.json", "comparison.png"
-_ANEW_FLAG = re.compile(r" --overwrite[_-]output[_-]dir(?:[= ]true\b)?")
 ANEW = "Pass --overwrite_output_dir to begin anew, or choose another output_dir."
 
 
@@ -46,7 +45,7 @@ def compare(loaded: Loaded[CompareConfig], command: str) -> int:
     """Run the trials that are not finished yet, write the report and print its table.
 
     Args:
-        command: what the user typed, shown where it can be used again.
+        command: by which the same comparison goes on.
 
     Returns:
         The exit code: 0, 1 if a trial failed, 130 if a signal ended it early; what is done is kept then.
@@ -55,7 +54,7 @@ def compare(loaded: Loaded[CompareConfig], command: str) -> int:
         UserError: anything that the user can mend, before the first trial.
     """
     config, output_dir = loaded.config, Path(loaded.config.output_dir)
-    how_to_go_on = f"Stopped. To go on: {_ANEW_FLAG.sub('', command)}"
+    how_to_go_on = f"Stopped. To go on: {command}"
     _check(config, loaded.given)
     setups, notices = _search_checked(loaded) if config.space else _grid_checked(loaded)
     check_output_folder(output_dir, overwrite=config.overwrite_output_dir, first_file=BEGUN, what="a comparison")
@@ -111,7 +110,10 @@ def _check(config: CompareConfig, given: Mapping[str, Any]) -> None:
     ]
     if config.dry_run:
         problems.append(
-            UserError("dry_run has no meaning in a comparison", fix="qingtune plan tells the memory of every method.")
+            UserError(
+                "dry_run has no meaning in a comparison",
+                fix=f"`{command_line('plan')}` tells the memory of every method.",
+            )
         )
     if config.resume_from_checkpoint not in ("auto", True):
         problems.append(

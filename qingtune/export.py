@@ -24,6 +24,7 @@ from qingtune.data.tokenize import Template, make_template, prompt_ids
 from qingtune.errors import UserError
 from qingtune.files import disk_errors, move_into_place, sha256_of, staging_folder
 from qingtune.inference import find_base
+from qingtune.invocation import shown
 from qingtune.model_card import CARD, ExportedFile, Origin, shown_name, write_card
 from qingtune.modelfile import GO_PLAIN, TemplateNotExpressible, find_turns, modelfile
 from qingtune.models.gguf_file import KINDS, Plan, Read, check_gguf, write_gguf
@@ -98,8 +99,8 @@ def export(config: ExportConfig) -> None:
         _say(f"Note: {remark}")
     print(
         f"Exported: {output_dir} ({', '.join(file.name for file in files)}, {MODELFILE}, {CARD})\n"
-        f"Talk to it: llama-cli -m {output_dir / files[0].name} --jinja\n"
-        f"or: cd {output_dir} && ollama create {name} -f {MODELFILE} && ollama run {name}"
+        f"Talk to it: {shown(['llama-cli', '-m', str(output_dir / files[0].name), '--jinja'])}\n"
+        f"or: {shown(['cd', str(output_dir)])} && ollama create {name} -f {MODELFILE} && ollama run {name}"
     )
 
 

@@ -24,6 +24,7 @@ from qingtune.environment import describe_machine
 from qingtune.errors import UserError
 from qingtune.files import copy_file, disk_errors, staging_folder, usual_permissions, write_json
 from qingtune.hardware import Hardware, choose_hardware
+from qingtune.invocation import command_line
 from qingtune.models.load import load_tokenizer, local_folder, save_model, stop_ids, stored_dtype
 from qingtune.models.source import context_length, find_model, fingerprint, stored_in_4bit
 from qingtune.output_folder import check_output_folder, only_run_in, prepare_output_folder
@@ -77,16 +78,13 @@ class Result:
     best_step: int | None
 
 
-def finetune(
-    config: TrainConfig, *, notices: Sequence[str] = (), command: str = "", chat_command: str = "qingtune chat"
-) -> bool:
+def finetune(config: TrainConfig, *, notices: Sequence[str] = (), command: str = "") -> bool:
     """Train as configured and write the result to output_dir.
 
     Args:
         config: checked and resolved.
         notices: lines to show first.
-        command: what the user typed, shown where it can be used again.
-        chat_command: how to start a chat, shown at the end.
+        command: by which the same run goes on.
 
     Returns:
         True if the result is written, False if a signal ended the run early; its state is saved then.
@@ -108,10 +106,11 @@ def finetune(
         if result is None:
             return True
         if not result.finished:
-            say(f"Stopped and saved after step {result.steps}. To go on: {command or 'run the same command again'}")
+            again = command if command and processes.count == 1 else "run the same command again"
+            say(f"Stopped and saved after step {result.steps}. To go on: {again}")
             return False
         if processes.index == 0:
-            print(_summary(config, result, chat_command))
+            print(_summary(config, result))
     processes.finish()
     return True
 
@@ -316,16 +315,18 @@ def save_result(config: TrainConfig, model: Any, template: Template, base_folder
     write_record(output_dir, record)
 
 
-def _summary(config: TrainConfig, result: Result, chat_command: str) -> str:
+def _summary(config: TrainConfig, result: Result) -> str:
     """The closing lines: what came out, and how to talk to it."""
     planned = f" (planned: {result.planned_bytes['total'] / 1e9:.2f})" if result.planned_bytes else ""
     lines = [f"{result.steps} steps in {result.seconds:,.0f} s, peak memory {result.peak_bytes / 1e9:.2f} GB{planned}"]
     if result.eval_loss is not None:
         start = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f} -> "
         lines.append(f"eval_loss {start}{result.eval_loss:.4f}")
-    base = config.output_dir if config.method == "full" else config.model_name_or_path
-    adapter = "" if config.method == "full" else f" --lora_model {config.output_dir}"
+    base, adapter = config.model_name_or_path, config.output_dir
+    if config.method == "full":
+        base, adapter = config.output_dir, None
+    talk = command_line("chat", base_model=base, lora_model=adapter)
     if (Path(config.output_dir) / PAGE).exists():
         lines.append(f"Report: {Path(config.output_dir) / PAGE}")
-    lines += [f"Result: {config.output_dir}", f"Talk to it: {chat_command} --base_model {base}{adapter}"]
+    lines += [f"Result: {config.output_dir}", f"Talk to it: {talk}"]
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from qingtune.errors import UserError
 from qingtune.files import disk_errors, move_into_place, staging_folder, write_json
 from qingtune.hardware import choose_hardware, memory_errors
 from qingtune.inference import bundled_heldout, bundled_prompts, find_base
+from qingtune.invocation import command_line
 from qingtune.merge_4bit import check_weights, judge, write_in_4bit
 from qingtune.merge_check import Comparison, compare_merged, measure_lost
 from qingtune.models.load import StoredWeights, load_model, load_tokenizer, save_model, stop_ids, stored_dtype
@@ -86,7 +87,7 @@ def merge(config: MergeConfig) -> None:
         if output_dir.exists():
             shutil.rmtree(output_dir)
         move_into_place(half_done, output_dir)
-    print(f"Merged model: {output_dir}\nTalk to it: qingtune chat --base_model {output_dir}")
+    print(f"Merged model: {output_dir}\nTalk to it: {command_line('chat', base_model=output_dir)}")
 
 
 def _say(text: str) -> None:

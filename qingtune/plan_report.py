@@ -10,6 +10,7 @@ from typing import Any
 
 from qingtune.advice import Advice, advise
 from qingtune.config import TrainConfig
+from qingtune.invocation import command_line
 from qingtune.machine import Machine
 from qingtune.models.shape import ModelShape
 from qingtune.planning import LARGEST_BATCH_TRIED, METHODS, PARTS, MemoryPlan, Planner, Samples, as_method, method_of
@@ -229,7 +230,7 @@ def _time(report: Report) -> str:
     if speed is None and report.machine.supposed:
         return "Time: unknown, as nothing was measured there."
     if speed is None:
-        return "Time: unknown; `qingtune plan --calibrate` measures this machine, and each run adds to it."
+        return f"Time: unknown; `{command_line('plan', '--calibrate')}` measures this machine, and each run adds to it."
     rate = f"about {speed.tokens_per_second:,.0f} tokens/s, by {speed.basis}"
     if samples.count is None:
         return f"Time: {rate}; name data_path for the time of an epoch."

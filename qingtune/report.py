@@ -10,6 +10,7 @@ from pathlib import Path
 from qingtune.command_config import ReportConfig
 from qingtune.errors import UserError
 from qingtune.files import disk_errors, write_text
+from qingtune.invocation import command_line
 from qingtune.page.render import render
 from qingtune.page.source import read_run
 from qingtune.record import METRICS, PAGE, RECORD, SETTINGS
@@ -39,7 +40,8 @@ def write_page(folder: Path) -> Path:
         UserError: a file of the run is broken, or the disk does not take the page.
     """
     text = render(read_run(folder))
-    with disk_errors(PAGE, folder, "See that it can be written and the disk has room, then run `qingtune report`."):
+    again = command_line("report", output_dir=folder)
+    with disk_errors(PAGE, folder, f"See that it can be written and the disk has room, then run `{again}`."):
         write_text(folder / PAGE, text)
     return folder / PAGE
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from qingtune.config import TrainConfig
 from qingtune.config_load import load_train_config
 from qingtune.errors import UserError
 from qingtune.files import write_json
+from qingtune.invocation import command_line
 from qingtune.output_folder import who_writes_to
 from qingtune.record import LATEST, METRICS, RECORD, WEIGHTS_REMOVED, differences, read_record, settings_to_compare
 from qingtune.setups import Setup
@@ -234,7 +234,7 @@ def remove_model(trial: Trial) -> None:
     weights = [*trial.folder.glob("model*.safetensors*")]
     if not weights:
         return
-    command = f"qingtune train --config_file {shlex.quote(str(trial.config_file))} --overwrite_output_dir"
+    command = command_line("train", "--overwrite_output_dir", config_file=trial.config_file)
     note = "Of whole models a comparison keeps the best one (keep_models). To train the weights of this one again:"
     (trial.folder / WEIGHTS_REMOVED).write_text(f"{note}\n{command}\n", encoding="utf-8")
     for path in weights:

@@ -51,6 +51,14 @@ def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _console_script() -> Iterator[None]:
+    """Have messages name commands as the console script's, however the tests were called."""
+    kept, sys.argv = sys.argv, ["qingtune"]
+    yield
+    sys.argv = kept
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Leave the user's cache alone, here and in subprocesses, and let no hub be asked."""
     kept = {name: os.environ.get(name) for name in ("QINGTUNE_CACHE", "HF_HUB_OFFLINE")}

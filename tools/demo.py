@@ -36,7 +36,7 @@ def main() -> int:
         config = _configure()
         output = Path(config.output_dir)
         before = _answers(config, None, output.with_name(f"{output.name}_before") / "answers.json")
-        if not finetune(config, command="make demo", chat_command=f"{sys.executable} inference_lora.py --chat"):
+        if not finetune(config, command="make demo"):
             return 130
         after = _answers(config, output, output / "demo_answers.json")
     except UserError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from gguf import TokenType
 
 from qingtune.errors import UserError
+from qingtune.invocation import command_line
 from qingtune.models.gguf_layout import Value
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _refusal(reason: str) -> UserError:
     return UserError(
         f"llama.cpp would read text otherwise than this model's tokenizer: {reason}",
-        fix="Use another base model, or `qingtune merge` and a program that reads Transformers' layout.",
+        fix=f"Use another base model, or `{command_line('merge')}` and a program that reads Transformers' layout.",
     )
 
 

@@ -39,7 +39,7 @@ def test_interrupted_comparison_goes_on_and_is_reported(config: Path, tmp_path: 
     told, code = _interrupt_its_first_trial(argv, tmp_path / "compared" / "trials" / "lora-seed42")
     assert code == 130, told
     assert "[1/1] lora, seed 42: stopped" in told
-    assert f"Stopped. To go on: qingtune compare --config_file {config} --methods lora" in told
+    assert f"Stopped. To go on: {sys.executable} -m qingtune compare --config_file {config} --methods lora" in told
 
     again = run(*argv, CUDA_VISIBLE_DEVICES="")
     assert again.returncode == 0, again.stderr

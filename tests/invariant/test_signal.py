@@ -28,7 +28,7 @@ def test_terminated_command_goes_on_where_it_stopped(
     }  # fmt: skip
     flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     process = subprocess.Popen(
-        [sys.executable, "fine_tune_qwen.py", *flags],
+        [sys.executable, "fine_tune_qwen.py", *flags, "--overwrite_output_dir", "true"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
@@ -41,7 +41,8 @@ def test_terminated_command_goes_on_where_it_stopped(
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 130, told
-    stopped = re.search(r"Stopped and saved after step (\d+)\. To go on: python fine_tune_qwen\.py --model", told)
+    told_to = rf"{sys.executable} fine_tune_qwen\.py .* --overwrite_output_dir true --overwrite_output_dir false\n"
+    stopped = re.search(rf"Stopped and saved after step (\d+)\. To go on: {told_to}", told)
     assert stopped, told
     assert 0 < int(stopped[1]) < STEPS
     assert (output / f"checkpoint-{stopped[1]}" / "state.json").exists()
