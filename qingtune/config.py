@@ -5,9 +5,10 @@ This file holds those of training; command_config.py those of the other commands
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qingtune.values import (
     AlphaPattern,
@@ -30,6 +31,17 @@ class Settings(BaseModel):
     """What all commands share: unknown names are refused, and a value cannot change once it is checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_none(cls, values: Any) -> Any:
+        """Let the text null, as flags and grids give it, be None for every setting that may be None."""
+        nulls = {
+            name: None
+            for name, field in cls.model_fields.items()
+            if NoneType in get_args(field.annotation) and values.get(name) == "null"
+        }
+        return {**cast("dict[str, Any]", values), **nulls}
 
 
 def setting(
@@ -68,7 +80,7 @@ class TrainConfig(Settings):
     )
     lora_r: Integer = setting(16, "Method", "Rank of the adapters.", ge=1, le=65536)
     lora_alpha: Number | None = setting(
-        None, "Method", "Adapters are scaled by lora_alpha / lora_r (default: twice lora_r).", gt=0
+        None, "Method", "Adapters are scaled by lora_alpha / lora_r (default: twice lora_r).", gt=0, le=65536
     )
     lora_dropout: Number = setting(0.0, "Method", "Dropout on the adapters' input.", ge=0, lt=1)
     lora_target_modules: CommaList = setting(
@@ -140,8 +152,10 @@ class TrainConfig(Settings):
     per_device_train_batch_size: Integer = setting(8, "Batches", "Samples a device and micro-batch.", ge=1)
     per_device_eval_batch_size: Integer = setting(8, "Batches", "The same in evaluation.", ge=1)
     gradient_accumulation_steps: Integer = setting(1, "Batches", "Micro-batches an optimizer step.", ge=1)
-    num_train_epochs: Number = setting(3.0, "Batches", "Passes over the data.", gt=0)
-    max_steps: Integer = setting(-1, "Batches", "Optimizer steps; overrides num_train_epochs when above 0.", ge=-1)
+    num_train_epochs: Number = setting(3.0, "Batches", "Passes over the data.", gt=0, le=10_000)
+    max_steps: Integer = setting(
+        -1, "Batches", "Optimizer steps; overrides num_train_epochs when above 0.", ge=-1, le=10**9
+    )
 
     learning_rate: Number | None = setting(
         None, "Optimizer", "Peak learning rate (default: 2e-5 full, 2e-4 LoRA and QLoRA).", gt=0
@@ -153,7 +167,7 @@ class TrainConfig(Settings):
     warmup_ratio: Number = setting(
         0.0, "Optimizer", "Warm-up as a share of all steps, where warmup_steps is 0.", ge=0, le=1
     )
-    weight_decay: Number = setting(0.0, "Optimizer", "Decoupled weight decay (not on biases and norms).", ge=0)
+    weight_decay: Number = setting(0.0, "Optimizer", "Decoupled weight decay (not on biases and norms).", ge=0, le=1)
     max_grad_norm: Number = setting(1.0, "Optimizer", "Clip the gradient's norm to this; 0: do not clip.", ge=0)
     optim: Literal[
         "adamw_torch",
@@ -171,7 +185,7 @@ class TrainConfig(Settings):
     )
     adam_beta1: Number = setting(0.9, "Optimizer", "AdamW's first decay rate.", ge=0, lt=1)
     adam_beta2: Number = setting(0.999, "Optimizer", "AdamW's second decay rate.", ge=0, lt=1)
-    adam_epsilon: Number = setting(1e-8, "Optimizer", "AdamW's epsilon.", gt=0)
+    adam_epsilon: Number = setting(1e-8, "Optimizer", "AdamW's epsilon.", gt=0, le=1)
 
     logging_steps: Integer = setting(10, "Log, evaluate, save", "Steps from one logged line to the next.", ge=1)
     eval_strategy: Strategy | None = setting(

@@ -21,6 +21,11 @@ _INERT = ("none", "", "false", "0", "0.0", "no")
 _LEARNING_RATES: dict[Method, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 
 
+# AdamW moves each weight by about the learning rate a step, whatever its gradient; a model's weights are about 0.02.
+_MOST_LEARNING_RATE = 1.0
+# Above these, runs seldom learn anything; the QLoRA guide goes up to 1e-3.
+_HIGH_LEARNING_RATES: dict[Method, float] = {"full": 1e-3, "lora": 1e-2, "qlora": 1e-2}
+
 Training = TypeVar("Training", bound=TrainConfig)
 
 
@@ -234,6 +239,12 @@ def _conflicts(config: TrainConfig) -> list[tuple[tuple[str, ...], str, str]]:
             "max_steps is 0",
             "Give a number of steps, or -1 to go by num_train_epochs.",
         ),
+        (
+            config.optim != "sgd" and _peak(config) > _MOST_LEARNING_RATE,
+            ("learning_rate", "loraplus_lr_ratio", "optim"),
+            f"learning_rate {_about_peak(config)} moves every weight by about that much in each step of AdamW",
+            "Choose one near the default, which is 2e-5 in full training and 2e-4 with adapters.",
+        ),
         *_evaluation_conflicts(config),
         *_adapter_conflicts(config),
     ]
@@ -327,6 +338,11 @@ def _resolve(config: Training) -> tuple[Training, list[str]]:
     if config.learning_rate is None:
         chosen["learning_rate"] = _LEARNING_RATES[config.method]
         reasons.append(f"learning_rate = {chosen['learning_rate']:g}, the default of {config.method} training.")
+    if config.optim != "sgd" and _peak(config) > _HIGH_LEARNING_RATES[config.method]:
+        reasons.append(
+            f"Warning: learning_rate {_about_peak(config)} is so high that the model may learn nothing; the default is "
+            f"{_LEARNING_RATES[config.method]:g}."
+        )
     if config.method != "full":
         reasons += _about_alpha(config)
         if config.lora_alpha is None:
@@ -342,6 +358,16 @@ def _resolve(config: Training) -> tuple[Training, list[str]]:
     if config.report_to and "none" in [name.lower() for name in config.report_to]:
         chosen["report_to"] = None
     return config.model_copy(update=chosen), reasons
+
+
+def _peak(config: TrainConfig) -> float:
+    """The largest learning rate of any parameter; of the method's default, where none is given."""
+    return (config.learning_rate or _LEARNING_RATES[config.method]) * (config.loraplus_lr_ratio or 1)
+
+
+def _about_peak(config: TrainConfig) -> str:
+    rate = config.learning_rate or _LEARNING_RATES[config.method]
+    return f"{rate:g}" + (f" times loraplus_lr_ratio {config.loraplus_lr_ratio:g}" if config.loraplus_lr_ratio else "")
 
 
 def _about_alpha(config: TrainConfig) -> list[str]:

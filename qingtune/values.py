@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveFloat, PositiveInt, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, WithJsonSchema
 
 
 def _number_not_bool(value: object) -> object:
@@ -102,6 +103,8 @@ def _interval(text: str) -> Interval:
     if not ends:
         raise ValueError(f"{text} is not LOW..HIGH, such as 1e-5..1e-3:log or 8..64")
     low, high = float(ends[1]), float(ends[2])
+    if not math.isfinite(high - low):
+        raise ValueError(f"{text} has no end")
     if low >= high:
         raise ValueError(f"{text} ends before it begins")
     if ends[3] and low <= 0:
@@ -189,8 +192,8 @@ Numbers = Annotated[
     BeforeValidator(_split_numbers),
     _any_of({"type": "integer"}, {"type": "array", "items": {"type": "integer"}}),
 ]
-_Rank = Annotated[PositiveInt, BeforeValidator(_number_not_bool)]
-_Alpha = Annotated[PositiveFloat, BeforeValidator(_number_not_bool)]
+_Rank = Annotated[int, BeforeValidator(_number_not_bool), Field(gt=0, le=65536)]
+_Alpha = Annotated[float, BeforeValidator(_number_not_bool), Field(gt=0, le=65536)]
 RankPattern = Annotated[
     dict[str, _Rank] | None,
     BeforeValidator(_pattern),

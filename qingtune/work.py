@@ -80,6 +80,8 @@ def make_work(
         peak_bytes=lambda: peak_bytes(hardware.device),
         scaler=torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16),
     )
+    if (warmup := warmup_steps(config, total)) >= total:
+        say(f"Warning: the warm-up takes {warmup:,} steps of {total:,}, so the learning rate never reaches its peak.")
     _check_room(config, list(trained.values()), limits, say)
     say(
         f"Training: {total:,} steps of {plan.window_size} samples ({total / plan.steps_per_epoch:.3g} epochs), "

@@ -130,6 +130,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
+        if (folder / "config.json").exists() or (folder.suffix == ".gguf" and folder.is_file()):
+            raise UserError(
+                "this is a whole model, not an adapter",
+                where=str(folder),
+                fix="Name it as --base_model; it needs no --lora_model.",
+            ) from None
         raise UserError(
             "no adapter_config.json here, so this is no adapter folder", where=str(folder), fix="Check the path."
         ) from None

@@ -75,6 +75,14 @@ def test_version(option: str) -> None:
     assert call(option) == (0, f"qingtune {__version__}\n", "")
 
 
+@pytest.mark.parametrize("command", ["infer", "chat", "merge", "export", "evaluate"])
+def test_a_whole_model_is_no_adapter(empty: Path, tiny: Callable[..., Path], data_file: Path, command: str) -> None:
+    more = {"evaluate": ("--output_dir", "out", "--data", data_file)}.get(command, ("--output_dir", "out"))
+    flags = () if command in ("infer", "chat") else more
+    message = f"{tiny()}: this is a whole model, not an adapter. Name it as --base_model"
+    assert_refused(empty, (command, "--lora_model", tiny(), *flags), message)
+
+
 def test_module_without_arguments_shows_usage(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     ended = run("-m", "qingtune")
     assert (ended.returncode, ended.stderr) == (0, "")

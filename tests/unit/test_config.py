@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from qingtune.command_config import CompareConfig, ExportConfig, InferConfig, MergeConfig, PushConfig
 from qingtune.config import ALIASES, NO_EFFECT, Settings, TrainConfig
 from qingtune.config_load import load_train_config
+from qingtune.errors import UserError
 from qingtune.flags import group_of
 
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
@@ -108,9 +109,42 @@ def test_eval_steps_follow_logging_steps_unless_given() -> None:
 
 
 def test_given_values_are_neither_changed_nor_told() -> None:
-    config = resolved(use_lora="true", learning_rate="0.5", lora_alpha="9")
-    assert (config.learning_rate, config.lora_alpha) == (0.5, 9)
-    assert notices(use_lora="true", learning_rate="0.5", lora_alpha="9") == ()
+    config = resolved(use_lora="true", learning_rate="0.005", lora_alpha="9")
+    assert (config.learning_rate, config.lora_alpha) == (0.005, 9)
+    assert notices(use_lora="true", learning_rate="0.005", lora_alpha="9") == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"use_lora": "true", "learning_rate": "0.05"}, True),
+        ({"use_lora": "true", "learning_rate": "1e-3"}, False),  # the guide's highest, for QLoRA
+        ({"use_lora": "true", "learning_rate": "1e-3", "loraplus_lr_ratio": "16"}, True),
+        ({"learning_rate": "0.005"}, True),
+        ({"learning_rate": "1e-4"}, False),
+        ({"learning_rate": "20", "optim": "sgd"}, False),
+    ],
+)
+def test_a_learning_rate_at_which_runs_learn_nothing_is_told(flags: dict[str, str], told: bool) -> None:
+    resolved(**flags)
+    assert any("so high that the model may learn nothing" in notice for notice in notices(**flags)) is told
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, field in TrainConfig.model_fields.items()
+        if field.default is None and name not in ("data_path", "learning_rate")
+    ],
+)
+def test_null_as_a_flag_is_no_value(name: str) -> None:
+    assert resolved(**{name: "null"}) == resolved()
+
+
+def test_null_is_no_value_of_a_setting_that_needs_one() -> None:
+    with pytest.raises(UserError, match=r'--lora_r: "lora_r" is "null"'):
+        resolved(lora_r="null")
 
 
 def test_both_methods_at_once_are_told_to_be_qlora() -> None:
