@@ -18,7 +18,7 @@ from qingtune.kernels.attention import use_end_to_end
 from qingtune.kernels.decoder import Decoder, why_not
 from qingtune.kernels.loss import summed_loss
 from qingtune.memory import (
-    ACTIVATIONS_OF_FREE,
+    BUFFERS_OF_FREE,
     TOKENS_PER_PASS_ON_CPU,
     layers_to_recompute,
     optimizer_bytes,
@@ -105,7 +105,7 @@ def make_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardware,
         int8_units=has_int8_units(hardware.device),
     )
     tokens = max(longest, most_tokens if most_tokens < ALL else longest * config.per_device_train_batch_size)
-    decoder.recompute = _layers_to_recompute(config, model, decoder, tokens, hardware.device, say)
+    decoder.recompute = _layers_to_recompute(config, model, decoder, (tokens, longest), hardware.device, say)
     if hardware.device.type == "cpu":
         tokens = _tokens_that_fit(config, model, decoder, longest, tokens, say)
         most_tokens, decoder.most_tokens = min(most_tokens, tokens), tokens
@@ -131,14 +131,15 @@ def _tokens_that_fit(
     """
     free = free_bytes(decoder.embedding.device, swap=True)
     training = _training_bytes(config, model)
-    if free is None or decoder.pass_bytes(tokens) <= free - training:
+    needed = decoder.pass_bytes(tokens, longest)
+    if free is None or needed <= free - training:
         return tokens
-    fitting = int(tokens * max(0, free - training) / decoder.pass_bytes(tokens))
+    fitting = int(tokens * max(0, free - training) / needed)
     if fitting < longest:
         raise UserError(
             f"training needs more memory than the {free / 1e9:.2f} GB that are free: gradients and optimizer states "
             f"{training / 1e9:.2f} GB, a pass of the longest sample ({longest:,} tokens) about "
-            f"{decoder.pass_bytes(longest) / 1e9:.2f} GB",
+            f"{decoder.pass_bytes(longest, longest) / 1e9:.2f} GB",
             fix=f"Set max_seq_length to {fitting:,} or less, or {LEANER}"
             if fitting
             else f"{LEANER[0].upper()}{LEANER[1:]}",
@@ -155,19 +156,30 @@ def _training_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
 
 
 def _layers_to_recompute(
-    config: TrainConfig, model: PreTrainedModel, decoder: Decoder, tokens: int, device: torch.device, say: Say
+    config: TrainConfig,
+    model: PreTrainedModel,
+    decoder: Decoder,
+    most: tuple[int, int],
+    device: torch.device,
+    say: Say,
 ) -> int:
-    """All, none, or as many as the free memory demands beside gradients and optimizer states yet to be made."""
+    """All, none, or as many as the free memory demands beside gradients and optimizer states yet to be made.
+
+    Args:
+        most: tokens of a pass, and of the longest sample.
+    """
     layers, free = len(decoder.mlp), free_bytes(device)
-    room = None if free is None else ACTIVATIONS_OF_FREE * (free - _training_bytes(config, model))
-    a_layer = decoder.kept_bytes(tokens)
-    inputs = layers * tokens * decoder.embedding.shape[1] * decoder.dtype.itemsize
-    recompute = layers_to_recompute(config.gradient_checkpointing, layers, a_layer, inputs, room)
+    room = None if free is None else BUFFERS_OF_FREE * (free - _training_bytes(config, model))
+
+    def held(recompute: int) -> int:
+        return decoder.pass_bytes(*most, recompute)
+
+    recompute = layers_to_recompute(config.gradient_checkpointing, layers, held, room)
     if free is None or not recompute or config.gradient_checkpointing is True:
         return recompute
     say(
-        f"Memory: {free / 1e9:.1f} GB are free; {recompute} of {layers} layers are computed again in the backward "
-        f"pass, as keeping all of a pass of {tokens:,} tokens would take {(layers * a_layer + inputs) / 1e9:.1f} GB."
+        f"Memory: {free / 1e9:.1f} GB are free; {recompute} of {layers} layers are recomputed in the backward pass, "
+        f"as keeping all of a pass of {most[0]:,} tokens would take {held(0) / 1e9:.1f} GB."
     )
     return recompute
 

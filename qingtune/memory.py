@@ -9,7 +9,6 @@ w = max(4, b) bytes of the one that sums are held in.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,8 +20,8 @@ ROWS_MULTIPLE = 8  # passes are filled up to it: products of 577 or 583 rows wer
 INT8_TILE = 128  # rows quantised at a time, so that their fp32 copy stays in the cache
 # Matrix products on a CPU are nearly as fast at 700 tokens as at more; activations grow with each one.
 TOKENS_PER_PASS_ON_CPU = 768
-# Share of the free memory that activations may take; the rest is for what a step needs for a moment.
-ACTIVATIONS_OF_FREE = 0.8
+# Share of the free memory that the buffers of a pass may take; the rest is for what a step needs for a moment.
+BUFFERS_OF_FREE = 0.9
 # Architectures checked (tests/invariant) to give on the fast kernels what Transformers gives.
 FAST_MODEL_TYPES = frozenset({"qwen2", "qwen3", "llama"})
 EIGHT_BITS = frozenset({"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"})
@@ -150,20 +149,21 @@ def logit_numbers(vocabulary: int, predicting: int) -> int:
     return -(-predicting // chunks) * vocabulary
 
 
-def layers_to_recompute(choice: bool | str, layers: int, a_layer: int, inputs: int, room: float | None) -> int:
+def layers_to_recompute(choice: bool | str, layers: int, pass_bytes: Callable[[int], int], room: float | None) -> int:
     """How many layers, from the first, keep nothing but their input.
 
     Args:
-        choice: the setting: true for all, false for none, "auto" for as many as the room demands.
+        choice: the setting: true for all, false for none, "auto" for as few as the room allows, all where none fits.
         layers: of the model.
-        a_layer: bytes that one layer keeps beside its input.
-        inputs: bytes of all layers' inputs.
-        room: bytes for all of that; None where unknown.
+        pass_bytes: layers that are recomputed -> bytes of a pass; fewer for more layers, from two on.
+        room: bytes for the pass; None where unknown.
     """
     if choice != "auto":
         return layers if choice else 0
-    over = 0 if room is None else layers * a_layer + inputs - room
-    return min(layers, math.ceil(over / a_layer) + 1) if over > 0 else 0  # those share one layer's buffers
+    if room is None or pass_bytes(0) <= room:
+        return 0
+    # Recomputed layers share one layer's buffers, so that a single one saves nothing.
+    return next((count for count in range(2, layers) if pass_bytes(count) <= room), layers)
 
 
 def optimizer_bytes(optim: str, numbers: int) -> int:

@@ -104,6 +104,7 @@ def suppose_samples(config: PlanConfig, shape: ModelShape, machine: Machine, mod
         count=len(lengths),
         evaluates=evaluates,
         basis=f"{len(lengths):,} {basis}",
+        lengths=tuple(lengths),
         fullest=PassTokens(tokens, round(share * tokens), max(lengths[number] for number in group)),
     )
 

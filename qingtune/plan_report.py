@@ -14,13 +14,12 @@ from qingtune.invocation import command_line
 from qingtune.machine import Machine
 from qingtune.models.shape import ModelShape
 from qingtune.planning import LARGEST_BATCH_TRIED, METHODS, PARTS, MemoryPlan, Planner, Samples, as_method, method_of
-from qingtune.speed import Estimate, Speed, TokenWork, estimate_speed, flops_per_token
+from qingtune.speed import Estimate, Speed, estimate_speed, flops_of
 
 WIDTH = 80
 # Columns of the table: heading, and the parts that it sums.
 _COLUMNS = {
-    "dense": ("weights",),
-    "quant": ("quantized_weights",),
+    "model": ("weights", "quantized_weights"),
     "adapt": ("adapters",),
     "grads": ("gradients",),
     "optim": ("optimizer_states",),
@@ -29,9 +28,10 @@ _COLUMNS = {
     "other": ("runtime", "loading"),
 }
 _LEGEND = (
-    "GB (10^9 bytes) at the peak. dense, quant: weights in 16 or 32 bits and quantised; adapt: adapters and modules "
-    "trained in full; grads: gradients; optim: the optimizer's states; activ: activations; other: the runtime, and "
-    "what loading takes beyond all that."
+    "GB (10^9 bytes). model: its weights; adapt: adapters and modules trained in full; grads: gradients; optim: "
+    "optimizer states; activ: activations; other: the runtime, and what loading takes beyond all that. total: the "
+    "peak of the run, which uses free memory to recompute less. least: the peak with every layer recomputed "
+    "(gradient_checkpointing true); compare methods by it."
 )
 
 
@@ -39,10 +39,11 @@ _LEGEND = (
 class MethodPlan:
     """One method: its memory, the longest sample and largest micro-batch that fit, and its speed if it is known.
 
-    `recomputing`: whether these two fit only with gradient_checkpointing true.
+    `least`: bytes at the peak with every layer recomputed. `recomputing`: whether length and batch fit only so.
     """
 
     memory: MemoryPlan
+    least: int
     longest: int
     batch: int
     recomputing: bool
@@ -96,28 +97,14 @@ def make_report(
     for method in METHODS:
         planner = Planner(shape, config if method == chosen else as_method(config, method), machine)
         memory = planner.plan_for(samples)
-        flops = flops_of(planner, memory, samples)
+        flops = flops_of(planner, memory.recompute, samples)
         speed = estimate_speed(speeds, machine.name, machine.dtype, method, flops)
         longest, batch = planner.longest_that_fits(samples), planner.largest_batch_that_fits(samples)
         recomputing = planner.has_to_recompute(samples, batch, longest)
-        methods[method] = MethodPlan(memory, longest, batch, recomputing, speed)
+        methods[method] = MethodPlan(memory, planner.least_for(samples), longest, batch, recomputing, speed)
     advice = advise(Planner(shape, config, machine), samples)
     notices = (*shape.notices, *_notices(shape, methods[chosen].memory))
     return Report(name, shape, config, machine, samples, chosen, methods, tuple(advice), notices)
-
-
-def flops_of(planner: Planner, memory: MemoryPlan, samples: Samples) -> float:
-    """Operations a token."""
-    shape = planner.shape
-    work = TokenWork(
-        body=shape.active_body,
-        head=shape.hidden * shape.vocabulary,
-        adapters=planner.trained.adapters,
-        attention_width=shape.heads * shape.head_size,
-        layers=shape.layers,
-    )
-    again = memory.recompute / shape.layers
-    return flops_per_token(work, samples.trained_share, samples.mean, full=planner.full, recomputed=again)
 
 
 def _notices(shape: ModelShape, memory: MemoryPlan) -> Iterator[str]:
@@ -158,12 +145,12 @@ def as_lines(report: Report) -> list[str]:
 
 
 def _table(report: Report) -> Iterator[str]:
-    headings = "".join(f"{heading:>6}" for heading in (*_COLUMNS, "total"))
+    headings = "".join(f"{heading:>6}" for heading in (*_COLUMNS, "total", "least"))
     yield f"{'':20}{headings} fits"
     for method, plan in report.methods.items():
         memory = plan.memory
         cells = [sum(memory.parts[part] for part in parts) for parts in _COLUMNS.values()]
-        numbers = "".join(f"{_cell(size):>6}" for size in (*cells, memory.total))
+        numbers = "".join(f"{_cell(size):>6}" for size in (*cells, memory.total, plan.least))
         mark = "> " if method == report.chosen else "  "
         yield f"{mark + METHODS[method]:20}{numbers} {_yes(memory.fits(report.machine)):>4}"
 
@@ -199,7 +186,7 @@ def _verdict(report: Report) -> str:
         if swap is not None and memory.total <= swap:
             verdict += " With swap space it may run, slowly."
     if memory.recompute:
-        verdict += f" {memory.recompute} of {report.shape.layers} layers are computed again in the backward pass."
+        verdict += f" {memory.recompute} of {report.shape.layers} layers are recomputed in the backward pass."
     return verdict
 
 
@@ -219,10 +206,10 @@ def _room(report: Report) -> str:
 
 def _advice(advice: Sequence[Advice]) -> Iterator[str]:
     if advice:
-        yield "What would take less:"
+        yield "What would take less, and its price:"
     for one in advice:
-        fitting = {True: "", False: " (not enough)", None: ""}[one.fits]
-        yield f"  {one.change} saves {_gb(one.saves)} GB{fitting}"
+        fitting = "; not enough" * (one.fits is False)
+        yield f"  {one.change} saves {_gb(one.saves)} GB ({one.price}{fitting})"
 
 
 def _time(report: Report) -> str:
@@ -270,7 +257,7 @@ def short_lines(report: Report) -> list[str]:
     lines = [f"Plan: {_gb(memory.total)} GB of memory at the peak ({parts})."]
     if free is not None and memory.total > free:
         helpful = [one for one in report.advice if one.fits] or list(report.advice)
-        change = "; ".join(f"{one.change} saves {_gb(one.saves)} GB" for one in helpful[:2])
+        change = "; ".join(f"{one.change} saves {_gb(one.saves)} GB ({one.price})" for one in helpful[:2])
         lines.append(f"It may not fit: {_gb(free)} GB are free. {change[:1].upper()}{change[1:]}{'.' * bool(change)}")
     elif free is not None:
         lines.append(f"It fits: {_gb(free)} GB are free.")
@@ -308,7 +295,10 @@ def as_json(report: Report) -> dict[str, Any]:
         "method": report.chosen,
         **_method_json(report, report.chosen),
         "methods": {method: _method_json(report, method) for method in report.methods},
-        "advice": [{"change": one.change, "saves_bytes": one.saves, "fits": one.fits} for one in report.advice],
+        "advice": [
+            {"change": one.change, "saves_bytes": one.saves, "price": one.price, "fits": one.fits}
+            for one in report.advice
+        ],
         "notices": list(report.notices),
     }
 
@@ -318,6 +308,7 @@ def _method_json(report: Report, method: str) -> dict[str, Any]:
     rate = plan.speed.tokens_per_second if plan.speed else None
     return {
         "total_bytes": plan.memory.total,
+        "least_bytes": plan.least,
         "parts": plan.memory.parts,
         "fits": plan.memory.fits(report.machine),
         "trainable_parameters": plan.memory.trainable,

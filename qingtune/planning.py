@@ -12,7 +12,7 @@ from qingtune.config import TrainConfig
 from qingtune.data.order import Plan, sizes_of_groups
 from qingtune.machine import Machine
 from qingtune.memory import (
-    ACTIVATIONS_OF_FREE,
+    BUFFERS_OF_FREE,
     EIGHT_BITS,
     FAST_MODEL_TYPES,
     NF4_BYTES_A_WEIGHT,
@@ -24,7 +24,6 @@ from qingtune.memory import (
     autograd_bytes,
     autograd_logit_bytes,
     buffer_bytes,
-    kept_numbers,
     layers_to_recompute,
     optimizer_bytes,
 )
@@ -75,6 +74,7 @@ class Samples:
         evaluates: whether there is evaluation data.
         evaluation: the fullest pass over it, likewise.
         basis: where these figures come from, for the user.
+        lengths: of all samples, in tokens; empty where they were not counted.
     """
 
     longest: int
@@ -83,6 +83,7 @@ class Samples:
     count: int | None
     evaluates: bool
     basis: str
+    lengths: tuple[int, ...] = ()
     fullest: PassTokens | None = None
     evaluation: PassTokens | None = None
 
@@ -252,8 +253,14 @@ class Planner:
 
     def plan(self, work: PassTokens, evaluation: PassTokens | None = None) -> MemoryPlan:
         """The plan for passes of this size."""
+        return self._plan(work, evaluation, self._recompute(_filled_up(work)))
+
+    def least_for(self, samples: Samples) -> int:
+        """Bytes at the peak with every layer recomputed, by which methods compare."""
+        return self._plan(*self._passes(samples), self.shape.layers).total
+
+    def _plan(self, work: PassTokens, evaluation: PassTokens | None, recompute: int) -> MemoryPlan:
         work, evaluation = _filled_up(work), evaluation and _filled_up(evaluation)
-        recompute = self._recompute(work)
         parts = dict(self.fixed)
         if self.fast:
             how = self._arithmetic(recompute)
@@ -272,10 +279,15 @@ class Planner:
             return layers if choice is True else 0
         room = None
         if self.machine.free is not None:
-            room = ACTIVATIONS_OF_FREE * (self.machine.free - sum(self.fixed.values()))
-        itemsize = self.machine.itemsize
-        a_layer = kept_numbers(self.sizes, sum(self.sizes.ranks.groups), work.tokens) * itemsize
-        return layers_to_recompute(choice, layers, a_layer, layers * work.tokens * self.sizes.hidden * itemsize, room)
+            room = BUFFERS_OF_FREE * (self.machine.free - sum(self.fixed.values()))
+        # As the engine counts, which does not know the samples.
+        most = max(work.tokens, TOKENS_PER_PASS_ON_CPU if self.machine.kind == "cpu" else 0)
+        fullest = PassTokens(most, most, work.longest)
+
+        def pass_bytes(recompute: int) -> int:
+            return sum(buffer_bytes(self.sizes, self._arithmetic(recompute), fullest))
+
+        return layers_to_recompute(choice, layers, pass_bytes, room)
 
     def _arithmetic(self, recompute: int) -> Arithmetic:
         trains_head = self.full or "lm_head" in self.trained.whole_names
@@ -296,8 +308,12 @@ class Planner:
 
     def plan_for(self, samples: Samples) -> MemoryPlan:
         """The plan for these data."""
+        return self.plan(*self._passes(samples))
+
+    def _passes(self, samples: Samples) -> tuple[PassTokens, PassTokens | None]:
+        """The fullest passes of training and evaluation."""
         work = samples.fullest or self.even_pass(samples.longest, self.config.per_device_train_batch_size)
-        return self.plan(work, self._evaluation(samples))
+        return work, self._evaluation(samples)
 
     def _evaluation(self, samples: Samples) -> PassTokens | None:
         """The fullest pass over the evaluation data."""

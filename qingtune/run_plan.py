@@ -21,9 +21,9 @@ from qingtune.machine import Machine, cpu_has_int8_units, cpu_name, free_ram_byt
 from qingtune.memory import PassTokens
 from qingtune.models.shape import shape_of_config
 from qingtune.models.source import cache_folder, read_model_config
-from qingtune.plan_report import Report, flops_of, make_report
+from qingtune.plan_report import Report, make_report
 from qingtune.planning import CONTEXT_ON_GPU, Planner, Samples, fullest_group, most_tokens_of, training_batches
-from qingtune.speed import Speed, keep_speed, read_speeds
+from qingtune.speed import Speed, flops_of, keep_speed, read_speeds
 
 # A rate is kept if it rests on at least so much, beyond the first logged line, which holds the warm-up.
 LEAST_SECONDS, LEAST_STEPS = 2.0, 5
@@ -61,7 +61,7 @@ def plan_run(config: TrainConfig, folder: Path, hardware: Hardware, data: Data, 
     planner = Planner(shape, config, machine)
     samples = _samples(planner, data, processes)
     report = make_report(config.model_name_or_path, shape, config, machine, samples, read_speeds(cache))
-    return RunPlan(report, flops_of(planner, report.own.memory, samples), cache)
+    return RunPlan(report, flops_of(planner, report.own.memory.recompute, samples), cache)
 
 
 def machine_of(hardware: Hardware) -> Machine:
@@ -97,6 +97,7 @@ def _samples(planner: Planner, data: Data, processes: int) -> Samples:
         count=-(-len(lengths) // processes),
         evaluates=bool(data.evaluation),
         basis="the samples themselves",
+        lengths=tuple(lengths),
         fullest=_as_laid_out([data.train[number] for number in group], share_prefix=shares),
         evaluation=evaluation,
     )

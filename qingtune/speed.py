@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qingtune.files import write_json
+from qingtune.planning import Planner, Samples
 
 FILE = "speed.json"
 MOST_KEPT = 100
@@ -55,6 +56,24 @@ def flops_per_token(
     adapters = 0 if full else 6 * work.adapters
     again = recomputed * (2 * work.body + attention / 3)
     return a_weight * (work.body + trained_share * work.head) + adapters + attention + again
+
+
+def flops_of(planner: Planner, recompute: int, samples: Samples) -> float:
+    """Operations a token of a run.
+
+    Args:
+        recompute: layers that go forward twice.
+    """
+    shape = planner.shape
+    work = TokenWork(
+        body=shape.active_body,
+        head=shape.hidden * shape.vocabulary,
+        adapters=planner.trained.adapters,
+        attention_width=shape.heads * shape.head_size,
+        layers=shape.layers,
+    )
+    again = recompute / shape.layers
+    return flops_per_token(work, samples.trained_share, samples.mean, full=planner.full, recomputed=again)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ Shapes: T tokens of the layout, N trained ones, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -24,10 +25,11 @@ from qingtune.kernels.attention import why_samples_would_mix
 from qingtune.kernels.blocks import AttentionBlock, MLPBlock, Norm, Pass
 from qingtune.kernels.dropout import new_seed
 from qingtune.kernels.layout import Layout, fill_up, lay_out
+from qingtune.kernels.linear import Int8Linear, QuantizedLinear
 from qingtune.kernels.loss import chunked_head_loss
 from qingtune.kernels.projection import Member, Projection, gradient
 from qingtune.kernels.workspace import Workspace
-from qingtune.memory import FAST_MODEL_TYPES, LayerSizes, Ranks, kept_numbers, logit_numbers
+from qingtune.memory import FAST_MODEL_TYPES, Arithmetic, LayerSizes, PassTokens, Ranks, buffer_bytes
 
 
 def why_not(model: Any) -> str | None:
@@ -71,6 +73,7 @@ class Decoder:
         most_tokens: int = 0,
     ) -> None:
         self.dtype, self.dropout, self.recompute, self.most_tokens = dtype, dropout, recompute, most_tokens
+        self.int8_units = int8_units
         self.embedding: torch.Tensor = model.get_input_embeddings().weight
         self.head: torch.Tensor = model.get_output_embeddings().weight
         self.workspace = workspace = Workspace(self.embedding.device)
@@ -120,16 +123,35 @@ class Decoder:
             for layer in groups
         ]
 
-    def kept_bytes(self, tokens: int) -> int:
-        """What one layer keeps of a pass for its backward, its input not counted."""
-        return kept_numbers(self.sizes, sum(self.sizes.ranks.groups), tokens) * self.dtype.itemsize
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What the sizes of its buffers depend on beside `sizes`."""
+        members = [m for group in (self.attention[0].qkv, self.mlp[0].gate_up) for m in group.members]
+        quantized = any(isinstance(m.base, QuantizedLinear) for m in members)
+        return Arithmetic(
+            itemsize=self.dtype.itemsize,
+            weight_itemsize=None if quantized else self.embedding.dtype.itemsize,
+            head_itemsize=self.head.dtype.itemsize,
+            trains_weights=not quantized and any(m.base.weight.requires_grad for m in members),
+            trains_head=self.head.requires_grad,
+            int8_units=self.int8_units and any(isinstance(m.base, Int8Linear) for m in members),
+            dora=any(m.magnitude is not None for m in members),
+            dropout=self.dropout > 0,
+            recompute=self.recompute,
+            gradient_below=self.embedding.requires_grad,
+            on_cpu=self.embedding.device.type == "cpu",
+        )
 
-    def pass_bytes(self, tokens: int) -> int:
-        """What a training pass holds at its fullest beside weights and gradients: kept values, inputs, logits."""
-        layers, recompute = len(self.mlp), self.recompute
-        kept = (layers - recompute + (recompute > 0)) * self.kept_bytes(tokens)
-        inputs = (layers + 1) * tokens * self.embedding.shape[1] * self.dtype.itemsize
-        return kept + inputs + logit_numbers(self.head.shape[0], tokens) * self.dtype.itemsize
+    def pass_bytes(self, tokens: int, longest: int, recompute: int | None = None) -> int:
+        """Bytes of all buffers of a training pass, at most: as if each of its tokens were trained.
+
+        Args:
+            tokens: of the pass.
+            longest: tokens of its longest sample.
+            recompute: layers of which nothing but the input is kept; None for as many as there are now.
+        """
+        how = self.arithmetic if recompute is None else replace(self.arithmetic, recompute=recompute)
+        return sum(buffer_bytes(self.sizes, how, PassTokens(tokens, tokens, min(longest, tokens))))
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> torch.Tensor:
