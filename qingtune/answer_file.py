@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from qingtune.data.tokenize import Template
 from qingtune.errors import UserError
 from qingtune.files import write_json
 from qingtune.generation import Decoder, Decoding, decode_answer, generate_many
+from qingtune.output import give
 
 # Rows that are sorted by length and answered together, for each slot; more would hold answers back longer.
 ROWS_A_SLOT = 8
@@ -70,14 +70,14 @@ class AnswerFile:
         assert self.path
         return _state_of(self.path)
 
-    def open(self, say: Callable[[str], None]) -> tuple[TextIO, int]:
-        """The stream to write to, and how many rows it holds already.
+    def open(self, say: Callable[[str], None]) -> tuple[TextIO | None, int]:
+        """The file to write to, None for stdout, and how many rows it holds already.
 
         Raises:
             UserError: it cannot be written, or holds something else.
         """
         if self.path is None:
-            return sys.stdout, 0
+            return None, 0
         try:
             rows = self.rows_there()
             if rows:
@@ -169,13 +169,17 @@ def answer_file(
     began, tokens_made = time.perf_counter(), 0
     try:
         for row, tokens in rows_after(done):
-            print(json.dumps(row, ensure_ascii=False, default=str), file=stream, flush=True)
+            line = json.dumps(row, ensure_ascii=False, default=str)
+            if stream is None:
+                give(line)
+            else:
+                print(line, file=stream, flush=True)
             done, tokens_made = done + 1, tokens_made + tokens
-            if stream is not sys.stdout or not os.isatty(1):
+            if stream or not sys.stdout.isatty():
                 rate = tokens_made / (time.perf_counter() - began)
                 say(f"{done}/{count}" + f"  {rate:.0f} tok/s" * bool(tokens_made))
     finally:
-        if stream is not sys.stdout:
+        if stream:
             stream.close()
 
 

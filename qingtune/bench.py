@@ -9,10 +9,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from qingtune.command_config import CompareConfig
 from qingtune.config_load import Loaded
+from qingtune.output import console, safe
 from qingtune.search import Asked, Search
 from qingtune.setups import Setup, make_setup
 from qingtune.trials import (
@@ -51,7 +50,7 @@ class Bench:
         first = self.loaded.config.seed
         self.seeds = range(first, first + self.loaded.config.seeds)
         self.outcomes: dict[str, tuple[Setup, dict[int, Outcome]]] = {}
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = console()
 
     def trial(self, setup: Setup, seed: int) -> Trial:
         """The trial in its place."""
@@ -63,11 +62,11 @@ class Bench:
         outcome = finished_outcome(trial)
         if outcome.state == "finished":
             remove_checkpoints(trial.folder)  # it may have ended without us
-            self.console.print(f"{name}: finished already", markup=False)
+            self.console.print(safe(f"{name}: finished already"), markup=False)
         elif self.stopping.asked:
             outcome = Outcome("not run")
         else:
-            self.console.print(f"{name} ...", markup=False)
+            self.console.print(safe(f"{name} ..."), markup=False)
             with self.console.status("") as status:
 
                 def look(lines: Sequence[dict[str, Any]]) -> bool:
@@ -75,7 +74,7 @@ class Bench:
                     return watch(lines)
 
                 outcome = run_trial(trial, self.stopping, look)
-            self.console.print(f"{name}: {_told(outcome)}", markup=False)
+            self.console.print(safe(f"{name}: {_told(outcome)}"), markup=False)
         self.keep(trial, outcome)
         if self.loaded.config.keep_models == "best":
             self._remove_models_but_the_best()

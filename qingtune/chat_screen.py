@@ -5,13 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TextIO
 
+from qingtune.output import give, safe, safe_piece, say
 from qingtune.thinking import CLOSING, OPENING, Part, ThinkingSplitter
 
 _DIM, _PLAIN, _LINE_ANEW = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
-# What would steer the terminal, as a model's text may hold anything: line feed and tab stay, carriage returns go.
-_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"} | {13: ""}
 
 
 @dataclass(frozen=True)
@@ -22,21 +20,16 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Show a notice."""
-        self._print(text, sys.stderr, dim=self.live and sys.stderr.isatty(), end="\n")
+        say(text, around=(_DIM, _PLAIN) if self.live and sys.stderr.isatty() else ("", ""))
 
     def write(self, text: str, *, dim: bool = False) -> None:
         """Show a piece of an answer."""
-        self._print(text, sys.stdout, dim=dim and self.live)
+        give(safe_piece(text) if self.live else text, end="", around=(_DIM, _PLAIN) if dim and self.live else ("", ""))
 
     def write_line_anew(self, text: str) -> None:
         """Put a dim text in place of the line on which the cursor is; nothing where lines stay as they are."""
         if self.live:
-            print(f"{_LINE_ANEW}{_DIM}{text}{_PLAIN}", end="", flush=True)
-
-    def _print(self, text: str, stream: TextIO, *, dim: bool, end: str = "") -> None:
-        if self.live or stream.isatty():
-            text = text.translate(_CONTROLS)
-        print(f"{_DIM}{text}{_PLAIN}" if dim else text, end=end, file=stream, flush=True)
+            give(safe(text), end="", around=(f"{_LINE_ANEW}{_DIM}", _PLAIN))
 
 
 class AnswerView:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 
 from qingtune.command_config import CheckConfig
 from qingtune.data.check import Report, Seen, as_json, as_lines, check_data
 from qingtune.data.prepare import check_files_exist
 from qingtune.data.tokenize import Template
 from qingtune.errors import UserError
+from qingtune.output import give, say
+from qingtune.redaction import redact
 
 
 def check(config: CheckConfig) -> int:
@@ -27,16 +28,16 @@ def check(config: CheckConfig) -> int:
     for name, paths in (("Training data", config.data), ("Evaluation data", config.eval_data)):
         if paths:
             reports[name], seen = check_data(
-                paths, config.system_prompt, template, limit, config.on_long, training, _tell
+                paths, config.system_prompt, template, limit, config.on_long, training, say
             )
             training = training or seen
     if config.json_report:
-        print(json.dumps({name: as_json(report) for name, report in reports.items()}, ensure_ascii=False, indent=2))
+        give(json.dumps({name: as_json(report) for name, report in reports.items()}, ensure_ascii=False, indent=2))
     else:
         for name, report in reports.items():
-            print("\n".join(as_lines(name, report, limit)))
+            give(redact("\n".join(as_lines(name, report, limit))))
         if template is None:
-            print("Token lengths and templates were not looked at: name a model with --model_name_or_path.")
+            give("Token lengths and templates were not looked at: name a model with --model_name_or_path.")
     return 2 if config.strict and any(report.faulty for report in reports.values()) else 0
 
 
@@ -50,12 +51,8 @@ def _template(config: CheckConfig) -> tuple[Template, int]:
     quieten()
     assert config.model_name_or_path is not None
     source = find_model(config.model_name_or_path, config.cache_dir, config.hub)
-    folder = local_folder(source, config.cache_dir, _tell)
+    folder = local_folder(source, config.cache_dir, say)
     template = make_template(load_tokenizer(folder), stop_ids(folder))
     for notice in template.notices:
-        _tell(notice)
+        say(notice)
     return template, min(config.max_seq_length, context_length(folder) or config.max_seq_length)
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,9 +26,10 @@ from qingtune.config_load import check_flags, load_config, load_train_config
 from qingtune.errors import UserError
 from qingtune.flags import parse_flags
 from qingtune.invocation import program, shown
-from qingtune.redaction import redacted_output
+from qingtune.output import OutputClosed, give, guarded_output, open_standard_streams, say
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+UNREAD = 141  # as of programs that end with SIGPIPE when `| head` has seen enough
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 TRAIN = "Fine-tune a model by full training, LoRA or QLoRA."
@@ -86,40 +86,39 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody read.
 
     Args:
         argv: the command and its flags; sys.argv's by default.
     """
-    with redacted_output():
+    open_standard_streams()
+    with guarded_output():
         try:
             return _run([*(sys.argv[1:] if argv is None else argv)])
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
             return WRONG_USAGE
+        except OutputClosed:
+            return UNREAD
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            say("interrupted")
             return INTERRUPTED
-        except BrokenPipeError:  # the reader of our output went away, as `| head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return DONE
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
-                traceback.print_exc()
-                return FAILED
-            print(f"error: {error.filename or 'writing'}: {error.strerror}. Make room on the disk.", file=sys.stderr)
-            return WRONG_USAGE
-        except Exception:  # a fault of ours; Python would show it past the redaction
-            traceback.print_exc()
+        except SystemExit:
+            raise
+        except BaseException as error:  # a fault of ours, or Rust's panic; Python would show it past the redaction
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                say(f"error: {error.filename or 'writing'}: {error.strerror}. Make room on the disk.")
+                return WRONG_USAGE
+            say(traceback.format_exc())
             return FAILED
 
 
 def _run(argv: Sequence[str]) -> int:
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help", "help"):
-        print(usage())
+        give(usage())
     elif name in ("-V", "--version"):
-        print(f"qingtune {__version__}")
+        give(f"qingtune {__version__}")
     elif name == "train":
         return _train(rest)
     elif name in COMMANDS:

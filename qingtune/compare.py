@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from qingtune.data.prepare import check_files_exist
 from qingtune.errors import UserError, raise_all
 from qingtune.files import sha256_of, write_json, write_text
 from qingtune.invocation import command_line
+from qingtune.output import say, show
 from qingtune.output_folder import check_output_folder, only_run_in
 from qingtune.plots import plot_comparison
 from qingtune.record import WEIGHTS_REMOVED, read_record
@@ -60,13 +60,13 @@ def compare(loaded: Loaded[CompareConfig], command: str) -> int:
     check_output_folder(output_dir, overwrite=config.overwrite_output_dir, first_file=BEGUN, what="a comparison")
     check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
     with only_run_in(output_dir), interruption() as stopping:
-        wait_for_left_behind(output_dir / TRIALS, stopping, _say)
+        wait_for_left_behind(output_dir / TRIALS, stopping, say)
         if stopping.asked:
-            _say(how_to_go_on)
+            say(how_to_go_on)
             return INTERRUPTED
         _begin(config, output_dir)
         for notice in notices:
-            _say(notice)
+            say(notice)
         bench = Bench(loaded, stopping)
         if config.space:
             run_search(bench, Search(config, output_dir / JOURNAL))
@@ -75,7 +75,7 @@ def compare(loaded: Loaded[CompareConfig], command: str) -> int:
         code = INTERRUPTED if stopping.asked else FAILED if bench.any_failed() else DONE
         _report(bench)
     if code == INTERRUPTED:
-        _say(how_to_go_on)
+        say(how_to_go_on)
     return code
 
 
@@ -188,10 +188,6 @@ def _remove_trials(folder: Path) -> None:
         ) from error
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 # --- The report ------------------------------------------------------------------------------------------------------
 
 
@@ -208,14 +204,14 @@ def _report(bench: Bench) -> None:
     write_json(output_dir / NUMBERS, redact_values({"about": about, "versions": versions, **as_json(comparison)}))
     if comparison.best:
         _draw(comparison, output_dir / PICTURE)
-        print(as_console(comparison, min(120, max(80, shutil.get_terminal_size().columns))))
+        show(as_console(comparison, min(120, max(80, shutil.get_terminal_size().columns))))
         best = bench.trial(comparison.best.setup, min(comparison.best.numbers))
-        print(f"Its settings: {best.config_file}; its result: {best.folder}")
+        show(f"Its settings: {best.config_file}; its result: {best.folder}")
         if (note := best.folder / WEIGHTS_REMOVED).exists():  # it was not the best yet when another's were kept
-            print(f"Its weights were removed; how to have them again: {note}")
+            show(f"Its weights were removed; how to have them again: {note}")
     else:
-        print("No trial is finished.")
-    print(f"Report: {output_dir / PAGE}, {NUMBERS}" + f", {PICTURE}" * bool(comparison.best))
+        show("No trial is finished.")
+    show(f"Report: {output_dir / PAGE}, {NUMBERS}" + f", {PICTURE}" * bool(comparison.best))
 
 
 def _about(config: CompareConfig, steps: Sequence[int], *, same_order: bool) -> list[str]:

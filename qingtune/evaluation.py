@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from qingtune.inference import SLOTS, Speaker, check_bits, prepare_speaker
 from qingtune.metrics import Outcome
 from qingtune.models.load import local_folder
 from qingtune.models.source import find_model, fingerprint, is_here
+from qingtune.output import say, show
 from qingtune.output_folder import only_run_in
 from qingtune.quiet import quieten
 from qingtune.record import SETTINGS, read_record
@@ -81,7 +81,7 @@ def evaluate(config: EvaluateConfig) -> None:
                 give_back_memory()
         except KeyboardInterrupt:
             without = " without --overwrite_output_dir" * config.overwrite_output_dir
-            _say(f"Stopped; the same command{without} goes on with it.")
+            say(f"Stopped; the same command{without} goes on with it.")
             raise
         about = _about(config, rows)
         with disk_errors("the evaluation", output_dir, "Make room and run the same command again."):
@@ -92,7 +92,7 @@ def evaluate(config: EvaluateConfig) -> None:
         if (output_dir / SETTINGS).exists():  # a run's own folder
             write_page(output_dir)
     print_report(about, changes, sides)
-    print(f"Written: {output_dir}")
+    show(f"Written: {output_dir}")
 
 
 def _check(config: EvaluateConfig) -> None:
@@ -178,11 +178,11 @@ def _base_of(config: EvaluateConfig, after: Speaker) -> str | None:
         return None
     fix = "Name the model to compare with as --before_model."
     if not is_here(record.base_model, config.cache_dir, config.hub):
-        _say(f"Compared with nothing: {record.base_model}, from which this was trained, is not here. {fix}")
+        say(f"Compared with nothing: {record.base_model}, from which this was trained, is not here. {fix}")
         return None
-    base = local_folder(find_model(record.base_model, config.cache_dir, config.hub), config.cache_dir, _say)
+    base = local_folder(find_model(record.base_model, config.cache_dir, config.hub), config.cache_dir, say)
     if fingerprint(base) != record.base_fingerprint:
-        _say(f"Compared with nothing: {base} has other weights than those from which this was trained. {fix}")
+        say(f"Compared with nothing: {base} has other weights than those from which this was trained. {fix}")
         return None
     return str(base)
 
@@ -355,8 +355,4 @@ def _run_harness(name: str, speaker: Speaker, identity: dict[str, Any], config: 
 
 
 def _labelled(name: str) -> Callable[[str], None]:
-    return lambda text: _say(f"{name}: {text}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    return lambda text: say(f"{name}: {text}")

@@ -11,6 +11,7 @@ from typing import Any
 from qingtune.bootstrap import RESAMPLES, SHARE, Change, Estimate, compare
 from qingtune.files import write_json, write_text
 from qingtune.metrics import Metric, Outcome, metrics_of, signatures
+from qingtune.output import show
 from qingtune.record import versions
 
 RESULT, MARKDOWN = "evaluation.json", "evaluation.md"
@@ -128,7 +129,7 @@ def _estimate_as_json(estimate: Estimate | None) -> dict[str, Any] | None:
 def print_report(about: About, changes: Sequence[Change], sides: Mapping[str, Side]) -> None:
     """Print the table, within 80 columns, and what it rests on."""
     for line in [*as_table(changes, compared="before" in sides), *_harness_lines(sides), *notes(about, changes, sides)]:
-        print(line)
+        show(line)
 
 
 def as_table(changes: Sequence[Change], *, compared: bool) -> list[str]:

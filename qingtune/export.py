@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from qingtune.models.gguf_layout import Layout, Value, layout_of
 from qingtune.models.gguf_vocab import MOST_ENDS, Ending, normalizes, vocabulary_of
 from qingtune.models.load import StoredWeights, load_tokenizer, stop_ids
 from qingtune.models.source import fingerprint, read_model_config, stored_in_4bit
+from qingtune.output import say, show
 from qingtune.quiet import quieten
 from qingtune.record import Record
 
@@ -96,16 +96,12 @@ def export(config: ExportConfig) -> None:
             shutil.rmtree(output_dir)
         move_into_place(half_done, output_dir)
     for remark in remarks:
-        _say(f"Note: {remark}")
-    print(
+        say(f"Note: {remark}")
+    show(
         f"Exported: {output_dir} ({', '.join(file.name for file in files)}, {MODELFILE}, {CARD})\n"
         f"Talk to it: {shown(['llama-cli', '-m', str(output_dir / files[0].name), '--jinja'])}\n"
         f"or: {shown(['cd', str(output_dir)])} && ollama create {name} -f {MODELFILE} && ollama run {name}"
     )
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _check_output(output_dir: Path, name: str, overwrite: bool) -> None:
@@ -174,16 +170,16 @@ def _metadata(name: str, layout: Layout, speech: Speech) -> dict[str, Value]:
 def _write(folder: Path, name: str, plan: Plan, read: Read) -> ExportedFile:
     """Write one GGUF file, read it back and compare it."""
     path = folder / f"{name}-{plan.quantize}.gguf"
-    _say(f"Writing {path.name} ({len(plan.layout.tensors)} tensors) ...")
+    say(f"Writing {path.name} ({len(plan.layout.tensors)} tensors) ...")
     if plan.undivided:
-        _say(
+        say(
             f"{len(plan.undivided)} tensors stay in 16 bits, as their rows do not divide by 32: {plan.undivided[0]} ..."
         )
     write_gguf(path, plan, read)
-    _say(f"Reading {path.name} back ...")
+    say(f"Reading {path.name} back ...")
     worst = check_gguf(path, plan, read)
     told = ", ".join(f"{kind} {error:.3%} ({tensor})" for kind, (error, tensor) in worst.items())
-    _say(f"Read back and compared with what it was made of; the largest error of a tensor: {told}.")
+    say(f"Read back and compared with what it was made of; the largest error of a tensor: {told}.")
     errors = {kind: error for kind, (error, _) in worst.items()}
     return ExportedFile(path.name, path.stat().st_size, sha256_of(path), errors)
 

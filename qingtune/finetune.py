@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from qingtune import output
 from qingtune.adapted_model import count_parameters, load_adapted_model
 from qingtune.adapters.files import save_adapter
 from qingtune.config import TrainConfig
@@ -98,7 +98,7 @@ def finetune(config: TrainConfig, *, notices: Sequence[str] = (), command: str =
     check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
     check_checkpoint_exists(config)
     processes = AcceleratedProcesses(config.report_to, output_dir)
-    say = _say if processes.index == 0 else _say_nothing
+    say = output.say if processes.index == 0 else _say_nothing
     for notice in notices:
         say(notice)
     with only_run_in(output_dir) if processes.index == 0 else nullcontext():
@@ -110,7 +110,7 @@ def finetune(config: TrainConfig, *, notices: Sequence[str] = (), command: str =
             say(f"Stopped and saved after step {result.steps}. To go on: {again}")
             return False
         if processes.index == 0:
-            print(_summary(config, result))
+            output.show(_summary(config, result))
     processes.finish()
     return True
 
@@ -132,7 +132,7 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
     if config.dry_run:
         report = plan_run(config, folder, hardware, data, processes.count).report
         if processes.index == 0:
-            print("\n".join(as_lines(report)))
+            output.show("\n".join(as_lines(report)))
         return None
     plan = try_to_plan(lambda: plan_run(config, folder, hardware, data, processes.count), say)
     settings = settings_to_compare(config, processes.count, data.hash, fingerprint(folder))
@@ -234,10 +234,6 @@ def _record(config: TrainConfig, opened: Opened, settings: dict[str, Any], resul
 def _check_vocabulary(model: PreTrainedModel, template: Template, folder: Path) -> None:
     if len(template.tokenizer) > cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings:
         raise UserError("the tokenizer knows more tokens than the model has embeddings", where=str(folder))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _say_nothing(_text: str) -> None:

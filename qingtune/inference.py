@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from qingtune.hardware import choose_hardware, free_bytes
 from qingtune.kernels.cached_decoder import CachedDecoder
 from qingtune.models.load import load_tokenizer, local_folder, stop_ids
 from qingtune.models.source import context_length, find_model, fingerprint
+from qingtune.output import give, say
 from qingtune.quiet import quieten
 from qingtune.record import Record, read_record
 
@@ -156,11 +156,11 @@ def find_base(config: ModelSettings, adapter: Path | None) -> tuple[Path, Record
             raise
         what = f"its base model is not to be found: {error.where or name}: {error.what}"
         raise UserError(what, where=str(adapter), fix="Name it as --base_model.") from error
-    folder = local_folder(source, config.cache_dir, _say)
+    folder = local_folder(source, config.cache_dir, say)
     if adapter is None:
         return folder, read_record(folder)
     if record is None:
-        _say("The adapter brings no record of its base (it was not written by qingtune); only shapes are checked.")
+        say("The adapter brings no record of its base (it was not written by qingtune); only shapes are checked.")
     elif record.base_fingerprint != fingerprint(folder):
         problem = UserError(
             f"the adapter was trained on other weights than this base ({record.base_model})",
@@ -169,7 +169,7 @@ def find_base(config: ModelSettings, adapter: Path | None) -> tuple[Path, Record
         )
         if not config.allow_other_base:
             raise problem
-        _say(f"Warning: {problem.what}.")
+        say(f"Warning: {problem.what}.")
     return folder, record
 
 
@@ -195,7 +195,7 @@ def prepare_speaker(config: InferConfig, slots: int = 1) -> Speaker:
         read_adapter_config(adapter)
     base, record = find_base(config, adapter)
     hardware = choose_hardware()
-    _say(f"Device: {hardware.reason}.")
+    say(f"Device: {hardware.reason}.")
     bits = 4 if config.load_in_4bit else 8 if config.load_in_8bit else None
     own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(adapter if own_tokenizer and adapter else base)
@@ -203,7 +203,7 @@ def prepare_speaker(config: InferConfig, slots: int = 1) -> Speaker:
     system = config.system_prompt if config.system_prompt is not None else record.system_prompt if record else None
     decoding = choose_decoding(config, base)
     return Speaker(
-        load=lambda: load_decoder(base, adapter, bits, hardware, config.cache_dir, slots, _say),
+        load=lambda: load_decoder(base, adapter, bits, hardware, config.cache_dir, slots, say),
         template=template,
         decoding=decoding,
         system_prompt=system,
@@ -235,19 +235,15 @@ def choose_decoding(config: InferConfig, folder: Path) -> Decoding:
 # --- Answering -------------------------------------------------------------------------------------------------------
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _stream(answer: Answer) -> None:
     """Print an answer as it is made, then its speed."""
     began = time.perf_counter()
     for piece in answer:
-        print(piece, end="", flush=True)
-    print(flush=True)
+        give(piece, end="")
+    give("")
     seconds = time.perf_counter() - began
     cut = "" if answer.ended else ", cut at max_new_tokens"
-    _say(f"[{len(answer.tokens)} tokens, {len(answer.tokens) / seconds:.1f} tok/s{cut}]")
+    say(f"[{len(answer.tokens)} tokens, {len(answer.tokens) / seconds:.1f} tok/s{cut}]")
 
 
 def _answer_file(speaker: Speaker, rows: list[tuple[dict[str, Any], Any]], config: InferConfig) -> None:
@@ -269,7 +265,7 @@ def _answer_file(speaker: Speaker, rows: list[tuple[dict[str, Any], Any]], confi
         file,
         len(questions),
         lambda done: answer_questions(speaker.decoder, speaker.template, questions[done:]),
-        _say,
+        say,
     )
     file.finish()
 
@@ -299,7 +295,7 @@ def _fit_slots(decoder: Decoder, questions: Sequence[Question], prompt_file: str
             fix=f"Use {shorter}, or --load_in_8bit or --load_in_4bit, with which the model takes less.",
         )
     if slots < decoder.slots:
-        _say(
+        say(
             f"Memory: {slots} instead of {decoder.slots} prompts at a time, as keys and values of {lengths[longest]:,} "
             f"tokens take {needed / 1e9:.2f} GB each and {free / 1e9:.2f} GB are free."
         )
@@ -311,9 +307,9 @@ def _answer_bundled(speaker: Speaker) -> None:
     text = "店铺信息：草莓蛋糕，营业时间"
     ids = speaker.template.tokenizer(text, add_special_tokens=False)["input_ids"]
     chinese = len(ids) / len(text) < TOKENS_PER_CHINESE_CHARACTER
-    _say(f"No prompt given: answering {BUNDLED_SHOWN} bundled samples ({'Chinese' if chinese else 'English'}).")
+    say(f"No prompt given: answering {BUNDLED_SHOWN} bundled samples ({'Chinese' if chinese else 'English'}).")
     for _, prompt in bundled_prompts(chinese=chinese):
-        print(f"\n{prompt[-1].content}\n---")
+        give(f"\n{prompt[-1].content}\n---")
         _stream(speaker.answer(prompt))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from qingtune.merge_check import Comparison, compare_merged, measure_lost
 from qingtune.models.load import StoredWeights, load_model, load_tokenizer, save_model, stop_ids, stored_dtype
 from qingtune.models.shards import add_tensor, copy_changed
 from qingtune.models.source import context_length, read_model_config, stored_in_4bit
+from qingtune.output import say, show
 from qingtune.quiet import quieten
 from qingtune.record import write_record
 
@@ -77,9 +77,9 @@ def merge(config: MergeConfig) -> None:
         with memory_errors("the merged model was compared", output_dir, _SMALLER):
             if config.save_in_4bit:
                 samples = _samples(template, base)
-                _say(check_weights(half_done, base, adapter))
+                say(check_weights(half_done, base, adapter))
                 lost = measure_lost(base, adapter, half_done, prompts, samples, template.stop_ids, hardware)
-                _say(judge(lost))
+                say(judge(lost))
             else:
                 _judge(compare_merged(base, adapter, half_done, prompts, template.stop_ids, hardware))
         if record:
@@ -87,11 +87,7 @@ def merge(config: MergeConfig) -> None:
         if output_dir.exists():
             shutil.rmtree(output_dir)
         move_into_place(half_done, output_dir)
-    print(f"Merged model: {output_dir}\nTalk to it: {command_line('chat', base_model=output_dir)}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    show(f"Merged model: {output_dir}\nTalk to it: {command_line('chat', base_model=output_dir)}")
 
 
 def _check_output(output_dir: Path, overwrite: bool) -> None:
@@ -114,7 +110,7 @@ def _write(folder: Path, base: Path, adapter: StoredAdapter) -> None:
     """Write the merged weights and their configuration, one tensor in memory at a time where names allow it."""
     stored = StoredWeights(base).shapes
     if not adapter.names - {HEAD} <= set(stored):  # stored under names that Transformers translates while it loads
-        _say("Merging in whole: the base's tensors have other names in its files than in the model.")
+        say("Merging in whole: the base's tensors have other names in its files than in the model.")
         model = load_model(base, torch.float32)
         load_adapter(model, adapter.folder)
         merge_lora(model)
@@ -163,7 +159,7 @@ def _judge(found: Comparison) -> None:
     Raises:
         UserError: further than the bound.
     """
-    _say(
+    say(
         f"Merged against base + adapter, {found.places:,} places: logits differ by {found.largest:.4f} at most, "
         f"{found.mean:.5f} on average (their spread is {found.spread:.2f}); the likeliest token agrees at "
         f"{found.agree:.1%}. Greedy answers: {found.same_answers} of {found.answers} are the same."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import sys
 from pathlib import Path
 
 from qingtune.command_config import PlanConfig
@@ -18,6 +17,7 @@ from qingtune.memory import PassTokens
 from qingtune.models.gguf_header import config_of_gguf
 from qingtune.models.shape import ModelShape, shape_of_config
 from qingtune.models.source import CONVERTED, cache_folder, find_header, read_model_config
+from qingtune.output import give, say
 from qingtune.plan_report import as_json, as_lines, make_report
 from qingtune.planning import Samples, fullest_group, most_tokens_of, training_batches
 from qingtune.speed import read_speeds
@@ -46,13 +46,13 @@ def plan(loaded: Loaded[PlanConfig], _command: str) -> None:
         from qingtune.calibration import calibrate
 
         with disk_errors("the speed of this machine", cache, "Choose another cache_dir."):
-            calibrate(cache, machine, lambda text: print(text, file=sys.stderr, flush=True))
+            calibrate(cache, machine, say)
     samples = suppose_samples(config, shape, machine, source.path)
     report = make_report(source.name, shape, config, machine, samples, read_speeds(cache))
     if config.json_report:
-        print(json.dumps(as_json(report), ensure_ascii=False, indent=2))
+        give(json.dumps(as_json(report), ensure_ascii=False, indent=2))
     else:
-        print("\n".join(as_lines(report)))
+        give("\n".join(as_lines(report)))
 
 
 def read_shape(path: Path) -> ModelShape:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 
 from qingtune.command_config import PushConfig
 from qingtune.errors import UserError, raise_all
+from qingtune.output import say, show
 from qingtune.output_folder import LOCK
 from qingtune.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SETTINGS
 from qingtune.redaction import redact
@@ -69,21 +69,21 @@ def push(config: PushConfig, hub: Hub | None = None) -> None:
     contents = look_through(folder)
     where = {"hf": "Hugging Face", "modelscope": "ModelScope"}[config.to]
     seen = "that only its owner sees (private)" if config.private else "that everybody sees (public)"
-    print(f"{folder} -> {where}, {config.repo}, a repository {seen} if it is made anew:")
+    show(f"{folder} -> {where}, {config.repo}, a repository {seen} if it is made anew:")
     for name, size in contents.published.items():
-        print(f"  {name}  {_size(size)}")
+        show(f"  {name}  {_size(size)}")
     total = sum(contents.published.values())
-    print(f"{len(contents.published)} files, {_size(total)}.")
+    show(f"{len(contents.published)} files, {_size(total)}.")
     if contents.left_out:
-        print(f"Left out: {', '.join(contents.left_out)}.")
+        show(f"Left out: {', '.join(contents.left_out)}.")
     if not config.confirm:
-        print("Nothing was uploaded. To do it, give the same command with --confirm.")
+        show("Nothing was uploaded. To do it, give the same command with --confirm.")
         return
     target = hub or (_HuggingFace() if config.to == "hf" else _modelscope())
     address = target.create(config.repo, private=config.private)
-    print(f"Uploading to {address} ...", file=sys.stderr, flush=True)
+    say(f"Uploading to {address} ...")
     target.upload(config.repo, folder, list(contents.published))
-    print(f"Published: {address}")
+    show(f"Published: {address}")
 
 
 def _size(number: int) -> str:

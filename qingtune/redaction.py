@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 HIDDEN = "***"
 SHORTEST = 8  # characters of a secret in the environment; shorter values would be found in ordinary words
@@ -47,36 +44,3 @@ def redact_values(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: redact_values(item) for key, item in value.items()}
     return [redact_values(item) for item in value] if isinstance(value, list) else value
-
-
-@contextmanager
-def redacted_output() -> Generator[None]:
-    """Redact all that this process writes to stdout and stderr meanwhile, by whomever."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Redacting(stream) for stream in before)  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
-
-
-class _Redacting:
-    """A text stream that redacts what is written to it."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Write, and say that all of it was; what the stream's encoding lacks is written as its number."""
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        self._stream.write(redact(text).encode(encoding, "backslashreplace").decode(encoding))
-        return len(text)
-
-    def writelines(self, lines: list[str]) -> None:
-        """Write several."""
-        for line in lines:
-            self.write(line)
-
-    def __getattr__(self, name: str) -> Any:
-        """Everything else is the stream's."""
-        return getattr(self._stream, name)

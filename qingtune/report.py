@@ -11,6 +11,7 @@ from qingtune.command_config import ReportConfig
 from qingtune.errors import UserError
 from qingtune.files import disk_errors, write_text
 from qingtune.invocation import command_line
+from qingtune.output import give
 from qingtune.page.render import render
 from qingtune.page.source import read_run
 from qingtune.record import METRICS, PAGE, RECORD, SETTINGS
@@ -28,7 +29,7 @@ def report(config: ReportConfig) -> None:
     if not any((folder / name).is_file() for name in (RECORD, SETTINGS, METRICS)):
         raise UserError("no training run here", where=config.output_dir, fix="Name the output_dir of a run.")
     page = write_page(folder)
-    print(page)
+    give(str(page))
     if config.open:
         webbrowser.open(page.resolve().as_uri())
 

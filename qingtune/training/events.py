@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qingtune.output import console, safe, say
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class LinesFile:
         except OSError as error:
             self.waiting = self._take_back(whole) + self.waiting
             if not self.failed:
-                print(f"Warning: {self.file.name}: {error.strerror}; lines wait in memory.", file=sys.stderr)
+                say(f"Warning: {self.file.name}: {error.strerror}; lines wait in memory.")
             self.failed = True
 
     def _take_back(self, start: int) -> bytes:
@@ -185,7 +185,7 @@ class ConsoleSink:
     """Progress on stderr: a bar on a terminal, plain lines elsewhere. Use as a context manager."""
 
     def __init__(self, total_steps: int, first_step: int) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = console()
         self.total_steps = total_steps
         self.done = first_step
         self.seconds: list[float] = []
@@ -214,7 +214,7 @@ class ConsoleSink:
     def __call__(self, event: Event) -> None:
         """Show an event."""
         if isinstance(event, Noted):
-            self.console.print(event.text, markup=False)
+            self.console.print(safe(event.text), markup=False)
         elif isinstance(event, Evaluated):
             self.console.print(f"step {event.step}: eval_loss {event.eval_loss:.4f}", markup=False)
         elif self.bar:
@@ -226,11 +226,7 @@ class ConsoleSink:
             self.seconds.append(event.seconds / max(1, event.step - self.done))
             self.done = event.step
             left = (self.total_steps - event.step) * sorted(self.seconds)[len(self.seconds) // 2]
-            print(
-                f"step {event.step}/{self.total_steps}  {self._line(event)}  {left:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"step {event.step}/{self.total_steps}  {self._line(event)}  {left:,.0f} s left")
 
     @staticmethod
     def _line(event: Stepped) -> str:

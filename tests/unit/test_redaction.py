@@ -9,7 +9,8 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 
 from qingtune.cli import main
-from qingtune.redaction import redact, redact_values, redacted_output
+from qingtune.output import guarded_output
+from qingtune.redaction import redact, redact_values
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_all_output_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        with redacted_output():
+        with guarded_output():
             print("a planted-secret")
             sys.stderr.writelines(["b planted-secret\n"])
             assert sys.stdout.isatty() is False
