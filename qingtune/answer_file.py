@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any, TextIO
 
 from qingtune.data.tokenize import Template
 from qingtune.errors import UserError
-from qingtune.files import write_json
+from qingtune.files import open_device, open_in_place, write_bytes, write_json
 from qingtune.generation import Decoder, Decoding, decode_answer, generate_many
 from qingtune.output import give
 
@@ -82,11 +83,13 @@ class AnswerFile:
             rows = self.rows_there()
             if rows:
                 say(f"{self.path}: {rows:,} answers are there; going on.")
-            stream = self.path.open("r+" if rows else "w", encoding="utf-8")
-            if rows:
-                _cut_after(stream, rows)
-            else:
+            if self.path.exists() and not self.path.is_file():  # such as /dev/null or a pipe
+                return io.TextIOWrapper(io.BufferedWriter(open_device(self.path)), encoding="utf-8"), 0
+            if not rows:
+                write_bytes(self.path, b"")
                 write_json(self._state, self.identity)
+            stream = io.TextIOWrapper(io.BufferedRandom(open_in_place(self.path)), encoding="utf-8", newline="\n")
+            _cut_after(stream, rows)
         except OSError as error:
             raise UserError(f"cannot be written: {error.strerror}", where=str(self.path)) from None
         return stream, rows
@@ -105,7 +108,7 @@ class AnswerFile:
         assert self.path
         if self.overwrite or not self.path.exists() or not self.path.stat().st_size:
             return 0
-        if not self.path.is_file():  # such as /dev/null or a pipe
+        if not self.path.is_file():
             return 0
         refuse_finished(self.path, self.setting)
         before = json.loads(self._state.read_text(encoding="utf-8"))

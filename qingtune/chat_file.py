@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from qingtune.data.format import Conversation, FileFacts, Message, conversations_of
 from qingtune.data.read import Fault
 from qingtune.errors import UserError
+from qingtune.files import open_in_place
 
 SUFFIX = ".jsonl"
 
@@ -39,14 +41,14 @@ def add_conversation(path: str, messages: Sequence[Message]) -> None:
     turns = [{"role": message.role, "content": message.content} for message in messages]
     line = json.dumps({"messages": turns}, ensure_ascii=False).encode() + b"\n"
     try:
-        with open(path, "ab+") as file:
+        with open_in_place(Path(path), append=True) as file:
             size = file.seek(0, os.SEEK_END)
             if size:
                 file.seek(size - 1)
                 line = line if file.read(1) == b"\n" else b"\n" + line
             try:
-                file.write(line)
-                file.flush()
+                while line:
+                    line = line[file.write(line) or 0 :]
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(size)

@@ -21,9 +21,11 @@ from prompt_toolkit.layout.processors import TabsProcessor
 from qingtune.chat_commands import COMMANDS, settable
 from qingtune.chat_input import LEAVING
 from qingtune.command_config import ChatOptions
-from qingtune.files import default_cache
+from qingtune.errors import UserError
+from qingtune.files import default_cache, open_in_place, replacing
 from qingtune.flags import value_of
 
+PRIVATE = 0o600  # permissions of a file that only its owner can read and write
 KEPT = 1000  # messages of the history; twice as many are in the file at most
 
 
@@ -164,7 +166,10 @@ class SavedHistory(History):
         except FileNotFoundError:
             return
         except OSError as error:
-            self._fail(error)
+            self._fail(error.strerror or str(error))
+            return
+        except UserError as error:
+            self._fail(error.what)
             return
         for line in reversed(lines[-KEPT:]):
             try:
@@ -181,24 +186,18 @@ class SavedHistory(History):
         line = json.dumps(string, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "ab", opener=_private) as file:
+            with open_in_place(self._path, append=True, mode=PRIVATE) as file:
+                os.chmod(self._path, PRIVATE)  # one that was there may have been open to others
                 file.write(line)
         except OSError as error:
-            self._fail(error)
+            self._fail(error.strerror or str(error))
+        except UserError as error:
+            self._fail(error.what)
 
     def _shorten(self, lines: list[bytes]) -> None:
-        half_done = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        with open(half_done, "wb", opener=_private) as file:
+        with replacing(self._path, PRIVATE) as file:
             file.write(b"".join(line + b"\n" for line in lines))
-        os.replace(half_done, self._path)
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, reason: str) -> None:
         self._broken = True
-        self.fault = f"{self._path}: {error.strerror}; what you type is not kept for later chats."
-
-
-def _private(path: str, flags: int) -> int:
-    """Open a file that only its owner can read and write."""
-    handle = os.open(path, flags, 0o600)
-    os.chmod(path, 0o600)  # one that was there may have been open to others
-    return handle
+        self.fault = f"{self._path}: {reason}; what you type is not kept for later chats."

@@ -21,7 +21,7 @@ from qingtune.data.format import Message
 from qingtune.data.templates import render_template
 from qingtune.data.tokenize import Template, make_template, prompt_ids
 from qingtune.errors import UserError
-from qingtune.files import disk_errors, move_into_place, sha256_of, staging_folder
+from qingtune.files import disk_errors, move_into_place, sha256_of, staging_folder, write_text
 from qingtune.inference import find_base
 from qingtune.invocation import shown
 from qingtune.model_card import CARD, ExportedFile, Origin, shown_name, write_card
@@ -253,7 +253,7 @@ def _write_modelfile(folder: Path, gguf: str, base: Path, speech: Speech) -> lis
             ]
     stops = [cast("str", tokenizer.convert_ids_to_tokens(number)) for number in sorted(speech.template.stop_ids)]
     written = modelfile(gguf, template, remarks, stops, speech.system_prompt, _sampling(base))
-    (folder / MODELFILE).write_text(written, encoding="utf-8", newline="\n")
+    write_text(folder / MODELFILE, written)
     return remarks
 
 

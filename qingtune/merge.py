@@ -15,7 +15,7 @@ from qingtune.command_config import MergeConfig
 from qingtune.data.format import read_conversations
 from qingtune.data.tokenize import Sample, Template, make_template, prompt_ids, tokenize
 from qingtune.errors import UserError
-from qingtune.files import disk_errors, move_into_place, staging_folder, write_json
+from qingtune.files import copy_file, disk_errors, move_into_place, staging_folder, write_json
 from qingtune.hardware import choose_hardware, memory_errors
 from qingtune.inference import bundled_heldout, bundled_prompts, find_base
 from qingtune.invocation import command_line
@@ -128,7 +128,7 @@ def _write(folder: Path, base: Path, adapter: StoredAdapter) -> None:
 def _write_rest(folder: Path, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     generation = base / "generation_config.json"
     if generation.exists() and not (folder / generation.name).exists():
-        shutil.copyfile(generation, folder / generation.name)
+        copy_file(generation, folder / generation.name)
     tokenizer.save_pretrained(folder)
 
 

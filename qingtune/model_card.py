@@ -11,6 +11,7 @@ from typing import Any
 
 from qingtune import __version__
 from qingtune.config import TrainConfig
+from qingtune.files import write_text
 from qingtune.record import METRICS, Record
 from qingtune.redaction import redact, redact_values
 
@@ -97,7 +98,7 @@ def write_card(path: Path, name: str, origin: Origin, files: Sequence[ExportedFi
     if _licence(origin.base) is None:
         unknown.append("The licence is not known here: it follows from the base model's and the data's.")
     lines += ["", "## What to know", "", *(f"- {sentence}" for sentence in [*limits, *unknown])]
-    path.write_text(redact("\n".join(lines) + "\n"), encoding="utf-8", newline="\n")
+    write_text(path, redact("\n".join(lines) + "\n"))
 
 
 def _what(origin: Origin) -> str:

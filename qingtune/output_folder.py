@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qingtune.errors import UserError, shorten
+from qingtune.files import open_in_place, refuse_links
 from qingtune.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SAMPLES, SETTINGS, WEIGHTS_REMOVED
 
 LOCK = ".qingtune.lock"
@@ -78,6 +79,7 @@ def only_run_in(output_dir: Path) -> Generator[None]:
     path = output_dir / LOCK
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        refuse_links(output_dir, [LOCK])
         lock = filelock.FileLock(path, timeout=0)
         lock.acquire()
     except filelock.Timeout:
@@ -91,7 +93,9 @@ def only_run_in(output_dir: Path) -> Generator[None]:
             f"output_dir cannot be written ({error.strerror})", where=str(output_dir), fix="Choose another output_dir."
         ) from None
     try:
-        path.write_text(f"process {os.getpid()}", encoding="utf-8")
+        with open_in_place(path) as file:
+            file.truncate()
+            file.write(f"process {os.getpid()}".encode())
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from qingtune.files import write_bytes
 from qingtune.fonts import font_for
 
 
@@ -29,7 +32,7 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(picture)
+    write_bytes(picture, _as_png(figure))
     plt.close(figure)
 
 
@@ -65,8 +68,14 @@ def plot_comparison(
         legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)  # patterns of modules hold dollar signs
-        figure.savefig(picture, bbox_inches="tight")
+        write_bytes(picture, _as_png(figure, bbox_inches="tight"))
         plt.close(figure)
+
+
+def _as_png(figure: Any, **settings: Any) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", **settings)
+    return content.getvalue()
 
 
 def _errors(spread: tuple[float, float, float]) -> list[list[float]]:

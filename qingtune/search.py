@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from qingtune.command_config import CompareConfig
 from qingtune.errors import UserError
+from qingtune.files import refuse_links
 from qingtune.setups import methods_to_compare
 from qingtune.values import Interval, TrainingMethod
 
@@ -59,6 +60,7 @@ class Search:
             if config.pruner == "halving"
             else optuna.pruners.NopPruner()
         )
+        refuse_links(journal.parent, [journal.name])
         storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal))))
         self.study = optuna.create_study(
             storage=storage, study_name="compare", direction="minimize", pruner=pruner, load_if_exists=True

@@ -20,7 +20,7 @@ import qingtune
 from qingtune.config import TrainConfig
 from qingtune.config_load import load_train_config
 from qingtune.errors import UserError
-from qingtune.files import write_json
+from qingtune.files import open_in_place, write_json, write_text
 from qingtune.invocation import command_line
 from qingtune.output_folder import who_writes_to
 from qingtune.record import LATEST, METRICS, RECORD, WEIGHTS_REMOVED, differences, read_record, settings_to_compare
@@ -172,7 +172,7 @@ def _run_process(
     here = str(Path(qingtune.__file__).resolve().parent.parent)  # a clone may not be installed
     paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     pruned, seen = False, 0
-    with trial.log_file.open("ab") as log:
+    with open_in_place(trial.log_file, append=True) as log:
         child = subprocess.Popen(
             training_command(trial),
             stdin=subprocess.DEVNULL,
@@ -236,7 +236,7 @@ def remove_model(trial: Trial) -> None:
         return
     command = command_line("train", "--overwrite_output_dir", config_file=trial.config_file)
     note = "Of whole models a comparison keeps the best one (keep_models). To train the weights of this one again:"
-    (trial.folder / WEIGHTS_REMOVED).write_text(f"{note}\n{command}\n", encoding="utf-8")
+    write_text(trial.folder / WEIGHTS_REMOVED, f"{note}\n{command}\n")
     for path in weights:
         path.unlink()
 

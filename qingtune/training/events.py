@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qingtune.files import open_in_place, write_bytes
 from qingtune.output import console, safe, say
 
 
@@ -125,7 +126,9 @@ class LinesFile:
         # As bytes, for the last line may be cut off within a character; it is left out, as nothing ends it.
         lines = path.read_bytes().split(b"\n")[:-1] if keep_to_step and path.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= keep_to_step]
-        self.file = path.open("wb", buffering=0)
+        self.path = path
+        write_bytes(path, b"")  # a file of its own, whoever has a link to the one before
+        self.file = open_in_place(path)
         self.waiting = b"".join(line + b"\n" for line in kept)
         self.failed = False
         self._write()
@@ -148,14 +151,13 @@ class LinesFile:
         except OSError as error:
             self.waiting = self._take_back(whole) + self.waiting
             if not self.failed:
-                say(f"Warning: {self.file.name}: {error.strerror}; lines wait in memory.")
+                say(f"Warning: {self.path}: {error.strerror}; lines wait in memory.")
             self.failed = True
 
     def _take_back(self, start: int) -> bytes:
         """Remove what was written after a place of the file; returns it."""
-        with open(self.file.name, "rb") as file:
-            file.seek(start)
-            written = file.read()
+        self.file.seek(start)
+        written = self.file.readall()
         self.file.truncate(start)
         self.file.seek(start)
         return written
