@@ -20,7 +20,7 @@ from qingtune.invocation import command_line
 from qingtune.output import say, show
 from qingtune.output_folder import check_output_folder, only_run_in
 from qingtune.plots import plot_comparison
-from qingtune.record import WEIGHTS_REMOVED, read_record
+from qingtune.record import FACTS, FEW_ROWS, WEIGHTS_REMOVED, read_record
 from qingtune.redaction import redact, redact_values
 from qingtune.search import Search, extremes, require_optuna
 from qingtune.setups import (
@@ -198,12 +198,15 @@ def _report(bench: Bench) -> None:
     trials = [bench.trial(setup, seed) for setup, of_seeds in bench.outcomes.values() for seed in of_seeds]
     records = [record for trial in trials if (record := read_record(trial.folder))]
     steps = sorted({record.results["steps"] for record in records})
-    about = _about(config, steps, same_order=not ordered_otherwise(comparison))
+    rows = next((count for trial in trials if (count := rows_evaluated(trial.folder))), None)
+    about = _about(config, steps, rows, same_order=not ordered_otherwise(comparison))
     write_text(output_dir / PAGE, redact(as_markdown(comparison, about)))
     versions = records[0].versions if records else {}
     write_json(output_dir / NUMBERS, redact_values({"about": about, "versions": versions, **as_json(comparison)}))
     if comparison.best:
         _draw(comparison, output_dir / PICTURE)
+        if rows:
+            show(_rows_line(rows))
         show(as_console(comparison, min(120, max(80, shutil.get_terminal_size().columns))))
         best = bench.trial(comparison.best.setup, min(comparison.best.numbers))
         show(f"Its settings: {best.config_file}; its result: {best.folder}")
@@ -214,26 +217,44 @@ def _report(bench: Bench) -> None:
     show(f"Report: {output_dir / PAGE}, {NUMBERS}" + f", {PICTURE}" * bool(comparison.best))
 
 
-def _about(config: CompareConfig, steps: Sequence[int], *, same_order: bool) -> list[str]:
+def rows_evaluated(folder: Path) -> int | None:
+    """Samples that a run was evaluated on, from its facts; None where they are missing."""
+    path = folder / FACTS
+    if not path.exists():
+        return None
+    evaluation = read_json_object(str(path)).get("data", {}).get("evaluation") or {}
+    return evaluation.get("summary", {}).get("samples")
+
+
+def _about(config: CompareConfig, steps: Sequence[int], rows: int | None, *, same_order: bool) -> list[str]:
     """What was trained on what.
 
     Args:
         steps: of finished trials, each number once.
+        rows: samples of the evaluation data; None where unknown.
         same_order: whether all setups train on the same samples in the same steps.
     """
     evaluated = ", ".join(config.eval_data_path or []) or f"{config.val_size:g} of it, held out"
     data = ", ".join(config.data_path or [])
     lines = [f"Model: {config.model_name_or_path}", f"Data: {data}; evaluated on {evaluated}"]
+    if rows:
+        lines.append(_rows_line(rows))
     if steps and same_order:
         samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
         lines.append(f"{steps[0]:,} steps of {samples} samples; all setups get the same ones in the same order")
     return lines
 
 
+def _rows_line(rows: int) -> str:
+    """On how many samples all losses rest, and that few of them prove little."""
+    few = " With so few, small differences may be chance." * (rows < FEW_ROWS)
+    return f"Evaluated on {rows:,} sample{'s' * (rows > 1)}.{few}"
+
+
 def _draw(comparison: Comparison, picture: Path) -> None:
     """Quality over memory; eval_loss where there is no quality."""
     rows = [row for row in comparison.rows if row.eval_loss and row.peak_bytes]
-    related = all(row.quality for row in rows)
+    related = all(row.quality and row.quality.least >= 0 for row in rows)
     points: list[tuple[str, tuple[float, float, float], tuple[float, float, float]]] = []
     for row in rows:
         across, up = row.peak_bytes, row.quality if related else row.eval_loss

@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from qingtune.setups import Setup
 from qingtune.trials import Numbers, Outcome
 
+# In nats: a quality is a share of what the reference learnt, and 16-bit losses of the same weights differ by 0.002.
+LEAST_GAIN = 0.05
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -33,7 +36,8 @@ class Row:
         outcomes: seed -> how its trial ended.
         trained_share: of the parameters.
         quality: how much of the reference's way from the base model's loss it came, as a share; seed by seed
-            (before - after) / (before - reference's after), `before` being the reference's.
+            (before - after) / (before - reference's after), `before` being the reference's. None where the reference
+            learnt too little for that (LEAST_GAIN, and its range over seeds).
         perplexity_ratio: its perplexity over the reference's, seed by seed.
         alike: whether its eval_loss differs from the reference's by no more than the larger of their ranges over seeds;
             None with fewer than two seeds, or for the reference itself.
@@ -138,7 +142,9 @@ def _relative(row: Row, reference: Row) -> Row:
     """The row with what rests on the reference, from the seeds that both have finished."""
     pairs = [(numbers, reference.numbers[s]) for s, numbers in row.numbers.items() if s in reference.numbers]
     gains = [(other.eval_loss_before - own.eval_loss, other.eval_loss_before - other.eval_loss) for own, other in pairs]
-    quality = [gain / whole for gain, whole in gains] if all(whole > 0 for _, whole in gains) else []
+    assert reference.eval_loss is not None
+    enough = max(LEAST_GAIN, reference.eval_loss.range)
+    quality = [gain / whole for gain, whole in gains] if all(whole >= enough for _, whole in gains) else []
     return replace(
         row,
         quality=_spread(quality),

@@ -191,10 +191,18 @@ def _about_quality(comparison: Comparison) -> list[str]:
     assert comparison.reference is not None
     name, reference = comparison.reference.setup.name, comparison.reference
     if reference.quality is None:
-        return [f"quality is left out: {name} did not lower eval_loss, so there is nothing to relate to."]
+        assert reference.eval_loss_before is not None
+        assert reference.eval_loss is not None
+        gain = reference.eval_loss_before.median - reference.eval_loss.median
+        if gain <= 0:
+            return [f"quality is left out: {name} did not lower eval_loss, so there is nothing to relate to."]
+        return [
+            f"quality is left out: {name}, the reference, lowered eval_loss by {gain:.4f}, which is too little to "
+            "compare others with. Train longer, or with a higher learning rate."
+        ]
     lines = [
         "quality: (before - after) / (before - after of the reference), in eval_loss, before being the reference's; "
-        f"seed by seed. 100 %: as good. The reference is {name}."
+        f"seed by seed. 100 %: as good; < 0 %: worse than before training. The reference is {name}."
     ]
     if any(row.alike for row in comparison.rows):
         lines.append("~: eval_loss differs from the reference's by no more than the larger of their ranges over seeds.")
@@ -253,8 +261,8 @@ def share(number: float) -> str:
 
 
 def percent(number: float) -> str:
-    """A share in percent, to one place."""
-    return f"{number * 100:.1f} %"
+    """A share in percent, to one place; how far below nothing it is tells nothing."""
+    return f"{number * 100:.1f} %" if number >= 0 else "< 0 %"
 
 
 def loss(number: float) -> str:

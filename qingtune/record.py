@@ -21,6 +21,8 @@ FACTS, PAGE, SAMPLES = "run_facts.json", "report.html", "eval_samples.jsonl"
 LATEST = "latest_checkpoint.json"  # names the checkpoint to go on from
 WEIGHTS_REMOVED = "weights_removed.txt"  # in place of a whole model that a comparison did not keep
 
+FEW_ROWS = 30  # of evaluation data, below which a small difference of losses may well be chance
+
 # Settings that may change from one start of a run to the next without changing what it computes.
 _MAY_CHANGE = {
     "dry_run", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "hub", "logging_steps",

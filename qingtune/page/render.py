@@ -29,6 +29,7 @@ from qingtune.page.words import (
     significant,
     size,
 )
+from qingtune.record import FEW_ROWS
 
 LONGEST_TEXT = 4000  # characters of a sample; what follows is counted
 _CHOSEN_ALWAYS = ("model_name_or_path", "data_path", "output_dir")
@@ -199,18 +200,34 @@ def _sentence(source: Source) -> Words:
             "seen. Give --eval_data_path or --val_size next time.",
             "没有留出评估数据，因此无法判断模型在没见过的数据上有无提升。下次请加上 --eval_data_path 或 --val_size。",
         )
+    rows = _rows_evaluated(source)
     if before is None:
-        return Words(f"Evaluation loss is {after:.4f}.", f"评估损失为 {after:.4f}。")
+        return Words(f"Evaluation loss is {after:.4f}{rows.english}", f"评估损失为 {after:.4f}{rows.chinese}")
     change = after / before - 1 if before else 0.0
     if after < before:
         return Words(
-            f"Evaluation loss fell by {-change:.1%}, from {before:.4f} to {after:.4f}.",
-            f"评估损失从 {before:.4f} 降到 {after:.4f}，下降 {-change:.1%}。",
+            f"Evaluation loss fell by {-change:.1%}, from {before:.4f} to {after:.4f}{rows.english}",
+            f"评估损失从 {before:.4f} 降到 {after:.4f}，下降 {-change:.1%}{rows.chinese}",
         )
     return Words(
-        f"Evaluation loss did not fall: {before:.4f} before, {after:.4f} after. A lower learning rate, fewer epochs or "
-        "more data may help.",
-        f"评估损失没有下降：训练前 {before:.4f}，训练后 {after:.4f}。可以试试更小的学习率、更少的轮数或更多的数据。",
+        f"Evaluation loss did not fall: {before:.4f} before, {after:.4f} after{rows.english} A lower learning rate, "
+        "fewer epochs or more data may help.",
+        f"评估损失没有下降：训练前 {before:.4f}，训练后 {after:.4f}{rows.chinese}"
+        "可以试试更小的学习率、更少的轮数或更多的数据。",
+    )
+
+
+def _rows_evaluated(source: Source) -> Words:
+    """The end of a sentence on the loss: on how many rows it rests, and that few of them prove little."""
+    count = ((source.facts.get("data") or {}).get("evaluation") or {}).get("summary", {}).get("samples")
+    if not count:
+        return Words(".", "。")
+    rows = Words(f", on {count:,} held-out sample{'s' * (count > 1)}.", f"（{count:,} 条留出样本）。")
+    if count >= FEW_ROWS:
+        return rows
+    return Words(
+        f"{rows.english} With so few, a small difference may be chance.",
+        f"{rows.chinese}样本太少，小的差异可能只是偶然。",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def test_interrupted_comparison_goes_on_and_is_reported(config: Path, tmp_path: 
     again = run(*argv, CUDA_VISIBLE_DEVICES="")
     assert again.returncode == 0, again.stderr
     assert "One seed (42)" in again.stdout
+    assert re.match(r"Evaluated on \d+ samples?\. With so few, small differences may be chance\.\n", again.stdout)
     assert max(map(len, again.stdout.splitlines()[:8])) <= 80
     log = (tmp_path / "compared" / "trials" / "lora-seed42.log").read_text(encoding="utf-8")
     assert "Stopped and saved after step" in log

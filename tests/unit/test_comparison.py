@@ -85,6 +85,26 @@ def test_without_full_the_best_is_the_reference() -> None:
     assert median(row(found, "qlora4").quality) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(
+    ("best", "gain"),
+    [
+        ([BEFORE - 0.001], "0.0010"),  # others once had a quality of "-3691.9 %" of it
+        ([BEFORE - 0.1, BEFORE - 0.4, BEFORE - 0.35], None),  # the range over seeds, 0.3, is below each gain but one
+        ([BEFORE - 0.4, BEFORE - 0.41], ""),
+    ],
+)
+def test_no_quality_where_the_reference_learned_too_little_to_tell(best: list[float], gain: str | None) -> None:
+    found = compared(lora=best, qlora4=[BEFORE + 0.037] * len(best))
+    page, screen = as_markdown(found, []), as_console(found)
+    assert (row(found, "qlora4").quality is None) is (gain != "")
+    assert ("too little to compare others with" in page) is (gain != "")
+    assert (gain or "") in page
+    assert "-3" not in screen.replace("---", "")
+    if gain == "":
+        assert "< 0 %" in screen
+        assert "< 0 %: worse than before training" in page
+
+
 def test_no_quality_where_the_reference_learned_nothing() -> None:
     found = compared(full=[4.1], lora=[3.0])
     assert row(found, "lora").quality is None

@@ -69,7 +69,8 @@ def test_the_page_of_a_whole_run_is_sound_and_shows_everything(folder: Path) -> 
     for words in (
         "我的面包店", "LoRA", "Qwen/Qwen2.5-0.5B-Instruct", "35.19 M (6.65%)", "2.450\u00a0→ 1.579",
         "70 分钟", "2.62 GB",
-        "评估损失从 2.4500 降到 1.5792，下降 35.5%。", "Evaluation loss fell by 35.5%, from 2.4500 to 1.5792.", POST,
+        "评估损失从 2.4500 降到 1.5792，下降 35.5%（30 条留出样本）。",
+        "Evaluation loss fell by 35.5%, from 2.4500 to 1.5792, on 30 held-out samples.", POST,
         "这是一家面包店，欢迎光临。", "+8.750 [+6.200,\u00a0+11.400]", "2.67 GB (+1.8%)",
         "optimizer states", "优化器状态",
         'samples.jsonl:118: "output" is empty', "layers.11.mlp.up_proj", "AMD EPYC 9R14", "5.23.0",
@@ -79,6 +80,17 @@ def test_the_page_of_a_whole_run_is_sound_and_shows_everything(folder: Path) -> 
     for id_ in ("curves", "answers", "evaluation", "memory", "data", "settings", "environment"):
         assert id_ in page.attributes("id")
     assert len([1 for tag, attributes in page.tags if "chart" in attributes.get("class", "").split()]) == 5
+
+
+@pytest.mark.parametrize(("rows", "few"), [(4, True), (29, True), (30, False)])
+def test_a_loss_says_on_how_many_rows_it_rests(folder: Path, rows: int, few: bool) -> None:
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    facts["data"]["evaluation"]["summary"]["samples"] = rows
+    (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    page = page_of(folder)
+    assert f"on {rows} held-out samples." in page.text
+    assert ("With so few, a small difference may be chance." in page.text) is few
+    assert ("样本太少" in page.text) is few
 
 
 def test_nothing_of_models_and_data_becomes_part_of_the_page(folder: Path) -> None:
@@ -159,7 +171,7 @@ def test_an_evaluation_loss_that_rose_is_said_so(folder: Path) -> None:
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     record["results"] |= {"eval_loss": 2.6, "eval_loss_before": 2.5}
     (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
-    assert "Evaluation loss did not fall: 2.5000 before, 2.6000 after." in page_of(folder).text
+    assert "Evaluation loss did not fall: 2.5000 before, 2.6000 after, on 30 held-out samples." in page_of(folder).text
 
 
 def test_the_result_of_a_run_that_keeps_its_best_evaluation_is_that_one(folder: Path) -> None:
