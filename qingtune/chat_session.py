@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 from qingtune.data.format import Message
 from qingtune.data.tokenize import Template, prompt_ids
+from qingtune.data.tokenizer_calls import decode
 from qingtune.thinking import OPENING
 
 LONGEST_OPENING = 16  # tokens at a prompt's end among which a tag that opens the thinking is looked for
@@ -64,7 +64,7 @@ class ChatSession:
 
     def opened_thinking(self, ids: Sequence[int]) -> str:
         """The tag with which a prompt itself opens the thinking, and the space after it; empty where it does not."""
-        tail = cast("str", cast("Any", self.template.tokenizer).decode(list(ids[-LONGEST_OPENING:])))
+        tail = decode(self.template.tokenizer, ids[-LONGEST_OPENING:])
         return tail[tail.rindex(OPENING) :] if tail.rstrip().endswith(OPENING) else ""
 
     def undo(self) -> Message | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import torch
 
 from qingtune.data.tokenize import Template
+from qingtune.data.tokenizer_calls import decode
 
 
 @dataclass(frozen=True)
@@ -190,4 +191,4 @@ class Answer:
 
 def decode_answer(template: Template, tokens: Sequence[int]) -> str:
     """The text of an answer's tokens."""
-    return cast("Any", template.tokenizer).decode(list(tokens), skip_special_tokens=True)
+    return decode(template.tokenizer, tokens, skip_special_tokens=True)

@@ -20,7 +20,7 @@ from lm_eval.tasks._yaml_loader import load_yaml  # pyright: ignore[reportMissin
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from qingtune.data.format import Message
-from qingtune.data.tokenize import encode_text, prompt_text
+from qingtune.data.tokenize import prompt_text
 from qingtune.errors import UserError
 from qingtune.generation import Decoding, decode_answer, generate_many
 from qingtune.inference import Speaker
@@ -121,23 +121,29 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         return f"qingtune-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Turns as the text of a prompt, with the system message of training; or with an answer's beginning."""
+        """Turns as the text of a prompt, with the system message of training; or with an answer's beginning.
+
+        The template's control tokens are sealed in it, so that a task's own text can hold none.
+        """
         messages = [Message(_role(turn["role"]), turn["content"]) for turn in chat_history]
         if self.speaker.system_prompt is not None and messages[0].role != "system":
             messages.insert(0, Message("system", self.speaker.system_prompt))
         if add_generation_prompt:
-            return prompt_text(self.template, messages)
-        return prompt_text(self.template, messages[:-1]) + messages[-1].content
+            return self.template.encoder.seal(prompt_text(self.template, messages))
+        return self.template.encoder.seal(prompt_text(self.template, messages[:-1])) + messages[-1].content
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """Ids of a text; a chat template has written special tokens already."""
-        return encode_text(self.template, string, start=self.speaker.plain and add_special_tokens is not False)
+        encoder = self.template.encoder
+        at_start = self.speaker.plain and add_special_tokens is not False
+        return encoder.plain_ids(string) if at_start else encoder.sealed_ids(string)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """The log of each text's likelihood, in windows as long as the context."""
         found: list[float] = []
         for (text,) in (request.args for request in requests):
-            windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            ids = self.tok_encode(text, add_special_tokens=False)  # the first window begins with the prefix
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
             pairs = [(("", ""), *make_disjoint_window(window)) for window in windows]
             found.append(sum(value for value, _ in self._loglikelihood_tokens(pairs)))
         return found

@@ -13,6 +13,7 @@ import torch
 
 from qingtune.answering import ModulesDecoder
 from qingtune.data.tokenize import Sample, Template
+from qingtune.data.tokenizer_calls import decode
 from qingtune.generation import Decoding, decode_answer, generate
 from qingtune.training.events import Evaluated, Event, LinesFile
 
@@ -71,9 +72,8 @@ class SampleAnswers:
         decoding = Decoding(max_new_tokens=room, temperature=0)  # at least one, as the reference came after the prompt
         # A decoder of its own, as one goes on from a prompt that begins alike, and the weights have changed since.
         tokens = list(generate(ModulesDecoder(self.model), prompt, decoding, self.template.stop_ids))
-        tokenizer: Any = self.template.tokenizer
         return {
-            "prompt": tokenizer.decode(prompt),
+            "prompt": decode(self.template.tokenizer, prompt),
             "reference": decode_answer(self.template, reference),
             "answer": decode_answer(self.template, tokens),
         }

@@ -7,15 +7,19 @@ text; where a template does not keep to this shape, the row is refused or the co
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from qingtune.data.control_tokens import find_control_tokens
+from qingtune.data.encoder import Encoder, unveil
 from qingtune.data.format import Conversation, Message
 from qingtune.data.read import Fault
 from qingtune.data.templates import TemplateError, render_template
+from qingtune.data.tokenizer_calls import decode, encode
 from qingtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # For models that bring no chat template: turns as headed paragraphs, an answer closed by the end-of-text token.
+# What the tokenizer puts before every text comes first.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'assistant' %}### Assistant:\n{{ message.content }}{{ eos_token }}\n\n"
@@ -55,6 +60,8 @@ class Template:
     """A tokenizer with its chat template, and what closes an assistant's turn.
 
     Attributes:
+        tokenizer: with its chat template.
+        encoder: makes ids of text; no control token comes of what users and rows say.
         end_of_turn: id of the token that ends an answer; always trained.
         appended: whether the template does not write that token itself, so that it is put after the answer.
         stop_ids: ids at which generation stops.
@@ -62,6 +69,7 @@ class Template:
     """
 
     tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
     end_of_turn: int
     appended: bool
     stop_ids: frozenset[int]
@@ -79,10 +87,12 @@ def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -
         UserError: the template cannot be used, or there is no token to end a turn with.
     """
     notices: list[str] = []
+    opening, closing = _put_around_texts(tokenizer)
     if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.chat_template = _written(tokenizer, opening) + PLAIN_TEMPLATE
         notices.append("The model brings no chat template; a plain one is used and saved with the result.")
     eos = cast("int | None", tokenizer.eos_token_id)
+    last = closing[-1] if eos is None and closing else eos
     probe = [Message("user", "a"), Message("assistant", "b")]
     try:
         prompt, whole = _render(tokenizer, probe[:1], True), _render(tokenizer, probe, False)
@@ -90,13 +100,14 @@ def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -
         raise UserError(
             f"the model's chat template fails: {error}", fix="Use a model with a working template."
         ) from None
-    special = set(tokenizer.all_special_ids) | {
-        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {*special, *tokenizer.all_special_ids, *stop_ids} - {
+        cast("int | None", tokenizer.unk_token_id)  # any character may be that
     }
-    after = [token for token in _encode(tokenizer, whole.removeprefix(prompt)) if token in special]
-    if not after and eos is None:
+    after = [token for token in encode(tokenizer, whole.removeprefix(prompt)) if token in special]
+    if not after and last is None:
         raise UserError("the model's tokenizer has no token that could end an answer")
-    end = after[-1] if after else cast("int", eos)
+    end = after[-1] if after else cast("int", last)
     name = cast("str", tokenizer.convert_ids_to_tokens(end))
     if not after:
         notices.append(f"The chat template does not end the assistant's turn; {name} is put after each answer.")
@@ -106,29 +117,47 @@ def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -
             "which never learned that token. LoRA leaves embeddings as they are and may not teach it to stop; "
             "prefer the Instruct model or full training."
         )
-    return Template(
-        tokenizer, end, not after, frozenset({*stop_ids, end, *([] if eos is None else [eos])}), tuple(notices)
-    )
+    stops: frozenset[int] = frozenset({*stop_ids, end, *([] if eos is None else [eos])})
+    control = find_control_tokens(tokenizer, lambda messages, ask: _render(tokenizer, messages, ask), stops)
+    return Template(tokenizer, Encoder(tokenizer, control, closing), end, not after, stops, tuple(notices))
+
+
+def _put_around_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before and after a text by itself."""
+    inner, whole = encode(tokenizer, "a"), encode(tokenizer, "a", add_special_tokens=True)
+    for start in range(len(whole) - len(inner) + 1):
+        if whole[start : start + len(inner)] == inner:
+            return whole[:start], whole[start + len(inner) :]
+    raise UserError("the model's tokenizer reads a text otherwise once it puts its own tokens around it")
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Tokens as a chat template writes them."""
+    texts = cast("list[str]", tokenizer.convert_ids_to_tokens(list(ids)))
+    bos = tokenizer.bos_token
+    return "".join("{{ bos_token }}" if text == bos else "{{ " + json.dumps(text) + " }}" for text in texts)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    return render_template(
-        tokenizer.get_chat_template(), tokenizer.special_tokens_map, turns, add_generation_prompt=add_generation_prompt
-    )
+    try:
+        return render_template(
+            tokenizer.get_chat_template(),
+            tokenizer.special_tokens_map,
+            turns,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except TemplateError as error:
+        raise TemplateError(unveil(str(error))) from None
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _encode_after(tokenizer: PreTrainedTokenizerBase, prompt: str, whole: str) -> list[int]:
+def _encode_after(template: Template, prompt: str, whole: str) -> list[int]:
     """Ids of what follows a prompt: as in the text in one go, unless the two melt into one token at the seam.
 
     Alone, the rest would get a space of its own from a SentencePiece tokenizer.
     """
-    before, ids = _encode(tokenizer, prompt), _encode(tokenizer, whole)
-    return ids[len(before) :] if ids[: len(before)] == before else _encode(tokenizer, whole[len(prompt) :])
+    before, ids = template.encoder.ids(prompt), template.encoder.ids(whole)
+    return ids[len(before) :] if ids[: len(before)] == before else template.encoder.ids(whole[len(prompt) :])
 
 
 def prompt_ids(template: Template, messages: Sequence[Message] | str) -> list[int]:
@@ -136,25 +165,19 @@ def prompt_ids(template: Template, messages: Sequence[Message] | str) -> list[in
 
     Args:
         messages: the turns so far, the last one not the assistant's; or plain text, for models trained on plain text.
+
+    Raises:
+        TemplateError: the chat template refuses the messages.
+        UserError: a content holds a control token's text, and this tokenizer cannot read that as text.
     """
     if isinstance(messages, str):
-        return _plain_ids(template, messages)
-    return _encode(template.tokenizer, prompt_text(template, messages))
+        return template.encoder.plain_ids(messages)
+    return template.encoder.ids(prompt_text(template, messages))
 
 
 def prompt_text(template: Template, messages: Sequence[Message]) -> str:
-    """What `prompt_ids` makes ids of."""
-    return _render(template.tokenizer, messages, True)
-
-
-def encode_text(template: Template, text: str, *, start: bool) -> list[int]:
-    """Ids of any text; with `start` after what the tokenizer puts in front of a text."""
-    return _plain_ids(template, text) if start else _encode(template.tokenizer, text)
-
-
-def _plain_ids(template: Template, text: str) -> list[int]:
-    ids = cast("list[int]", template.tokenizer(text)["input_ids"])
-    return ids[:-1] if len(ids) > 1 and ids[-1] == template.tokenizer.eos_token_id else ids
+    """What `prompt_ids` makes ids of, by the template's encoder."""
+    return _render(template.tokenizer, template.encoder.veil(messages), True)
 
 
 class _TemplateFault(Exception):
@@ -184,10 +207,9 @@ def tokenize(template: Template, conversations: Sequence[Conversation], max_seq_
         UserError: on_long is "raise" and a sample is longer.
     """
     result = Tokenized()
-    markers = [token.content for token in template.tokenizer.added_tokens_decoder.values() if token.special]
     for conversation in conversations:
         try:
-            samples = _samples(template, conversation, markers)
+            samples = _samples(template, conversation)
         except _TemplateFault as fault:
             result.faults.append(Fault(conversation.origin, str(fault)))
             continue
@@ -216,19 +238,25 @@ def _keep(sample: Sample, max_seq_length: int, on_long: str, result: Tokenized) 
         result.untrained.append(sample.origin)
 
 
-def _samples(template: Template, conversation: Conversation, markers: Sequence[str]) -> list[Sample]:
-    texts = [message.content for message in conversation.messages] if conversation.text is None else [conversation.text]
-    for marker in markers:
-        if any(marker in text for text in texts):
+def _samples(template: Template, conversation: Conversation) -> list[Sample]:
+    """The samples of a row.
+
+    What is trained holds no control token: a turn within a turn is nearly always a fault of the data.
+    """
+    trained = [message.content for message in conversation.messages if message.role == "assistant"]
+    for text in trained if conversation.text is None else [conversation.text]:
+        if marker := template.encoder.control_token_in(text, answer=conversation.text is None):
             raise _TemplateFault(f"holds {marker}, which the model reads as a control token")
     if conversation.text is not None:
-        ids = [*_plain_ids(template, conversation.text), template.end_of_turn]
+        ids = [*template.encoder.plain_ids(conversation.text), template.end_of_turn]
         return [_sample(ids, [(0, len(ids))], conversation.origin)]
     try:
         whole = _one_sample(template, conversation)
         return [whole] if whole else _sample_per_turn(template, conversation)
     except TemplateError as error:
         raise _TemplateFault(f"the chat template refuses it: {error}") from None
+    except UserError as error:
+        raise _TemplateFault(error.what) from None
 
 
 def _one_sample(template: Template, conversation: Conversation) -> Sample | None:
@@ -261,11 +289,11 @@ def _sample_per_turn(template: Template, conversation: Conversation) -> list[Sam
 
 def _answer_ids(template: Template, messages: Sequence[Message]) -> tuple[list[int], int]:
     """Ids of the last turn after its prompt, and how many of them, up to the end of turn, are trained."""
-    prompt = _render(template.tokenizer, messages[:-1], True)
-    whole = _render(template.tokenizer, messages, False)
+    turns = template.encoder.veil(messages)
+    prompt, whole = _render(template.tokenizer, turns[:-1], True), _render(template.tokenizer, turns, False)
     if not whole.startswith(prompt):
         raise _TemplateFault("the chat template does not write the answer right after its prompt")
-    ids = _encode_after(template.tokenizer, prompt, whole)
+    ids = _encode_after(template, prompt, whole)
     if template.appended:
         return [*ids, template.end_of_turn], len(ids) + 1
     if template.end_of_turn not in ids:
@@ -358,6 +386,6 @@ def show_example(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
     parts: list[str] = []
     edges = np.flatnonzero(np.diff(sample.trained.astype(np.int8))) + 1
     for ids, trained in zip(np.split(sample.token_ids, edges), np.split(sample.trained, edges), strict=True):
-        text = cast("str", cast("Any", tokenizer).decode(ids.tolist()))
+        text = decode(tokenizer, ids.tolist())
         parts.append(f">>>{text}<<<" if trained[0] else text)
     return "".join(parts)

@@ -193,11 +193,8 @@ def test_plain_text_is_trained_whole() -> None:
 
 
 @pytest.mark.parametrize("text", [f"stop {END} here", "<|im_start|>user", "a<|endoftext|>"])
-@pytest.mark.parametrize("place", [0, 1])
-def test_control_tokens_in_the_content_are_refused(text: str, place: int) -> None:
-    turns = [QUESTION, ANSWER]
-    turns[place] = Message(turns[place].role, text)
-    tokenized = tokenize(template_of("chatml"), *turns)
+def test_control_tokens_in_what_is_trained_are_refused(text: str) -> None:
+    tokenized = tokenize(template_of("chatml"), QUESTION, Message("assistant", text))
     assert not tokenized.samples
     (fault,) = tokenized.faults
     assert fault.origin == "a.jsonl:1"

@@ -1,0 +1,157 @@
+"""Text -> token ids, so that control tokens come from the chat template alone, never from what a user or a row says.
+
+Contents that hold the text of a control token are veiled before they are rendered: its first character is replaced by a
+mark that no one can guess. In what the template then writes, its own control tokens are sealed under names that no one
+can guess either, the marks become characters again, and a copy of the tokenizer that knows the control tokens by these
+names alone makes the ids: those that the text would have if the tokenizer had no control tokens. Text that holds none
+takes the usual way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+from qingtune.data.control_tokens import ControlTokens
+from qingtune.data.format import Message
+from qingtune.data.sealed_tokenizer import NAME, SECRET, SealedTokenizer, name_of, sealed_copy
+from qingtune.data.tokenizer_calls import encode
+from qingtune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MARK = re.compile(f"\ufdd0{SECRET}:([0-9]+)\ufdd1")
+
+
+class Encoder:
+    """A tokenizer whose control tokens cannot be forged.
+
+    Args:
+        tokenizer: with its chat template.
+        control: its control tokens.
+        closing: ids that the tokenizer puts after a text by itself.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, control: ControlTokens, closing: Sequence[int] = ()) -> None:
+        self._tokenizer, self._control, self._closing = tokenizer, control, list(closing)
+        self._normalizer = _normalizer_of(tokenizer, control)
+        texts = [*control.ids]
+        if self._normalizer is not None:
+            texts += [self._normalizer.normalize_str(text) for text in control.ids]
+        self._written = _pattern(control.ids)
+        self._foreign, self._in_answers = (
+            _pattern(texts), _pattern(text for text in texts if text not in control.markup)
+        )  # fmt: skip
+
+    def control_token_in(self, text: str, *, answer: bool = False) -> str | None:
+        """The first control token that a text would hold; in an answer, other than those that models write there."""
+        pattern = self._in_answers if answer else self._foreign
+        found = pattern.search(text)
+        if found is None and self._normalizer is not None:
+            found = pattern.search(self._normalizer.normalize_str(text))
+        return found[0] if found else None
+
+    def veil(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages for a template to write, so that `ids` tells their text from the template's own."""
+        return [Message(message.role, self._veiled(message)) for message in messages]
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of what a template wrote of veiled messages.
+
+        Raises:
+            UserError: a content holds a control token's text, and this tokenizer cannot read that as text.
+        """
+        return self.sealed_ids(self.seal(text)) if SECRET in text else encode(self._tokenizer, text)
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Ids of a text without a template, after what the tokenizer puts before a text by itself.
+
+        Raises:
+            UserError: it holds a control token's text, and this tokenizer cannot read that as text.
+        """
+        if forged := self.control_token_in(text):
+            if self._copy is None:
+                raise _not_as_text(forged)
+            ids = self._copy.ids(text, add_special_tokens=True)
+        else:
+            ids = encode(self._tokenizer, text, add_special_tokens=True)
+        count = len(self._closing)
+        return ids[:-count] if count and ids[-count:] == self._closing else ids
+
+    def seal(self, text: str) -> str:
+        """What a template wrote of veiled messages: its control tokens under names that no other text holds.
+
+        Raises:
+            UserError: the template changed the marks, or this tokenizer cannot read control tokens' text as text.
+        """
+        if self._copy is None:
+            if veiled := _MARK.search(text):
+                raise _not_as_text(self.control_token_in(unveil(text)) or chr(int(veiled[1])))
+            return text
+        sealed = unveil(self._written.sub(lambda found: name_of(self._control.ids[found[0]]), text))
+        if SECRET in NAME.sub("", sealed):
+            raise UserError("the chat template rewrites the text of a control token in it", fix=_LEAVE_OUT)
+        return sealed
+
+    def sealed_ids(self, text: str) -> list[int]:
+        """Ids of a sealed text, before and after which other text may have been put.
+
+        Raises:
+            UserError: other control tokens would come of it than were sealed.
+        """
+        return encode(self._tokenizer, text) if self._copy is None else self._copy.ids(text)
+
+    def _veiled(self, message: Message) -> str:
+        """A content, marked where it holds a control token or would form one with what is written around it."""
+        text, content = message.content, message.content.strip()
+        first = len(text) - len(text.lstrip())
+        places: set[int] = set()
+        answer = message.role == "assistant"
+        if self.control_token_in(text, answer=answer):
+            pattern = self._in_answers if answer else self._foreign
+            places = {found.start() for found in re.finditer(f"(?={pattern.pattern})", text)}
+            places = places or {first}  # it comes of normalising; any mark keeps the tokenizer's own tokens from it
+        heads, tails = self._control.heads, self._control.tails
+        if content and heads and (content.startswith(heads) or any(head.startswith(content) for head in heads)):
+            places.add(first)
+        if content and tails and content.endswith(tails):
+            places.add(first + len(content) - 1)
+        if not places:
+            return text
+        return "".join(
+            f"\ufdd0{SECRET}:{ord(letter)}\ufdd1" if place in places else letter for place, letter in enumerate(text)
+        )
+
+    @cached_property
+    def _copy(self) -> SealedTokenizer | None:
+        """Made when it is first needed: a large vocabulary takes a second."""
+        return sealed_copy(self._tokenizer, self._control.ids)
+
+
+_LEAVE_OUT = "Leave that out of the text."
+
+
+def unveil(text: str) -> str:
+    """Text with the characters that marks stand for."""
+    return _MARK.sub(lambda found: chr(int(found[1])), text)
+
+
+def _not_as_text(control_token: str) -> UserError:
+    return UserError(f"holds {control_token}, which this model's tokenizer cannot read as text", fix=_LEAVE_OUT)
+
+
+def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
+    """Finds the longest of several texts at the first place of any."""
+    longest_first = sorted(filter(None, set(texts)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _normalizer_of(tokenizer: PreTrainedTokenizerBase, control: ControlTokens) -> Any:
+    """What changes a text before control tokens are looked for in it; None where nothing does."""
+    if not tokenizer.is_fast:
+        return None
+    changed = any(token.normalized for token in tokenizer.added_tokens_decoder.values() if token.content in control.ids)
+    return cast("Any", tokenizer).backend_tokenizer.normalizer if changed else None

@@ -1,0 +1,103 @@
+"""A copy of a tokenizer that knows its control tokens by names that no text can hold, and by these alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from qingtune.data.tokenizer_calls import encode, panics_as_errors
+from qingtune.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+SECRET = str(secrets.randbits(64))  # that nobody can guess; digits, which templates that change case leave alone
+NAME = re.compile(f"\U00100000{SECRET}:([0-9]+)\U00100001")
+_PROBES = ("a", " x ", "Is it 12,345?  Yes!\n\n\tdéjà 你好 🥖")
+
+
+def name_of(number: int) -> str:
+    """By which a copy knows a control token."""
+    return f"\U00100000{SECRET}:{number}\U00100001"
+
+
+class SealedTokenizer:
+    """The copy.
+
+    Args:
+        copy: with names in place of the control tokens' texts.
+        control_ids: of the control tokens, as the tokenizer knows them.
+        unknown: the id of the token for unknown text, which any text may give.
+    """
+
+    def __init__(self, copy: Tokenizer, control_ids: set[int], unknown: int | None) -> None:
+        self._copy = copy
+        self._real = {copy.token_to_id(name_of(number)): number for number in control_ids}
+        self._counted = control_ids - {unknown}
+
+    def ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Ids of a text; with `add_special_tokens` between what the tokenizer puts around a text by itself.
+
+        Raises:
+            UserError: other control tokens would come of it than it names.
+        """
+        with panics_as_errors():
+            whole = self._copy.encode(text, add_special_tokens=add_special_tokens)
+        ids = [self._real.get(number, number) for number in whole.ids]
+        inner = [number for number, added in zip(ids, whole.special_tokens_mask, strict=True) if not added]
+        named = [int(number) for number in NAME.findall(text)]
+        if [n for n in inner if n in self._counted] != [n for n in named if n in self._counted]:
+            raise UserError("other control tokens would come of it than its chat template writes")
+        return ids
+
+
+def sealed_copy(tokenizer: PreTrainedTokenizerBase, control_ids: Mapping[str, int]) -> SealedTokenizer | None:
+    """Copy a tokenizer; None where the copy would read other text otherwise, or the tokenizer is written in Python.
+
+    Args:
+        tokenizer: stays as it is.
+        control_ids: of each control token by its text.
+    """
+    if not tokenizer.is_fast:
+        return None
+    from tokenizers import Tokenizer
+
+    content = json.loads(cast("Any", tokenizer).backend_tokenizer.to_str())
+    _rename(content, {text: name_of(number) for text, number in control_ids.items()})
+    try:
+        copy = Tokenizer.from_str(json.dumps(content))
+    except Exception:  # the library's own class is Exception itself; a merge needs a control token's text, for one
+        return None
+    if any(copy.token_to_id(name_of(number)) is None for number in control_ids.values()):
+        return None
+    sealed = SealedTokenizer(copy, set(control_ids.values()), cast("int | None", tokenizer.unk_token_id))
+    written = {"".join(f"{text}a {text}\n" for text in control_ids): "".join(
+        f"{name_of(number)}a {name_of(number)}\n" for number in control_ids.values()
+    )}  # fmt: skip
+    alike = all(
+        encode(tokenizer, theirs, add_special_tokens=around) == sealed.ids(ours, add_special_tokens=around)
+        for theirs, ours in [*((probe, probe) for probe in _PROBES), *written.items()]
+        for around in (False, True)
+    )
+    return sealed if alike else None
+
+
+def _rename(content: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Give control tokens other texts in what tokenizer.json holds."""
+    content["truncation"] = content["padding"] = None
+    for token in content["added_tokens"]:
+        if token["content"] in names:
+            token |= {"content": names[token["content"]], "normalized": False}
+    model = content["model"]
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # Unigram's, of pieces with their scores
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+    else:
+        for text in names.keys() & vocabulary.keys():
+            vocabulary[names[text]] = vocabulary.pop(text)
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
