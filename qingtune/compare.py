@@ -19,7 +19,7 @@ from qingtune.files import sha256_of, write_json, write_text
 from qingtune.invocation import command_line
 from qingtune.output import say, show
 from qingtune.output_folder import check_output_folder, only_run_in
-from qingtune.plots import plot_comparison
+from qingtune.plots import plot_comparison, try_to_draw
 from qingtune.record import FACTS, FEW_ROWS, WEIGHTS_REMOVED, read_record
 from qingtune.redaction import redact, redact_values
 from qingtune.search import Search, extremes, require_optuna
@@ -203,8 +203,9 @@ def _report(bench: Bench) -> None:
     write_text(output_dir / PAGE, redact(as_markdown(comparison, about)))
     versions = records[0].versions if records else {}
     write_json(output_dir / NUMBERS, redact_values({"about": about, "versions": versions, **as_json(comparison)}))
+    drawn = False
     if comparison.best:
-        _draw(comparison, output_dir / PICTURE)
+        drawn = try_to_draw(lambda: _draw(comparison, output_dir / PICTURE), PICTURE, say)
         if rows:
             show(_rows_line(rows))
         show(as_console(comparison, min(120, max(80, shutil.get_terminal_size().columns))))
@@ -214,7 +215,7 @@ def _report(bench: Bench) -> None:
             show(f"Its weights were removed; how to have them again: {note}")
     else:
         show("No trial is finished.")
-    show(f"Report: {output_dir / PAGE}, {NUMBERS}" + f", {PICTURE}" * bool(comparison.best))
+    show(f"Report: {output_dir / PAGE}, {NUMBERS}" + f", {PICTURE}" * drawn)
 
 
 def rows_evaluated(folder: Path) -> int | None:
