@@ -25,8 +25,9 @@ from qingtune.config import Settings, TrainConfig
 from qingtune.config_load import check_flags, load_config, load_train_config
 from qingtune.errors import UserError
 from qingtune.flags import parse_flags
+from qingtune.interrupt import Terminated, unwinding
 from qingtune.invocation import program, shown
-from qingtune.output import OutputClosed, give, guarded_output, open_standard_streams, say
+from qingtune.output import OutputClosed, give, guarded_output, lost_output, open_standard_streams, say
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 UNREAD = 141  # as of programs that end with SIGPIPE when `| head` has seen enough
@@ -86,13 +87,14 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody read.
+    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody read,
+    128 + the number of a signal that ended it before anything could be saved.
 
     Args:
         argv: the command and its flags; sys.argv's by default.
     """
     open_standard_streams()
-    with guarded_output():
+    with guarded_output(), unwinding():
         try:
             return _run([*(sys.argv[1:] if argv is None else argv)])
         except UserError as error:
@@ -103,7 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             say("interrupted")
             return INTERRUPTED
-        except SystemExit:
+        except Terminated as ended:
+            say(f"ended by {ended.name}")
+            return int(ended.code or FAILED)
+        except SystemExit:  # of --help
+            if any(lost.startswith("stdout") for lost in lost_output()):
+                return FAILED
             raise
         except BaseException as error:  # a fault of ours, or Rust's panic; Python would show it past the redaction
             if isinstance(error, OSError) and error.errno in _NO_ROOM:

@@ -26,6 +26,7 @@ from qingtune.evaluation_report import MARKDOWN, RESULT, About, Side, print_repo
 from qingtune.files import disk_errors, sha256_of, write_json
 from qingtune.hardware import give_back_memory
 from qingtune.inference import SLOTS, Speaker, check_bits, prepare_speaker
+from qingtune.interrupt import Terminated
 from qingtune.metrics import Outcome
 from qingtune.models.load import local_folder
 from qingtune.models.source import find_model, fingerprint, is_here
@@ -79,7 +80,7 @@ def evaluate(config: EvaluateConfig) -> None:
             for name in list(speakers):
                 sides[name] = _go_through(name, speakers.pop(name), rows, config)
                 give_back_memory()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated):
             without = " without --overwrite_output_dir" * config.overwrite_output_dir
             say(f"Stopped; the same command{without} goes on with it.")
             raise

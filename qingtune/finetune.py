@@ -24,12 +24,13 @@ from qingtune.environment import describe_machine
 from qingtune.errors import UserError
 from qingtune.files import copy_file, disk_errors, staging_folder, usual_permissions, write_json
 from qingtune.hardware import Hardware, choose_hardware
+from qingtune.interrupt import put_off
 from qingtune.invocation import command_line
 from qingtune.models.load import load_tokenizer, local_folder, save_model, stop_ids, stored_dtype
 from qingtune.models.source import context_length, find_model, fingerprint, stored_in_4bit
 from qingtune.output_folder import check_output_folder, only_run_in, prepare_output_folder
 from qingtune.plan_report import as_lines, short_lines
-from qingtune.plots import plot_losses
+from qingtune.plots import plot_losses, try_to_draw
 from qingtune.quiet import quieten
 from qingtune.record import (
     CURVE,
@@ -132,7 +133,7 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
     if config.dry_run:
         report = plan_run(config, folder, hardware, data, processes.count).report
         if processes.index == 0:
-            output.show("\n".join(as_lines(report)))
+            output.give("\n".join(as_lines(report)))
         return None
     plan = try_to_plan(lambda: plan_run(config, folder, hardware, data, processes.count), say)
     settings = settings_to_compare(config, processes.count, data.hash, fingerprint(folder))
@@ -157,13 +158,15 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
     if plan and processes.count == 1:
         keep_measured_speed(plan, output_dir / METRICS, say)
     del work  # and with it the optimizer's states, before the result takes memory
-    if result.finished and config.load_best_model_at_end:
-        load_best(output_dir, model, progress, say)
-    if processes.index == 0:
-        if result.finished:
-            save_result(config, model, opened.template, folder, _record(config, opened, settings, result))
-            plot_losses(output_dir / METRICS, output_dir / CURVE, title=output_dir.resolve().name)
-        page.write()
+    with put_off("Writing the result first. Once more to leave at once."):
+        if result.finished and config.load_best_model_at_end:
+            load_best(output_dir, model, progress, say)
+        if processes.index == 0:
+            if result.finished:
+                save_result(config, model, opened.template, folder, _record(config, opened, settings, result))
+                title = output_dir.resolve().name
+                try_to_draw(lambda: plot_losses(output_dir / METRICS, output_dir / CURVE, title), CURVE, say)
+            page.write()
     return result
 
 
@@ -226,7 +229,11 @@ def _record(config: TrainConfig, opened: Opened, settings: dict[str, Any], resul
         prompt_style=opened.data.style,
         stop_ids=sorted(opened.template.stop_ids),
         settings=settings,
-        results={**asdict(result), "evaluation_data": opened.data.evaluation_hash},
+        results={
+            **asdict(result),
+            "evaluation_data": opened.data.evaluation_hash,
+            **({"lost_output": lost} if (lost := output.lost_output()) else {}),
+        },
         versions=versions(),
     )
 
@@ -324,5 +331,6 @@ def _summary(config: TrainConfig, result: Result) -> str:
     talk = command_line("chat", base_model=base, lora_model=adapter)
     if (Path(config.output_dir) / PAGE).exists():
         lines.append(f"Report: {Path(config.output_dir) / PAGE}")
+    lines += [f"Not all messages were shown ({lost})." for lost in output.lost_output()]
     lines += [f"Result: {config.output_dir}", f"Talk to it: {talk}"]
     return "\n".join(lines)

@@ -1,10 +1,90 @@
-"""Ctrl-C while an answer is made: it breaks off the model's work, once, and nothing else."""
+"""Signals: what ends a command, what is put off until work is saved, and Ctrl-C while an answer is made."""
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
+
+Handler = Callable[[int, FrameType | None], object]
+# A kill, a terminal that is gone, and SLURM's warning that a job's time is nearly over; Windows has only the first.
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+# A person means it when one of these comes again; a terminal that goes away may tell so several times.
+_DELIBERATE = {signal.SIGINT, signal.SIGTERM}
+
+
+class Terminated(SystemExit):
+    """A signal that ends the command; unwinding removes what is half done. The exit code is 128 + its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
+
+
+@contextmanager
+def handled(numbers: Sequence[int], handler: Handler) -> Generator[None]:
+    """Have a function called for signals meanwhile; outside of the main thread they are somebody else's."""
+    before: dict[int, object] = {}
+    with suppress(ValueError):  # not the main thread
+        for number in numbers:
+            before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():  # None: not set from Python
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def unwinding() -> Generator[None]:
+    """Let the signals of ENDING unwind the process as Ctrl-C does; those that are ignored or handled are left alone.
+
+    One that follows during the unwinding changes nothing.
+    """
+    came: list[int] = []
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) == 1:
+            raise Terminated(number)
+
+    with handled([number for number in ENDING if signal.getsignal(number) == signal.SIG_DFL], end):
+        yield
+
+
+@contextmanager
+def put_off(message: str) -> Generator[list[int]]:
+    """Note Ctrl-C and the signals of ENDING in a list instead of ending; a second Ctrl-C or SIGTERM interrupts.
+
+    SIGHUP stays ignored where it is, as under nohup.
+
+    Args:
+        message: shown when the first one comes.
+    """
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if number in _DELIBERATE and not _DELIBERATE.isdisjoint(received):
+            raise KeyboardInterrupt
+        received.append(number)
+        if len(received) == 1:
+            tell_at_once(message)
+
+    with handled([signal.SIGINT, *heeded()], note):
+        yield received
+
+
+def heeded() -> list[int]:
+    """The signals of ENDING that are not ignored."""
+    return [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def tell_at_once(message: str) -> None:
+    """Show a line from within a signal handler, past all streams, which may be in use."""
+    with suppress(OSError):
+        os.write(2, f"\n{message}\n".encode())
 
 
 class Interruptible:
@@ -22,14 +102,15 @@ class Interruptible:
 
     def __enter__(self) -> Interruptible:
         """Take over Ctrl-C."""
-        self._before = signal.signal(signal.SIGINT, self._press)
+        self._taken = handled([signal.SIGINT], self._press)
+        self._taken.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Give it back."""
-        signal.signal(signal.SIGINT, self._before)
+        self._taken.__exit__(kind, error, traceback)
 
     def pieces(self, source: Iterator[str]) -> Iterator[str]:
         """The pieces of an answer until it ends or Ctrl-C is pressed."""

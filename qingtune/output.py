@@ -50,7 +50,11 @@ def say(text: str, around: tuple[str, str] = ("", "")) -> None:
 
 def show(text: str) -> None:
     """Show people a result that is written to files, on stdout."""
-    _guarded(sys.stdout, "stdout").put(safe(redact(text)) + "\n")
+    stdout = _guarded(sys.stdout, "stdout")
+    whole = not stdout.lost
+    stdout.put(safe(redact(text)) + "\n")
+    if whole and isinstance(stdout.fault, UserError):
+        say(f"Warning: {stdout.fault}")
 
 
 def give(text: str, end: str = "\n", around: tuple[str, str] = ("", "")) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from qingtune.command_config import PushConfig
 from qingtune.errors import UserError, raise_all
-from qingtune.output import say, show
+from qingtune.output import give, say, show
 from qingtune.output_folder import LOCK
 from qingtune.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SETTINGS
 from qingtune.redaction import redact
@@ -69,16 +69,16 @@ def push(config: PushConfig, hub: Hub | None = None) -> None:
     contents = look_through(folder)
     where = {"hf": "Hugging Face", "modelscope": "ModelScope"}[config.to]
     seen = "that only its owner sees (private)" if config.private else "that everybody sees (public)"
-    show(f"{folder} -> {where}, {config.repo}, a repository {seen} if it is made anew:")
-    for name, size in contents.published.items():
-        show(f"  {name}  {_size(size)}")
+    listing = [f"{folder} -> {where}, {config.repo}, a repository {seen} if it is made anew:"]
+    listing += [f"  {name}  {_size(size)}" for name, size in contents.published.items()]
     total = sum(contents.published.values())
-    show(f"{len(contents.published)} files, {_size(total)}.")
+    listing.append(f"{len(contents.published)} files, {_size(total)}.")
     if contents.left_out:
-        show(f"Left out: {', '.join(contents.left_out)}.")
+        listing.append(f"Left out: {', '.join(contents.left_out)}.")
     if not config.confirm:
-        show("Nothing was uploaded. To do it, give the same command with --confirm.")
+        give("\n".join([*listing, "Nothing was uploaded. To do it, give the same command with --confirm."]))
         return
+    show("\n".join(listing))
     target = hub or (_HuggingFace() if config.to == "hf" else _modelscope())
     address = target.create(config.repo, private=config.private)
     say(f"Uploading to {address} ...")

@@ -21,6 +21,7 @@ from qingtune.config import TrainConfig
 from qingtune.config_load import load_train_config
 from qingtune.errors import UserError
 from qingtune.files import open_in_place, write_json, write_text
+from qingtune.interrupt import handled, heeded, tell_at_once
 from qingtune.invocation import command_line
 from qingtune.output_folder import who_writes_to
 from qingtune.record import LATEST, METRICS, RECORD, WEIGHTS_REMOVED, differences, read_record, settings_to_compare
@@ -90,7 +91,7 @@ class Outcome:
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM, passed on to the trial that runs: its process saves and ends, and no other begins.
+    """Signals that end a command, passed on to the trial that runs: its process saves and ends, and no other begins.
 
     Attributes:
         asked: whether one came.
@@ -101,13 +102,13 @@ class Interruption:
         self.child: subprocess.Popen[bytes] | None = None
 
     def note(self, number: int, _frame: object) -> None:
-        """Take a signal; a second one has the process leave at once, as in training."""
+        """Take a signal; the trial's process takes a second one as training does."""
         self.asked = True
         if self.child is None:
-            os.write(2, b"\nStopping.\n")
+            tell_at_once("Stopping.")
         else:
-            os.write(2, b"\nThe trial finishes its step and saves. Once more to leave at once.\n")
-            self.child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            tell_at_once("The trial finishes its step and saves. Once more to leave at once.")
+            self.child.send_signal(number)
 
 
 def wait_for_left_behind(trials: Path, stopping: Interruption, say: Callable[[str], None]) -> None:
@@ -130,14 +131,8 @@ def wait_for_left_behind(trials: Path, stopping: Interruption, say: Callable[[st
 def interruption() -> Generator[Interruption]:
     """Have signals noted instead of ending this process."""
     noted = Interruption()
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])]
-    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup has SIGHUP ignored
-    before = {number: signal.signal(number, noted.note) for number in heeded}
-    try:
+    with handled([signal.SIGINT, *heeded()], noted.note):
         yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_trial(trial: Trial, stopping: Interruption, watch: Callable[[Sequence[dict[str, Any]]], bool]) -> Outcome:

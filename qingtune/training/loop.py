@@ -8,11 +8,8 @@ the seed and the step number alone, so a run that goes on from a checkpoint does
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,6 +18,7 @@ import torch
 from qingtune.data.batch import Batch
 from qingtune.errors import UserError
 from qingtune.hardware import is_out_of_memory, memory_errors
+from qingtune.interrupt import put_off
 from qingtune.training.events import Evaluated, Noted, Sink, Stepped
 from qingtune.training.optim import Schedule
 
@@ -114,13 +112,13 @@ def train(work: Work, limits: Limits, processes: Processes, emit: Sink, progress
         UserError: a window has no trained token; loss or gradient are not finite several steps in a row; or a run that
             was asked to stop cannot be saved.
     """
-    with _signals() as asked_to_stop:
+    with put_off("Finishing the step, then saving. Once more to leave at once.") as received:
         while progress.step < limits.total_steps:
             emit(_step(work, limits, processes, emit, progress))
             last = progress.step == limits.total_steps
             if _due(limits.evaluate_every, progress.step, last):
                 _evaluate(work, limits, emit, progress)
-            stopping = asked_to_stop(processes)
+            stopping = bool(processes.sum(torch.tensor(len(received))))
             best = limits.save_best and progress.best_step == progress.step
             if stopping and not last:
                 work.save(progress)
@@ -253,30 +251,3 @@ def _evaluate(work: Work, limits: Limits, emit: Sink, progress: Progress) -> Non
         progress.best_loss, progress.best_step = loss, progress.step
     epoch = progress.step / limits.steps_per_epoch
     emit(Evaluated(progress.step, epoch, loss, tokens, time.perf_counter() - began))
-
-
-@contextmanager
-def _signals() -> Generator[Callable[[Processes], bool]]:
-    """Let SIGINT and SIGTERM end the run after the step in progress; a second signal ends it at once."""
-    received: list[int] = []
-    before: dict[int, object] = {}
-
-    def note(number: int, _frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        os.write(2, b"\nFinishing the step, then saving. Once more to leave at once.\n")
-
-    def asked(processes: Processes) -> bool:
-        return bool(processes.sum(torch.tensor(len(received))))
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: signals are somebody else's
-        before.clear()
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
