@@ -25,7 +25,7 @@ from qingtune.files import disk_errors, move_into_place, sha256_of, staging_fold
 from qingtune.inference import find_base
 from qingtune.invocation import shown
 from qingtune.model_card import CARD, ExportedFile, Origin, shown_name, write_card
-from qingtune.modelfile import GO_PLAIN, TemplateNotExpressible, find_turns, modelfile
+from qingtune.modelfile import GO_PLAIN, TemplateNotExpressible, find_turns, left_out, modelfile
 from qingtune.models.gguf_file import KINDS, Plan, Read, check_gguf, write_gguf
 from qingtune.models.gguf_layout import Layout, Value, layout_of
 from qingtune.models.gguf_vocab import MOST_ENDS, Ending, normalizes, vocabulary_of
@@ -228,7 +228,7 @@ def _limits(base: Path, speech: Speech, quantize: Sequence[str]) -> list[str]:
 
 
 def _write_modelfile(folder: Path, gguf: str, base: Path, speech: Speech) -> list[str]:
-    """Write the Modelfile; returns remarks on its template."""
+    """Write the Modelfile; returns remarks on it."""
     tokenizer = speech.template.tokenizer
     text = tokenizer.get_chat_template()
 
@@ -252,6 +252,7 @@ def _write_modelfile(folder: Path, gguf: str, base: Path, speech: Speech) -> lis
                 "llama.cpp renders the one inside the GGUF file (llama-server --jinja)."
             ]
     stops = [cast("str", tokenizer.convert_ids_to_tokens(number)) for number in sorted(speech.template.stop_ids)]
+    remarks += left_out(stops, speech.system_prompt)
     written = modelfile(gguf, template, remarks, stops, speech.system_prompt, _sampling(base))
     write_text(folder / MODELFILE, written)
     return remarks

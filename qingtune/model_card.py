@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from typing import Any
 from qingtune import __version__
 from qingtune.config import TrainConfig
 from qingtune.files import write_text
+from qingtune.markdown import code, prose, table, value
 from qingtune.record import METRICS, Record
 from qingtune.redaction import redact, redact_values
 
 CARD = "README.md"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # OWNER/NAME
 # Told in lines of their own, or of no interest to others.
 _ELSEWHERE = {"model_name_or_path", "data_path", "eval_data_path", "system_prompt", "use_lora", "use_qlora"}
 _METHODS = {"full": "full training", "lora": "LoRA", "qlora": "QLoRA"}
@@ -52,7 +55,7 @@ class Origin:
 
 def shown_name(model: str) -> str:
     """A model's name without the folders of this machine: a hub's OWNER/NAME stays, of a path the last part."""
-    on_hub = model.count("/") == 1 and model[0] not in "./~" and not Path(model).parent.exists()
+    on_hub = model.count("/") == 1 and model[0] not in "./~" and not os.path.exists(os.path.dirname(model))
     return model if on_hub and "\\" not in model else _last_part(model)
 
 
@@ -93,18 +96,18 @@ def write_card(path: Path, name: str, origin: Origin, files: Sequence[ExportedFi
         "```",
     ]
     unknown = ["Nobody has judged the model's answers, unless it is said here by hand."]
-    if "/" not in origin.base_model:
+    if not _HUB_ID.fullmatch(origin.base_model):
         unknown.append("The base model's name on a hub is not known here; add `base_model: OWNER/NAME` above.")
     if _licence(origin.base) is None:
         unknown.append("The licence is not known here: it follows from the base model's and the data's.")
-    lines += ["", "## What to know", "", *(f"- {sentence}" for sentence in [*limits, *unknown])]
+    lines += ["", "## What to know", "", *(f"- {sentence}" for sentence in [*map(prose, limits), *unknown])]
     write_text(path, redact("\n".join(lines) + "\n"))
 
 
 def _what(origin: Origin) -> str:
     if origin.record:
-        return f"{origin.base_model} after {_METHODS.get(origin.record.method, origin.record.method)}"
-    return origin.base_model + " with an adapter merged in" * (origin.adapter is not None)
+        return f"{value(origin.base_model)} after {_METHODS.get(origin.record.method) or value(origin.record.method)}"
+    return value(origin.base_model) + " with an adapter merged in" * (origin.adapter is not None)
 
 
 def _front_matter(origin: Origin) -> list[str]:
@@ -113,7 +116,7 @@ def _front_matter(origin: Origin) -> list[str]:
     licence = _licence(origin.base)
     return [
         "---",
-        *([f"base_model: {origin.base_model}"] if "/" in origin.base_model else []),
+        *([f"base_model: {origin.base_model}"] if _HUB_ID.fullmatch(origin.base_model) else []),
         "library_name: gguf",
         *([f"license: {licence}"] if licence else []),
         "pipeline_tag: text-generation",
@@ -131,7 +134,7 @@ def _licence(base: Path) -> str | None:
         return None
     text = card.read_text(encoding="utf-8", errors="replace")
     head = text.split("\n---", 1)[0] if text.startswith("---") else ""
-    found = re.search(r"(?m)^license:\s*([\w.-]+)\s*$", head)
+    found = re.search(r"(?m)^license:[ \t]*(\w[\w.-]*)[ \t]*$", head, re.ASCII)
     return found[1] if found else None
 
 
@@ -145,28 +148,28 @@ def _no_record(origin: Origin) -> str:
 def _training(record: Record, origin: Origin) -> list[str]:
     settings = record.settings
     rows = {
-        "base model": f"{origin.base_model} (fingerprint `{record.base_fingerprint}`)",
-        "method": _METHODS.get(record.method, record.method),
+        "base model": f"{value(origin.base_model)} (fingerprint {code(record.base_fingerprint)})",
+        "method": _METHODS.get(record.method) or value(record.method),
         "data": _data(settings.get("data_path")),
-        "fingerprint of the tokenised data": f"`{settings.get('data', 'not known')}`",
+        "fingerprint of the tokenised data": code(str(settings.get("data", "not known"))),
         "evaluation data": _data(settings.get("eval_data_path")),
-        "system prompt": _code(record.system_prompt) if record.system_prompt else "none of its own",
+        "system prompt": code(record.system_prompt) if record.system_prompt else "none of its own",
         **_results(record.results),
         **_last_line(origin.adapter or origin.base),
-        "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()) or "not known",
+        "versions": ", ".join(value(f"{name} {version}") for name, version in record.versions.items()) or "not known",
     }
     return [
-        *_table(("", ""), rows.items()),
+        *table(("", ""), rows.items()),
         "",
         "Settings other than the defaults:",
         "",
-        *_table(("setting", "value"), _changed(settings).items()),
+        *table(("setting", "value"), _changed(settings).items()),
     ]
 
 
 def _data(paths: Any) -> str:
     names = [paths] if isinstance(paths, str) else list(paths or [])
-    return ", ".join(f"`{_last_part(str(name))}`" for name in names) or "none named"
+    return ", ".join(code(_last_part(str(name))) for name in names) or "none named"
 
 
 def _results(results: Mapping[str, Any]) -> dict[str, str]:
@@ -201,12 +204,12 @@ def _changed(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings that are not the defaults, as text; paths without their folders."""
     changed: dict[str, str] = {}
     for name, field in TrainConfig.model_fields.items():
-        value = redact_values(settings.get(name, field.default))
-        if name in _ELSEWHERE or value == field.default:
+        given = redact_values(settings.get(name, field.default))
+        if name in _ELSEWHERE or given == field.default:
             continue
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        changed[f"`{name}`"] = _code(_last_part(text) if text and text[0] in "./~" else text)
-    changed["samples a step"] = str(settings.get("samples a step", "not known"))
+        text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        changed[f"`{name}`"] = code(_last_part(text) if text and text[0] in "./~" else text)
+    changed["samples a step"] = value(str(settings.get("samples a step", "not known")))
     return changed
 
 
@@ -223,20 +226,4 @@ def _files(files: Sequence[ExportedFile]) -> list[str]:
     note = (
         "Each file was read back and compared with the weights it was made of; the largest error of a tensor is shown."
     )
-    return [*_table(("file", "size", "error", "SHA-256"), rows), "", note]
-
-
-def _table(head: Sequence[str], rows: Any) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")
-
-
-def _code(text: str) -> str:
-    """Text as code; one that holds backticks gets longer ones around it."""
-    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
-    space = " " * ("`" in text)
-    return f"{fence}{space}{text}{space}{fence}"
+    return [*table(("file", "size", "error", "SHA-256"), rows), "", note]

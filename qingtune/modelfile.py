@@ -8,6 +8,8 @@ out rather than guessed.
 from __future__ import annotations
 
 import itertools
+import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -69,8 +71,9 @@ class Turns:
 
 
 def _literal(text: str) -> str:
-    """Text that a Go template writes as it is."""
-    return text.replace("{{", '{{ "{{" }}')
+    """Text that a Go template writes as it is; a brace at its end must not open what follows."""
+    text = text.replace("{{", '{{ "{{" }}')
+    return f'{text[:-1]}{{{{ "{{" }}}}' if text.endswith("{") else text
 
 
 def find_turns(template: str, render: Render, bos: str | None) -> Turns:
@@ -109,8 +112,8 @@ def find_turns(template: str, render: Render, bos: str | None) -> Turns:
     )
     if end != after_user + prompt:
         raise TemplateNotExpressible("a later turn is written otherwise than the first")
-    if _QUOTES in turns.go_template():
-        raise TemplateNotExpressible(f"it writes {_QUOTES}, with which a Modelfile ends it")
+    if reason := _why_not_quoted(turns.go_template()):
+        raise TemplateNotExpressible(f"it writes {reason}")
     turns = replace(turns, changed=_compare(turns, render))
     return _without_bos(turns, bos) if bos else turns
 
@@ -182,6 +185,38 @@ def _without_bos(turns: Turns, bos: str) -> Turns:
 # --- The file --------------------------------------------------------------------------------------------------------
 
 
+def _why_not_quoted(text: str) -> str | None:
+    """What a Modelfile cannot hold of a text between quotes; None where it can.
+
+    Ollama's parser ends such a text at the first line that closes the quotes, and drops what Go does not print.
+    """
+    if _QUOTES in text:
+        return f"{_QUOTES}, with which a Modelfile ends a text"
+    dropped = sorted({letter for letter in text if letter not in "\n\r\t" and not _printed(letter)})
+    return f"{', '.join(f'U+{ord(letter):04X}' for letter in dropped[:3])}, which Ollama drops" if dropped else None
+
+
+def _printed(letter: str) -> bool:
+    return letter == " " or unicodedata.category(letter)[0] in "LMNPS"
+
+
+def _quoted(text: str) -> str:
+    """A value that holds no more than its text: a quote or the end of a line cannot end it before its end."""
+    return f'"{text}"' if not re.search('["\n\r]', text) else _QUOTES + text + _QUOTES
+
+
+def left_out(stops: Sequence[str], system_prompt: str | None) -> list[str]:
+    """What a Modelfile cannot hold or loses of these, a sentence each."""
+    found: list[str] = []
+    for stop in stops:
+        if reason := _why_not_quoted(stop):
+            found.append(f"A text at which answers end is left out of the Modelfile, as it holds {reason}.")
+    if system_prompt and (reason := _why_not_quoted(system_prompt)):
+        what = "No SYSTEM in the Modelfile, as" if _QUOTES in system_prompt else "Ollama changes the SYSTEM text, as"
+        found.append(f"{what} the system prompt of training holds {reason}.")
+    return found
+
+
 def modelfile(
     gguf: str,
     template: str | None,
@@ -195,18 +230,21 @@ def modelfile(
     Args:
         gguf: name of the file beside it.
         template: in Go's template language; None to leave it to Ollama.
-        remarks: on the template.
+        remarks: on what follows.
         stops: texts at which an answer ends.
         system_prompt: of training.
         sampling: Ollama's parameters.
     """
-    lines = ["# ollama create NAME -f Modelfile", f"FROM ./{gguf}", "", *(f"# {remark}" for remark in remarks)]
+    lines = ["# ollama create NAME -f Modelfile", f"FROM ./{gguf}", "", *(f"# {_one_line(text)}" for text in remarks)]
     if template is not None:
         lines.append(f"TEMPLATE {_QUOTES}{template}{_QUOTES}")
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops if not _why_not_quoted(stop)]
     lines += [f"PARAMETER {name} {value:g}" for name, value in sampling.items()]
-    if system_prompt and _QUOTES in system_prompt:
-        lines.append(f"# No SYSTEM: the system prompt of training holds {_QUOTES}, which a Modelfile cannot.")
-    elif system_prompt:
+    if system_prompt and _QUOTES not in system_prompt:
         lines.append(f"SYSTEM {_QUOTES}{system_prompt}{_QUOTES}")
     return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    """A comment, which ends where its line does."""
+    return "".join(letter if _printed(letter) else " " for letter in text)

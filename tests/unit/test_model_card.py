@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +91,53 @@ def test_no_secret_and_no_path_gets_in(tmp_path: Path) -> None:
     assert SECRET not in text
     assert "/srv" not in text
     assert r"| system prompt | `` key *** \| `x`<br>line `` |" in text
+
+
+HOSTILE = [
+    "x\nlicense: evil",
+    "x\r# Heading",
+    "evil/model\n---\n# Heading",
+    "[click](http://evil) ![](http://evil/x.png) http://evil www.evil.com",
+    "<script>alert(1)</script><img src=x onerror=alert(1)>",
+    "` <b>x</b> `` | a \\| <i>b</i>",
+    "a\u2028# Heading\n\n- item\n> quote",
+    "*bold* _x_ ~~y~~ $z$ &lt;",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_of_strangers_stays_text(text: str, tmp_path: Path) -> None:
+    """Every line begins as the card's own do, and outside of code nothing of the text is markup."""
+    of = replace(
+        record(system_prompt=text, lora_r=64),
+        method=text,
+        base_fingerprint=text,
+        settings={"data_path": [text], "data": text, "optim": text, "samples a step": text},
+        versions={text: text},
+    )
+    (tmp_path / "README.md").write_text(f"---\nlicense: {text}\n---\n", encoding="utf-8")
+    write_card(tmp_path / "card.md", "shop", Origin(text, text, tmp_path, None, of), [FILE], [text])
+    written = (tmp_path / "card.md").read_text(encoding="utf-8")
+    head, body = written.removeprefix("---\n").split("\n---\n", 1)
+    licence = re.compile(r"license: \w[\w.-]*")  # a word of the base's own card
+    assert [line for line in head.splitlines() if not licence.fullmatch(line)] == [
+        "library_name: gguf",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- gguf",
+        "- qingtune",
+    ]
+    begins = {"# shop", "## Tr", "## Fi", "## Us", "## Wh", "| ", "```", "- ", "Setti", "Each ", "llama", "ollam"}
+    lines = [line for line in body.splitlines() if line]
+    assert all(any(line.startswith(begin) for begin in begins) or line == lines[1] for line in lines)
+    outside = re.sub(r"(?<!`)(`+)(?!`)(?s:.+?)(?<!`)\1(?!`)", "", re.sub(r"```[^`]*```", "", body))
+    for line in outside.splitlines():
+        if not line.startswith(("#", "| ---")):
+            assert not re.search(r"(?<!\\)[*\[\]<>~$&]|(?<![\w\\])_|(?<!\\)_(?!\w)|https?://|www\.", line), line
+    for row in (line for line in lines if line.startswith("| ")):
+        assert len(re.findall(r"(?<!\\)\|", row)) in (3, 5), row
+
+
+@pytest.mark.parametrize("name", ["", "a\0b/c", "x" * 5000 + "/y", "\n/"])
+def test_names_that_are_no_paths_are_shown(name: str) -> None:
+    assert isinstance(shown_name(name), str)

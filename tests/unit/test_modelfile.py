@@ -6,13 +6,14 @@ import re
 from collections.abc import Sequence
 
 import go_template
+import modelfile_twin
 import pytest
 from conftest import CHATML
 
 from qingtune.data.format import Message
 from qingtune.data.templates import render_template
 from qingtune.data.tokenize import PLAIN_TEMPLATE
-from qingtune.modelfile import GO_PLAIN, Render, TemplateNotExpressible, find_turns, modelfile
+from qingtune.modelfile import GO_PLAIN, Render, TemplateNotExpressible, find_turns, left_out, modelfile
 
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + CHATML
 # Like Qwen3: thoughts are cut out of answers before the last question, and put around the one after it.
@@ -41,6 +42,7 @@ EXPRESSIBLE = {
         "{% if add_generation_prompt %}| assistant: {% endif %}"
     ),
     "braces": CHATML.replace("<|im_start|>", "{{ '{{ .System }}' }}"),
+    "braces at the edges": CHATML.replace("{{ message['content'] }}", "{{ '{{{' + message['content'] + '}}{' }}"),
 }
 CONVERSATIONS: list[list[tuple[str, str]]] = [
     [("user", "Bread?")],
@@ -107,7 +109,8 @@ def test_what_the_model_changes_in_contents_is_told(template: str, changed: list
         (CHATML.replace("{{ message['content'] }}", "{{ message['content'] | upper }}"), "depends on its content"),
         (CHATML.replace("{{ message['content'] }}", "{{ messages | length }}{{ message['content'] }}"), "depends"),
         (CHATML.replace("{{ message['content'] }}", "{{ message['content'] }}{{ message['content'] }}"), "once"),
-        (CHATML.replace("<|im_end|>", '"""'), "ends it"),
+        (CHATML.replace("<|im_end|>", '"""'), "ends a text"),
+        (CHATML.replace("<|im_end|>", "<\u200b>"), r"U\+200B, which Ollama drops"),
         ("{% for m in messages %}{{ loop.index }}{{ m.content }}\n{% endfor %}", "depends"),
         ("{% for m in messages %}{{ m.role }}:{{ m.content }} {% endfor %}assistant:", "depends"),
     ],
@@ -119,6 +122,7 @@ def test_what_the_model_changes_in_contents_is_told(template: str, changed: list
         "length",
         "twice",
         "quotes",
+        "a letter that is not printed",
         "numbered",
         "always a prompt",
     ],
@@ -148,11 +152,59 @@ def test_the_file_holds_everything() -> None:
     ]  # fmt: skip
 
 
-def test_what_a_modelfile_cannot_hold_is_left_out_and_told() -> None:
-    text = modelfile("m.gguf", None, ["why"], [], 'three """ quotes', {})
-    assert "TEMPLATE" not in text
-    assert not re.search("(?m)^SYSTEM", text)
-    assert "# No SYSTEM" in text
+# What a stranger's model could name its tokens, and what a system prompt may hold.
+VALUES = [
+    "<|im_end|>",
+    '<e>"\nFROM http://evil/model\nSYSTEM "evil',
+    '<e>"\rFROM http://evil/model',
+    '"',
+    '""',
+    'a "quoted" end"',
+    '"\n',
+    '""\n"',
+    "a\nb",
+    "a\n# b\nPARAMETER stop c",
+    " edges ",
+    "",
+    "\\",
+    "}}{{ .System }}",
+    "<\uff5cUser\uff5c>\u2581",
+    "line\r\nline\ttab",
+]
+LOST = [
+    'three """ quotes',
+    '"""\nFROM http://evil/model\nSYSTEM """',
+    "\x1b]52;c;\x07",
+    "a\u200db",
+    "\u3000",
+    "a\x00",
+    "\u2028",
+]
+
+
+@pytest.mark.parametrize("value", [*VALUES, *LOST])
+def test_no_value_ends_before_its_end(value: str) -> None:
+    text = modelfile("m.gguf", GO_PLAIN, [value, f"a remark: {value}"], [value, "</s>"], value, {"top_k": 20})
+    stops = [("stop", value)] * (value in VALUES) + [("stop", "</s>")]
+    *found, last = modelfile_twin.read(text)
+    held = '"""' not in value and value
+    system = [("system", "".join(c for c in value if c in VALUES[-1] or c.isprintable()))] if held else []
+    assert [*found, last] == [("from", "./m.gguf"), ("template", GO_PLAIN), *stops, ("top_k", "20"), *system]
+
+
+@pytest.mark.parametrize("value", LOST)
+def test_what_a_modelfile_cannot_hold_is_told(value: str) -> None:
+    stop, system = left_out([value], value)
+    assert "left out of the Modelfile, as it holds" in stop
+    assert ("No SYSTEM" if '"""' in value else "Ollama changes the SYSTEM text") in system
+    assert left_out(["</s>", *VALUES], VALUES[1]) == left_out([], None) == []
+
+
+def test_a_template_written_by_a_stranger_stays_within_its_quotes() -> None:
+    hostile = CHATML.replace("<|im_end|>", '<e>"\nFROM http://evil/model\nSYSTEM "evil"')
+    turns = find_turns(hostile, renderer(hostile), None)
+    text = modelfile("m.gguf", turns.go_template(), [], [], None, {})
+    assert modelfile_twin.read(text) == [("from", "./m.gguf"), ("template", turns.go_template())]
 
 
 def test_plain_text_is_passed_on() -> None:
