@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test check docs bench bench-inference faults lock audit clean
+.PHONY: help demo test check docs bench bench-inference faults attacks lock audit clean
 
 help:
 	@echo "make demo   install, get a model, fine-tune it on bundled data, show answers before and after"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench  train beside TRL, LLaMA-Factory and ms-swift: about an hour, several GB of environments"
 	@echo "make bench-inference  answer beside Transformers and llama.cpp: half an hour"
 	@echo "make faults break things for real and write docs/faults.md: half an hour"
+	@echo "make attacks attack the commands with strangers' files and settings: ten minutes"
 	@echo "make lock   write requirements_lock.txt anew"
 	@echo "make audit  look the locked packages up in the database of known weaknesses"
 	@echo "make clean  remove .venv and caches"
@@ -55,6 +56,9 @@ bench-inference: .venv/stable
 
 faults: .venv/dev
 	$(BIN)/python tools/faults.py
+
+attacks: .venv/dev
+	$(BIN)/python tools/attacks.py
 
 lock: .venv/made
 	$(BIN)/python -m pip install --quiet uv==0.13.9
