@@ -87,6 +87,11 @@ class MergeConfig(ModelSettings):
     lora_model: str = setting(..., "Model", "Folder of the adapter.")
     output_dir: str = setting(..., "Result", "Where the merged model is written.")
     overwrite_output_dir: bool = setting(False, "Result", "Replace an earlier merge in output_dir.")
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
+        None,
+        "Result",
+        "The number format in which weights are stored (default: as in the base); float32 rounds nothing.",
+    )
     save_in_4bit: bool = setting(
         False,
         "Result",

@@ -20,9 +20,9 @@ from qingtune.hardware import choose_hardware, memory_errors
 from qingtune.inference import bundled_heldout, bundled_prompts, find_base
 from qingtune.invocation import command_line
 from qingtune.merge_4bit import check_weights, judge, write_in_4bit
-from qingtune.merge_check import Comparison, compare_merged, measure_lost
+from qingtune.merge_check import Lost, check_rounded_once, check_same, judge_merging, measure_lost
 from qingtune.models.load import StoredWeights, load_model, load_tokenizer, save_model, stop_ids, stored_dtype
-from qingtune.models.shards import add_tensor, copy_changed
+from qingtune.models.shards import add_tensor, convert_changed, copy_changed, rounded
 from qingtune.models.source import context_length, read_model_config, stored_in_4bit
 from qingtune.output import say, show
 from qingtune.quiet import quieten
@@ -31,9 +31,6 @@ from qingtune.record import write_record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Rounding the merged weights to 16 bits moves logits a little. Mean difference measured in bf16, as a share of the
-# logits' spread: 1.9 % on SmolLM2-135M, 0.2 % on Qwen2.5-0.5B (docs/measurements.md).
-MOST_MEAN_DIFFERENCE = 0.03  # of the logits' standard deviation
 PROMPT_TOKENS = 160  # of each prompt that is compared, at most
 SAMPLE_TOKENS = 384  # of each sample whose answer's loss is compared, at most
 
@@ -47,6 +44,8 @@ def merge(config: MergeConfig) -> None:
         UserError: something is missing or does not fit, or the merged model differs by more than the bound.
     """
     quieten()
+    if config.save_in_4bit and config.save_dtype:
+        raise UserError("save_in_4bit and save_dtype are both given", fix="Choose one.")
     folder, output_dir = Path(config.lora_model), Path(config.output_dir)
     read_adapter_config(folder)
     _check_output(output_dir, config.overwrite_output_dir)
@@ -70,18 +69,19 @@ def merge(config: MergeConfig) -> None:
             with memory_errors("the adapter was merged", base, _SMALLER):
                 if config.save_in_4bit:
                     write_in_4bit(half_done, base, adapter)
+                    say(check_weights(half_done, base, adapter))
+                    dtypes = set[torch.dtype]()
                 else:
-                    _write(half_done, base, adapter)
+                    dtypes = _write(half_done, base, adapter, config.save_dtype and getattr(torch, config.save_dtype))
             _write_rest(half_done, base, tokenizer)
         prompts = _prompts(template, base)
         with memory_errors("the merged model was compared", output_dir, _SMALLER):
-            if config.save_in_4bit:
-                samples = _samples(template, base)
-                say(check_weights(half_done, base, adapter))
-                lost = measure_lost(base, adapter, half_done, prompts, samples, template.stop_ids, hardware)
-                say(judge(lost))
-            else:
-                _judge(compare_merged(base, adapter, half_done, prompts, template.stop_ids, hardware))
+            samples = _samples(template, base) if config.save_in_4bit else []
+            lost = measure_lost(
+                base, adapter, half_done, prompts, samples, template.stop_ids, hardware,
+                rounded=dtypes != {torch.float32},
+            )  # fmt: skip
+            say(judge(lost) if config.save_in_4bit else _judge(lost, dtypes))
         if record:
             write_record(half_done, record)
         if output_dir.exists():
@@ -106,23 +106,46 @@ def _check_output(output_dir: Path, overwrite: bool) -> None:
         )
 
 
-def _write(folder: Path, base: Path, adapter: StoredAdapter) -> None:
-    """Write the merged weights and their configuration, one tensor in memory at a time where names allow it."""
-    stored = StoredWeights(base).shapes
-    if not adapter.names - {HEAD} <= set(stored):  # stored under names that Transformers translates while it loads
+def _write(folder: Path, base: Path, adapter: StoredAdapter, dtype: torch.dtype | None) -> set[torch.dtype]:
+    """Write the merged weights and their configuration, one tensor in memory at a time where names allow it.
+
+    Args:
+        dtype: of all weights; None for that in which the base keeps each.
+
+    Returns:
+        the dtypes in which the changed weights are stored, as read back.
+    """
+    if not adapter.names - {HEAD} <= set(StoredWeights(base).shapes):
         say("Merging in whole: the base's tensors have other names in its files than in the model.")
-        model = load_model(base, torch.float32)
-        load_adapter(model, adapter.folder)
-        merge_lora(model)
-        save_model(model, folder, stored_dtype(base))
-        return
-    copy_changed(base, folder, adapter.names, adapter.merged)
+        return _write_whole(folder, base, adapter, dtype or stored_dtype(base))
     settings = read_model_config(base)
+    if dtype is None:
+        copy_changed(base, folder, adapter.names, adapter.merged)
+    else:
+        convert_changed(base, folder, adapter.names, adapter.merged, dtype)
+        names = ("dtype", *(name for name in ("torch_dtype",) if name in settings))  # as older configurations call it
+        settings |= dict.fromkeys(names, str(dtype).removeprefix("torch."))
     if adapter.unties(settings):
         embedding = StoredWeights(base).read(EMBEDDING)
-        add_tensor(folder, HEAD, adapter.merged(HEAD, embedding).to(embedding.dtype))
+        head = rounded(HEAD, adapter.merged(HEAD, embedding), dtype or embedding.dtype, base)
+        add_tensor(folder, HEAD, head)
         settings["tie_word_embeddings"] = False
     write_json(folder / "config.json", settings)
+    return check_rounded_once(folder, base, adapter)
+
+
+def _write_whole(folder: Path, base: Path, adapter: StoredAdapter, dtype: torch.dtype) -> set[torch.dtype]:
+    """The same by Transformers, which translates the names in the files while it loads and saves."""
+    model = load_model(base, torch.float32)
+    load_adapter(model, adapter.folder)
+    merge_lora(model)
+    for name, parameter in model.named_parameters():
+        parameter.data = rounded(name, parameter.data, dtype, base)
+    save_model(model, folder, dtype)
+    written = load_model(folder, dtype)
+    for (name, wanted), (_, found) in zip(model.named_parameters(), written.named_parameters(), strict=True):
+        check_same(name, found.data, wanted.data, folder)
+    return {dtype}
 
 
 def _write_rest(folder: Path, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -153,16 +176,26 @@ def _samples(template: Template, base: Path) -> list[Sample]:
     return tokenize(template, conversations, most, "truncate").samples
 
 
-def _judge(found: Comparison) -> None:
-    """Tell how far the logits moved.
+def _judge(lost: Lost, dtypes: set[torch.dtype]) -> str:
+    """Where the difference from base + adapter comes from, for the user.
+
+    Args:
+        lost: merging in fp32 and the written model, each against base + adapter.
+        dtypes: in which the changed weights are stored.
 
     Raises:
-        UserError: further than the bound.
+        UserError: merging itself changed the logits.
     """
-    say(
-        f"Merged against base + adapter, {found.places:,} places: logits differ by {found.largest:.4f} at most, "
-        f"{found.mean:.5f} on average (their spread is {found.spread:.2f}); the likeliest token agrees at "
-        f"{found.agree:.1%}. Greedy answers: {found.same_answers} of {found.answers} are the same."
+    merging, found = judge_merging(lost.merging), lost.result
+    agreed = (
+        f"the likeliest token agrees at {found.agree:.1%}. Greedy answers: {found.same_answers} of {found.answers} are "
+        "the same."
     )
-    if not found.mean <= MOST_MEAN_DIFFERENCE * found.spread:
-        raise UserError("the merged model differs from base + adapter beyond rounding; nothing was written")
+    if dtypes <= {torch.float32}:
+        return f"{merging}\nStored in float32, and read back: nothing is rounded; {agreed}"
+    kinds = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return (
+        f"{merging}\nStored in {kinds}, and read back: each weight is the merged one rounded once. That alone moves "
+        f"logits by {found.largest:.4f} at most, {found.mean:.5f} on average, {found.mean / found.spread:.2%} of their "
+        f"spread; {agreed} --save_dtype float32 rounds nothing, at twice the size."
+    )

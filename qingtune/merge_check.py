@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from qingtune.adapters.lora import merge_lora
 from qingtune.adapters.stored import EMBEDDING, StoredAdapter
 from qingtune.answering import Assembly, load_decoder, open_model
 from qingtune.data.tokenize import Sample
+from qingtune.errors import UserError
 from qingtune.generation import Decoding, generate_many
 from qingtune.hardware import Hardware, give_back_memory
 from qingtune.kernels.cached_decoder import CachedDecoder
@@ -23,6 +24,9 @@ from qingtune.models.source import read_model_config
 
 ANSWER_TOKENS = 32
 ROWS_AT_A_TIME = 32  # places whose logits are there at once
+# Merging in fp32 against the adapter beside its weights: what changes the order of sums. The largest difference of two
+# logits, as a share of the logits' standard deviation.
+MOST_MERGING_DIFFERENCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Lost:
-    """What storing in 4 bits lost.
+    """What storing the merged weights lost, against the adapter beside the base's weights.
 
     Attributes:
-        merging: weights merged in fp32, before anything is rounded, against the adapter beside them.
-        result: the written model against the adapter beside the base's weights.
+        merging: weights merged in fp32, before anything is rounded.
+        result: the written model.
         samples: with answers of their own.
         losses: per token of these answers on average, of base and adapter and of the written model; None without any.
     """
 
     merging: Comparison
     result: Comparison
-    samples: int
-    losses: tuple[float, float] | None
+    samples: int = 0
+    losses: tuple[float, float] | None = None
 
 
 class _Side(Protocol):
@@ -102,24 +106,65 @@ class _Modules:
         return self.model.get_output_embeddings()(states)
 
 
-@torch.inference_mode()
-def compare_merged(
-    base: Path,
-    adapter: StoredAdapter,
-    merged: Path,
-    prompts: Sequence[Sequence[int]],
-    stop_ids: frozenset[int],
-    hardware: Hardware,
-) -> Comparison:
-    """Compare in fp32, in which the models differ only by what merging rounded.
+def read_back(folder: Path, base: Path, adapter: StoredAdapter) -> Generator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Each tensor of a written model: its name, what was merged, and what the files hold, one at a time.
 
-    The merged model answers the prompts by the likeliest tokens, as it will for the user; then both go over prompts
-    and answers. An answer counts as the same where both would have chosen the same token at each of its places.
+    Raises:
+        UserError: a tensor of the base is missing in the files.
     """
-    sequences = _answered(merged, prompts, stop_ids, hardware)
-    before = _States(_side(base, adapter, hardware, len(sequences)), sequences)
-    after = _States(_side(merged, None, hardware, len(sequences)), sequences)
-    return _compare(before, after, prompts)
+    stored, written = StoredWeights(base), StoredWeights(folder)
+    for name in written.shapes:
+        weight = stored.read(name if name in stored.shapes else EMBEDDING)  # of which a head of its own is made
+        yield name, adapter.merged(name, weight), written.read(name)
+        give_back_memory()
+    if missing := sorted(set(stored.shapes) - set(written.shapes)):
+        raise UserError(f"{missing[0]} is missing in what was written; nothing was written", where=str(folder))
+
+
+def check_rounded_once(folder: Path, base: Path, adapter: StoredAdapter) -> set[torch.dtype]:
+    """Read a written model back: each weight must be the merged one, rounded to the dtype in which it is stored.
+
+    Returns:
+        the dtypes of the weights that the adapter changes.
+
+    Raises:
+        UserError: a weight is another.
+    """
+    dtypes: set[torch.dtype] = set()
+    for name, merged, found in read_back(folder, base, adapter):
+        check_same(name, found, merged.to(found.dtype), folder)
+        if name in adapter.names:
+            dtypes.add(found.dtype)
+    return dtypes
+
+
+def check_same(name: str, found: torch.Tensor, wanted: torch.Tensor, folder: Path) -> None:
+    """Compare a tensor that was read back, bit for bit.
+
+    Raises:
+        UserError: it is not what was to be written.
+    """
+    one, two = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (found, wanted))
+    if found.shape != wanted.shape or not torch.equal(one, two):
+        raise UserError(f"{name} is not what was merged; nothing was written", where=str(folder))
+
+
+def judge_merging(merging: Comparison) -> str:
+    """How far merging alone, in fp32, is from base and adapter, for the user.
+
+    Raises:
+        UserError: further than the order of sums explains.
+    """
+    told = f"{merging.largest:.2g} at most, {merging.largest / merging.spread:.2g} of their spread"
+    if not merging.largest <= MOST_MERGING_DIFFERENCE * merging.spread:
+        raise UserError(
+            f"merged in fp32, the logits differ from those of base + adapter by {told}, where "
+            f"{MOST_MERGING_DIFFERENCE:g} is allowed; nothing was written"
+        )
+    return (
+        f"Merged in fp32, before anything is rounded, the model equals base + adapter: over {merging.places:,} places "
+        f"the logits differ by {told} ({MOST_MERGING_DIFFERENCE:g} is allowed)."
+    )
 
 
 @torch.inference_mode()
@@ -131,19 +176,30 @@ def measure_lost(
     samples: Sequence[Sample],
     stop_ids: frozenset[int],
     hardware: Hardware,
+    *,
+    rounded: bool = True,
 ) -> Lost:
-    """Compare a model in 4 bits with base and adapter as `compare_merged` does, and over samples with their answers.
+    """Compare a written model with base and adapter in fp32, in which they differ by what storing rounded alone.
 
-    Rounding to 4 bits would hide faults of the merging, so the merged weights are compared without it too.
+    The written model answers the prompts by the likeliest tokens, as it will for the user; then all go over prompts
+    and answers, and over samples. An answer counts as the same where both would have chosen the same token at each of
+    its places. As rounding would hide faults of the merging, the merged weights are compared without it too.
+
+    Args:
+        samples: with answers, whose loss is compared.
+        rounded: whether the written weights differ from the merged ones, so that these are compared by themselves.
     """
     sequences = _answered(written, prompts, stop_ids, hardware)
     sequences += [sample.token_ids.tolist() for sample in samples]
     slots = len(sequences)
     before = _States(_side(base, adapter, hardware, slots), sequences)
-    merging = _compare(before, _States(_merged_side(base, adapter, hardware, slots), sequences), prompts)
+    merging = (
+        _compare(before, _States(_merged_side(base, adapter, hardware, slots), sequences), prompts) if rounded else None
+    )
     after = _States(_side(written, None, hardware, slots), sequences)
+    result = _compare(before, after, prompts)
     losses = (before.loss(len(prompts), samples), after.loss(len(prompts), samples)) if samples else None
-    return Lost(merging, _compare(before, after, prompts), len(samples), losses)
+    return Lost(merging or result, result, len(samples), losses)
 
 
 def _answered(

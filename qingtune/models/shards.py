@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qingtune.errors import UserError
-from qingtune.files import flush, write_json
+from qingtune.files import flush, replacing, write_json
 from qingtune.models.source import read_header
 
 INDEX = "model.safetensors.index.json"
@@ -48,21 +50,88 @@ def _changed_bytes(path: Path, name: str, change: Callable[[str, torch.Tensor], 
     with safe_open(path, "pt") as file:
         before = file.get_tensor(name)
         after = rounded(name, change(name, before), before.dtype, path)
-    return after.view(-1).view(torch.uint8).numpy().data
+    return _bytes_of(after)
+
+
+def convert_changed(
+    folder: Path,
+    target: Path,
+    names: Collection[str],
+    change: Callable[[str, torch.Tensor], torch.Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Write a model's weights into a folder that exists, those named as they are changed, all numbers in one dtype.
+
+    Files keep their names and tensors; whole numbers, such as counters, stay as they are. Peak memory is a few times
+    the largest tensor.
+
+    Args:
+        change: a tensor's name and the tensor -> one of the same shape.
+        dtype: a floating one.
+
+    Raises:
+        UserError: a value is too large for the dtype.
+    """
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        header, _ = read_header(path)
+        converted = _converted_header(header, dtype)
+        with replacing(target / path.name) as file, safe_open(path, "pt") as tensors:
+            file.write(_header_bytes(converted))
+            for name in converted:
+                before = tensors.get_tensor(name)
+                after = change(name, before) if name in names else before
+                kept = rounded(name, after, dtype, path) if header[name]["dtype"] in _FLOATING else after
+                total += file.write(_bytes_of(kept))
+    if (folder / INDEX).exists():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        write_json(target / INDEX, {**index, "metadata": {**index.get("metadata", {}), "total_size": total}})
+
+
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+def _converted_header(header: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A safetensors file's entries in their order, with floating tensors in another dtype and places to match."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, (first, last) = end, entry["data_offsets"]
+        floating = entry["dtype"] in _FLOATING
+        end = start + (math.prod(entry["shape"]) * dtype.itemsize if floating else last - first)
+        kind = _SAFETENSORS_NAMES[dtype] if floating else entry["dtype"]
+        entries[name] = {"dtype": kind, "shape": entry["shape"], "data_offsets": [start, end]}
+    return entries
+
+
+def _header_bytes(entries: Mapping[str, Any]) -> bytes:
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype, where: Path) -> torch.Tensor:
-    """A changed tensor in the dtype that it is stored in.
+    """A tensor in the dtype that it is to be stored in.
 
     Raises:
         UserError: a value is too large for it.
     """
     after = tensor.to(dtype).contiguous()
     if not bool(torch.isfinite(after).all()):
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{name} holds values that are no numbers", where=str(where), fix="Check the base and the adapter."
+            )
+        largest, most = float(tensor.abs().max()), torch.finfo(dtype).max
         raise UserError(
-            f"{name} holds values after merging that are no numbers in {str(dtype).removeprefix('torch.')}",
+            f"{name} holds values up to {largest:.6g}, and {str(dtype).removeprefix('torch.')} ends at {most:.6g}",
             where=str(where),
-            fix="Use a base in bfloat16 or float32, and check the adapter.",
+            fix="Store the model in bfloat16 or float32: --save_dtype, without --save_in_4bit.",
         )
     return after
 

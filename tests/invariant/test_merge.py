@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,14 @@ from tiny_runs import LORA, lively_model, logits_of, move_adapters, save_model, 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qingtune import merge as recipe
+from qingtune import merge_check
 from qingtune.adapters.lora import add_lora, lora_layers, merge_lora
 from qingtune.adapters.quantize import quantize_model
 from qingtune.adapters.stored import StoredAdapter, read_adapter
 from qingtune.command_config import MergeConfig
 from qingtune.errors import UserError
 from qingtune.hardware import Hardware
-from qingtune.merge_check import compare_merged
+from qingtune.merge_check import measure_lost
 from qingtune.models import shards
 
 Merge = Callable[..., None]
@@ -118,7 +120,7 @@ def test_wrong_merge_is_found_out_and_nothing_is_written(
             merge(adapter)
     assert sorted(tmp_path.iterdir()) == before
     with monkeypatch.context() as context:
-        context.setattr(recipe, "MOST_MEAN_DIFFERENCE", -1.0)
+        context.setattr(merge_check, "MOST_MERGING_DIFFERENCE", -1.0)
         with pytest.raises(UserError, match="nothing was written"):
             merge(adapter)
     assert sorted(tmp_path.iterdir()) == before
@@ -126,7 +128,7 @@ def test_wrong_merge_is_found_out_and_nothing_is_written(
     weights = (tmp_path / "merged" / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="--overwrite_output_dir"):
         merge(adapter)
-    monkeypatch.setattr(recipe, "MOST_MEAN_DIFFERENCE", -1.0)
+    monkeypatch.setattr(merge_check, "MOST_MERGING_DIFFERENCE", -1.0)
     with pytest.raises(UserError, match="nothing was written"):
         merge(adapter, overwrite_output_dir=True)
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == weights  # the earlier merge is still there
@@ -177,9 +179,10 @@ def test_values_too_large_for_the_dtype_are_told(trained: Callable[..., Path], m
     half = tmp_path / "half"
     AutoModelForCausalLM.from_pretrained(tmp_path / "model").half().save_pretrained(half)
     make_tokenizer().save_pretrained(half)
-    with pytest.raises(UserError, match="no numbers in float16"):
-        merge(adapter, base_model=str(half), allow_other_base=True)
-    assert not (tmp_path / "merged").exists()
+    for settings in ({}, {"save_dtype": "float16"}):
+        with pytest.raises(UserError, match=r"proj\.weight holds .* float16 ends at 65504\. .*--save_dtype"):
+            merge(adapter, base_model=str(half), allow_other_base=True, **settings)
+        assert not (tmp_path / "merged").exists()
 
 
 def test_prompts_and_answers_are_counted(
@@ -187,6 +190,99 @@ def test_prompts_and_answers_are_counted(
 ) -> None:
     merge(trained("qwen2"))
     assert "Greedy answers: 6 of 6 are the same." in capsys.readouterr().err
+
+
+# --- Rounding --------------------------------------------------------------------------------------------------------
+
+TOLD = re.compile(
+    r"Merged in fp32, .* equals base \+ adapter: over [\d,]+ places the logits differ by (\S+) at most.*\n"
+    r"Stored in bfloat16, .* the merged one rounded once\. That alone moves logits by (\S+) at most"
+)
+
+
+def in_16_bits(model: Path, folder: Path, **how: Any) -> Path:
+    """A model's copy in bfloat16."""
+    AutoModelForCausalLM.from_pretrained(model).to(torch.bfloat16).save_pretrained(folder, **how)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"], ids=["a tensor at a time", "in whole"])
+def test_what_rounds_is_told_apart_from_merging(
+    kind: str, trained: Callable[..., Path], merge: Merge, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = trained(kind)
+    half = in_16_bits(tmp_path / "model", tmp_path / "half")
+    if kind == "gpt2":  # in whose files on hubs the names lack their first part
+        tensors = load_file(half / "model.safetensors")
+        short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        save_file(short, half / "model.safetensors", metadata={"format": "pt"})
+    base = {"base_model": str(half), "allow_other_base": True}
+    merge(adapter, **base)
+    told = TOLD.search(capsys.readouterr().err)
+    assert told
+    merging, rounding = map(float, told.groups())
+    assert 0 < merging < 1e-3 < rounding
+
+    merge(adapter, **base, save_dtype="float32", overwrite_output_dir=True)
+    told = capsys.readouterr().err
+    assert "Stored in float32, and read back: nothing is rounded" in told
+    assert "Greedy answers: 6 of 6 are the same." in told
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert found.dtype == torch.float32
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    adapted = logits_of(PeftModel.from_pretrained(wanted, str(adapter)))
+    assert float((logits_of(found) - adapted).abs().max()) < 1e-3 * float(adapted.std())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+def test_the_dtype_asked_for_is_stored_and_said(
+    name: str, dtype: torch.dtype, trained: Callable[..., Path], merge: Merge, tmp_path: Path
+) -> None:
+    adapter = trained("qwen2", modules_to_save="embed_tokens")  # so that head and embedding part
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")
+    base.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    merge(adapter, save_dtype=name)
+    merged = tmp_path / "merged"
+    config = json.loads((merged / "config.json").read_text())
+    assert config["dtype"] == name
+    files = sorted(merged.glob("*.safetensors"))
+    tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    index = json.loads((merged / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors)
+    found = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    assert found.dtype == dtype
+    wanted = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().to(dtype).state_dict()
+    assert wanted.keys() == found.state_dict().keys()
+    for name, tensor in found.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=2**-7, atol=1e-6)
+
+
+def test_a_weight_that_is_not_the_merged_one_rounded_is_found_out(
+    trained: Callable[..., Path], merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = trained("qwen2")
+    base = {"base_model": str(in_16_bits(tmp_path / "model", tmp_path / "half")), "allow_other_base": True}
+    kept = shards.rounded
+
+    def one_bit_off(name: str, tensor: torch.Tensor, *more: Any) -> torch.Tensor:
+        after = kept(name, tensor, *more)
+        if name == "model.layers.1.mlp.up_proj.weight":
+            after.view(torch.int16)[0, 0] ^= 1
+        return after
+
+    monkeypatch.setattr(shards, "rounded", one_bit_off)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight is not what was merged; nothing was written"):
+        merge(adapter, **base)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_4_bits_and_a_dtype_contradict_each_other(trained: Callable[..., Path], merge: Merge) -> None:
+    with pytest.raises(UserError, match="save_in_4bit and save_dtype are both given"):
+        merge(trained("qwen2"), save_in_4bit=True, save_dtype="float32")
 
 
 def test_check_sees_a_single_wrong_weight(trained: Callable[..., Path], tmp_path: Path) -> None:
@@ -201,7 +297,8 @@ def test_check_sees_a_single_wrong_weight(trained: Callable[..., Path], tmp_path
     for change in (adapter.merged, all_but_one):
         shards.copy_changed(base, changed, adapter.names, change)
         shutil.copyfile(base / "config.json", changed / "config.json")
-        found = compare_merged(base, adapter, changed, [[5, 6, 7, 8], [9] * 30], frozenset({2}), FP32)
+        prompts = [[5, 6, 7, 8], [9] * 30]
+        found = measure_lost(base, adapter, changed, prompts, [], frozenset({2}), FP32, rounded=False).result
         places.append(found.mean / found.spread)
     assert places[0] < 1e-5
     assert places[1] > 1e-2

@@ -99,10 +99,10 @@ def test_what_is_lost_is_told(
     found = re.search(r"14 weights are in 4 bits, off by (\d+\.\d)% on average and (\d+\.\d)% at most", told)
     assert found
     assert 5 < float(found[1]) < float(found[2]) < 15
-    shares = re.search(r"on average, (\d+\.\d)% of their spread \(merging alone: (\d\.\d+)%\)", told)
+    shares = re.search(r"at most, (\S+) of their spread .*on average, (\d+\.\d)% of their spread;", told, re.DOTALL)
     assert shares
-    assert 0.1 < float(shares[1]) < 60
-    assert float(shares[2]) < 1e-3
+    assert float(shares[1]) < 1e-3
+    assert 0.1 < float(shares[2]) < 60
     assert re.search(r"Greedy answers: \d of 6 .* 6 bundled samples: \d+\.\d{4} -> \d+\.\d{4}\.", told)
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"] == [
         "lm_head"
@@ -145,13 +145,13 @@ def pack_wrongly(weight: torch.Tensor, dtype: torch.dtype | None = None) -> dict
 
 pack = NF4Linear.pack
 FAULTS: dict[str, tuple[Any, str, Any, str]] = {
-    "adapter left out": (StoredAdapter, "merged", unmerged, "more than the order of sums does"),
-    "rows turned round": (NF4Linear, "pack", staticmethod(pack_wrongly), "is not what was written"),
+    "adapter left out": (StoredAdapter, "merged", unmerged, "merged in fp32, the logits differ"),
+    "rows turned round": (NF4Linear, "pack", staticmethod(pack_wrongly), "is not what was merged"),
     "a norm changed": (
         merge_4bit,
         "rounded",
         lambda name, tensor, dtype, _: tensor.to(dtype) * (1.01 if "norm" in name else 1),
-        r"norm\.weight is not what was written",
+        r"norm\.weight is not what was merged",
     ),
     "beyond the bound": (merge_4bit, "MOST_MEAN_DIFFERENCE", 1e-6, "in 4 bits the model differs"),
 }
@@ -181,13 +181,13 @@ def test_layers_that_are_stored_turned_round_are_refused(trained: Trained, tmp_p
 def test_values_that_are_no_numbers_are_refused(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = trained("qwen2")
     monkeypatch.setattr(StoredAdapter, "merged", lambda _, name, weight: weight * float("inf"))
-    with pytest.raises(UserError, match="no numbers in float32"):
+    with pytest.raises(UserError, match="values that are no numbers"):
         merge(adapter)
 
 
-@pytest.mark.parametrize(("merging", "result", "passes"), [(1e-4, 0.4, True), (2e-3, 0.4, False), (1e-4, 0.6, False)])
+@pytest.mark.parametrize(("merging", "result", "passes"), [(9e-4, 0.4, True), (2e-3, 0.4, False), (9e-4, 0.6, False)])
 def test_bounds_are_those_that_are_stated(merging: float, result: float, passes: bool) -> None:
-    lost = Lost(*(Comparison(10, 1.0, share * 4, 4.0, 0.5, 6, 3) for share in (merging, result)), 6, (2.0, 2.1))
+    lost = Lost(*(Comparison(10, share * 4, share * 4, 4.0, 0.5, 6, 3) for share in (merging, result)), 6, (2.0, 2.1))
     if passes:
         assert "2.0000 -> 2.1000" in merge_4bit.judge(lost)
     else:
