@@ -164,7 +164,7 @@ def _prompts(model: Path) -> list[list[int]]:
 
 def _many(decoder: Any, model: Path) -> dict[str, float]:
     """New tokens a second over the prompts of a file, their reading included."""
-    from qingtune.data.format import rows_with_prompts
+    from qingtune.data.prompts import rows_with_prompts
     from qingtune.data.tokenize import make_template, prompt_ids
     from qingtune.generation import Decoding, generate_many
     from qingtune.models.load import load_tokenizer

@@ -7,6 +7,7 @@ import json
 from qingtune.command_config import CheckConfig
 from qingtune.data.check import Report, Seen, as_json, as_lines, check_data
 from qingtune.data.prepare import check_files_exist
+from qingtune.data.rules import rules_of
 from qingtune.data.tokenize import Template
 from qingtune.errors import UserError
 from qingtune.output import give, say
@@ -28,7 +29,7 @@ def check(config: CheckConfig) -> int:
     for name, paths in (("Training data", config.data), ("Evaluation data", config.eval_data)):
         if paths:
             reports[name], seen = check_data(
-                paths, config.system_prompt, template, limit, config.on_long, training, say
+                paths, config.system_prompt, template, limit, config.on_long, training, rules_of(config), say
             )
             training = training or seen
     if config.json_report:

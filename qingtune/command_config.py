@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from qingtune.config import DEFAULT_MODEL, Settings, TrainConfig, setting
+from qingtune.config import (
+    DEFAULT_MODEL,
+    IGNORE_FIELDS,
+    MAX_DATA_GB,
+    MAX_ROW_MB,
+    Settings,
+    TrainConfig,
+    setting,
+)
 from qingtune.values import (
     CommaList,
     Grid,
@@ -52,6 +60,9 @@ class InferConfig(ModelSettings):
         "Replace output_file; without it an unfinished one is gone on with, a finished one kept.",
     )
     system_prompt: str | None = setting(None, "What to answer", "System message (default: the one used in training).")
+    ignore_fields: CommaList = setting(None, "What to answer", IGNORE_FIELDS)
+    max_row_mb: Number = setting(16, "What to answer", MAX_ROW_MB, gt=0)
+    max_data_gb: Number | None = setting(None, "What to answer", MAX_DATA_GB, gt=0)
 
     max_new_tokens: Integer = setting(512, "Decoding", "The longest answer, in tokens.", ge=1)
     temperature: Number | None = setting(
@@ -145,6 +156,9 @@ class EvaluateConfig(ModelSettings):
         "Data",
         "System message for rows that have none, given to both models (default: the one used in training).",
     )
+    ignore_fields: CommaList = setting(None, "Data", IGNORE_FIELDS)
+    max_row_mb: Number = setting(16, "Data", MAX_ROW_MB, gt=0)
+    max_data_gb: Number | None = setting(None, "Data", MAX_DATA_GB, gt=0)
     max_seq_length: Integer = setting(2048, "Data", "Longer rows have no loss, in tokens.", ge=8)
 
     skip_generation: bool = setting(False, "Answers", "Losses only.")
@@ -188,6 +202,9 @@ class CheckConfig(Settings):
     )
     eval_data: CommaList = setting(None, "Data", "Evaluation data, looked for in the training data.")
     system_prompt: str | None = setting(None, "Data", "System message for rows that have none.")
+    ignore_fields: CommaList = setting(None, "Data", IGNORE_FIELDS)
+    max_row_mb: Number = setting(16, "Data", MAX_ROW_MB, gt=0)
+    max_data_gb: Number | None = setting(None, "Data", MAX_DATA_GB, gt=0)
 
     model_name_or_path: str | None = setting(
         None, "Tokens", "The model whose tokenizer and template count tokens (default: none are counted)."

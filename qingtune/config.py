@@ -58,6 +58,15 @@ def setting(
     return Field(default, description=description, json_schema_extra=extra, **checks)
 
 
+# Of every command that reads rows.
+IGNORE_FIELDS = (
+    "Fields of rows and turns to leave unread, comma-separated, where a row is otherwise refused because the field "
+    "would change what it teaches (such as label, tools, weight)."
+)
+MAX_ROW_MB = "The largest row, in MB of the file; larger ones are faults."
+MAX_DATA_GB = "Memory that the rows may take, in GB (default: half of what is free)."
+
+
 class TrainConfig(Settings):
     """Settings of `qingtune train`. Names and meanings follow Transformers' TrainingArguments where it has them."""
 
@@ -140,6 +149,9 @@ class TrainConfig(Settings):
     system_prompt: str | None = setting(
         None, "Data", "System message for rows that have none (default: what the model's template does)."
     )
+    ignore_fields: CommaList = setting(None, "Data", IGNORE_FIELDS)
+    max_row_mb: Number = setting(16, "Data", MAX_ROW_MB, gt=0)
+    max_data_gb: Number | None = setting(None, "Data", MAX_DATA_GB, gt=0)
 
     output_dir: str = setting("./output", "Run", "Where the result is written.", min_length=1)
     overwrite_output_dir: bool = setting(False, "Run", "Replace an earlier run's result in output_dir.")

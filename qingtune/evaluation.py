@@ -17,9 +17,11 @@ from typing import Any
 from qingtune.answer_file import ROWS_A_SLOT, AnswerFile, Question, answer_file, answer_questions
 from qingtune.answer_form import Form, form_of, kept_rules
 from qingtune.command_config import EvaluateConfig, InferConfig
-from qingtune.data.format import Asked, asked_rows, faulty_rows
+from qingtune.data.faults import faulty_rows
 from qingtune.data.prepare import check_files_exist
+from qingtune.data.prompts import Asked, asked_rows
 from qingtune.data.read import Fault
+from qingtune.data.rules import rules_of
 from qingtune.data.tokenize import Sample, Template, tokenize
 from qingtune.errors import UserError, raise_all
 from qingtune.evaluation_report import MARKDOWN, RESULT, About, Side, print_report, write_report
@@ -199,7 +201,8 @@ def _read(config: EvaluateConfig, system_prompt: str | None) -> list[Row]:
     """
     rows: list[Row] = []
     faults: list[Fault] = []
-    read = (row for path in config.data or [] for row in asked_rows(path, system_prompt))
+    rules = rules_of(config)
+    read = (row for path in config.data or [] for row in asked_rows(path, system_prompt, rules))
     for row in read:
         if isinstance(row, Fault):
             faults.append(row)

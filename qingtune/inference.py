@@ -19,7 +19,9 @@ from qingtune.chat import chat
 from qingtune.chat_session import ChatSession
 from qingtune.command_config import InferConfig, ModelSettings
 from qingtune.config import DEFAULT_MODEL
-from qingtune.data.format import Message, rows_with_prompts
+from qingtune.data.format import Message
+from qingtune.data.prompts import rows_with_prompts
+from qingtune.data.rules import rules_of
 from qingtune.data.tokenize import Template, make_template, prompt_ids
 from qingtune.errors import UserError
 from qingtune.files import sha256_of
@@ -117,7 +119,7 @@ def infer(config: InferConfig) -> None:
         raise UserError("there is no such file", where=config.prompt_file, fix="Check --prompt_file.")
     if config.output_file and not config.overwrite_output_file:
         refuse_finished(Path(config.output_file))  # before seconds go into loading
-    questions = list(rows_with_prompts(config.prompt_file)) if config.prompt_file else []
+    questions = list(rows_with_prompts(config.prompt_file, rules_of(config))) if config.prompt_file else []
     speaker = load_speaker(config, slots=min(SLOTS, max(1, len(questions))))
     if config.chat:
         session = ChatSession(speaker.template, speaker.context_length, speaker.system_prompt)

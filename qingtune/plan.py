@@ -10,6 +10,7 @@ from qingtune.command_config import PlanConfig
 from qingtune.config_load import Loaded
 from qingtune.data.format import Conversation, read_conversations
 from qingtune.data.prepare import check_files_exist
+from qingtune.data.rules import rules_of
 from qingtune.errors import UserError
 from qingtune.files import disk_errors
 from qingtune.machine import Machine, find_machine, supposed_gpu
@@ -76,7 +77,7 @@ def suppose_samples(config: PlanConfig, shape: ModelShape, machine: Machine, mod
     evaluates = bool(config.eval_data_path) or config.val_size > 0
     if not config.data_path:
         return Samples(limit, limit, 1.0, None, evaluates, "max_seq_length; no data named")
-    reading = read_conversations(config.data_path, config.system_prompt, "skip")
+    reading = read_conversations(config.data_path, config.system_prompt, "skip", rules_of(config))
     tokenizer = tokenizer_file(model, cache_folder(config.cache_dir))
     if tokenizer is not None:
         answers, all_tokens = _count(reading.conversations, tokenizer)

@@ -20,7 +20,7 @@ from rich.table import Table  # noqa: E402
 from qingtune.command_config import InferConfig  # noqa: E402
 from qingtune.config import DEFAULT_MODEL, TrainConfig  # noqa: E402
 from qingtune.config_load import load_train_config  # noqa: E402
-from qingtune.data.format import rows_with_prompts  # noqa: E402
+from qingtune.data.prompts import rows_with_prompts  # noqa: E402
 from qingtune.errors import UserError  # noqa: E402
 from qingtune.files import write_json  # noqa: E402
 from qingtune.finetune import finetune  # noqa: E402

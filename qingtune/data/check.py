@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qingtune.data.format import Conversation, FileFacts, conversations_of
-from qingtune.data.read import Fault
+from qingtune.data.faults import add_reason, describe_rows, most_first
+from qingtune.data.format import Conversation, FileFacts, conversations_of, placeholder_in
+from qingtune.data.read import SHOWN_PLACES, Fault, Places
+from qingtune.data.rules import Rules
 from qingtune.data.tokenize import Template, tokenize
 from qingtune.errors import UserError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SHOWN = 5  # places named of each kind
 AT_ONCE = 256  # conversations tokenised at a time
 TELL_EVERY_S = 5.0
 NEAR_EMPTY = 4  # letters and digits below which an answer is near-empty where most are ten times as long
@@ -38,26 +39,22 @@ MARKERS = (
 
 
 @dataclass
-class Places:
-    """How many rows something was seen in, and the first of them."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, place: str) -> None:
-        """Count a row."""
-        self.count += 1
-        if len(self.first) < SHOWN:
-            self.first.append(place)
-
-
-@dataclass
 class Report:
-    """What was found in training or evaluation data."""
+    """What was found in training or evaluation data.
+
+    Attributes:
+        used, too_long_rows, untrained_rows: what became of the rows without a fault; without a tokenizer all are used.
+        reasons: how many rows are faulty for each reason.
+    """
 
     rows: int = 0
+    used: int = 0
+    too_long_rows: int = 0
+    untrained_rows: int = 0
     files: dict[str, FileFacts] = field(default_factory=dict)
     faults: Places = field(default_factory=Places)
+    reasons: dict[str, int] = field(default_factory=dict)
+    placeholders: Places = field(default_factory=Places)
     repeated: Places = field(default_factory=Places)
     other_answer: Places = field(default_factory=Places)
     in_training: Places = field(default_factory=Places)
@@ -86,6 +83,7 @@ def check_data(
     limit: int,
     on_long: str,
     training: Seen | None,
+    rules: Rules,
     say: Callable[[str], None],
 ) -> tuple[Report, Seen]:
     """Read files and report on them.
@@ -95,6 +93,7 @@ def check_data(
         limit: the longest sample, in tokens.
         on_long: "drop", "truncate" or "raise", for samples above the limit.
         training: what was seen in the training data, if this is the evaluation data.
+        rules: which fields to leave unread, and how large rows may be.
         say: is told how far the reading has come.
 
     Raises:
@@ -105,16 +104,19 @@ def check_data(
     short: list[tuple[int, str]] = []
     by_script: dict[str, Places] = {}
     batch: list[Conversation] = []
-    for row in _rows(paths, system_prompt, report, say):
+    for row in _rows(paths, system_prompt, rules, report, say):
         if isinstance(row, Fault):
-            report.faults.add(str(row))
+            _refuse(report, row)
             continue
+        if placeholder := placeholder_in(row):
+            report.placeholders.add(f"{row.origin} ({placeholder})")
         if template is None and (marker := _marker_in(row)):
-            report.faults.add(f"{row.origin}: holds {marker}, a control token of chat templates")
+            _refuse(report, Fault(row.origin, f"holds {marker}, a control token of chat templates"))
             continue
         seen.add(row)
         _look_at_answer(row, report, sizes, short, by_script)
         if template is None:
+            report.used += 1
             continue
         batch.append(row)
         if len(batch) == AT_ONCE:
@@ -133,13 +135,18 @@ def check_data(
     return report, seen
 
 
+def _refuse(report: Report, fault: Fault) -> None:
+    report.faults.add(str(fault))
+    add_reason(report.reasons, fault)
+
+
 def _rows(
-    paths: Sequence[str], system_prompt: str | None, report: Report, say: Callable[[str], None]
+    paths: Sequence[str], system_prompt: str | None, rules: Rules, report: Report, say: Callable[[str], None]
 ) -> Iterator[Conversation | Fault]:
     began = told = time.monotonic()
     for path in paths:
         report.files[path] = FileFacts()
-        for row in conversations_of(path, system_prompt, report.files[path]):
+        for row in conversations_of(path, system_prompt, report.files[path], rules):
             report.rows += 1
             yield row
             if time.monotonic() - told > TELL_EVERY_S:
@@ -254,7 +261,7 @@ def _judge_answers(
         if places.count * 50 < everything:
             report.rare_script.count += places.count
             report.rare_script.first += [f"{origin} ({kind})" for origin in places.first]
-    del report.rare_script.first[SHOWN:]
+    del report.rare_script.first[SHOWN_PLACES:]
 
 
 # --- Tokens ----------------------------------------------------------------------------------------------------------
@@ -265,12 +272,15 @@ def _count_tokens(
 ) -> None:
     tokenized = tokenize(template, batch, limit, "truncate" if on_long == "truncate" else "drop")
     for fault in tokenized.faults:
-        report.faults.add(str(fault))
+        _refuse(report, fault)
     for origin in tokenized.too_long:
         if on_long == "raise":
-            report.faults.add(f"{origin}: longer than {limit:,} tokens")
+            _refuse(report, Fault(origin, f"longer than {limit:,} tokens"))
         else:
             report.too_long.add(origin)
+    report.used += tokenized.rows_used
+    report.too_long_rows += tokenized.rows_too_long * (on_long != "raise")
+    report.untrained_rows += tokenized.rows_untrained
     for origin in tokenized.untrained:
         report.untrained.add(origin)
     report.truncated += tokenized.truncated
@@ -287,9 +297,15 @@ def _count_tokens(
 def as_lines(name: str, report: Report, limit: int) -> list[str]:
     """The report as text, a finding a line with the first places below."""
     lines = [f"{name}: {report.rows:,} rows, {report.faults.count:,} faults"]
-    for path, about in report.files.items():
-        unused = f"; not used: {', '.join(about.ignored_columns)}" if about.ignored_columns else ""
-        lines.append(f"  {path}: {about.format or 'no'} rows{unused}")
+    rows = {
+        "used": report.used,
+        "refused": report.rows - report.used - report.too_long_rows - report.untrained_rows,
+        "too long": report.too_long_rows,
+        "without a trained token": report.untrained_rows,
+    }
+    if report.used < report.rows:
+        lines += describe_rows("  rows", rows, most_first(report.reasons))
+    lines += [f"  {path}: {about.described()}" for path, about in report.files.items()]
     if report.percentiles:
         shares = ", ".join(f"{key} {value:,}" for key, value in report.percentiles.items())
         lines.append(
@@ -301,6 +317,7 @@ def as_lines(name: str, report: Report, limit: int) -> list[str]:
         lines.append("  answers by script: " + ", ".join(f"{k} {n:,}" for k, n in by_count))
     findings = [
         ("faults", report.faults),
+        ("rows with placeholders that were never filled in", report.placeholders),
         ("evaluation rows that stand in the training data", report.in_training),
         ("rows that stand twice", report.repeated),
         ("rows with the prompt of another but another answer", report.other_answer),

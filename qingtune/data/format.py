@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qingtune.data.read import Fault, Row, read_rows
+from qingtune.data.faults import fault_lines, faulty_rows
+from qingtune.data.fields import Refusal, is_empty, kind_of_file, lost_in_turn, lost_meaning
+from qingtune.data.placeholders import first_placeholder
+from qingtune.data.read import Fault, Places, Row, read_rows
+from qingtune.data.rules import MemoryBound, Rules
 from qingtune.errors import UserError, shorten
 
 Role = Literal["system", "user", "assistant", "tool"]
-SHOWN_FAULTS = 10
 MOST_UNKNOWN = 1000  # rows read in the hope that one of them tells the format
+SHOWN_FIELDS = 20
 OF_EVALUATION = "form"  # a column that evaluation alone reads; see answer_form.py
 
 
@@ -34,90 +39,140 @@ class Conversation:
 
 @dataclass
 class FileFacts:
-    """What a file turned out to be: the name of its format, and columns that the format does not use."""
+    """What a file turned out to be.
+
+    Attributes:
+        format: the name of its format.
+        ignored_columns: fields that the format does not use, and how many rows hold something in them; those of turns
+            after the name of their column, as `messages.name`.
+        used: rows that became conversations.
+    """
 
     format: str = ""
-    ignored_columns: list[str] = field(default_factory=list)
+    ignored_columns: dict[str, int] = field(default_factory=dict)
+    used: int = 0
+
+    def described(self) -> str:
+        """The format and the fields that are not used, as a few words."""
+        words = f"{self.format or 'no'} rows"
+        if not self.ignored_columns:
+            return words
+        names = sorted(self.ignored_columns)
+        shown = [
+            name if self.ignored_columns[name] >= self.used else f"{name} (in {self.ignored_columns[name]:,} rows)"
+            for name in names[:SHOWN_FIELDS]
+        ]
+        more = f" and {len(names) - SHOWN_FIELDS:,} more" if len(names) > SHOWN_FIELDS else ""
+        return f"{words}; not used: {', '.join(shown)}{more}"
 
 
 @dataclass
 class Reading:
-    """What was read from a list of files."""
+    """What was read from a list of files; `held_out` of the conversations are set aside for evaluation."""
 
     conversations: list[Conversation] = field(default_factory=list)
-    formats: dict[str, str] = field(default_factory=dict)
-    ignored_columns: dict[str, list[str]] = field(default_factory=dict)
+    files: dict[str, FileFacts] = field(default_factory=dict)
     rows: int = 0
     faults: list[Fault] = field(default_factory=list)
+    placeholders: Places = field(default_factory=Places)
+    held_out: int = 0
 
 
 class RowError(Exception):
-    """A row that does not hold what its format needs."""
+    """A row that does not hold what its format needs, or holds what cannot be trained on."""
+
+    def __init__(self, reason: str | Refusal) -> None:
+        super().__init__(str(reason))
+        self.kind = reason.kind if isinstance(reason, Refusal) else ""
 
 
-def read_conversations(paths: Sequence[str], system_prompt: str | None, on_bad_row: str) -> Reading:
+def read_conversations(
+    paths: Sequence[str], system_prompt: str | None, on_bad_row: str, rules: Rules | None = None
+) -> Reading:
     """Read files into conversations.
 
     Args:
         paths: the files, in order.
         system_prompt: system message for rows that have none; None leaves them without.
         on_bad_row: "raise" or "skip".
+        rules: which fields to leave unread, and how large rows and files may be.
 
     Raises:
-        UserError: a file is of no known format, rows are faulty and on_bad_row is "raise", or no row is left.
+        UserError: a file is of no known format, rows are faulty and on_bad_row is "raise", no row is left, or the rows
+            take more memory than the rules allow.
     """
-    reading = Reading()
+    rules = rules or Rules()
+    reading, room = Reading(), MemoryBound(rules)
     for path in paths:
         about = FileFacts()
-        for row in conversations_of(path, system_prompt, about):
+        for row in conversations_of(path, system_prompt, about, rules):
             reading.rows += 1
+            room.take(_bytes_of(row), row.origin)
             if isinstance(row, Fault):
                 reading.faults.append(row)
-            else:
-                reading.conversations.append(row)
+                continue
+            reading.conversations.append(row)
+            if placeholder := placeholder_in(row):
+                reading.placeholders.add(f"{row.origin} ({placeholder})")
         if about.format:
-            reading.formats[path], reading.ignored_columns[path] = about.format, about.ignored_columns
+            reading.files[path] = about
     if reading.faults and on_bad_row == "raise":
         raise faulty_rows(reading.faults, reading.rows)
     if not reading.conversations:
-        shown = "".join(f"\n{fault}" for fault in reading.faults[:SHOWN_FAULTS])
+        shown = "".join(f"\n{line}" for line in fault_lines(reading.faults))
         raise UserError(
             f"no usable row ({reading.rows:,} read, {len(reading.faults):,} refused){shown}", where=", ".join(paths)
         )
     return reading
 
 
-def faulty_rows(faults: Sequence[Fault], rows: int, fix: str = "Fix the rows or pass --on_bad_row skip.") -> UserError:
-    """The error that lists the first faults and says what can be done."""
-    shown = "\n".join(str(fault) for fault in faults[:SHOWN_FAULTS])
-    more = f"\n... and {len(faults) - SHOWN_FAULTS:,} more" if len(faults) > SHOWN_FAULTS else ""
-    return UserError(f"{shown}{more}\n({len(faults):,} of {rows:,} rows.) {fix}")
+def _bytes_of(row: Conversation | Fault) -> int:
+    """Memory that a row takes while it is kept."""
+    if isinstance(row, Fault):
+        return 400 + len(row.reason)
+    texts = [row.text] if row.text is not None else [message.content for message in row.messages]
+    return 400 + sum(100 + sys.getsizeof(text) for text in texts)
 
 
-def conversations_of(path: str, system_prompt: str | None, about: FileFacts) -> Iterator[Conversation | Fault]:
+def placeholder_in(row: Conversation) -> str | None:
+    """The first placeholder of a template that was left unfilled in a row's texts."""
+    if row.text is not None:
+        return first_placeholder(row.text, asked=False)
+    found = (first_placeholder(message.content, asked=message.role == "user") for message in row.messages)
+    return next(filter(None, found), None)
+
+
+def conversations_of(
+    path: str, system_prompt: str | None, about: FileFacts, rules: Rules | None = None
+) -> Iterator[Conversation | Fault]:
     """Yield a file's rows as conversations, a Fault in place of each that is none.
 
     Args:
         system_prompt: system message for rows that have none; None leaves them without.
         about: told what the file is, as soon as that is known.
+        rules: which fields to leave unread, and how large rows and files may be.
 
     Raises:
         UserError: the file cannot be read, or its rows are of no known format.
     """
+    rules = rules or Rules()
     waiting: list[Row] = []
-    for row in read_rows(path):
+    for row in read_rows(path, rules):
         if isinstance(row, Fault):
             yield row
             continue
-        waiting.append(row)
-        if not about.format and (name := _detect(row.values)):
-            about.format = name
-            about.ignored_columns = sorted(set(row.values) - {*FORMATS[name].columns, OF_EVALUATION})
+        row = Row(without_fields(row.values, rules.ignore_fields), row.origin)
+        if not about.format:
+            about.format = detect(row.values)
         if about.format:
-            yield from (_convert(waited, about.format, system_prompt) for waited in waiting)
+            yield from (convert_row(waited, about, system_prompt) for waited in (*waiting, row))
             waiting.clear()
-        elif len(waiting) == MOST_UNKNOWN:
-            break
+        elif refusal := kind_of_file(row.values):
+            yield Fault(row.origin, str(refusal), refusal.kind)
+        else:
+            waiting.append(row)
+            if len(waiting) == MOST_UNKNOWN:
+                break
     if waiting:
         known = "; ".join(" + ".join(format_.needed) for format_ in FORMATS.values())
         columns = shorten(", ".join(f'"{column}"' for column in waiting[0].values), 300) or "none"
@@ -126,19 +181,51 @@ def conversations_of(path: str, system_prompt: str | None, about: FileFacts) -> 
         )
 
 
-def _detect(values: dict[str, Any]) -> str:
+def without_fields(values: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """A row without the fields of these names, in its turns neither."""
+    if not names:
+        return values
+    return {
+        name: [without_fields(turn, names) if isinstance(turn, dict) else turn for turn in value]
+        if name in TURN_COLUMNS and isinstance(value, list)
+        else value
+        for name, value in values.items()
+        if name.lower() not in names
+    }
+
+
+def detect(values: dict[str, Any]) -> str:
+    """The name of the format that a row has; empty where it has none."""
     for name, format_ in FORMATS.items():
         if all(column in values for column in format_.needed):
             return name
     return ""
 
 
-def _convert(row: Row, name: str, system_prompt: str | None) -> Conversation | Fault:
+def convert_row(row: Row, about: FileFacts, system_prompt: str | None) -> Conversation | Fault:
+    """A row of a file whose format is known as a conversation, or why it is none."""
+    form = FORMATS[about.format]
+    read = (*form.columns, OF_EVALUATION)
     try:
-        conversation = FORMATS[name].convert(row)
-        return conversation if conversation.text is not None else _checked(conversation, system_prompt)
+        if refusal := lost_meaning(row.values, read, labels_answer=about.format == "text"):
+            raise RowError(refusal)
+        conversation = form.convert(row)
+        conversation = conversation if conversation.text is not None else _checked(conversation, system_prompt)
     except RowError as error:
-        return Fault(row.origin, str(error))
+        return Fault(row.origin, str(error), error.kind)
+    about.used += 1
+    for name in _unread(row.values, read):
+        about.ignored_columns[name] = about.ignored_columns.get(name, 0) + 1
+    return conversation
+
+
+def _unread(values: dict[str, Any], read: Collection[str]) -> set[str]:
+    """The fields of a row and of its turns that hold something and are not read."""
+    names = {name for name, value in values.items() if name not in read and not is_empty(value)}
+    for column in TURN_COLUMNS.intersection(values, read):
+        for turn in values[column] if isinstance(values[column], list) else ():
+            names |= {f"{column}.{name}" for name, value in turn.items() if name not in _OF_TURNS and value is not None}
+    return names
 
 
 def _checked(conversation: Conversation, system_prompt: str | None) -> Conversation:
@@ -203,7 +290,7 @@ def _instruction(row: Row) -> Conversation:
     return Conversation(tuple(messages), row.origin)
 
 
-_ROLES: dict[str, Role] = {
+ROLES: dict[str, Role] = {
     "system": "system",
     "user": "user",
     "human": "user",
@@ -225,11 +312,11 @@ def _turns(turns: object, column: str, role_key: str, content_key: str) -> tuple
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             raise RowError(f'turn {number} of "{column}" is not an object')
-        role = _ROLES.get(str(turn.get(role_key)))
+        if refusal := lost_in_turn(turn, turn.get(role_key), turn.get(content_key)):
+            raise RowError(Refusal(refusal.kind, f"turn {number}: {refusal.sign}"))
+        role = ROLES.get(str(turn.get(role_key)))
         if role is None:
             raise RowError(f'turn {number} has the unknown role {shorten(repr(turn.get(role_key)))} under "{role_key}"')
-        if turn.get("tool_calls"):
-            raise RowError(f"turn {number} has tool_calls, which cannot be trained on yet")
         try:
             messages.append(Message(role, _text_of(turn, content_key, empty=role == "system")))
         except RowError as error:
@@ -237,30 +324,33 @@ def _turns(turns: object, column: str, role_key: str, content_key: str) -> tuple
     return tuple(messages)
 
 
+def _after_system(row: Row, messages: tuple[Message, ...]) -> Conversation:
+    """The turns behind the system message that stands in a column of its own, if there is one."""
+    system = _text_of(row.values, "system", empty=True)
+    return Conversation((Message("system", system), *messages) if system else messages, row.origin)
+
+
 def _messages(row: Row) -> Conversation:
-    return Conversation(_turns(row.values.get("messages"), "messages", "role", "content"), row.origin)
+    return _after_system(row, _turns(row.values.get("messages"), "messages", "role", "content"))
 
 
 def _sharegpt(row: Row) -> Conversation:
     turns = row.values.get("conversations")
     first = turns[0] if isinstance(turns, list) and turns else None
     keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
-    messages = _turns(turns, "conversations", *keys)
-    if system := _text_of(row.values, "system", empty=True):
-        messages = (Message("system", system), *messages)
-    return Conversation(messages, row.origin)
+    return _after_system(row, _turns(turns, "conversations", *keys))
 
 
 def _completion(row: Row) -> Conversation:
     prompt, completion = row.values.get("prompt"), row.values.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):
         before = _turns(prompt, "prompt", "role", "content")
-        return Conversation(before + _turns(completion, "completion", "role", "content"), row.origin)
+        return _after_system(row, before + _turns(completion, "completion", "role", "content"))
     messages = (
         Message("user", _text_of(row.values, "prompt")),
         Message("assistant", _text_of(row.values, "completion")),
     )
-    return Conversation(messages, row.origin)
+    return _after_system(row, messages)
 
 
 def _text(row: Row) -> Conversation:
@@ -277,121 +367,18 @@ class Format:
 
 
 FORMATS = {
-    "messages": Format(("messages",), ("messages",), _messages),
+    "messages": Format(("messages",), ("messages", "system"), _messages),
     "sharegpt": Format(("conversations",), ("conversations", "system"), _sharegpt),
     "instruction": Format(
         ("instruction", "output"), ("instruction", "input", "output", "system", "history"), _instruction
     ),
-    "completion": Format(("prompt", "completion"), ("prompt", "completion"), _completion),
+    "completion": Format(("prompt", "completion"), ("prompt", "completion", "system"), _completion),
     "text": Format(("text",), ("text",), _text),
 }
+TURN_COLUMNS = frozenset({"messages", "conversations", "prompt", "completion"})
+_OF_TURNS = frozenset({"role", "content", "from", "value"})
 
 
 def prompt_of(conversation: Conversation) -> tuple[Message, ...]:
     """The turns before the last answer: what the model is shown at inference."""
     return conversation.messages[:-1]
-
-
-def rows_with_prompts(path: str) -> Iterable[tuple[dict[str, Any], tuple[Message, ...] | str]]:
-    """Read a file of prompts: each row with its prompt, whether or not the row has an answer.
-
-    A row is of any training format, its answer left out or not, or has just a "prompt". Plain "text" rows give a str.
-
-    Raises:
-        UserError: a row has no prompt.
-    """
-    for row in read_rows(path):
-        if isinstance(row, Fault):
-            raise UserError(row.reason, where=row.origin)
-        try:
-            prompt = _prompt_of_row(row)
-            if not isinstance(prompt, str) and not any(message.role == "user" for message in prompt):
-                raise RowError("no user turn, so nothing to answer")
-            yield row.values, prompt
-        except RowError as error:
-            raise UserError(str(error), where=row.origin, fix='A row needs a "prompt", for example.') from None
-
-
-def _prompt_of_row(row: Row) -> tuple[Message, ...] | str:
-    values = row.values
-    if "messages" in values or "conversations" in values:
-        turns = (_messages if "messages" in values else _sharegpt)(row).messages
-        return turns[:-1] if turns[-1].role == "assistant" else turns
-    if "instruction" in values:
-        return prompt_of(_instruction(Row({**values, "output": "-"}, row.origin)))
-    if isinstance(values.get("prompt"), list):
-        return _turns(values["prompt"], "prompt", "role", "content")
-    if "prompt" not in values and "text" in values:
-        return _text_of(values, "text")
-    return prompt_of(_completion(Row({"prompt": values.get("prompt"), "completion": "-"}, row.origin)))
-
-
-# --- Rows to evaluate on ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A row to evaluate on.
-
-    Attributes:
-        values: as they stand in the file.
-        prompt: the turns before the answer; None for plain text, which asks nothing.
-        conversation: as in training; None where the row has no answer to compare with.
-    """
-
-    values: dict[str, Any]
-    origin: str
-    prompt: tuple[Message, ...] | None
-    conversation: Conversation | None
-
-    @property
-    def reference(self) -> str | None:
-        """The answer to compare with."""
-        return self.conversation.messages[-1].content if self.conversation and self.prompt else None
-
-
-def asked_rows(path: str, system_prompt: str | None) -> Iterator[Asked | Fault]:
-    """Yield a file's rows, each of any training format, with its answer or without; a Fault in place of each other.
-
-    Args:
-        system_prompt: system message for rows that have none; None leaves them without.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    for row in read_rows(path):
-        if isinstance(row, Fault):
-            yield row
-            continue
-        try:
-            yield _asked(row, system_prompt)
-        except RowError as error:
-            yield Fault(row.origin, str(error))
-
-
-def _asked(row: Row, system_prompt: str | None) -> Asked:
-    if _has_answer(row.values):
-        converted = _convert(row, _detect(row.values), system_prompt)
-        if isinstance(converted, Fault):
-            raise RowError(converted.reason)
-        prompt = prompt_of(converted) if converted.text is None else None
-        return Asked(row.values, row.origin, prompt, converted)
-    prompt = _prompt_of_row(row)
-    if isinstance(prompt, str) or not any(message.role == "user" for message in prompt):
-        raise RowError("no user turn, so nothing to answer")
-    if system_prompt is not None and prompt[0].role != "system":
-        prompt = (Message("system", system_prompt), *prompt)
-    return Asked(row.values, row.origin, prompt, None)
-
-
-_ANSWERS = {"messages": "messages", "sharegpt": "conversations", "instruction": "output", "completion": "completion"}
-
-
-def _has_answer(values: dict[str, Any]) -> bool:
-    """Whether the row holds what is trained in training; null is nothing, nor are turns that end with the user's."""
-    name = _detect(values)
-    answer = values.get(_ANSWERS.get(name, name))
-    if name in ("messages", "sharegpt"):
-        last = answer[-1] if isinstance(answer, list) and answer else None
-        return isinstance(last, dict) and _ROLES.get(str(last.get("role", last.get("from")))) == "assistant"
-    return answer is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 PIECE = 1 << 20  # bytes read at a time
@@ -16,34 +16,47 @@ ENDS = frozenset({*SPACE, ",", "]"})  # what may follow a number
 class JsonListError(Exception):
     """The text is not a JSON list; says what is wrong, and on which line."""
 
-    def __init__(self, what: str, line: int) -> None:
+    def __init__(self, what: str, line: int, *, too_large: bool = False) -> None:
         super().__init__(what)
-        self.what, self.line = what, line
+        self.what, self.line, self.too_large = what, line, too_large
 
 
 def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object's keys and values; ValueError where a key comes twice, of which one value would be lost in silence."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f'the key "{next(name for name in names if names.count(name) > 1)}" comes twice')
+        raise ValueError(f'the key "{first_repeated([name for name, _ in pairs])}" comes twice')
     return values
 
 
-def json_list(file: io.BufferedIOBase) -> Iterator[tuple[Any, int]]:
-    """Yield the items of a JSON list, each with the line on which it starts.
+def first_repeated(names: Sequence[str]) -> str | None:
+    """The first name that comes a second time; None where all differ."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def json_list(file: io.BufferedIOBase, most: int) -> Iterator[tuple[Any, int, int]]:
+    """Yield the items of a JSON list, each with the line on which it starts and its length in characters.
+
+    Args:
+        most: characters of an item.
 
     Raises:
-        JsonListError: the text is no list, or broken.
+        JsonListError: the text is no list, or broken, or an item is longer.
         UnicodeDecodeError: it is not UTF-8.
     """
-    text = _Text(file)
+    text = _Text(file, most)
     if text.next_character() != "[":
         raise JsonListError("a list of objects is wanted: [{...}, {...}]", 0)
     text.step()
     while text.next_character() != "]":
         line = text.line()
-        yield text.value(), line
+        value, length = text.value()
+        yield value, line, length
         if text.next_character() == ",":
             text.step()
             if text.next_character() == "]":
@@ -58,8 +71,8 @@ def json_list(file: io.BufferedIOBase) -> Iterator[tuple[Any, int]]:
 class _Text:
     """The text of a file through a window that moves on; `place` is where reading stands in it."""
 
-    def __init__(self, file: io.BufferedIOBase) -> None:
-        self._file = file
+    def __init__(self, file: io.BufferedIOBase, most: int) -> None:
+        self._file, self._most = file, most
         self._bytes = codecs.getincrementaldecoder("utf-8")()
         self._json = json.JSONDecoder(object_pairs_hook=no_repeats)
         self._window, self._ended = "", False
@@ -86,14 +99,16 @@ class _Text:
             if not self._more():
                 return ""
 
-    def value(self) -> Any:
-        """Read a value and go past it."""
+    def value(self) -> tuple[Any, int]:
+        """Read a value and go past it; with its length."""
         while True:
             try:
                 value, end = self._json.raw_decode(self._window, self.place)
             except json.JSONDecodeError as error:
                 # Where the window ends, what is wrong may be only that the rest is not read yet.
                 cut_off = error.pos >= len(self._window) - len("-Infinity") or error.msg.startswith("Unterminated")
+                if cut_off and len(self._window) - self.place > self._most:
+                    raise JsonListError("an item is too large", self.line(), too_large=True) from None
                 if cut_off and self._more():
                     continue
                 line = self.line() + self._window.count("\n", self.place, error.pos)
@@ -105,15 +120,18 @@ class _Text:
             is_number = isinstance(value, int | float)
             if is_number and self._window[end : end + 1] not in ENDS and self._more():  # it may go on
                 continue
-            self.place = end
-            return value
+            start, self.place = self.place, end
+            if end - start > self._most:
+                raise JsonListError("an item is too large", self.line(), too_large=True)
+            return value, end - start
 
     def _more(self) -> bool:
         """Move the window on; False at the end of the file."""
         if self._ended:
             return False
         self.line()
-        content = self._file.read(PIECE)
+        # As much again as is waiting, so that a long item is not decoded once for each piece of it.
+        content = self._file.read(max(PIECE, len(self._window) - self.place))
         self._ended = not content
         self._window = self._window[self.place :] + self._bytes.decode(content, final=self._ended)
         self.place = self._counted = 0

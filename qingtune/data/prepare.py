@@ -11,7 +11,10 @@ from typing import Literal
 import numpy as np
 
 from qingtune.config import TrainConfig
-from qingtune.data.format import Conversation, Reading, faulty_rows, read_conversations
+from qingtune.data.faults import count_reasons, describe_rows, faulty_rows
+from qingtune.data.format import Conversation, Reading, read_conversations
+from qingtune.data.read import Places
+from qingtune.data.rules import rules_of
 from qingtune.data.tokenize import SHOWN, Sample, Summary, Template, describe, show_example, summarize, tokenize
 from qingtune.errors import UserError, raise_all, shorten
 
@@ -26,18 +29,25 @@ class SetReport:
     Attributes:
         summary: of what was tokenised.
         formats: what rows each file holds; nothing for rows held out of the training data.
-        ignored_columns: of each file.
+        ignored_columns: of each file the fields that are not used, and how many rows hold something in them.
         rows_read: in the files.
+        rows: what became of these rows, or of those held out for evaluation: the numbers of those used, refused, ...,
+            which add up to all.
         faults: rows of the files that were refused.
+        reasons: how many rows were refused for each reason.
         first_faults: where the first refused rows stand and why.
+        placeholders: rows with placeholders of a template that were left unfilled.
     """
 
     summary: Summary
     formats: dict[str, str] = field(default_factory=dict)
-    ignored_columns: dict[str, list[str]] = field(default_factory=dict)
+    ignored_columns: dict[str, dict[str, int]] = field(default_factory=dict)
     rows_read: int = 0
+    rows: dict[str, int] = field(default_factory=dict)
     faults: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
     first_faults: list[str] = field(default_factory=list)
+    placeholders: Places = field(default_factory=Places)
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,8 @@ def load_data(config: TrainConfig, template: Template, context: int | None, say:
         seed = config.seed if config.val_seed is None else config.val_seed
         conversations, evaluation = _hold_out(reading.conversations, config.val_size, seed)
     styles: set[PromptStyle] = {"chat" if c.text is None else "plain" for c in conversations}
+    if not config.eval_data_path:
+        reading.held_out = len(evaluation)
     train_samples, training = _tokenize("Training data", config, template, conversations, limit, reading, say)
     eval_samples, evaluated = [], None
     if evaluation:
@@ -140,14 +152,16 @@ def load_data(config: TrainConfig, template: Template, context: int | None, say:
 
 
 def _read(name: str, paths: Sequence[str], config: TrainConfig, say: Say) -> Reading:
-    reading = read_conversations(paths, config.system_prompt, config.on_bad_row)
-    for path, kind in reading.formats.items():
-        unused = reading.ignored_columns[path]
-        say(f"{name}: {path} holds {kind} rows" + (f"; not used: {', '.join(unused)}" if unused else ""))
-    for fault in reading.faults[:SHOWN]:
-        say(f"refused: {fault}")
-    if reading.faults:
-        say(f"{name}: {len(reading.faults):,} of {reading.rows:,} rows refused")
+    reading = read_conversations(paths, config.system_prompt, config.on_bad_row, rules_of(config))
+    for path, about in reading.files.items():
+        say(f"{name}: {path} holds {about.described()}")
+    placeholders = reading.placeholders
+    if placeholders.count:
+        more = " ..." * (placeholders.count > len(placeholders.first))
+        say(
+            f"Warning: {name}: {placeholders.count:,} rows hold placeholders that were never filled in, and are "
+            f"trained as they are: {', '.join(placeholders.first)}{more}"
+        )
     return reading
 
 
@@ -180,7 +194,18 @@ def _tokenize(
     tokenized = tokenize(template, conversations, limit, config.on_long)
     if tokenized.faults and config.on_bad_row == "raise":
         raise faulty_rows(tokenized.faults, len(conversations))
-    for fault in tokenized.faults[:SHOWN]:
+    faults = [*reading.faults, *tokenized.faults]
+    rows = {
+        "used": tokenized.rows_used,
+        "refused": len(faults),
+        "too long": tokenized.rows_too_long,
+        "without a trained token": tokenized.rows_untrained,
+        "held out for evaluation": reading.held_out,
+    }
+    reasons = count_reasons(faults)
+    for line in describe_rows(name, rows, reasons):
+        say(line)
+    for fault in faults[:SHOWN]:
         say(f"refused: {fault}")
     if not tokenized.samples:
         raise UserError(
@@ -192,6 +217,15 @@ def _tokenize(
     summary = summarize(len(conversations), tokenized)
     for line in describe(name, summary):
         say(line)
-    faults = [str(fault) for fault in [*reading.faults, *tokenized.faults]]
-    report = SetReport(summary, reading.formats, reading.ignored_columns, reading.rows, len(faults), faults[:SHOWN])
+    report = SetReport(
+        summary,
+        formats={path: about.format for path, about in reading.files.items()},
+        ignored_columns={path: about.ignored_columns for path, about in reading.files.items()},
+        rows_read=reading.rows,
+        rows=rows,
+        faults=len(faults),
+        reasons=reasons,
+        first_faults=[str(fault) for fault in faults[:SHOWN]],
+        placeholders=reading.placeholders,
+    )
     return tokenized.samples, report

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from qingtune.data.json_list import JsonListError, json_list, no_repeats
+from qingtune.data.json_list import JsonListError, first_repeated, json_list, no_repeats
+from qingtune.data.parquet import RepeatedColumn, parquet_batches
+from qingtune.data.rules import Rules, size_in_words
 from qingtune.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SHOWN_PLACES = 5
+PIECE = 1 << 20  # bytes read at a time where lines do not matter
 _WRONG_ENCODING = (
     "not UTF-8 text; a file from Excel or an older Windows may be GBK: convert it, "
     "for example with `iconv -f GBK -t UTF-8`"
@@ -24,33 +31,52 @@ _WRONG_ENCODING = (
 
 @dataclass(frozen=True)
 class Row:
-    """One record of a data file; `origin` is `file:line` (Parquet: `file:row`)."""
+    """One record of a data file; `origin` is `file:line` (Parquet: `file:row`), `size` its bytes in the file."""
 
     values: dict[str, Any]
     origin: str
+    size: int = 0
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A place in the data that cannot be used, and why."""
+    """A place in the data that cannot be used, and why; `kind` names data of a kind that is not supported."""
 
     origin: str
     reason: str
+    kind: str = ""
 
     def __str__(self) -> str:
         return f"{self.origin}: {self.reason}"
 
 
-def read_rows(path: str) -> Iterator[Row | Fault]:
+@dataclass
+class Places:
+    """How many rows something was seen in, and the first of them."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, place: str) -> None:
+        """Count a row."""
+        self.count += 1
+        if len(self.first) < SHOWN_PLACES:
+            self.first.append(place)
+
+
+def read_rows(path: str, rules: Rules | None = None) -> Iterator[Row | Fault]:
     """Yield the rows of a file in order, a Fault in place of each that cannot be read.
 
+    No more than a row, or a few of Parquet, is in memory at a time.
+
     Raises:
-        UserError: the file cannot be opened, is of an unknown kind, or is broken as a whole.
+        UserError: the file cannot be opened, is of an unknown kind, is broken as a whole, or holds a row that is
+            larger than the rules allow and cannot be passed over.
     """
-    kind = _kind(path)
+    kind, rules = _kind(path), rules or Rules()
     try:
         if kind == ".parquet":
-            yield from _read_parquet(path)
+            yield from _read_parquet(path, rules)
         else:
             with _open_bytes(path) as file:
                 start = file.read(4)
@@ -58,7 +84,7 @@ def read_rows(path: str) -> Iterator[Row | Fault]:
                     raise UserError("UTF-16 text", where=path, fix="Save the file as UTF-8.")
                 file.seek(3 if start.startswith(b"\xef\xbb\xbf") else 0)
                 reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}[kind]
-                yield from reader(file, path)
+                yield from reader(file, path, rules)
     except FileNotFoundError:
         raise UserError("there is no such file", where=path, fix="Check the path of the data.") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -85,13 +111,24 @@ def _open_bytes(path: str) -> io.BufferedIOBase:
     return Path(path).open("rb")
 
 
-def _read_jsonl(file: io.BufferedIOBase, path: str) -> Iterator[Row | Fault]:
-    for number, line in enumerate(file, start=1):
+def _too_large(rules: Rules) -> str:
+    return f"a row of over {rules.max_row_mb:g} MB; raise max_row_mb if it is meant"
+
+
+def _read_jsonl(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row | Fault]:
+    number = 0
+    while line := file.readline(rules.row_bytes + 1):
+        number += 1
         origin = f"{path}:{number}"
+        if len(line) > rules.row_bytes:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(PIECE)
+            yield Fault(origin, _too_large(rules))
+            continue
         if not line.strip():
             continue
         try:
-            yield _row(json.loads(line.decode("utf-8"), object_pairs_hook=no_repeats), origin)
+            yield _row(json.loads(line.decode("utf-8"), object_pairs_hook=no_repeats), origin, len(line))
         except UnicodeDecodeError:
             yield Fault(origin, _WRONG_ENCODING)
         except json.JSONDecodeError as error:
@@ -102,88 +139,124 @@ def _read_jsonl(file: io.BufferedIOBase, path: str) -> Iterator[Row | Fault]:
             yield Fault(origin, "not valid JSON: nested too deeply")
 
 
-def _read_json(file: io.BufferedIOBase, path: str) -> Iterator[Row | Fault]:
+def _read_json(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row | Fault]:
     """A list of objects; each row's origin is the line on which it starts."""
     try:
-        for value, line in json_list(file):
-            yield _row(value, f"{path}:{line}")
+        for value, line, size in json_list(file, rules.row_bytes):
+            yield _row(value, f"{path}:{line}", size)
     except UnicodeDecodeError:
         raise _not_utf8(file, path) from None
     except JsonListError as error:
         where = f"{path}:{error.line}" if error.line else path
+        if error.too_large:
+            raise UserError(_too_large(rules), where=where) from None
         fix = None if error.line else "One object a line is .jsonl, not .json."
         raise UserError(error.what, where=where, fix=fix) from None
 
 
-def _read_csv(file: io.BufferedIOBase, path: str) -> Iterator[Row | Fault]:
-    csv.field_size_limit(2**31 - 1)
+class _Lines:
+    """The lines of a text, of which a record may take several, but no more than so many characters in all."""
+
+    def __init__(self, text: io.TextIOWrapper, most: int) -> None:
+        self._text, self._most = text, most
+        self.taken = 0
+        self.too_large = False
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(self._most + 1)
+        self.taken += len(line)
+        self.too_large = self.taken > self._most
+        if not line or self.too_large:
+            raise StopIteration
+        return line
+
+
+def _read_csv(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row | Fault]:
+    csv.field_size_limit(2**31 - 1)  # records are bounded as a whole
     text = io.TextIOWrapper(cast("Any", file), encoding="utf-8", newline="")
-    reader = csv.reader(text, strict=True)
+    lines = _Lines(text, rules.row_bytes)
+    reader = csv.reader(lines, strict=True)
     start = 1
     try:
         names = next(reader, [])
-        start = reader.line_num + 1
-        if repeated := _first_repeated(names):
+        if repeated := first_repeated(names):
             raise UserError(f'the first line names the column "{repeated}" twice', where=f"{path}:1")
+        lines.taken, start = 0, reader.line_num + 1
         for cells in reader:
-            origin, start = f"{path}:{start}", reader.line_num + 1
+            origin, start, size, lines.taken = f"{path}:{start}", reader.line_num + 1, lines.taken, 0
             if not cells:
                 continue
             if len(cells) == len(names):
-                yield Row(dict(zip(names, cells, strict=True)), origin)
+                yield Row(dict(zip(names, cells, strict=True)), origin, size)
             else:
                 yield Fault(origin, f"{len(cells)} cells, but the first line names {len(names)} columns")
+        if lines.too_large:
+            raise UserError(_too_large(rules), where=f"{path}:{start}")
     except csv.Error as error:
-        raise UserError(f"not valid CSV: {error}", where=f"{path}:{start}") from None
+        what = _too_large(rules) if lines.too_large else f"not valid CSV: {error}"
+        raise UserError(what, where=f"{path}:{start}") from None
     except UnicodeDecodeError:
         raise _not_utf8(file, path) from None
     finally:
         text.detach()
 
 
-def _read_parquet(path: str) -> Iterator[Row | Fault]:
+def _read_parquet(path: str, rules: Rules) -> Iterator[Row | Fault]:
     import pyarrow
-    import pyarrow.parquet
 
-    source: Any = path
-    if path.lower().endswith(".gz"):
-        with gzip.open(path, "rb") as file:
-            source = io.BytesIO(file.read())
+    number = 0
     try:
-        number = 0
-        file = pyarrow.parquet.ParquetFile(source)
-        if repeated := _first_repeated(file.schema_arrow.names):
-            raise UserError(f'two columns are named "{repeated}"', where=path)
-        for batch in file.iter_batches():
-            columns = [
-                column.cast(pyarrow.string()) if pyarrow.types.is_temporal(column.type) else column
-                for column in batch.columns  # Python's dates are fewer than Parquet's
-            ]
-            for values in pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist():
-                number += 1
-                yield Row(values, f"{path}:{number}")
+        with _unpacked(path, rules) as source:
+            for batch in parquet_batches(source):
+                for row in batch.rows(rules.row_bytes):
+                    number += 1
+                    origin = f"{path}:{number}"
+                    yield Fault(origin, _too_large(rules)) if row is None else Row(row, origin, batch.row_size)
+    except RepeatedColumn as error:
+        raise UserError(f'two columns are named "{error}"', where=path) from None
+    except MemoryError:
+        raise UserError("a part of this file needs more memory than there is", where=f"{path}:{number + 1}") from None
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise UserError(f"not a valid Parquet file: {error}", where=path) from None
 
 
-def _first_repeated(names: Sequence[str]) -> str | None:
-    return next((name for place, name in enumerate(names) if name in names[:place]), None)
+@contextmanager
+def _unpacked(path: str, rules: Rules) -> Generator[Any]:
+    """The file to read from: itself or, if it is gzipped, what it holds, on the disk and not in memory."""
+    if not path.lower().endswith(".gz"):
+        yield path
+        return
+    with gzip.open(path, "rb") as file, tempfile.TemporaryFile() as unpacked:
+        most = rules.data_bytes()
+        while piece := file.read(PIECE):
+            unpacked.write(piece)
+            if unpacked.tell() > most:
+                raise UserError(
+                    f"over {size_in_words(most)} when unpacked", where=path, fix="Unpack it, or raise max_data_gb."
+                )
+        unpacked.seek(0)
+        yield unpacked
 
 
 def _not_utf8(file: io.BufferedIOBase, path: str) -> UserError:
     """The error that names the first line which is not UTF-8."""
     file.seek(0)
-    for number, line in enumerate(file, start=1):
+    number, decoder = 1, codecs.getincrementaldecoder("utf-8")()
+    while piece := file.readline(PIECE):
         try:
-            line.decode("utf-8")
+            decoder.decode(piece)
         except UnicodeDecodeError:
             return UserError(_WRONG_ENCODING, where=f"{path}:{number}")
-    return UserError(_WRONG_ENCODING, where=path)
+        number += piece.endswith(b"\n")
+    return UserError(_WRONG_ENCODING, where=f"{path}:{number}")
 
 
-def _row(value: object, origin: str) -> Row | Fault:
+def _row(value: object, origin: str, size: int) -> Row | Fault:
     if isinstance(value, dict):
-        return Row(cast("dict[str, Any]", value), origin)
+        return Row(cast("dict[str, Any]", value), origin, size)
     return Fault(origin, f"a JSON object is wanted, not {_kind_of_json(value)}")
 
 

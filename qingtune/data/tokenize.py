@@ -186,7 +186,13 @@ class _TemplateFault(Exception):
 
 @dataclass
 class Tokenized:
-    """Samples of a data set, and what became of the rows."""
+    """Samples of a data set, and what became of the rows.
+
+    Attributes:
+        too_long, untrained: where samples were dropped; a row may have several.
+        rows_used: rows with a sample that is kept.
+        rows_too_long, rows_untrained: rows without one, as the samples are too long or have no trained token.
+    """
 
     samples: list[Sample] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -194,6 +200,9 @@ class Tokenized:
     untrained: list[str] = field(default_factory=list)
     truncated: int = 0
     split_conversations: int = 0
+    rows_used: int = 0
+    rows_too_long: int = 0
+    rows_untrained: int = 0
 
 
 def tokenize(template: Template, conversations: Sequence[Conversation], max_seq_length: int, on_long: str) -> Tokenized:
@@ -214,8 +223,15 @@ def tokenize(template: Template, conversations: Sequence[Conversation], max_seq_
             result.faults.append(Fault(conversation.origin, str(fault)))
             continue
         result.split_conversations += len(samples) > 1
+        kept, dropped = len(result.samples), len(result.too_long)
         for sample in samples:
             _keep(sample, max_seq_length, on_long, result)
+        if len(result.samples) > kept:
+            result.rows_used += 1
+        elif len(result.too_long) > dropped:
+            result.rows_too_long += 1
+        else:
+            result.rows_untrained += 1
     return result
 
 
@@ -363,9 +379,7 @@ def describe(name: str, summary: Summary) -> list[str]:
     """The data report as a few lines."""
     lengths = ", ".join(f"{place} {length:,}" for place, length in summary.lengths.items())
     lines = [
-        f"{name}: {summary.rows:,} rows read, {summary.samples:,} samples, {summary.faults:,} refused, "
-        f"{summary.too_long:,} too long, {summary.untrained:,} without a trained token",
-        f"{name}: {summary.tokens:,} tokens, {summary.trained_tokens:,} of them trained "
+        f"{name}: {summary.samples:,} samples of {summary.tokens:,} tokens, {summary.trained_tokens:,} of them trained "
         f"({summary.trained_tokens / summary.tokens:.0%}); length {lengths}",
     ]
     if summary.truncated:

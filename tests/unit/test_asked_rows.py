@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from conftest import write_jsonl
 
-from qingtune.data.format import Asked, FileFacts, Message, asked_rows, conversations_of
+from qingtune.data.format import FileFacts, Message, conversations_of
+from qingtune.data.prompts import Asked, asked_rows
 from qingtune.data.read import Fault
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -78,4 +79,4 @@ def test_rules_of_form_are_no_column_that_is_ignored(tmp_path: Path) -> None:
     about = FileFacts()
     path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "q", "output": "a", "form": {"tags": 1}, "id": 7}])
     assert len(list(conversations_of(str(path), None, about))) == 1
-    assert about.ignored_columns == ["id"]
+    assert about.ignored_columns == {"id": 1}

@@ -242,6 +242,7 @@ def test_a_long_name_leaves_room_for_what_staging_adds(tmp_path: Path) -> None:
 STAGED = "into a staging folder of a random name"
 ALLOWED = {
     ("output.py", "os.open"): "the null device, in the place of a stream that is gone",
+    ("data/read.py", "TemporaryFile"): "a file without a name, for Parquet that is packed",
     ("data/template_worker.py", "open"): "the null device, for a process without a stderr",
     ("kernels/native/build.py", "os.open"): "for reading",
     ("kernels/native/build.py", "TemporaryDirectory"): "a folder of a random name in one that only the user writes to",

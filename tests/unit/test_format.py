@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from conftest import write_jsonl
 
-from qingtune.data.format import FORMATS, SHOWN_FAULTS, Reading, prompt_of, read_conversations
+from qingtune.data.faults import SHOWN_FAULTS
+from qingtune.data.format import FORMATS, Reading, prompt_of, read_conversations
 from qingtune.errors import UserError
 
 Turns = list[tuple[str, str]]
@@ -100,7 +101,7 @@ def test_rows_become_conversations(
 ) -> None:
     reading = read(row)
     assert turns(reading) == [expected]
-    assert reading.formats == {"t.jsonl": kind}
+    assert reading.files["t.jsonl"].format == kind
     assert reading.conversations[0].origin == "t.jsonl:1"
     assert [(m.role, m.content) for m in prompt_of(reading.conversations[0])] == expected[:-1]
 
@@ -135,13 +136,13 @@ def test_system_prompt_is_put_only_where_there_is_none(read: Callable[..., Readi
 
 def test_columns_that_are_not_used_are_named(read: Callable[..., Reading]) -> None:
     reading = read({**GOOD["instruction"], "text": "t", "id": 1, "input": ""})
-    assert reading.ignored_columns == {"t.jsonl": ["id", "text"]}
+    assert reading.files["t.jsonl"].ignored_columns == {"id": 1, "text": 1}
 
 
 def test_each_file_has_a_format_of_its_own(tmp_path: Path) -> None:
     paths = [str(write_jsonl(tmp_path / f"{kind}.jsonl", [row])) for kind, row in GOOD.items()]
     reading = read_conversations(paths, None, "raise")
-    assert list(reading.formats.values()) == list(GOOD) == list(FORMATS)
+    assert [about.format for about in reading.files.values()] == list(GOOD) == list(FORMATS)
     assert reading.rows == len(reading.conversations) == len(GOOD)
 
 
@@ -181,7 +182,10 @@ def say(*roles: str) -> dict[str, Any]:
         ({"messages": [ASKED, {"role": "assistant", "content": " "}]}, 'turn 2: "content" is empty'),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}, ANSWERED]}, 'turn 1: "content" is list'),
         ({"messages": [ASKED, {"role": "assistant", "content": "\ud800"}]}, 'turn 2: "content" holds half of a surr'),
-        ({"messages": [ASKED, {**ANSWERED, "tool_calls": [{"id": "1"}]}]}, "turn 2 has tool_calls"),
+        (
+            {"messages": [ASKED, {**ANSWERED, "tool_calls": [{"id": "1"}]}]},
+            "tool-calling data is not supported (turn 2: ",
+        ),
         (say("user"), "no assistant turn"),
         (say("system", "user"), "no assistant turn"),
         (say("assistant"), "an assistant turn without a user turn before it"),
@@ -223,7 +227,7 @@ def test_row_without_the_columns_of_its_file_is_a_fault(read: Callable[..., Read
 def test_format_is_found_though_the_first_rows_are_faulty(read: Callable[..., Reading]) -> None:
     rows = [["no object"], {"instruction": "no output"}, {"x": 1}, GOOD["instruction"], {"instruction": "again none"}]
     reading = read(*rows, on_bad_row="skip")
-    assert reading.formats == {"t.jsonl": "instruction"}
+    assert reading.files["t.jsonl"].format == "instruction"
     assert [fault.origin for fault in reading.faults] == ["t.jsonl:1", "t.jsonl:2", "t.jsonl:3", "t.jsonl:5"]
     assert turns(reading) == [QA]
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from qingtune.data.format import prompt_of, read_conversations, rows_with_prompts
+from qingtune.data.format import prompt_of, read_conversations
+from qingtune.data.prompts import rows_with_prompts
 from qingtune.errors import UserError
 
 SYSTEM = {"role": "system", "content": "s"}

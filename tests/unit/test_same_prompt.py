@@ -10,7 +10,8 @@ import pytest
 from conftest import CHATML, make_tokenizer, write_jsonl
 
 from qingtune.chat_session import ChatSession
-from qingtune.data.format import Message, read_conversations, rows_with_prompts
+from qingtune.data.format import Message, read_conversations
+from qingtune.data.prompts import rows_with_prompts
 from qingtune.data.tokenize import Template, make_template, prompt_ids, tokenize
 from qingtune.generation import Decoding
 from qingtune.inference import Speaker

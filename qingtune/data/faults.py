@@ -1,0 +1,74 @@
+"""Refused rows as messages: the first of them, each kind of data once for each file, and how many for each reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from qingtune.data.read import Fault, Places
+from qingtune.errors import UserError, shorten
+
+SHOWN_FAULTS = 10
+MANY = 0.1  # the share of refused rows that is worth a warning
+MOST_REASONS = 20  # told apart in the count of refused rows
+
+
+def faulty_rows(faults: Sequence[Fault], rows: int, fix: str = "Fix the rows or pass --on_bad_row skip.") -> UserError:
+    """The error that lists the first faults, a kind of data once for each file, and says what can be done."""
+    fields = ' Fields named in --ignore_fields are left unread: "label" for one.' * any(fault.kind for fault in faults)
+    lines = "\n".join(fault_lines(faults))
+    return UserError(f"{lines}\n({len(faults):,} of {rows:,} rows.) {fix}{fields}")
+
+
+def fault_lines(faults: Sequence[Fault]) -> list[str]:
+    """The first faults, a line each; those of one kind of data share a line for each file."""
+    kinds: dict[tuple[str, str], Places] = {}
+    single: list[Fault] = []
+    for fault in faults:
+        if not fault.kind:
+            single.append(fault)
+            continue
+        kinds.setdefault((fault.origin.rpartition(":")[0], fault.kind), Places()).add(str(fault))
+    lines = [
+        places.first[0] + (f", and so are {places.count - 1:,} more rows" if places.count > 1 else "")
+        for places in kinds.values()
+    ]
+    lines += [str(fault) for fault in single[:SHOWN_FAULTS]]
+    return [*lines, f"... and {len(single) - SHOWN_FAULTS:,} more"] if len(single) > SHOWN_FAULTS else lines
+
+
+def describe_rows(name: str, rows: Mapping[str, int], reasons: Mapping[str, int]) -> list[str]:
+    """What became of all rows as a sum, and the reasons why rows were refused; a warning where these are many.
+
+    Args:
+        rows: how many rows went which way, such as used or refused.
+    """
+    every = sum(rows.values())
+    parts = " + ".join(f"{count:,} {what}" for what, count in rows.items() if count or what == "used")
+    lines = [f"{name}: {every:,} rows = {parts}"]
+    refused = rows.get("refused", 0)
+    if reasons:
+        warning = "Warning: " * (refused >= MANY * every)
+        why = "; ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+        lines.append(f"{warning}{name}: {refused:,} of {every:,} rows ({refused / every:.0%}) are refused: {why}")
+    return lines
+
+
+def count_reasons(faults: Sequence[Fault]) -> dict[str, int]:
+    """How many rows were refused for each reason, most first; what differs from row to row is left out of a reason."""
+    counts: dict[str, int] = {}
+    for fault in faults:
+        add_reason(counts, fault)
+    return most_first(counts)
+
+
+def add_reason(counts: dict[str, int], fault: Fault) -> None:
+    """Count a refused row under its reason."""
+    reason = fault.kind or shorten(re.sub(r"\d[\d,.]*", "N", fault.reason))
+    reason = reason if reason in counts or len(counts) < MOST_REASONS else "other reasons"
+    counts[reason] = counts.get(reason, 0) + 1
+
+
+def most_first(counts: Mapping[str, int]) -> dict[str, int]:
+    """The same counts, the greatest first."""
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))

@@ -1,0 +1,36 @@
+"""Placeholders of templates that were never filled in, such as {{name}}, found in prose and not in code."""
+
+from __future__ import annotations
+
+import re
+
+_NAME = r"[A-Za-z_\u4e00-\u9fff][\w.\- \u4e00-\u9fff]{0,39}"
+_PLACEHOLDER = re.compile(
+    rf"(?<![\\}}A-Za-z0-9_^$]){{{{\s*{_NAME}\s*}}}}(?!}})"  # {{name}}
+    rf"|\$\{{{_NAME}\}}"  # ${name}
+    r"|\{%-? *[a-z][^%\n]{0,80}%\}"  # {% if name %}
+    r"|<(?:INSERT|YOUR)[ _][A-Z _]{1,40}>"
+    r"|\[(?:INSERT|YOUR)[ _][A-Z _]{1,40}\]"
+    r"|[\[【](?:插入|在此插入|在此填写|请填写)[^\]】\n]{0,40}[\]】]"
+)
+_MEDIA = re.compile(r"<(?:image|video|audio)>")
+_CODE_BLOCK = re.compile(r"(```|~~~).*?(?:\1|\Z)|`[^`\n]*`|\$\$.*?\$\$", re.DOTALL)
+_CODE = re.compile(r"[;={}<>\\]|\(\)|^\s*(?:#|//|\$ )")  # on a line, apart from its placeholders
+_HINTS = ("{{", "${", "{%", "INSERT", "YOUR", "插入", "填写", "<image>", "<video>", "<audio>")
+
+
+def first_placeholder(text: str, *, asked: bool) -> str | None:
+    """The first placeholder in the prose of a text; None without one.
+
+    Args:
+        asked: whether this is a user's turn, in which a bare <image> takes the place of a picture.
+    """
+    if not any(hint in text for hint in _HINTS):
+        return None
+    if asked and (media := _MEDIA.search(text)):
+        return media[0]
+    for line in _CODE_BLOCK.sub(" ", text).split("\n"):
+        found = _PLACEHOLDER.search(line)
+        if found and not _CODE.search(_PLACEHOLDER.sub(" ", line)):
+            return found[0]
+    return None
