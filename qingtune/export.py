@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,12 @@ from qingtune.data.format import Message
 from qingtune.data.templates import render_template
 from qingtune.data.tokenize import Template, make_template, prompt_ids
 from qingtune.errors import UserError
-from qingtune.files import disk_errors, move_into_place, sha256_of, staging_folder, write_text
+from qingtune.files import disk_errors, sha256_of, write_text
 from qingtune.inference import find_base
 from qingtune.invocation import shown
 from qingtune.model_card import CARD, ExportedFile, Origin, shown_name, write_card
 from qingtune.modelfile import GO_PLAIN, TemplateNotExpressible, find_turns, left_out, modelfile
-from qingtune.models.gguf_file import KINDS, Plan, Read, check_gguf, write_gguf
+from qingtune.models.gguf_file import Plan, Read, check_gguf, write_gguf
 from qingtune.models.gguf_layout import Layout, Value, layout_of
 from qingtune.models.gguf_vocab import MOST_ENDS, Ending, normalizes, vocabulary_of
 from qingtune.models.load import StoredWeights, load_tokenizer, stop_ids
@@ -34,6 +33,7 @@ from qingtune.models.source import fingerprint, read_model_config, stored_in_4bi
 from qingtune.output import say, show
 from qingtune.quiet import quieten
 from qingtune.record import Record
+from qingtune.result_folder import open_result_folder
 
 MODELFILE = "Modelfile"
 # generation_config.json -> Ollama's parameters
@@ -72,9 +72,11 @@ def export(config: ExportConfig) -> None:
     adapter_folder = Path(config.lora_model) if config.lora_model else None
     output_dir = Path(config.output_dir)
     name = re.sub(r"[^\w.-]+", "-", output_dir.absolute().name).strip("-") or "model"
-    _check_output(output_dir, name, config.overwrite_output_dir)
+    place = open_result_folder(output_dir, "export", "an export", overwrite=config.overwrite_output_dir)
+    place.refuse_input("the adapter", adapter_folder)
     adapter = read_adapter(adapter_folder) if adapter_folder else None
     base, record = find_base(config, adapter_folder)
+    place.refuse_input("the base model", base)
     weights = StoredWeights(base)
     unties = adapter is not None and adapter.unties(read_model_config(base))
     head = {HEAD: weights.shapes[EMBEDDING]} if unties else {}
@@ -84,7 +86,7 @@ def export(config: ExportConfig) -> None:
     metadata = _metadata(name, layout, speech)
     with (
         disk_errors("the export", output_dir, "Make room, or choose another output_dir."),
-        staging_folder(output_dir) as half_done,
+        place.staging() as half_done,
     ):
         files = [_write(half_done, name, Plan(layout, metadata, kind), read) for kind in dict.fromkeys(config.quantize)]
         remarks = [
@@ -92,9 +94,7 @@ def export(config: ExportConfig) -> None:
         ]  # fmt: skip
         origin = Origin(shown_name(_base_name(config, record)), fingerprint(base), base, adapter_folder, record)
         write_card(half_done / CARD, name, origin, files, remarks)
-        if output_dir.exists():
-            shutil.rmtree(output_dir)
-        move_into_place(half_done, output_dir)
+        place.put(half_done, {file.name: file.sha256 for file in files})
     for remark in remarks:
         say(f"Note: {remark}")
     show(
@@ -102,21 +102,6 @@ def export(config: ExportConfig) -> None:
         f"Talk to it: {shown(['llama-cli', '-m', str(output_dir / files[0].name), '--jinja'])}\n"
         f"or: {shown(['cd', str(output_dir)])} && ollama create {name} -f {MODELFILE} && ollama run {name}"
     )
-
-
-def _check_output(output_dir: Path, name: str, overwrite: bool) -> None:
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
-        return
-    ours = {MODELFILE, CARD, *(f"{name}-{kind}.gguf" for kind in KINDS)}
-    there = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set[str]()
-    if MODELFILE not in there or not there <= ours:
-        raise UserError("output_dir holds something else", where=str(output_dir), fix="Choose another output_dir.")
-    if not overwrite:
-        raise UserError(
-            "output_dir holds an export already",
-            where=str(output_dir),
-            fix="Pass --overwrite_output_dir to replace it.",
-        )
 
 
 def _base_name(config: ExportConfig, record: Record | None) -> str:

@@ -277,16 +277,29 @@ def _locked_folder(beside: Path) -> tuple[Path, int | None]:
         os.close(handle)
 
 
+def is_staged(beside: Path) -> bool:
+    """Whether a living process stages something next to this path."""
+    for folder in _staging_folders(beside):
+        handle = _lock(folder, wait=False)
+        if handle is None:
+            return True
+        os.close(handle)
+    return False
+
+
 def _remove_left_behind(beside: Path) -> None:
     """Remove staging folders whose process is gone, however it ended."""
-    prefix = _staging_prefix(beside)
-    for folder in beside.parent.iterdir():
-        if re.fullmatch(re.escape(prefix) + r"[0-9a-f]{16}\.unfinished", folder.name) is None or folder.is_symlink():
-            continue
+    for folder in _staging_folders(beside):
         handle = _lock(folder, wait=False)
         if handle is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(handle)
+
+
+def _staging_folders(beside: Path) -> list[Path]:
+    name = re.compile(re.escape(_staging_prefix(beside)) + r"[0-9a-f]{16}\.unfinished")
+    around = beside.parent.iterdir() if beside.parent.is_dir() else ()
+    return [path for path in around if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
 
 
 def _staging_prefix(beside: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from qingtune.command_config import MergeConfig
 from qingtune.data.format import read_conversations
 from qingtune.data.tokenize import Sample, Template, make_template, prompt_ids, tokenize
 from qingtune.errors import UserError
-from qingtune.files import copy_file, disk_errors, move_into_place, staging_folder, write_json
+from qingtune.files import copy_file, disk_errors, write_json
 from qingtune.hardware import choose_hardware, memory_errors
 from qingtune.inference import bundled_heldout, bundled_prompts, find_base
 from qingtune.invocation import command_line
@@ -27,6 +26,7 @@ from qingtune.models.source import context_length, read_model_config, stored_in_
 from qingtune.output import say, show
 from qingtune.quiet import quieten
 from qingtune.record import write_record
+from qingtune.result_folder import open_result_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,8 +48,10 @@ def merge(config: MergeConfig) -> None:
         raise UserError("save_in_4bit and save_dtype are both given", fix="Choose one.")
     folder, output_dir = Path(config.lora_model), Path(config.output_dir)
     read_adapter_config(folder)
-    _check_output(output_dir, config.overwrite_output_dir)
+    place = open_result_folder(output_dir, "merge", "a merged model", overwrite=config.overwrite_output_dir)
+    place.refuse_input("the adapter", folder)
     base, record = find_base(config, folder)
+    place.refuse_input("the base model", base)
     if stored_in_4bit(base):
         raise UserError(
             "the base is stored in 4 bits, and merging into these would round a second time",
@@ -57,14 +59,12 @@ def merge(config: MergeConfig) -> None:
             fix="Name the 16-bit model that it was made of: --base_model NAME --allow_other_base. "
             "--save_in_4bit rounds the result, once.",
         )
-    if output_dir.resolve() == base.resolve():
-        raise UserError("output_dir holds the base model", where=str(output_dir), fix="Choose another output_dir.")
     adapter = read_adapter(folder)
     own = (folder / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(folder if own else base)
     template = make_template(tokenizer, record.stop_ids if record else stop_ids(base))
     hardware = choose_hardware()
-    with staging_folder(output_dir) as half_done:
+    with place.staging() as half_done:
         with disk_errors("the merged model", output_dir, "Make room on the disk, or choose another output_dir."):
             with memory_errors("the adapter was merged", base, _SMALLER):
                 if config.save_in_4bit:
@@ -84,26 +84,9 @@ def merge(config: MergeConfig) -> None:
             say(judge(lost) if config.save_in_4bit else _judge(lost, dtypes))
         if record:
             write_record(half_done, record)
-        if output_dir.exists():
-            shutil.rmtree(output_dir)
-        move_into_place(half_done, output_dir)
+        with disk_errors("the merged model", output_dir, "Make room on the disk, or choose another output_dir."):
+            place.put(half_done)
     show(f"Merged model: {output_dir}\nTalk to it: {command_line('chat', base_model=output_dir)}")
-
-
-def _check_output(output_dir: Path, overwrite: bool) -> None:
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
-        return
-    ours = (
-        output_dir.is_dir()
-        and (output_dir / "config.json").exists()
-        and not (output_dir / "adapter_config.json").exists()
-    )
-    if not ours:
-        raise UserError("output_dir holds something else", where=str(output_dir), fix="Choose another output_dir.")
-    if not overwrite:
-        raise UserError(
-            "output_dir holds a model already", where=str(output_dir), fix="Pass --overwrite_output_dir to replace it."
-        )
 
 
 def _write(folder: Path, base: Path, adapter: StoredAdapter, dtype: torch.dtype | None) -> set[torch.dtype]:

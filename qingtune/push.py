@@ -14,6 +14,7 @@ from qingtune.output import give, say, show
 from qingtune.output_folder import LOCK
 from qingtune.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SETTINGS
 from qingtune.redaction import redact
+from qingtune.result_folder import RESULT_FILES
 
 # What a model, adapter or export consists of; anything else is a person's to decide on.
 _PUBLISHED = re.compile(
@@ -23,7 +24,7 @@ _PUBLISHED = re.compile(
 )
 # What a run leaves that others have no use for.
 _LEFT_OUT = {
-    SETTINGS, METRICS, CURVE, LATEST, FACTS, PAGE, LOCK, "demo_answers.json", "trackers", ".DS_Store",
+    SETTINGS, METRICS, CURVE, LATEST, FACTS, PAGE, LOCK, RESULT_FILES, "demo_answers.json", "trackers", ".DS_Store",
     "evaluation.json", "evaluation.md", "eval_samples.jsonl", "predictions_before.jsonl", "predictions_after.jsonl",
 }  # fmt: skip
 _NO_TEXT = re.compile(

@@ -19,6 +19,7 @@ from qingtune.command_config import ExportConfig
 from qingtune.errors import UserError
 from qingtune.export import export
 from qingtune.models.gguf_layout import PlacedTensor
+from qingtune.result_folder import RESULT_FILES
 
 Trained = Callable[..., Path]
 
@@ -70,7 +71,7 @@ def test_exported_logits_are_those_of_base_and_adapter(kind: str, trained: Train
     output = tmp_path / "my shop"
     export_to(output, adapter, quantize=["f32", "q8_0"])
     assert sorted(path.name for path in output.iterdir()) == [
-        "Modelfile", "README.md", "my-shop-f32.gguf", "my-shop-q8_0.gguf"
+        "Modelfile", "README.md", "my-shop-f32.gguf", "my-shop-q8_0.gguf", RESULT_FILES
     ]  # fmt: skip
     wanted = adapted(tmp_path / "model", adapter)
     model = read_by_transformers(output / "my-shop-f32.gguf")
@@ -151,7 +152,7 @@ def test_refusals_leave_nothing_behind(trained: Trained, tmp_path: Path, monkeyp
     export_to(output, adapter, overwrite_output_dir=True)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == written
     (output / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match=r"notes\.txt \(not of it\)"):
         export_to(output, adapter, overwrite_output_dir=True)
 
     weights = load_file(adapter / "adapter_model.safetensors")
