@@ -147,10 +147,13 @@ def _is_x86() -> bool:
 
 
 def cpu_flags() -> set[str]:
-    """What the CPU says it can do; on Linux."""
+    """What the CPU says it can do; on Linux.
+
+    QINGTUNE_CPU_WITHOUT names flags to leave out, separated by commas, so that a lesser CPU can be tried on this one.
+    """
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return set(flags.split())
+    return set(flags.split()) - set(os.environ.get("QINGTUNE_CPU_WITHOUT", "").split(","))
 
 
 # --- Free memory -----------------------------------------------------------------------------------------------------

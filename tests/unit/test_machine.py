@@ -100,7 +100,18 @@ def test_cpus_are_known_by_their_flags(
     monkeypatch.setattr(machines.sys, "platform", "linux")
     monkeypatch.setattr(machines.platform, "machine", lambda: machine)
     monkeypatch.setattr(machines.Path, "read_text", lambda _, encoding: cpuinfo)
+    monkeypatch.delenv("QINGTUNE_CPU_WITHOUT", raising=False)
     assert machines.cpu_has_bf16() is has_it
+
+
+@pytest.mark.parametrize(("without", "has_bf16"), [("avx512_bf16", True), ("avx512_bf16,amx_bf16", False), ("", True)])
+def test_a_lesser_cpu_can_be_tried(without: str, has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines.sys, "platform", "linux")
+    monkeypatch.setattr(machines.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(machines.Path, "read_text", lambda _, encoding: "flags : avx512_vnni avx512_bf16 amx_bf16\n")
+    monkeypatch.setenv("QINGTUNE_CPU_WITHOUT", without)
+    assert machines.cpu_has_bf16() is has_bf16
+    assert machines.cpu_has_int8_units()
 
 
 def test_other_systems_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
