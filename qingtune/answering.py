@@ -26,7 +26,7 @@ from qingtune.kernels.native.build import has_native_units, native_library
 from qingtune.kernels.native.matrices import fits_native, native_matrix
 from qingtune.kernels.packed import ROWS_AT_A_TIME, DenseMatrix, Matrix, has_int4_kernels, pack
 from qingtune.kernels.workspace import Workspace
-from qingtune.models.load import StoredWeights, empty_model
+from qingtune.models.load import StoredWeights, empty_model, stored_dtype
 
 
 class ModulesDecoder:
@@ -96,7 +96,6 @@ def load_decoder(
     Raises:
         UserError: files are missing or broken, do not fit each other, or there is no memory for them.
     """
-    check_memory(folder, hardware.dtype, bits, hardware.device)
     stored_adapter = read_adapter(adapter) if adapter else None
     with memory_errors("the model was loaded", folder, SMALLER):
         model, stored, reason = open_model(folder, bits, hardware)
@@ -104,6 +103,8 @@ def load_decoder(
             if bits == 4 and stored.packed:
                 say("Its 4 bits are rounded once more, to the form that is multiplied fast; load_in_8bit loses less.")
             assembly = Assembly(model, stored, stored_adapter, hardware, bits=bits)
+            kept = bits or _bits_kept(folder, stored_adapter) if assembly.exact else bits
+            check_memory(folder, hardware.dtype, kept, hardware.device)
             if isinstance(assembly.library, str):
                 say(f"PyTorch's kernels, slower: {assembly.library}.")
             return assembly.decoder(slots)
@@ -112,6 +113,11 @@ def load_decoder(
     if adapter:
         load_adapter(model, adapter)
     return ModulesDecoder(model.eval())
+
+
+def _bits_kept(folder: Path, adapter: StoredAdapter | None) -> int:
+    """Of a dense weight that fp32 is multiplied by in C: its own 16, or the upper 24 of what is merged in fp32."""
+    return 16 if adapter is None and stored_dtype(folder).itemsize == 2 else 24
 
 
 def open_model(folder: Path, bits: int | None, hardware: Hardware) -> tuple[Any, StoredWeights | None, str | None]:
@@ -158,6 +164,11 @@ class Assembly:
         self.library = native_library() if merge and _may_be_native(model, hardware) else None
         if adapter:
             adapter.check_names(stored.shapes)
+
+    @property
+    def exact(self) -> bool:
+        """Whether fp32 is multiplied in C, by dense weights as they are stored."""
+        return isinstance(self.library, ctypes.CDLL) and self.dtype == torch.float32
 
     def decoder(self, slots: int = 1, *, lazy: bool = False) -> CachedDecoder:
         """Everything in its place; with lazy, layers are read each time they are asked for, and not kept."""
@@ -248,7 +259,7 @@ class Assembly:
 
     def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
         if isinstance(self.library, ctypes.CDLL):
-            return native_matrix(self.library, weight, bias, self.bits, self.workspace)
+            return native_matrix(self.library, weight, bias, self.bits, self.dtype, self.workspace)
         bias = None if bias is None else bias.to(self.device)
         units = has_int8_units(self.device)
         return pack(weight.to(self.device), bias, self.bits, self.dtype, self.workspace, int8_units=units)
@@ -262,12 +273,12 @@ class Assembly:
 
 
 def _may_be_native(model: Any, hardware: Hardware) -> bool:
-    """Whether the kernels in C are for a model: in bf16 on a CPU, every matrix a multiple of their blocks."""
+    """Whether the kernels in C are for a model: in bf16 or fp32 on a CPU, every matrix a multiple of their blocks."""
     config, size = model.config, model.model.layers[0].self_attn.head_dim
     widths = (config.hidden_size, config.intermediate_size, config.num_attention_heads * size)
     return (
         hardware.device.type == "cpu"
-        and hardware.dtype == torch.bfloat16
+        and hardware.dtype in (torch.bfloat16, torch.float32)
         and has_native_units()
         and size % 32 == 0
         and all(fits_native(width, width) for width in widths)

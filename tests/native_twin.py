@@ -9,8 +9,16 @@ from qingtune.kernels.packed import round_to_int8
 from qingtune.machine import cpu_flags
 
 
-def stands_for(weight: torch.Tensor, bits: int | None) -> torch.Tensor:
-    """The weight [N, K] as it is kept, in fp32."""
+def upper_24_bits(weight: torch.Tensor) -> torch.Tensor:
+    """fp32 rounded to a mantissa of 16 bits, the leading one included: each number by itself, in fp64."""
+    mantissa, exponent = torch.frexp(weight.double())
+    return torch.ldexp((mantissa * 2**16).round(), exponent - 16).float()
+
+
+def stands_for(weight: torch.Tensor, bits: int | None, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """The weight [N, K] as it is kept beside activations of a dtype, in fp32."""
+    if bits is None and dtype == torch.float32:
+        return upper_24_bits(weight) if weight.dtype == torch.float32 else weight.float()
     if bits is None:
         return weight.bfloat16().float()
     if bits == 8:
@@ -32,8 +40,8 @@ def rounded(x: torch.Tensor, bits: int | None) -> torch.Tensor:
     return ((groups / scale).round() * scale).flatten(-2)
 
 
-def product(weight: torch.Tensor, bits: int | None, x: torch.Tensor) -> torch.Tensor:
+def product(weight: torch.Tensor, bits: int | None, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x [T, K] by a weight [N, K] as it is kept; beside bf16 weights 4 rows and more are rounded to bf16."""
-    if bits is None and len(x) >= 4 and "avx512_bf16" in cpu_flags():
+    if bits is None and len(x) >= 4 and dtype == torch.bfloat16 and "avx512_bf16" in cpu_flags():
         x = x.bfloat16().float()
-    return (rounded(x, bits).double() @ stands_for(weight, bits).double().t()).float()
+    return (rounded(x, bits).double() @ stands_for(weight, bits, dtype).double().t()).float()

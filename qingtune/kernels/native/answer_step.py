@@ -36,6 +36,7 @@ class _CacheStruct(ctypes.Structure):
     _fields_ = [
         ("keys", Pointer),
         ("values", Pointer),
+        ("wide", ctypes.c_int64),
         ("slots", ctypes.c_int64),
         ("capacity", ctypes.c_int64),
         ("places", Pointer),
@@ -87,7 +88,12 @@ class AnswerStep:
         x = x.float().contiguous()
         places = torch.tensor([len(ids) for ids in cache.ids[:count]])
         held = _CacheStruct(
-            cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[1], cache.keys.shape[3], places.data_ptr()
+            cache.keys.data_ptr(),
+            cache.values.data_ptr(),
+            cache.dtype == torch.float32,
+            cache.keys.shape[1],
+            cache.keys.shape[3],
+            places.data_ptr(),
         )
         model, inner = ctypes.byref(self._model), ctypes.byref(held)
         numbers = ctypes.c_int64(count), ctypes.c_int64(threads)

@@ -1,6 +1,6 @@
-"""Matrices as the kernels in C read them: bf16 row by row, 4 and 8 bits in blocks of 16 rows by 32 columns.
+"""Matrices as the kernels in C read them: dense ones row by row, 4 and 8 bits in blocks of 16 rows by 32 columns.
 
-A few rows of activations are multiplied in C, many, as of a prompt, by PyTorch.
+Rows of activations in fp32 are multiplied in C; in bf16 only a few, and many, as of a prompt, by PyTorch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qingtune.kernels.workspace import Workspace
 
 GROUP_SIZE = 32  # weights of a row in 4 bits, and activations, that share a scale
 BLOCK_ROWS = 16
-DENSE, INT8, INT4 = range(3)
+BF16, INT8, INT4, EXACT_BF16, EXACT_FP16, EXACT_24_BITS = range(6)
 
 
 class MatrixStruct(ctypes.Structure):
@@ -32,7 +32,7 @@ class MatrixStruct(ctypes.Structure):
     ]
 
 
-FEW_ROWS = 16  # up to which C is faster than PyTorch, whose products of few rows read weights at half the rate
+FEW_ROWS = 16  # up to which C is faster than PyTorch in bf16, whose products of few rows read weights at half the rate
 
 
 def fits_native(rows: int, columns: int) -> bool:
@@ -41,7 +41,7 @@ def fits_native(rows: int, columns: int) -> bool:
 
 
 class NativeMatrix(ABC):
-    """What the three kinds share: a few rows are multiplied in C, many by PyTorch."""
+    """What all kinds share."""
 
     def __init__(self, library: ctypes.CDLL, kind: int, shape: torch.Size, bias: torch.Tensor | None) -> None:
         self._library, self.kind, self.shape = library, kind, shape
@@ -65,29 +65,33 @@ class NativeMatrix(ABC):
 
     def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """[T, K] -> [T, N], in x's dtype; what is added is [T, N] too."""
-        few = len(x) <= FEW_ROWS
-        y = self._multiply_few(x.float().contiguous()).to(x.dtype) if few else self.multiply_many(x)
+        many = x.dtype == torch.bfloat16 and len(x) > FEW_ROWS
+        y = self.multiply_many(x) if many else self._multiply_in_c(x.float().contiguous()).to(x.dtype)
         return y if added is None else y.add_(added)
 
     @abstractmethod
     def multiply_many(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, K] -> [T, N], with the bias, in x's dtype."""
+        """bf16 [T, K] -> [T, N], with the bias."""
 
-    def _multiply_few(self, x: torch.Tensor) -> torch.Tensor:
-        """fp32 [T, K] -> [T, N]; beside 4 and 8 bits x is rounded as the kernels do."""
-        matrix, count = ctypes.byref(self.struct()), ctypes.c_int64(len(x))
-        scratch = torch.empty(self._library.product_scratch_bytes(matrix, count), dtype=torch.uint8)
+    def _multiply_in_c(self, x: torch.Tensor) -> torch.Tensor:
+        """fp32 [T, K] -> [T, N], with the bias; beside 4 and 8 bits x is rounded as the kernels do."""
+        matrix, count, threads = ctypes.byref(self.struct()), ctypes.c_int64(len(x)), _threads()
+        scratch = torch.empty(self._library.product_scratch_bytes(matrix, count, threads), dtype=torch.uint8)
         y = torch.empty(len(x), self.shape[0])
         places = [ctypes.c_void_p(part.data_ptr()) for part in (x, scratch, y)]
-        self._library.multiply_rows(matrix, places[0], count, ctypes.c_int64(torch.get_num_threads()), *places[1:])
+        self._library.multiply_rows(matrix, places[0], count, threads, *places[1:])
         return y
+
+
+def _threads() -> ctypes.c_int64:
+    return ctypes.c_int64(torch.get_num_threads())
 
 
 class Bf16Rows(NativeMatrix):
     """A weight [N, K] as it is; one that is mapped from a file will do."""
 
     def __init__(self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__(library, DENSE, weight.shape, bias)
+        super().__init__(library, BF16, weight.shape, bias)
         self.weight = weight.to(torch.bfloat16).contiguous()
 
     @property
@@ -97,7 +101,38 @@ class Bf16Rows(NativeMatrix):
 
     def multiply_many(self, x: torch.Tensor) -> torch.Tensor:
         """[T, K] -> [T, N]."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+
+
+class ExactRows(NativeMatrix):
+    """A weight [N, K] that fp32 is multiplied by as it is stored, in bf16 or fp16; one mapped from a file will do.
+
+    Of fp32 the upper 24 bits are kept: 2^-16 at most of a weight is lost, of a product 6e-6. In bf16 it would be 256
+    times as much, and what a short training has added to a weight could vanish.
+    """
+
+    def __init__(self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        kind = {torch.bfloat16: EXACT_BF16, torch.float16: EXACT_FP16}.get(weight.dtype, EXACT_24_BITS)
+        super().__init__(library, kind, weight.shape, bias)
+        self.weight = weight.contiguous() if kind != EXACT_24_BITS else _to_24_bits(library, weight)
+
+    @property
+    def held(self) -> tuple[torch.Tensor, None]:
+        """The weight as it is stored, or uint8 [N, K / 32, 96]."""
+        return self.weight, None
+
+    def multiply_many(self, x: torch.Tensor) -> torch.Tensor:
+        """bf16 [T, K] -> [T, N]: through fp32, as few rows are."""
+        return self._multiply_in_c(x.float().contiguous()).to(x.dtype)
+
+
+def _to_24_bits(library: ctypes.CDLL, weight: torch.Tensor) -> torch.Tensor:
+    """fp32 [N, K] as uint8 [N, K / 32, 96]: of 32 columns the upper 16 bits, then the next 8 of each."""
+    weight = weight.float().contiguous()
+    out = torch.empty(len(weight), weight.shape[1] // GROUP_SIZE, 3 * GROUP_SIZE, dtype=torch.uint8)
+    places = [ctypes.c_void_p(part.data_ptr()) for part in (weight, out)]
+    library.to_24_bits(*places, ctypes.c_int64(weight.numel()), _threads())
+    return out
 
 
 class PackedBlocks(NativeMatrix):
@@ -129,13 +164,12 @@ class PackedBlocks(NativeMatrix):
     def dense(self) -> torch.Tensor:
         """The weight that it stands for, transposed: bf16 [K, N], until the next matrix is unpacked."""
         out = self.workspace.take("unpacked", (self.shape[1], self.shape[0]), torch.bfloat16)
-        threads = ctypes.c_int64(torch.get_num_threads())
-        self._library.unpack(ctypes.byref(self.struct()), ctypes.c_void_p(out.data_ptr()), threads)
+        self._library.unpack(ctypes.byref(self.struct()), ctypes.c_void_p(out.data_ptr()), _threads())
         return out
 
     def multiply_many(self, x: torch.Tensor) -> torch.Tensor:
         """[T, K] -> [T, N]."""
-        y = x @ self.dense().to(x.dtype)
+        y = x @ self.dense()
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -170,9 +204,23 @@ def int4_blocks(weight: torch.Tensor) -> torch.Tensor:
 
 
 def native_matrix(
-    library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None, workspace: Workspace
+    library: ctypes.CDLL,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int | None,
+    dtype: torch.dtype,
+    workspace: Workspace,
 ) -> NativeMatrix:
-    """A matrix that holds a weight [N, K] in 4 or 8 bits, or with None in bf16; `fits_native` says of which shapes."""
-    if bits is None:
-        return Bf16Rows(library, weight, bias)
-    return PackedBlocks(library, weight, bias, bits, workspace)
+    """A matrix that holds a weight [N, K]; `fits_native` says of which shapes.
+
+    Args:
+        library: the compiled kernels.
+        weight: as it is stored, or in fp32.
+        bias: [N] or None.
+        bits: 4 or 8 to hold it in; None for bf16 where that is what it is multiplied with, else for its own dtype.
+        dtype: of what it is multiplied with, bf16 or fp32.
+        workspace: holds 4 and 8 bits unpacked for as long as a product of many rows in bf16 takes.
+    """
+    if bits is not None:
+        return PackedBlocks(library, weight, bias, bits, workspace)
+    return Bf16Rows(library, weight, bias) if dtype == torch.bfloat16 else ExactRows(library, weight, bias)
