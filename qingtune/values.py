@@ -10,6 +10,13 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, WithJsonSchema
 
+from qingtune.patterns import PatternError, parse_pattern
+
+# Of sampling, in flags and in a model's own settings. Below the least temperature, logits divided by it could leave
+# fp32, and the likeliest token has all of the share long before: it is taken, as with 0.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-4, 1e4
+LEAST_PENALTY, MOST_PENALTY = 1e-2, 1e2
+
 
 def _number_not_bool(value: object) -> object:
     """Refuse true and false where a number is asked for: pydantic would read them as 1 and 0."""
@@ -66,9 +73,9 @@ def _pattern(value: object) -> object:
         value = {key.strip(): number.strip() for key, _, number in pairs}
     for key in cast("dict[str, object]", value) if isinstance(value, dict) else ():
         try:
-            re.compile(key)
-        except re.error as error:
-            raise ValueError(f"{key!r} is no name and no regular expression: {error}") from None
+            parse_pattern(key)
+        except PatternError as error:
+            raise ValueError(f"{key!r} is no name and no regular expression that is read here: {error}") from None
     return value or None
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from qingtune.errors import UserError
+from qingtune.patterns import parse_pattern
 
 
 def ends_with(layer: str, name: str) -> bool:
@@ -77,8 +78,11 @@ def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> fl
     """The value of the first key that a layer's full name is, or ends with at a dot, keys being regular expressions.
 
     This is PEFT's rule for rank_pattern and alpha_pattern (peft.utils.other.get_pattern_key).
+
+    Raises:
+        PatternError: a key is no regular expression.
     """
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in pattern.items() if parse_pattern(key).ends(name)), default)
 
 
 def layer_number(name: str) -> int | None:
