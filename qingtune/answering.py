@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from qingtune.adapters.files import load_adapter
 from qingtune.adapters.quantize import shapes_to_read
@@ -99,7 +98,7 @@ def load_decoder(
     stored_adapter = read_adapter(adapter) if adapter else None
     with memory_errors("the model was loaded", folder, SMALLER):
         model, stored, reason = open_model(folder, bits, hardware)
-        if stored is not None and reason is None:
+        if reason is None:
             if bits == 4 and stored.packed:
                 say("Its 4 bits are rounded once more, to the form that is multiplied fast; load_in_8bit loses less.")
             assembly = Assembly(model, stored, stored_adapter, hardware, bits=bits)
@@ -120,12 +119,9 @@ def _bits_kept(folder: Path, adapter: StoredAdapter | None) -> int:
     return 16 if adapter is None and stored_dtype(folder).itemsize == 2 else 24
 
 
-def open_model(folder: Path, bits: int | None, hardware: Hardware) -> tuple[Any, StoredWeights | None, str | None]:
+def open_model(folder: Path, bits: int | None, hardware: Hardware) -> tuple[Any, StoredWeights, str | None]:
     """A model without weights, its stored ones, and the reason why they cannot be computed by our kernels."""
-    try:
-        model, stored = empty_model(folder, hardware.dtype), StoredWeights(folder)
-    except (OSError, KeyError, SafetensorError, ValueError, RuntimeError):  # told in loading the usual way
-        return None, None, "the model is not stored as its architecture usually is"
+    model, stored = empty_model(folder, hardware.dtype), StoredWeights(folder)
     reason = why_not(model)
     if reason is None and bits and hardware.device.type != "cpu":
         reason = "packed products are for CPUs"

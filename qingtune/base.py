@@ -75,10 +75,7 @@ def _load_base(
 ) -> PreTrainedModel:
     if bits is None:
         return load_model(folder, dtype).to(device)  # pyright: ignore[reportArgumentType]
-    try:
-        stored, model = StoredWeights(folder), empty_model(folder, dtype)
-    except (OSError, KeyError, SafetensorError, ValueError, RuntimeError):  # told in loading the usual way
-        return _quantize_whole(folder, dtype, bits, device)
+    stored, model = StoredWeights(folder), empty_model(folder, dtype)
     if not stored.fit(shapes_to_read(model)):  # broken, or of names that Transformers translates while it loads
         return _quantize_whole(folder, dtype, bits, device)
     if bits == 4 and stored.packed:

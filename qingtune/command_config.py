@@ -14,6 +14,9 @@ from qingtune.config import (
     setting,
 )
 from qingtune.values import (
+    LEAST_PENALTY,
+    MOST_PENALTY,
+    MOST_TEMPERATURE,
     CommaList,
     Grid,
     Integer,
@@ -66,7 +69,11 @@ class InferConfig(ModelSettings):
 
     max_new_tokens: Integer = setting(512, "Decoding", "The longest answer, in tokens.", ge=1)
     temperature: Number | None = setting(
-        None, "Decoding", "0: always the likeliest token (default: the model's own setting, else 0.7).", ge=0
+        None,
+        "Decoding",
+        "0: always the likeliest token (default: the model's own setting, else 0.7).",
+        ge=0,
+        le=MOST_TEMPERATURE,
     )
     top_p: Number | None = setting(
         None,
@@ -79,7 +86,11 @@ class InferConfig(ModelSettings):
         None, "Decoding", "Sample from this many likeliest tokens; 0: all (model's own, else 20).", ge=0
     )
     repetition_penalty: Number | None = setting(
-        None, "Decoding", "Above 1: tokens that were there already get less likely (model's own, else 1).", gt=0
+        None,
+        "Decoding",
+        "Above 1: tokens that were there already get less likely (model's own, else 1).",
+        ge=LEAST_PENALTY,
+        le=MOST_PENALTY,
     )
     seed: Integer = setting(42, "Decoding", "Seed of the sampling.", ge=0, lt=2**32)
 

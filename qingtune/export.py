@@ -3,7 +3,6 @@ beside them Ollama's Modelfile and a model card."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from qingtune.inference import find_base
 from qingtune.invocation import shown
 from qingtune.model_card import CARD, ExportedFile, Origin, shown_name, write_card
 from qingtune.modelfile import GO_PLAIN, TemplateNotExpressible, find_turns, left_out, modelfile
+from qingtune.models.config_file import read_generation_config
 from qingtune.models.gguf_file import Plan, Read, check_gguf, write_gguf
 from qingtune.models.gguf_layout import Layout, Value, layout_of
 from qingtune.models.gguf_vocab import MOST_ENDS, Ending, normalizes, vocabulary_of
@@ -245,6 +245,5 @@ def _write_modelfile(folder: Path, gguf: str, base: Path, speech: Speech) -> lis
 
 def _sampling(base: Path) -> dict[str, float]:
     """The model's own sampling settings, by Ollama's names."""
-    path = base / "generation_config.json"
-    own = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {theirs: own[ours] for ours, theirs in _SAMPLING.items() if isinstance(own.get(ours), (int, float))}
+    own = read_generation_config(base)
+    return {theirs: own[ours] for ours, theirs in _SAMPLING.items() if own.get(ours) is not None}

@@ -10,6 +10,8 @@ import torch
 
 from qingtune.data.tokenize import Template
 from qingtune.data.tokenizer_calls import decode
+from qingtune.errors import UserError
+from qingtune.values import LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,23 @@ def choose(logits: torch.Tensor, seen: torch.Tensor, decoding: Decoding, generat
             https://arxiv.org/abs/1909.05858: positive logits are divided by it, negative ones multiplied).
         decoding: the settings.
         generator: on the CPU, where tokens are drawn, so that a seed gives the same text on every device.
+
+    Raises:
+        UserError: the logits are no numbers.
     """
     scores = logits.float()
     if decoding.repetition_penalty != 1:
         old = scores[seen]
         penalty = decoding.repetition_penalty
         scores = scores.scatter(0, seen, torch.where(old > 0, old / penalty, old * penalty))
-    if decoding.temperature == 0:
-        return int(scores.argmax())
+    best, likeliest = scores.max(0)
+    if not bool(best.isfinite()):
+        raise UserError(
+            "the model's logits are no finite numbers, so no token can be chosen",
+            fix="Its weights or those of the adapter are broken, or too large for this format.",
+        )
+    if decoding.temperature < LEAST_TEMPERATURE:
+        return int(likeliest)
     scores = scores / decoding.temperature
     if 0 < decoding.top_k < len(scores):
         scores, ids = scores.topk(decoding.top_k)

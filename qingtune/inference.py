@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from qingtune.files import sha256_of
 from qingtune.generation import Answer, Decoder, Decoding, generate
 from qingtune.hardware import choose_hardware, free_bytes
 from qingtune.kernels.cached_decoder import CachedDecoder
+from qingtune.models.config_file import read_generation_config
 from qingtune.models.load import load_tokenizer, local_folder, stop_ids
 from qingtune.models.source import context_length, find_model, fingerprint
 from qingtune.output import give, say
@@ -224,9 +224,7 @@ def prepare_speaker(config: InferConfig, slots: int = 1) -> Speaker:
 
 def choose_decoding(config: InferConfig, folder: Path) -> Decoding:
     """The decoding settings: the flags, else the model's own generation_config.json, else the defaults."""
-    path = folder / "generation_config.json"
-    own = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    default = Decoding()
+    own, default = read_generation_config(folder), Decoding()
     chosen: dict[str, Any] = {}
     for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
         flag, of_model = getattr(config, name), own.get(name)

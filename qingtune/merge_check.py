@@ -261,8 +261,8 @@ class _MergedWeights(StoredWeights):
 
 def _merged_side(base: Path, adapter: StoredAdapter, hardware: Hardware, slots: int) -> _Side:
     exact = Hardware(hardware.device, torch.float32, hardware.reason)
-    model, stored, reason = open_model(base, None, exact)
-    if stored is not None and reason is None:
+    model, _, reason = open_model(base, None, exact)
+    if reason is None:
         model.config.tie_word_embeddings &= not adapter.unties(read_model_config(base))
         assembly = Assembly(model, _MergedWeights(base, adapter), None, exact, merge=False)
         return _Layerwise(assembly.decoder(slots, lazy=True))
@@ -275,7 +275,7 @@ def _merged_side(base: Path, adapter: StoredAdapter, hardware: Hardware, slots: 
 def _side(folder: Path, adapter: StoredAdapter | None, hardware: Hardware, slots: int) -> _Side:
     exact = Hardware(hardware.device, torch.float32, hardware.reason)
     model, stored, reason = open_model(folder, None, exact)
-    if stored is not None and reason is None:
+    if reason is None:
         return _Layerwise(Assembly(model, stored, adapter, exact, merge=False).decoder(slots, lazy=True))
     whole = load_model(folder, torch.float32)
     if adapter:

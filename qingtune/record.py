@@ -12,6 +12,7 @@ from qingtune import __version__
 from qingtune.config import TrainConfig
 from qingtune.errors import UserError
 from qingtune.files import write_json
+from qingtune.json_files import INDEX_BYTES, OBJECT, TEXT, check_fields, list_of, object_of, read_object_if_there, whole
 from qingtune.redaction import redact_values
 
 # What a run writes besides the model's or adapter's own files; SETTINGS is the first, RECORD the last of those that
@@ -31,6 +32,14 @@ _MAY_CHANGE = {
     "gradient_checkpointing", "dataloader_num_workers", "deepspeed", "remove_unused_columns",
     "per_device_train_batch_size", "gradient_accumulation_steps", "ignore_fields", "max_row_mb", "max_data_gb",
 }  # fmt: skip
+
+
+_KINDS = {
+    **dict.fromkeys(("method", "base_model", "base_fingerprint", "system_prompt", "prompt_style"), TEXT),
+    **dict.fromkeys(("settings", "results"), OBJECT),
+    "stop_ids": list_of(whole(0, 2**24)),
+    "versions": object_of(TEXT),
+}
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,21 @@ def read_record(folder: Path) -> Record | None:
         UserError: it is broken.
     """
     path = folder / RECORD
-    if not path.exists():
+    content = read_object_if_there(path, INDEX_BYTES)
+    if content is None:
         return None
+    check_fields(content, _KINDS, str(path))
+    known: dict[str, Any] = {
+        name: value
+        for name, value in content.items()
+        if name in Record.__dataclass_fields__ and (value is not None or name == "system_prompt")
+    }
+    for name, allowed in (("prompt_style", ("chat", "plain")), ("method", ("full", "lora", "qlora"))):
+        if known.get(name, allowed[0]) not in allowed:
+            raise UserError(f'"{name}" is {known[name]!r}, where {" or ".join(allowed)} is expected', where=str(path))
     try:
-        return Record(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return Record(**known)
+    except TypeError as error:  # fields are missing
         raise UserError(f"the record is broken ({error})", where=str(path)) from None
 
 

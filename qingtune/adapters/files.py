@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
@@ -21,9 +18,25 @@ from qingtune.adapters.names import ends_with, pattern_value
 from qingtune.adapters.targets import dense_weight, linear_layers, replace_layer
 from qingtune.adapters.variants import TAKEN, LowRank, scaling_of
 from qingtune.adapters.whole import is_tied, modules_of, tied_modules, trained_in_full, untie
-from qingtune.errors import UserError
+from qingtune.errors import UserError, shorten
+from qingtune.foreign import foreign_files
+from qingtune.json_files import (
+    FLAG,
+    TEXT,
+    check_fields,
+    either,
+    list_of,
+    number,
+    object_of,
+    read_object_if_there,
+    whole,
+)
 from qingtune.kernels.linear import QuantizedLinear
+from qingtune.patterns import PatternError, parse_pattern
+from qingtune.weights_file import check_floats, read_header
 
+WEIGHTS = "adapter_model.safetensors"
+MOST_RANK, MOST_ALPHA = 2**20, 1e9
 _PREFIX = "base_model.model."
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -44,6 +57,18 @@ _UNSUPPORTED = {
     "kasa_config": None,
     "monteclora_config": None,
     "velora_config": None,
+}
+
+_DEFAULTS = {"r": 8, "lora_alpha": 8}  # PEFT's
+_KINDS = {
+    **dict.fromkeys(("peft_type", "base_model_name_or_path"), TEXT),
+    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "ensure_weight_tying"), FLAG),
+    "r": whole(1, MOST_RANK),
+    "lora_alpha": number(above=0, most=MOST_ALPHA),
+    "rank_pattern": object_of(whole(1, MOST_RANK)),
+    "alpha_pattern": object_of(number(above=0, most=MOST_ALPHA)),
+    "modules_to_save": list_of(TEXT),
+    "init_lora_weights": either(FLAG, TEXT),
 }
 
 # Values of init_lora_weights that leave the base's weights alone.
@@ -77,7 +102,7 @@ def save_adapter(model: Any, folder: Path, base_model: str, dropout: float) -> N
         if low.magnitude is not None:
             tensors[f"{name}{_MAGNITUDE}"] = low.magnitude
     named = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
     rank_stabilised = first.rank_stabilised and not first.taken
     ranks = {name: len(low.a) for name, low in stored.items()}
     alphas = {
@@ -127,20 +152,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         UserError: no adapter here, or one of a kind that is not supported.
     """
     path = folder / "adapter_config.json"
-    try:
-        config = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):
-        if (folder / "config.json").exists() or (folder.suffix == ".gguf" and folder.is_file()):
-            raise UserError(
-                "this is a whole model, not an adapter",
-                where=str(folder),
-                fix="Name it as --base_model; it needs no --lora_model.",
-            ) from None
-        raise UserError(
-            "no adapter_config.json here, so this is no adapter folder", where=str(folder), fix="Check the path."
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"not valid JSON: {error}", where=str(path)) from None
+    config = read_object_if_there(path)
+    if config is None:
+        raise _no_adapter(folder)
+    check_fields(config, _KINDS, str(path))
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for key in config.get(setting) or ():
+            _check_pattern(setting, key, path)
     if config.get("peft_type") != "LORA":
         raise UserError(f"an adapter of kind {config.get('peft_type')!r}; LoRA is supported", where=str(path))
     used = [name for name, value in _UNSUPPORTED.items() if config.get(name, value) not in (value, None, [], {})]
@@ -154,22 +172,44 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             where=str(path),
             fix="Save it with path_initial_model_for_weight_conversion in PEFT, which makes it plain LoRA.",
         )
+    if not (folder / WEIGHTS).exists():
+        pickled = (folder / "adapter_model.bin").exists()
+        raise UserError(
+            f"{WEIGHTS} is missing" + pickled * "; adapter_model.bin is a pickle, which can run code",
+            where=str(folder),
+            fix="Save it as safetensors." if pickled else "Is the folder complete?",
+        )
     return config
+
+
+def _no_adapter(folder: Path) -> UserError:
+    if (folder / "config.json").exists() or (folder.suffix == ".gguf" and folder.is_file()):
+        fix = "Name it as --base_model; it needs no --lora_model."
+        return UserError("this is a whole model, not an adapter", where=str(folder), fix=fix)
+    what = "no adapter_config.json here, so this is no adapter folder"
+    return UserError(what, where=str(folder), fix="Check the path.")
+
+
+def _check_pattern(setting: str, key: str, path: Path) -> None:
+    try:
+        parse_pattern(key)
+    except PatternError as error:
+        raise UserError(f"{setting}: {shorten(key)!r} is not read here: {error}", where=str(path)) from None
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter's tensors, by names of the model's such as `model.layers.0.mlp.up_proj.lora_A.weight`.
 
     Raises:
-        UserError: the file is missing or broken.
+        UserError: the file is missing or broken, or holds values that are no numbers.
     """
-    path = folder / "adapter_model.safetensors"
-    if not path.exists():
-        raise UserError("adapter_model.safetensors is missing", where=str(folder), fix="Is the folder complete?")
-    try:
-        return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise UserError(f"broken safetensors file ({error})", where=str(path), fix="Copy it again.") from None
+    path = folder / WEIGHTS
+    check_floats(read_header(path)[0], path)
+    with foreign_files("the adapter cannot be loaded", path):
+        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
+    if broken := next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None):
+        raise UserError(f"{broken} holds values that are no finite numbers", where=str(path), fix="Train it again.")
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -211,6 +251,10 @@ def read_files(folder: Path) -> AdapterFiles:
             raise UserError(f"the adapter is not whole: {name}.{missing[0]} is missing", where=str(folder))
         assert a is not None
         assert b is not None
+        if a.dim() != 2 or b.dim() != 2 or not len(a) == b.shape[1] > 0:
+            raise UserError(f"{name}: {list(a.shape)} and {list(b.shape)} are no pair of LoRA", where=str(folder))
+        if magnitude is not None and magnitude.shape != b.shape[:1]:
+            raise UserError(f"{name}: {list(magnitude.shape)} magnitudes for {len(b)} rows", where=str(folder))
         layers[name] = LowRank(
             a.float(),
             b.float(),
@@ -218,16 +262,16 @@ def read_files(folder: Path) -> AdapterFiles:
             None if magnitude is None else magnitude.float(),
             start if start in TAKEN else None,
         )
+    if not layers and not tensors:
+        raise UserError("the adapter changes no layer", where=str(folder), fix="Is the folder complete?")
     return AdapterFiles(config, layers, tensors, transposed)
 
 
 def _scaling(config: Mapping[str, Any], name: str, r: int, folder: Path) -> float:
     """A layer's scaling by PEFT's rules; its rank is also that of its tensors, or PEFT could not have read them."""
-    try:
-        rank = pattern_value(config.get("rank_pattern") or {}, name, config["r"])
-        alpha = float(pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"]))
-    except re.error as error:
-        raise UserError(f"rank_pattern or alpha_pattern: {error}", where=str(folder)) from None
+    of_all = {setting: config.get(setting) or _DEFAULTS[setting] for setting in _DEFAULTS}
+    rank = pattern_value(config.get("rank_pattern") or {}, name, of_all["r"])
+    alpha = float(pattern_value(config.get("alpha_pattern") or {}, name, of_all["lora_alpha"]))
     if rank != r:
         raise UserError(f"{name} has a rank of {r}, and {rank} by adapter_config.json", where=str(folder))
     return scaling_of(alpha, r, rank_stabilised=bool(config.get("use_rslora")))

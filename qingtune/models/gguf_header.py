@@ -5,12 +5,16 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qingtune.errors import UserError
+from qingtune.errors import UserError, shorten
+from qingtune.json_files import reason_of
 
 # A GGUF file may hold the head apart from the embedding although the model ties them: the same matrix, quantised twice,
 # differs by a few per cent (Qwen2.5-0.5B Q4_K_M: 4.5 %); two matrices trained apart differ by more than their size.
@@ -19,6 +23,7 @@ ROWS_TO_COMPARE = 64
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
+MOST_DIMENSIONS, MOST_DEPTH = 8, 8  # of a tensor; of arrays within arrays
 _MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
 # config.json's names -> GGUF's, after the architecture's.
 _SIZES = {
@@ -44,6 +49,18 @@ class _Tensor:
     kind: int
     offset: int
 
+    def bytes(self) -> int:
+        """How many it takes.
+
+        Raises:
+            ValueError: its format is not known.
+        """
+        from gguf import GGMLQuantizationType
+        from gguf.constants import GGML_QUANT_SIZES
+
+        numbers, size = GGML_QUANT_SIZES[GGMLQuantizationType(self.kind)]
+        return math.prod(self.sizes) // numbers * size
+
 
 class _Reader:
     """Reads numbers, texts and arrays of numbers; other arrays are passed by."""
@@ -58,8 +75,10 @@ class _Reader:
     def text(self) -> str:
         return self._bytes(self.number("Q")).decode("utf-8", "replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         """A value of a kind; None for an array that is not of numbers."""
+        if depth > MOST_DEPTH:
+            raise ValueError("arrays lie within arrays too deeply")
         if kind == _TEXT:
             return self.text()
         if kind != _ARRAY:
@@ -69,7 +88,7 @@ class _Reader:
             size = struct.calcsize(_NUMBERS[inner])
             return [n for (n,) in struct.iter_unpack(f"<{_NUMBERS[inner]}", self._bytes(size * count))]
         for _ in range(count):
-            self._bytes(self.number("Q")) if inner == _TEXT else self.value(inner)
+            self._bytes(self.number("Q")) if inner == _TEXT else self.value(inner, depth + 1)
         return None
 
     def _bytes(self, length: int) -> bytes:
@@ -81,18 +100,38 @@ class _Reader:
         return found
 
 
+def check_gguf_header(path: Path) -> None:
+    """See that a .gguf file is whole, before anything is made of it.
+
+    Raises:
+        UserError: its header is broken, or tensors do not lie within the file.
+    """
+    with _faults(path), path.open("rb") as file:
+        size = path.stat().st_size
+        _, tensors, data = _read(file, size)
+        for name, tensor in tensors.items():
+            end = data + tensor.offset + tensor.bytes()
+            if end > size:
+                raise ValueError(f"{shorten(name)} ends at byte {end:,} of {size:,}")
+
+
+@contextmanager
+def _faults(path: Path) -> Generator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, ArithmeticError, struct.error) as error:
+        raise UserError(f"the header of this GGUF file cannot be read ({reason_of(error)})", where=str(path)) from None
+
+
 def config_of_gguf(path: Path) -> dict[str, Any]:
     """A model's config.json, as far as sizes go, from a .gguf file's header.
 
     Raises:
         UserError: the header is broken.
     """
-    try:
-        with path.open("rb") as file:
-            values, tensors, data = _read(file, path.stat().st_size)
-            tied = _is_tied(file, tensors, data)
-    except (ValueError, TypeError, LookupError, ArithmeticError, struct.error, RecursionError) as error:
-        raise UserError(f"the header of this GGUF file cannot be read ({error})", where=str(path)) from None
+    with _faults(path), path.open("rb") as file:
+        values, tensors, data = _read(file, path.stat().st_size)
+        tied = _is_tied(file, tensors, data)
     kind = str(values.get("general.architecture"))
     config: dict[str, Any] = {
         name: values[f"{kind}.{theirs}"] for name, theirs in _SIZES.items() if f"{kind}.{theirs}" in values
@@ -113,13 +152,22 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, _Tensor]
     values: dict[str, Any] = {}
     for _ in range(count_of_values):
         name = reader.text()
+        if name in values:
+            raise ValueError(f"{shorten(name)} stands there twice")
         values[name] = reader.value(reader.number("I"))
     tensors: dict[str, _Tensor] = {}
     for _ in range(count_of_tensors):
         name = reader.text()
-        sizes = tuple(reader.number("Q") for _ in range(reader.number("I")))
+        dimensions = reader.number("I")
+        if dimensions > MOST_DIMENSIONS:
+            raise ValueError(f"{shorten(name)} has {dimensions:,} dimensions")
+        sizes = tuple(reader.number("Q") for _ in range(dimensions))
+        if name in tensors:
+            raise ValueError(f"{shorten(name)} stands there twice")
         tensors[name] = _Tensor(sizes, reader.number("I"), reader.number("Q"))
-    aligned = int(values.get("general.alignment", 32))
+    aligned = values.get("general.alignment", 32)
+    if not isinstance(aligned, int) or not 0 < aligned <= 1 << 20:
+        raise ValueError(f"its alignment is {aligned!r}")
     return values, tensors, -(-file.tell() // aligned) * aligned
 
 

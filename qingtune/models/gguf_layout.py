@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from qingtune.errors import UserError
-from qingtune.models.source import read_model_config
+from qingtune.models.config_file import read_model_config
+from qingtune.models.load import config_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -116,14 +117,12 @@ def layout_of(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, untie: boo
     Raises:
         UserError: the architecture, or something about this model, cannot be expressed.
     """
-    import transformers
-
     kind = read_model_config(folder)["model_type"]
     if kind not in ARCHITECTURES:
         raise UserError(
             f'the architecture "{kind}" cannot be exported', where=str(folder), fix=f"{', '.join(ARCHITECTURES)} can."
         )
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config: Any = config_of(folder)
     if problem := _inexpressible(config, kind):
         raise UserError(f"llama.cpp's {kind} cannot express this model: {problem}", where=str(folder))
     head_dim = _head_dim(config)

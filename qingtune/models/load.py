@@ -5,25 +5,28 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import struct
+import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from qingtune.errors import UserError
 from qingtune.files import move_into_place, sha256_of, staging_folder
+from qingtune.foreign import foreign_files
 from qingtune.kernels.linear import NF4Linear
-from qingtune.models.gguf_header import TIED_BELOW
+from qingtune.models.config_file import CONFIG, read_generation_config, read_model_config
+from qingtune.models.config_file import stop_ids as stop_ids  # with the tokenizer, what says how answers end
+from qingtune.models.gguf_header import TIED_BELOW, check_gguf_header
 from qingtune.models.nf4 import Described, describe, layer_of, parts_of, unpack
-from qingtune.models.source import CONVERTED, NF4_MARK, ModelSource, cache_folder, read_model_config, stored_in_4bit
+from qingtune.models.source import CONVERTED, NF4_MARK, ModelSource, cache_folder, stored_in_4bit, stored_numbers
 from qingtune.quiet import quieten_transformers
+from qingtune.weights_file import check_floats, read_header, read_weights_header, weight_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 IN_4BIT = (
     "The model's linear layers are stored in 4 bits (NF4): use_qlora trains on them as they are; elsewhere they are "
@@ -39,6 +42,7 @@ def local_folder(source: ModelSource, cache_dir: str | None, say: Callable[[str]
     """
     if not source.is_gguf:
         _check_architecture(source.path)
+        _check_weights(source.path)
         if stored_in_4bit(source.path):
             say(IN_4BIT)
         return source.path
@@ -69,26 +73,46 @@ def _check_architecture(folder: Path) -> None:
     raise UserError(f'the architecture "{kind}" {reason} the installed Transformers', where=str(folder))
 
 
+def _check_weights(folder: Path) -> None:
+    """Read the headers of the weights, and see that they can be those of so many layers.
+
+    Raises:
+        UserError: they are broken, in another form than numbers, or fewer than a model of this configuration has.
+    """
+    tensors, config = read_weights_header(folder), read_model_config(folder)
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
+    if layers > len(tensors):
+        raise UserError(
+            f"{CONFIG} says {layers:,} layers, and the files hold {len(tensors):,} weights", where=str(folder)
+        )
+    if not stored_in_4bit(folder):
+        check_floats(tensors, folder)
+    read_generation_config(folder)
+
+
 def _convert_gguf(path: Path, folder: Path) -> None:
     """Write a dequantised copy of a GGUF model in bf16, tied where head and embedding are the same matrix."""
     quieten_transformers()
-    try:
-        with staging_folder(folder) as half_done:
+    check_gguf_header(path)
+    with staging_folder(folder) as half_done:
+        with foreign_files("Transformers cannot read this GGUF file", path):
             _write_dequantised(path, half_done)
-            if not folder.exists():  # another process may have been faster
-                move_into_place(half_done, folder)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, struct.error) as error:
-        raise UserError(f"Transformers cannot read this GGUF file: {error}", where=str(path)) from error
+        if not folder.exists():  # another process may have been faster
+            move_into_place(half_done, folder)
 
 
 def _write_dequantised(path: Path, folder: Path) -> None:
     import transformers
 
-    with contextlib.redirect_stderr(io.StringIO()):  # the converter's bars; its errors are exceptions
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    file = str(path.resolve())
+    with (
+        contextlib.redirect_stderr(io.StringIO()),  # the converter's bars; its errors are exceptions
+        tempfile.TemporaryDirectory() as empty,  # files beside the .gguf, such as an adapter, are none of its own
+    ):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(empty, gguf_file=file)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
+            empty,
+            gguf_file=file,
             dtype=torch.bfloat16,
             quantization_config=transformers.GgufConfig(dequantize=True),
         )
@@ -120,28 +144,10 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     import transformers
 
     quieten_transformers()
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"no tokenizer can be loaded: {str(error).splitlines()[0]}",
-            where=str(folder),
-            fix="Is the folder complete?",
-        ) from error
-
-
-def stop_ids(folder: Path) -> list[int]:
-    """The ids at which the model's own configuration stops generating."""
-    found: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if path.exists():
-            try:
-                value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            except ValueError as error:
-                raise UserError(f"not valid JSON: {error}", where=str(path)) from None
-            found += value if isinstance(value, list) else [] if value is None else [value]
-    return sorted(set(found))
+    folder = Path(folder)
+    config = config_of(folder) if (folder / CONFIG).exists() else None
+    with foreign_files("no tokenizer can be loaded", folder, "Is the folder complete?"):
+        return transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -155,21 +161,19 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     quieten_transformers()
     if stored_in_4bit(folder):
         return _load_unpacked(folder, dtype)
-    try:
+    config = config_of(folder)
+    _check_fit(config, folder)
+    with foreign_files("the model cannot be loaded", folder):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
+            attn_implementation=_attention(config),
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
         )
-    except SafetensorError as error:
-        raise UserError(
-            f"the weights are broken or not all there: {error}", where=str(folder), fix="Fetch them again."
-        ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"the model cannot be loaded: {str(error).splitlines()[0]}", where=str(folder)) from error
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     if missing := sorted(cast("list[str]", info["missing_keys"])):
         raise UserError(
@@ -190,10 +194,7 @@ def _load_unpacked(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     Transformers would load layers of bitsandbytes', which on some CPUs repack their weights in place.
     """
-    try:
-        model, stored = empty_model(folder, dtype), StoredWeights(folder)
-    except (OSError, KeyError, SafetensorError, ValueError, RuntimeError) as error:
-        raise UserError(f"the model cannot be loaded: {str(error).splitlines()[0]}", where=str(folder)) from error
+    model, stored = empty_model(folder, dtype), StoredWeights(folder)
     kept = model.state_dict().keys()
     tensors = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in kept)]
     for name, tensor in tensors:
@@ -224,16 +225,13 @@ class StoredWeights:
         self._files: dict[str, Path] = {}
         self._described: dict[str, Described] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-        parts = {whole.name} if whole.exists() else set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        for path in (folder / part for part in sorted(parts)):
-            with safe_open(path, "pt") as file:
-                for name in list(file.keys()):
-                    self._files[name], self.shapes[name] = path, tuple(file.get_slice(name).get_shape())
-                    if name.endswith(NF4_MARK):
-                        weight = name.removesuffix(NF4_MARK)
-                        with self._faults(weight):
-                            self._described[weight] = describe(file.get_tensor(name))
+        for path in weight_files(folder):
+            for name, tensor in read_header(path)[0].items():
+                self._files[name], self.shapes[name] = path, tensor.shape
+                if name.endswith(NF4_MARK):
+                    weight = name.removesuffix(NF4_MARK)
+                    with self._faults(weight):
+                        self._described[weight] = describe(self._read(name))
         self.packed = parts_of(self.shapes)
         for weight, parts in self.packed.items():
             for part in parts.values():
@@ -297,18 +295,88 @@ def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     from transformers.initialization import no_init_weights
 
     quieten_transformers()
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    vars(config).pop("quantization_config", None)  # of its files; the model that is made here is not quantised
-    with no_init_weights():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    model.tie_weights()
+    config = config_of(folder)
+    _check_fit(config, folder)
+    with foreign_files("no model can be made of its configuration", folder / CONFIG), no_init_weights():
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=_attention(config), trust_remote_code=False
+        )
+        model.tie_weights()
     return model.eval()
+
+
+def config_of(folder: Path) -> PretrainedConfig:
+    """The model's configuration as Transformers holds it, made of what `read_model_config` lets through.
+
+    Raises:
+        UserError: Transformers refuses it.
+    """
+    import transformers
+
+    content = read_model_config(folder)
+    for name in (
+        "auto_map",
+        "quantization_config",
+    ):  # what is made here is of Transformers' own code, and not quantised
+        content.pop(name, None)
+    with tempfile.TemporaryDirectory() as clean, foreign_files("this configuration cannot be used", folder / CONFIG):
+        (Path(clean) / CONFIG).write_text(json.dumps(content), encoding="utf-8")
+        config = transformers.AutoConfig.from_pretrained(clean, trust_remote_code=False)
+    config.name_or_path = str(folder)
+    return config
+
+
+def _attention(config: PretrainedConfig) -> str:
+    """The attention to build a model with, as Transformers would choose; never left to the model's files."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    built: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return "sdpa" if built._supports_sdpa else "eager"
+
+
+def _check_fit(config: PretrainedConfig, folder: Path) -> None:
+    """Compare the sizes of a configuration with the stored weights, before memory is taken for them.
+
+    Raises:
+        UserError: the model would have other weights than are stored.
+    """
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    with (
+        foreign_files("no model can be made of its configuration", folder / CONFIG),
+        no_init_weights(),
+        torch.device("meta"),
+    ):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation=_attention(config), trust_remote_code=False
+        )
+        model.tie_weights()
+    wanted = dict(model.named_parameters())
+    if not stored_in_4bit(folder):
+        stored = {name: tensor.shape for name, tensor in read_weights_header(folder).items()}
+        wrong = [
+            name for name, weight in wanted.items() if stored.get(name, tuple(weight.shape)) != tuple(weight.shape)
+        ]
+        if wrong:
+            raise UserError(
+                f"{len(wrong)} weights have another shape than {CONFIG} says, for example {wrong[0]}: "
+                f"{list(stored[wrong[0]])}, not {list(wanted[wrong[0]].shape)}",
+                where=str(folder),
+            )
+    described, numbers = sum(weight.numel() for weight in wanted.values()), stored_numbers(folder)
+    if described > 2 * numbers:  # weights that are missing are named when the others are read
+        raise UserError(
+            f"{CONFIG} describes a model of {described:,} numbers, and the files hold {numbers:,}",
+            where=str(folder),
+            fix="Is the download complete?",
+        )
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype in which the model's weights are kept on disk."""
     config = read_model_config(folder)
-    return getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

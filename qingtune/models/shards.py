@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from qingtune.errors import UserError
 from qingtune.files import flush, replacing, write_json
-from qingtune.models.source import read_header
+from qingtune.json_files import INDEX_BYTES, read_object
+from qingtune.weights_file import FLOATS, INDEX, WHOLE, Tensor, read_header, weight_files
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 29  # of the files that ShardWriter makes, at least
 
 
@@ -34,15 +34,15 @@ def copy_changed(
     Raises:
         UserError: a changed value is too large for the dtype.
     """
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         shutil.copyfile(path, target / path.name)
         header, start = read_header(path)
         with (target / path.name).open("r+b") as file:
-            for name in sorted(names & header.keys(), key=lambda name: header[name]["data_offsets"]):
-                file.seek(start + header[name]["data_offsets"][0])
+            for name in sorted(names & header.keys(), key=lambda name: header[name].start):
+                file.seek(start + header[name].start)
                 file.write(_changed_bytes(path, name, change))
         flush(target / path.name)
-    if (folder / INDEX).exists():
+    if (folder / INDEX).exists() and not (folder / WHOLE).exists():
         shutil.copyfile(folder / INDEX, target / INDEX)
 
 
@@ -73,7 +73,7 @@ def convert_changed(
         UserError: a value is too large for the dtype.
     """
     total = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         header, _ = read_header(path)
         converted = _converted_header(header, dtype)
         with replacing(target / path.name) as file, safe_open(path, "pt") as tensors:
@@ -81,27 +81,25 @@ def convert_changed(
             for name in converted:
                 before = tensors.get_tensor(name)
                 after = change(name, before) if name in names else before
-                kept = rounded(name, after, dtype, path) if header[name]["dtype"] in _FLOATING else after
+                kept = rounded(name, after, dtype, path) if header[name].dtype in FLOATS else after
                 total += file.write(_bytes_of(kept))
-    if (folder / INDEX).exists():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        write_json(target / INDEX, {**index, "metadata": {**index.get("metadata", {}), "total_size": total}})
+    if not (folder / WHOLE).exists():
+        index = read_object(folder / INDEX, INDEX_BYTES)
+        write_json(target / INDEX, {**index, "metadata": {**(index.get("metadata") or {}), "total_size": total}})
 
 
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_FLOATING = ("F64", "F32", "F16", "BF16")
 
 
-def _converted_header(header: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _converted_header(header: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
     """A safetensors file's entries in their order, with floating tensors in another dtype and places to match."""
     entries: dict[str, Any] = {}
     end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, (first, last) = end, entry["data_offsets"]
-        floating = entry["dtype"] in _FLOATING
-        end = start + (math.prod(entry["shape"]) * dtype.itemsize if floating else last - first)
-        kind = _SAFETENSORS_NAMES[dtype] if floating else entry["dtype"]
-        entries[name] = {"dtype": kind, "shape": entry["shape"], "data_offsets": [start, end]}
+    for name, tensor in sorted(header.items(), key=lambda item: item[1].start):
+        start, floating = end, tensor.dtype in FLOATS
+        end = start + (math.prod(tensor.shape) * dtype.itemsize if floating else tensor.end - tensor.start)
+        kind = _SAFETENSORS_NAMES[dtype] if floating else tensor.dtype
+        entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
     return entries
 
 

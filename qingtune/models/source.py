@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import threading
@@ -15,6 +14,9 @@ from typing import Any, cast
 from qingtune.config import DEFAULT_MODEL
 from qingtune.errors import UserError
 from qingtune.files import default_cache
+from qingtune.models.config_file import context_length as context_length
+from qingtune.models.config_file import read_model_config
+from qingtune.weights_file import read_header, read_weights_header
 
 ANSWER_WITHIN_S = 4.0
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -258,7 +260,7 @@ def _checked(source: ModelSource) -> ModelSource:
         return source
     folder = source.path
     config = read_model_config(folder)
-    if not isinstance(config.get("model_type"), str):
+    if not config.get("model_type"):
         raise UserError("config.json names no model_type", where=str(folder))
     if not any(folder.glob("*.safetensors")):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
@@ -297,44 +299,6 @@ def stored_in_4bit(folder: Path) -> bool:
     return nf4 and settings.get("bnb_4bit_quant_storage", "uint8") == "uint8"
 
 
-def read_model_config(folder: Path) -> dict[str, Any]:
-    """The model's config.json.
-
-    Raises:
-        UserError: there is none, or it is broken.
-    """
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        adapter = (folder / "adapter_config.json").exists()
-        if not adapter and (files := sorted(folder.glob("*.gguf"))):
-            raise UserError(
-                "no config.json here", where=str(folder), fix=f"Name a .gguf file, such as {files[0]}."
-            ) from None
-        raise UserError(
-            "this folder holds an adapter, not a model"
-            if adapter
-            else "no config.json here, so this is no model folder",
-            where=str(folder),
-            fix="Name its base model here and the adapter as --lora_model." if adapter else "Check the path.",
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"not valid JSON: {error}", where=str(path)) from None
-    if not isinstance(content, dict):
-        raise UserError("a JSON object is wanted", where=str(path))
-    return cast("dict[str, Any]", content)
-
-
-def context_length(folder: Path) -> int | None:
-    """The longest sequence the model knows positions for, in tokens; None if its configuration does not say."""
-    config = read_model_config(folder)
-    for name in ("max_position_embeddings", "n_positions"):
-        if isinstance(config.get(name), int):
-            return config[name]
-    return None
-
-
 def fingerprint(folder: Path) -> str:
     """A short hash by which the weights are known again: every tensor's name, type, shape and 64 of its bytes.
 
@@ -345,10 +309,10 @@ def fingerprint(folder: Path) -> str:
         header, start_of_data = read_header(path)
         with path.open("rb") as file:
             for name, entry in header.items():
-                start, end = entry["data_offsets"]
-                file.seek(start_of_data + (start + end) // 2)
-                some = file.read(min(64, end - (start + end) // 2))
-                pieces.append(f"{name} {entry['dtype']} {entry['shape']} ".encode() + some)
+                middle = (entry.start + entry.end) // 2
+                file.seek(start_of_data + middle)
+                some = file.read(min(64, entry.end - middle))
+                pieces.append(f"{name} {entry.dtype} {list(entry.shape)} ".encode() + some)
     return hashlib.sha256(b"\n".join(sorted(pieces))).hexdigest()[:16]
 
 
@@ -359,9 +323,8 @@ def stored_numbers(folder: Path) -> int:
     """
     tied = bool(read_model_config(folder).get("tie_word_embeddings"))
     shapes = {
-        name: entry["shape"]
-        for path in folder.glob("*.safetensors")
-        for name, entry in read_header(path)[0].items()
+        name: entry.shape
+        for name, entry in read_weights_header(folder).items()
         if not (tied and name == "lm_head.weight")
     }
     packed = {name.removesuffix(NF4_MARK) for name in shapes if name.endswith(NF4_MARK)}
@@ -370,20 +333,3 @@ def stored_numbers(folder: Path) -> int:
         for name, shape in shapes.items()
         if name.partition(".weight.")[0] + ".weight" not in packed or name in packed
     )
-
-
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's tensors by name, and where their data starts."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        try:
-            if size > path.stat().st_size:
-                raise ValueError
-            header = dict(json.loads(file.read(size)))
-            header.pop("__metadata__", None)
-            for entry in header.values():
-                if "dtype" not in entry or not all(isinstance(n, int) for n in entry["shape"] + entry["data_offsets"]):
-                    raise ValueError
-        except (ValueError, TypeError, KeyError):
-            raise UserError("not a whole safetensors file", where=str(path), fix="Fetch it again.") from None
-    return header, 8 + size
