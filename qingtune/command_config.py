@@ -9,6 +9,7 @@ from qingtune.config import (
     IGNORE_FIELDS,
     MAX_DATA_GB,
     MAX_ROW_MB,
+    MAX_ROW_TURNS,
     Settings,
     TrainConfig,
     setting,
@@ -65,6 +66,7 @@ class InferConfig(ModelSettings):
     system_prompt: str | None = setting(None, "What to answer", "System message (default: the one used in training).")
     ignore_fields: CommaList = setting(None, "What to answer", IGNORE_FIELDS)
     max_row_mb: Number = setting(16, "What to answer", MAX_ROW_MB, gt=0)
+    max_row_turns: Integer = setting(1000, "What to answer", MAX_ROW_TURNS, ge=1)
     max_data_gb: Number | None = setting(None, "What to answer", MAX_DATA_GB, gt=0)
 
     max_new_tokens: Integer = setting(512, "Decoding", "The longest answer, in tokens.", ge=1)
@@ -169,6 +171,7 @@ class EvaluateConfig(ModelSettings):
     )
     ignore_fields: CommaList = setting(None, "Data", IGNORE_FIELDS)
     max_row_mb: Number = setting(16, "Data", MAX_ROW_MB, gt=0)
+    max_row_turns: Integer = setting(1000, "Data", MAX_ROW_TURNS, ge=1)
     max_data_gb: Number | None = setting(None, "Data", MAX_DATA_GB, gt=0)
     max_seq_length: Integer = setting(2048, "Data", "Longer rows have no loss, in tokens.", ge=8)
 
@@ -215,6 +218,7 @@ class CheckConfig(Settings):
     system_prompt: str | None = setting(None, "Data", "System message for rows that have none.")
     ignore_fields: CommaList = setting(None, "Data", IGNORE_FIELDS)
     max_row_mb: Number = setting(16, "Data", MAX_ROW_MB, gt=0)
+    max_row_turns: Integer = setting(1000, "Data", MAX_ROW_TURNS, ge=1)
     max_data_gb: Number | None = setting(None, "Data", MAX_DATA_GB, gt=0)
 
     model_name_or_path: str | None = setting(

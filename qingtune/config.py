@@ -64,6 +64,7 @@ IGNORE_FIELDS = (
     "would change what it teaches (such as label, tools, weight)."
 )
 MAX_ROW_MB = "The largest row, in MB of the file; larger ones are faults."
+MAX_ROW_TURNS = "The most turns of a row; rows of more are faults."
 MAX_DATA_GB = "Memory that the rows may take, in GB (default: half of what is free)."
 
 
@@ -151,6 +152,7 @@ class TrainConfig(Settings):
     )
     ignore_fields: CommaList = setting(None, "Data", IGNORE_FIELDS)
     max_row_mb: Number = setting(16, "Data", MAX_ROW_MB, gt=0)
+    max_row_turns: Integer = setting(1000, "Data", MAX_ROW_TURNS, ge=1)
     max_data_gb: Number | None = setting(None, "Data", MAX_DATA_GB, gt=0)
 
     output_dir: str = setting("./output", "Run", "Where the result is written.", min_length=1)

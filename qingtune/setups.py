@@ -30,7 +30,7 @@ _OF_A_TRIAL = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "
 # What must be the same in all trials for their losses to be there and comparable.
 _OF_THE_DATA = (
     "data_path", "eval_data_path", "val_size", "val_seed", "max_seq_length", "on_long", "on_bad_row", "system_prompt",
-    "ignore_fields", "max_row_mb", "max_data_gb", "model_name_or_path", "eval_strategy",
+    "ignore_fields", "max_row_mb", "max_row_turns", "max_data_gb", "model_name_or_path", "eval_strategy",
 )  # fmt: skip
 _COMPARE_ONLY = CompareConfig.model_fields.keys() - TrainConfig.model_fields.keys()
 _LONGEST_SLUG = 100  # bytes: names of files may have 255, and a Chinese character takes 3

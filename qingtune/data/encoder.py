@@ -104,6 +104,22 @@ class Encoder:
         """
         return encode(self._tokenizer, text) if self._copy is None else self._copy.ids(text)
 
+    def last_cut(self, text: str) -> int:
+        """Where the last control token begins that the tokenizer takes out of a text as it is; -1 without one."""
+        return max((text.rfind(token) for token in self._cuts), default=-1)
+
+    @cached_property
+    def _cuts(self) -> list[str]:
+        if not self._tokenizer.is_fast:
+            return []
+        tokens = self._tokenizer.added_tokens_decoder.values()
+        plain = {
+            token.content
+            for token in tokens
+            if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        }
+        return [text for text in self._control.ids if text in plain]
+
     def _veiled(self, message: Message) -> str:
         """A content, marked where it holds a control token or would form one with what is written around it."""
         text, content = message.content, message.content.strip()
@@ -129,6 +145,37 @@ class Encoder:
     def _copy(self) -> SealedTokenizer | None:
         """Made when it is first needed: a large vocabulary takes a second."""
         return sealed_copy(self._tokenizer, self._control.ids)
+
+
+class GrowingText:
+    """Ids of texts of which each mostly begins as the one before, such as a chat after each turn.
+
+    Only what follows the last control token is encoded again: a tokenizer takes a text apart at its control tokens
+    before anything else. Where it does not, whole texts are encoded, as `Encoder.ids` does.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._head, self._head_ids = "", cast("list[int]", [])
+        self._text, self._ids = "", cast("list[int]", [])
+
+    def ids(self, text: str) -> list[int]:
+        """The ids that `Encoder.ids` gives."""
+        if text == self._text:
+            return self._ids
+        if SECRET in text:
+            return self._encoder.ids(text)
+        if not text.startswith(self._head):
+            self._head, self._head_ids = "", []
+        rest = text[len(self._head) :]
+        ids = self._encoder.ids(rest)
+        self._text, self._ids = text, self._head_ids + ids
+        cut = self._encoder.last_cut(rest)
+        if cut > 0:
+            moved = self._encoder.ids(rest[:cut])
+            if moved + self._encoder.ids(rest[cut:]) == ids:
+                self._head, self._head_ids = text[: len(self._head) + cut], self._head_ids + moved
+        return self._ids
 
 
 _LEAVE_OUT = "Leave that out of the text."

@@ -165,7 +165,7 @@ def conversations_of(
         if not about.format:
             about.format = detect(row.values)
         if about.format:
-            yield from (convert_row(waited, about, system_prompt) for waited in (*waiting, row))
+            yield from (convert_row(waited, about, system_prompt, rules) for waited in (*waiting, row))
             waiting.clear()
         elif refusal := kind_of_file(row.values):
             yield Fault(row.origin, str(refusal), refusal.kind)
@@ -202,7 +202,7 @@ def detect(values: dict[str, Any]) -> str:
     return ""
 
 
-def convert_row(row: Row, about: FileFacts, system_prompt: str | None) -> Conversation | Fault:
+def convert_row(row: Row, about: FileFacts, system_prompt: str | None, rules: Rules) -> Conversation | Fault:
     """A row of a file whose format is known as a conversation, or why it is none."""
     form = FORMATS[about.format]
     read = (*form.columns, OF_EVALUATION)
@@ -210,6 +210,7 @@ def convert_row(row: Row, about: FileFacts, system_prompt: str | None) -> Conver
         if refusal := lost_meaning(row.values, read, labels_answer=about.format == "text"):
             raise RowError(refusal)
         conversation = form.convert(row)
+        refuse_long(conversation, rules)
         conversation = conversation if conversation.text is not None else _checked(conversation, system_prompt)
     except RowError as error:
         return Fault(row.origin, str(error), error.kind)
@@ -217,6 +218,12 @@ def convert_row(row: Row, about: FileFacts, system_prompt: str | None) -> Conver
     for name in _unread(row.values, read):
         about.ignored_columns[name] = about.ignored_columns.get(name, 0) + 1
     return conversation
+
+
+def refuse_long(conversation: Conversation, rules: Rules) -> None:
+    """Raise a RowError where a conversation has more turns than the rules allow."""
+    if (turns := len(conversation.messages)) > rules.max_row_turns:
+        raise RowError(f"{turns:,} turns; raise max_row_turns if they are meant")
 
 
 def _unread(values: dict[str, Any], read: Collection[str]) -> set[str]:

@@ -18,6 +18,7 @@ from qingtune.data.format import (
     convert_row,
     detect,
     prompt_of,
+    refuse_long,
     without_fields,
 )
 from qingtune.data.read import Fault, Row, read_rows
@@ -54,6 +55,7 @@ def _prompt_of_row(row: Row, rules: Rules) -> tuple[Message, ...] | str:
     if refusal := lost_meaning(values, (*FORMATS[name].columns, OF_EVALUATION)):
         raise RowError(refusal)
     conversation = FORMATS[name].convert(Row(values, row.origin))
+    refuse_long(conversation, rules)
     if conversation.text is not None:
         return conversation.text
     turns = conversation.messages
@@ -124,7 +126,7 @@ def asked_rows(path: str, system_prompt: str | None, rules: Rules | None = None)
 def _asked(row: Row, system_prompt: str | None, rules: Rules) -> Asked | Fault:
     if _has_answer(row.values):
         read = Row(without_fields(row.values, rules.ignore_fields), row.origin)
-        converted = convert_row(read, FileFacts(detect(read.values)), system_prompt)
+        converted = convert_row(read, FileFacts(detect(read.values)), system_prompt, rules)
         if isinstance(converted, Fault):
             return converted
         prompt = prompt_of(converted) if converted.text is None else None

@@ -19,6 +19,8 @@ class _Settings(Protocol):
     @property
     def max_row_mb(self) -> float: ...
     @property
+    def max_row_turns(self) -> int: ...
+    @property
     def max_data_gb(self) -> float | None: ...
 
 
@@ -29,11 +31,13 @@ class Rules:
     Attributes:
         ignore_fields: fields of rows and turns that are left unread, in lower case.
         max_row_mb: the largest row, in MB of the file's text.
+        max_row_turns: the most turns of a row; a template writes the whole conversation for each answer.
         max_data_gb: memory that rows may take while they are kept, in GB; None for half of what is free.
     """
 
     ignore_fields: frozenset[str] = frozenset()
     max_row_mb: float = 16
+    max_row_turns: int = 1000
     max_data_gb: float | None = None
 
     @property
@@ -51,7 +55,7 @@ class Rules:
 def rules_of(settings: _Settings) -> Rules:
     """The rules that a command's settings give."""
     fields = frozenset(name.lower() for name in settings.ignore_fields or ())
-    return Rules(fields, settings.max_row_mb, settings.max_data_gb)
+    return Rules(fields, settings.max_row_mb, settings.max_row_turns, settings.max_data_gb)
 
 
 def size_in_words(count: int) -> str:

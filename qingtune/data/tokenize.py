@@ -8,14 +8,14 @@ text; where a template does not keep to this shape, the row is refused or the co
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from qingtune.data.control_tokens import find_control_tokens
-from qingtune.data.encoder import Encoder, unveil
+from qingtune.data.encoder import Encoder, GrowingText, unveil
 from qingtune.data.format import Conversation, Message
 from qingtune.data.read import Fault
 from qingtune.data.templates import TemplateError, render_template
@@ -151,12 +151,12 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add
         raise TemplateError(unveil(str(error))) from None
 
 
-def _encode_after(template: Template, prompt: str, whole: str) -> list[int]:
+def _encode_after(template: Template, growing: GrowingText, prompt: str, whole: str) -> list[int]:
     """Ids of what follows a prompt: as in the text in one go, unless the two melt into one token at the seam.
 
     Alone, the rest would get a space of its own from a SentencePiece tokenizer.
     """
-    before, ids = template.encoder.ids(prompt), template.encoder.ids(whole)
+    before, ids = growing.ids(prompt), growing.ids(whole)
     return ids[len(before) :] if ids[: len(before)] == before else template.encoder.ids(whole[len(prompt) :])
 
 
@@ -279,12 +279,9 @@ def _one_sample(template: Template, conversation: Conversation) -> Sample | None
     """All turns in one sample; None if the template writes earlier turns otherwise once later ones follow."""
     ids: list[int] = []
     spans: list[tuple[int, int]] = []
-    messages = conversation.messages
-    for place in (place for place, message in enumerate(messages) if message.role == "assistant"):
-        before = prompt_ids(template, messages[:place])
+    for before, answer, trained in _answers(template, conversation):
         if before[: len(ids)] != ids:
             return None
-        answer, trained = _answer_ids(template, messages[: place + 1])
         spans.append((len(before), len(before) + trained))
         ids = before + answer
     return _sample(ids[: spans[-1][1]], spans, conversation.origin)
@@ -292,24 +289,28 @@ def _one_sample(template: Template, conversation: Conversation) -> Sample | None
 
 def _sample_per_turn(template: Template, conversation: Conversation) -> list[Sample]:
     """A sample for each answer, each with the prompt that inference would show for it."""
-    samples: list[Sample] = []
-    messages = conversation.messages
-    for place in (place for place, message in enumerate(messages) if message.role == "assistant"):
-        before = prompt_ids(template, messages[:place])
-        answer, trained = _answer_ids(template, messages[: place + 1])
-        samples.append(
-            _sample([*before, *answer[:trained]], [(len(before), len(before) + trained)], conversation.origin)
-        )
-    return samples
+    return [
+        _sample([*before, *answer[:trained]], [(len(before), len(before) + trained)], conversation.origin)
+        for before, answer, trained in _answers(template, conversation)
+    ]
 
 
-def _answer_ids(template: Template, messages: Sequence[Message]) -> tuple[list[int], int]:
-    """Ids of the last turn after its prompt, and how many of them, up to the end of turn, are trained."""
-    turns = template.encoder.veil(messages)
-    prompt, whole = _render(template.tokenizer, turns[:-1], True), _render(template.tokenizer, turns, False)
+def _answers(template: Template, conversation: Conversation) -> Iterator[tuple[list[int], list[int], int]]:
+    """Of each assistant's turn the ids of its prompt, as `prompt_ids` gives them, its own, and how many are trained."""
+    growing = GrowingText(template.encoder)
+    turns = template.encoder.veil(conversation.messages)
+    for place in (place for place, turn in enumerate(turns) if turn.role == "assistant"):
+        prompt = _render(template.tokenizer, turns[:place], True)
+        before = growing.ids(prompt)
+        whole = _render(template.tokenizer, turns[: place + 1], False)
+        yield before, *_answer_ids(template, growing, prompt, whole)
+
+
+def _answer_ids(template: Template, growing: GrowingText, prompt: str, whole: str) -> tuple[list[int], int]:
+    """Ids of an assistant's turn after its prompt, and how many of them, up to the end of turn, are trained."""
     if not whole.startswith(prompt):
         raise _TemplateFault("the chat template does not write the answer right after its prompt")
-    ids = _encode_after(template, prompt, whole)
+    ids = _encode_after(template, growing, prompt, whole)
     if template.appended:
         return [*ids, template.end_of_turn], len(ids) + 1
     if template.end_of_turn not in ids:
