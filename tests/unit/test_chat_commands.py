@@ -226,7 +226,7 @@ def test_nothing_is_saved_of_an_empty_chat(state: ChatState, tmp_path: Path) -> 
 def test_load_takes_any_form_of_conversation(state: ChatState, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "q", "output": "a", "system": "Be brief."}])
     packed = tmp_path / "packed.jsonl.gz"
-    packed.write_bytes(gzip.compress(rows.read_bytes()))
+    packed.write_bytes(gzip.compress(rows.read_bytes(), mtime=0))
     for path in (rows, packed):
         obey(state, "/clear")
         obey(state, f"/load {path}")
