@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from qingtune import __version__
 from qingtune.command_config import (
@@ -152,6 +153,11 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
 def _train(argv: Sequence[str]) -> int:
     config_file, flags = parse_flags(TrainConfig, shown(program("train")), TRAIN, argv, config_file=True)
     loaded = load_train_config(config_file, flags)
+    from qingtune.finished import already_finished, is_surely_finished
+
+    if is_surely_finished(loaded.config):
+        say("\n".join([*loaded.notices, already_finished(Path(loaded.config.output_dir))]))
+        return DONE
     from qingtune.finetune import finetune
 
     command = _to_go_on("train", argv, loaded.config)

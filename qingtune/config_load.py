@@ -360,6 +360,15 @@ def _resolve(config: Training) -> tuple[Training, list[str]]:
     return config.model_copy(update=chosen), reasons
 
 
+def default_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What each setting of training is when it is left out, where the method and the rank are those of a run."""
+    decided = {name: settings[name] for name in ("use_lora", "use_qlora", "lora_r") if name in settings}
+    config = TrainConfig.model_validate(decided)
+    return _resolve(config)[0].model_dump(mode="json") | {
+        name: field.default for name, field in TrainConfig.model_fields.items() if name in decided
+    }
+
+
 def _peak(config: TrainConfig) -> float:
     """The largest learning rate of any parameter; of the method's default, where none is given."""
     return (config.learning_rate or _LEARNING_RATES[config.method]) * (config.loraplus_lr_ratio or 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,22 +12,47 @@ from qingtune.config import TrainConfig
 from qingtune.data.prepare import Say
 from qingtune.errors import UserError, shorten
 from qingtune.files import why_not_whole
+from qingtune.finished import ANEW
 from qingtune.record import differences, read_record, versions
 from qingtune.training.checkpoint import Checkpoint, State, checkpoints, load_checkpoint, read_state, to_go_on_from
 from qingtune.training.loop import Progress
+from qingtune.training.optim import make_schedule, warmup_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHOOSE = ("auto", "last")
-ANEW = "Pass --overwrite_output_dir to train anew, or choose another output_dir."
+LENGTH = ("max_steps", "num_train_epochs")  # settings by which a finished run may be extended
 
 
-def is_finished(config: TrainConfig, settings: dict[str, Any], say: Say) -> bool:
-    """Whether output_dir holds the result of this very run, so that nothing is left to do.
+@dataclass(frozen=True)
+class Finished:
+    """The finished run that output_dir holds.
+
+    Attributes:
+        steps: that it made.
+        extended: how it was extended before, from its record.
+        eval_loss_before: training, as it measured it.
+        same_so_far: whether a run of the length asked for now would have had the same learning rates in these steps.
+    """
+
+    steps: int
+    extended: Sequence[Mapping[str, Any]]
+    eval_loss_before: float | None
+    same_so_far: bool
+
+    def results(self) -> dict[str, Any]:
+        """What the record of the longer run says of the shorter one."""
+        now = {"after_steps": self.steps, "as_if_never_stopped": self.same_so_far}
+        return {"extended": [*self.extended, now], "eval_loss_before": self.eval_loss_before}
+
+
+def finished_run(config: TrainConfig, settings: dict[str, Any], total_steps: int) -> Finished | None:
+    """The finished run in output_dir, of these settings or of a smaller number of steps; None if there is none.
 
     Args:
         settings: what decides the run's result, from record.settings_to_compare.
+        total_steps: that the settings ask for.
 
     Raises:
         UserError: it holds another run's result, which must not be replaced unasked.
@@ -34,12 +60,38 @@ def is_finished(config: TrainConfig, settings: dict[str, Any], say: Say) -> bool
     output_dir = Path(config.output_dir)
     record = None if config.overwrite_output_dir or not output_dir.is_dir() else read_record(output_dir)
     if record is None:
-        return False
+        return None
     if config.resume_from_checkpoint is False:
         raise UserError("output_dir holds a finished run", where=str(output_dir), fix=ANEW)
-    _same_settings(output_dir, record.settings, settings)
-    say(f"This run is finished already; its result is in {output_dir}. {ANEW}")
-    return True
+    steps = int(record.results.get("steps") or 0)
+    _same_settings(output_dir, record.settings, settings, may_differ=LENGTH if 0 < steps <= total_steps else ())
+    return Finished(
+        steps,
+        record.results.get("extended") or [],
+        record.results.get("eval_loss_before"),
+        _same_rates(config, steps, total_steps),
+    )
+
+
+def _same_rates(config: TrainConfig, steps: int, total_steps: int) -> bool:
+    """Whether the learning rates of the first steps are the same in a run of these and of all steps."""
+    assert config.learning_rate is not None
+    shorter, longer = (
+        make_schedule(config.lr_scheduler_type, config.learning_rate, warmup_steps(config, total), total)
+        for total in (steps, total_steps)
+    )
+    return all(shorter(step) == longer(step) for step in range(steps))
+
+
+def say_extension(config: TrainConfig, finished: Finished, total_steps: int, say: Say) -> None:
+    """Tell that a finished run goes on to more steps, and what that means."""
+    say(f"The run in {config.output_dir} is finished after {finished.steps:,} steps; it goes on to {total_steps:,}.")
+    if not finished.same_so_far:
+        say(
+            f"Warning: its learning rate ({config.lr_scheduler_type}) was planned for {finished.steps:,} steps. From "
+            f"here on it is that of a run of {total_steps:,} steps, so the result is not that of one run of this "
+            "length; the record says so. lr_scheduler_type constant does not depend on the length."
+        )
 
 
 def check_checkpoint_exists(config: TrainConfig) -> None:
@@ -55,8 +107,14 @@ def check_checkpoint_exists(config: TrainConfig) -> None:
         )
 
 
-def where_to_go_on(config: TrainConfig, settings: dict[str, Any], say: Say) -> Path | None:
+def where_to_go_on(
+    config: TrainConfig, settings: dict[str, Any], say: Say, finished: Finished | None = None
+) -> Path | None:
     """The checkpoint to go on from; None to start anew.
+
+    Args:
+        settings: what decides the run's result, from record.settings_to_compare.
+        finished: the run that is extended by more steps.
 
     Raises:
         UserError: the checkpoint is none, or of a run with other settings, or must not be passed over unasked.
@@ -67,12 +125,18 @@ def where_to_go_on(config: TrainConfig, settings: dict[str, Any], say: Say) -> P
         state = read_state(folder)
     else:
         found = [] if config.overwrite_output_dir else to_go_on_from(Path(config.output_dir))
+        if not found and finished:
+            raise UserError(
+                f"the run is finished after {finished.steps:,} steps, and without a checkpoint it cannot go on to more",
+                where=config.output_dir,
+                fix=f"{ANEW} save_strategy steps or epoch keeps a checkpoint of the last step.",
+            )
         if not found:
             return None
         if wish is False:
             raise UserError("output_dir holds a run that can go on", where=config.output_dir, fix=ANEW)
         folder, state = _first_whole(found, say)
-    _same_settings(folder, state.settings, settings)
+    _same_settings(folder, state.settings, settings, may_differ=LENGTH if finished else ())
     say(f"Going on from {folder}.")
     if changed := differences(state.versions, versions()):
         say(f"Warning: numbers may differ a little from here on: {'; '.join(changed)}.")
@@ -93,10 +157,11 @@ def _first_whole(found: Sequence[Checkpoint], say: Say) -> tuple[Path, State]:
     )
 
 
-def _same_settings(place: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _same_settings(place: Path, before: dict[str, Any], now: dict[str, Any], may_differ: Collection[str] = ()) -> None:
     # A setting that the version of then did not have was at its default.
     newer = {name: field.default for name, field in TrainConfig.model_fields.items() if name in now}
-    if changed := differences({**newer, **before}, now):
+    passed_over = {name: now[name] for name in may_differ}
+    if changed := differences({**newer, **before, **passed_over}, now):
         listing = "".join(f"\n  {line}" for line in changed)
         raise UserError(f"this run was started with other settings:{listing}\n{ANEW}", where=str(place))
 

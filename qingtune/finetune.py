@@ -17,12 +17,20 @@ from qingtune import output
 from qingtune.adapted_model import count_parameters, load_adapted_model
 from qingtune.adapters.files import save_adapter
 from qingtune.config import TrainConfig
-from qingtune.continuation import check_checkpoint_exists, is_finished, load_best, where_to_go_on
+from qingtune.continuation import (
+    Finished,
+    check_checkpoint_exists,
+    finished_run,
+    load_best,
+    say_extension,
+    where_to_go_on,
+)
 from qingtune.data.prepare import Data, Say, check_files_exist, load_data
 from qingtune.data.tokenize import Template, make_template
 from qingtune.environment import describe_machine
 from qingtune.errors import UserError
 from qingtune.files import copy_file, disk_errors, staging_folder, usual_permissions, write_json
+from qingtune.finished import already_finished, digests_of_inputs
 from qingtune.hardware import Hardware, choose_hardware
 from qingtune.interrupt import put_off
 from qingtune.invocation import command_line
@@ -51,7 +59,7 @@ from qingtune.sample_answers import SampleAnswers
 from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, LinesFile, MetricsFile, Sink, to_all
 from qingtune.training.loop import Limits, Progress, Work, train
 from qingtune.training.processes import AcceleratedProcesses
-from qingtune.work import make_work
+from qingtune.work import make_work, planned_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,11 +126,17 @@ def finetune(config: TrainConfig, *, notices: Sequence[str] = (), command: str =
 
 @dataclass(frozen=True)
 class Opened:
-    """What a run has before any weight is read; `folder` is the base model's."""
+    """What a run has before any weight is read.
+
+    Attributes:
+        folder: the base model's.
+        inputs: digests of what the data is made of, as it was when it was read.
+    """
 
     hardware: Hardware
     folder: Path
     template: Template
+    inputs: dict[str, str]
     data: Data
 
 
@@ -137,9 +151,14 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
         return None
     plan = try_to_plan(lambda: plan_run(config, folder, hardware, data, processes.count), say)
     settings = settings_to_compare(config, processes.count, data.hash, fingerprint(folder))
-    if is_finished(config, settings, say):
+    total_steps = planned_steps(config, len(data.train), processes.count)
+    finished = finished_run(config, settings, total_steps)
+    if finished and finished.steps in (0, total_steps):
+        say(already_finished(output_dir))
         return None
-    resume_from = where_to_go_on(config, settings, say)
+    if finished:
+        say_extension(config, finished, total_steps, say)
+    resume_from = where_to_go_on(config, settings, say, finished)
     for line in short_lines(plan.report) if plan else ():
         say(line)
     model = load_adapted_model(config, folder, hardware, say)
@@ -163,7 +182,8 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
             load_best(output_dir, model, progress, say)
         if processes.index == 0:
             if result.finished:
-                save_result(config, model, opened.template, folder, _record(config, opened, settings, result))
+                record = _record(config, opened, settings, result, finished)
+                save_result(config, model, opened.template, folder, record)
                 title = output_dir.resolve().name
                 try_to_draw(lambda: plot_losses(output_dir / METRICS, output_dir / CURVE, title), CURVE, say)
             page.write()
@@ -187,7 +207,8 @@ def _open(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Ope
     template = make_template(load_tokenizer(folder), stop_ids(folder))
     for notice in template.notices:
         say(notice)
-    return Opened(hardware, folder, template, load_data(config, template, context_length(folder), say))
+    inputs = digests_of_inputs(config, folder)
+    return Opened(hardware, folder, template, inputs, load_data(config, template, context_length(folder), say))
 
 
 def _begin_folder(config: TrainConfig, resume_from: Path | None) -> None:
@@ -219,8 +240,10 @@ def _facts(hardware: Hardware, processes: AcceleratedProcesses, data: Data, limi
     }
 
 
-def _record(config: TrainConfig, opened: Opened, settings: dict[str, Any], result: Result) -> Record:
-    """What the run says of itself."""
+def _record(
+    config: TrainConfig, opened: Opened, settings: dict[str, Any], result: Result, finished: Finished | None
+) -> Record:
+    """What the run says of itself; `finished` is the shorter run that it extended."""
     return Record(
         method=config.method,
         base_model=config.model_name_or_path,
@@ -232,6 +255,8 @@ def _record(config: TrainConfig, opened: Opened, settings: dict[str, Any], resul
         results={
             **asdict(result),
             "evaluation_data": opened.data.evaluation_hash,
+            "inputs": opened.inputs,
+            **(finished.results() if finished else {}),
             **({"lost_output": lost} if (lost := output.lost_output()) else {}),
         },
         versions=versions(),
@@ -310,12 +335,18 @@ def save_result(config: TrainConfig, model: Any, template: Template, base_folder
         if config.method == "full":
             save_model(model, half_done, stored_dtype(base_folder))
         else:
-            save_adapter(model, half_done, config.model_name_or_path, config.lora_dropout)
+            base = str(base_folder.absolute()) if _is_gguf(config) else config.model_name_or_path
+            save_adapter(model, half_done, base, config.lora_dropout)
         template.tokenizer.save_pretrained(half_done)
         for path in half_done.iterdir():
             usual_permissions(path)
             os.replace(path, output_dir / path.name)
     write_record(output_dir, record)
+
+
+def _is_gguf(config: TrainConfig) -> bool:
+    """Whether the base is a .gguf file, which PEFT cannot open: it is given the converted copy in the cache."""
+    return config.model_name_or_path.endswith(".gguf")
 
 
 def _summary(config: TrainConfig, result: Result) -> str:
@@ -332,5 +363,10 @@ def _summary(config: TrainConfig, result: Result) -> str:
     if (Path(config.output_dir) / PAGE).exists():
         lines.append(f"Report: {Path(config.output_dir) / PAGE}")
     lines += [f"Not all messages were shown ({lost})." for lost in output.lost_output()]
+    if config.method != "full" and _is_gguf(config):
+        lines.append(
+            "PEFT opens it by the converted copy of the .gguf file, which is on this machine alone. Before you publish "
+            "the adapter, put the model's name on its hub into adapter_config.json (base_model_name_or_path)."
+        )
     lines += [f"Result: {config.output_dir}", f"Talk to it: {talk}"]
     return "\n".join(lines)

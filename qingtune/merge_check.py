@@ -196,6 +196,7 @@ def measure_lost(
     merging = (
         _compare(before, _States(_merged_side(base, adapter, hardware, slots), sequences), prompts) if rounded else None
     )
+    give_back_memory()  # what the merged side took
     after = _States(_side(written, None, hardware, slots), sequences)
     result = _compare(before, after, prompts)
     losses = (before.loss(len(prompts), samples), after.loss(len(prompts), samples)) if samples else None

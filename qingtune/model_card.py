@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qingtune import __version__
-from qingtune.config import TrainConfig
+from qingtune.config_load import default_settings
 from qingtune.files import write_text
 from qingtune.markdown import code, prose, table, value
 from qingtune.record import METRICS, Record
@@ -152,7 +152,7 @@ def _training(record: Record, origin: Origin) -> list[str]:
         "method": _METHODS.get(record.method) or value(record.method),
         "data": _data(settings.get("data_path")),
         "fingerprint of the tokenised data": code(str(settings.get("data", "not known"))),
-        "evaluation data": _data(settings.get("eval_data_path")),
+        "evaluation data": _held_out(settings) or _data(settings.get("eval_data_path")),
         "system prompt": code(record.system_prompt) if record.system_prompt else "none of its own",
         **_results(record.results),
         **_last_line(origin.adapter or origin.base),
@@ -170,6 +170,16 @@ def _training(record: Record, origin: Origin) -> list[str]:
 def _data(paths: Any) -> str:
     names = [paths] if isinstance(paths, str) else list(paths or [])
     return ", ".join(code(_last_part(str(name))) for name in names) or "none named"
+
+
+def _held_out(settings: Mapping[str, Any]) -> str | None:
+    """The rows that val_size took out of the training data, in words; None without it."""
+    size = settings.get("val_size") or 0
+    if not size:
+        return None
+    seed = settings.get("seed") if settings.get("val_seed") is None else settings["val_seed"]
+    what = f"{size:.3%}".rstrip("0%").rstrip(".") + " %" if size < 1 else f"{int(size):,}"
+    return f"{what} of the training rows, held out (seed {seed})"
 
 
 def _results(results: Mapping[str, Any]) -> dict[str, str]:
@@ -203,9 +213,9 @@ def _last_line(folder: Path) -> dict[str, str]:
 def _changed(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings that are not the defaults, as text; paths without their folders."""
     changed: dict[str, str] = {}
-    for name, field in TrainConfig.model_fields.items():
-        given = redact_values(settings.get(name, field.default))
-        if name in _ELSEWHERE or given == field.default:
+    for name, default in default_settings(settings).items():
+        given = redact_values(settings.get(name, default))
+        if name in _ELSEWHERE or given == default:
             continue
         text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
         changed[f"`{name}`"] = code(_last_part(text) if text and text[0] in "./~" else text)

@@ -44,13 +44,7 @@ def make_work(
         settings: kept in each checkpoint, so that a later run can tell whether it may go on.
         resume_from: a checkpoint of a run with the same settings; None to start anew.
     """
-    plan = Plan(
-        sample_count=len(data.train),
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        processes=processes.count,
-        seed=config.seed,
-    )
+    plan = _order(config, len(data.train), processes.count)
     limits = _limits(config, plan)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, notice = make_optimizer(config, trained.items(), hardware.device)
@@ -134,6 +128,21 @@ def _saver(
             processes.wait()
 
     return save
+
+
+def planned_steps(config: TrainConfig, samples: int, processes: int) -> int:
+    """Optimizer steps of a whole run over so many samples."""
+    return _limits(config, _order(config, samples, processes)).total_steps
+
+
+def _order(config: TrainConfig, samples: int, processes: int) -> Plan:
+    return Plan(
+        sample_count=samples,
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        processes=processes,
+        seed=config.seed,
+    )
 
 
 def _limits(config: TrainConfig, plan: Plan) -> Limits:

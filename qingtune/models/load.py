@@ -14,14 +14,14 @@ import torch
 from safetensors import safe_open
 
 from qingtune.errors import UserError
-from qingtune.files import move_into_place, sha256_of, staging_folder
+from qingtune.files import move_into_place, staging_folder
 from qingtune.foreign import foreign_files
 from qingtune.kernels.linear import NF4Linear
 from qingtune.models.config_file import CONFIG, read_generation_config, read_model_config
 from qingtune.models.config_file import stop_ids as stop_ids  # with the tokenizer, what says how answers end
 from qingtune.models.gguf_header import TIED_BELOW, check_gguf_header
 from qingtune.models.nf4 import Described, describe, layer_of, parts_of, unpack
-from qingtune.models.source import CONVERTED, NF4_MARK, ModelSource, cache_folder, stored_in_4bit, stored_numbers
+from qingtune.models.source import NF4_MARK, ModelSource, converted_folder, stored_in_4bit, stored_numbers
 from qingtune.quiet import quieten_transformers
 from qingtune.weights_file import check_floats, read_header, read_weights_header, weight_files
 
@@ -46,9 +46,7 @@ def local_folder(source: ModelSource, cache_dir: str | None, say: Callable[[str]
         if stored_in_4bit(source.path):
             say(IN_4BIT)
         return source.path
-    cache = cache_folder(cache_dir) / CONVERTED
-    digest = sha256_of(source.path)
-    folder = cache / f"{source.path.stem}-{digest[:12]}"
+    folder = converted_folder(source.path, cache_dir)
     if not (folder / "config.json").exists():
         say(f"Converting {source.path.name} to safetensors, once (half a minute or so) ...")
         _convert_gguf(source.path, folder)

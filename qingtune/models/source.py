@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from qingtune.config import DEFAULT_MODEL
 from qingtune.errors import UserError
-from qingtune.files import default_cache
+from qingtune.files import default_cache, sha256_of
 from qingtune.models.config_file import context_length as context_length
 from qingtune.models.config_file import read_model_config
 from qingtune.weights_file import read_header, read_weights_header
@@ -38,6 +38,11 @@ class ModelSource:
     def is_gguf(self) -> bool:
         """Whether the weights are in a .gguf file, to be converted before use."""
         return self.path.is_file()
+
+
+def converted_folder(path: Path, cache_dir: str | None) -> Path:
+    """Where the converted copy of a .gguf file is kept, by the file's hash."""
+    return cache_folder(cache_dir) / CONVERTED / f"{path.stem}-{sha256_of(path)[:12]}"
 
 
 def cache_folder(cache_dir: str | None) -> Path:

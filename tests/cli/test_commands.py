@@ -260,6 +260,9 @@ def test_the_guides_two_scripts(
     assert ended.returncode == 0, ended.stderr
     together = ("--base_model", tiny(), "--lora_model", output)
     assert f"Talk to it: {sys.executable} inference_lora.py --chat {' '.join(map(str, together))}\n" in ended.stdout
+    ended = run("-c", WATCHED, "fine_tune_qwen.py", *where, *how)  # again: it is seen at once that nothing is to do
+    assert f"This run is finished already; its result is in {output}." in ended.stderr
+    assert ended.stderr.endswith("ended with 0\nloaded []\n")
     ended = run("inference_lora.py", *together, "--prompt", "hi", "--max_new_tokens", "4")
     assert ended.returncode == 0, ended.stderr
     assert "tok/s" in ended.stderr

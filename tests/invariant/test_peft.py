@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tiny_runs import LORA, lively_model, logits_of, move_adapters, save_model, train
 from transformers import AutoModelForCausalLM
@@ -17,7 +17,11 @@ from transformers import AutoModelForCausalLM
 from qingtune.adapters.files import load_adapter, read_adapter_config, save_adapter
 from qingtune.adapters.lora import add_lora, lora_layers
 from qingtune.adapters.stored import read_adapter
+from qingtune.command_config import ExportConfig, MergeConfig
 from qingtune.errors import UserError
+from qingtune.export import export
+from qingtune.inference import find_base
+from qingtune.models.load import load_model
 
 BOUND = 1e-5  # of the logits' largest value, in fp32
 ATTENTION = "model.layers.1.self_attn"
@@ -186,3 +190,23 @@ def test_adapter_of_the_head_is_refused_for_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lm_head") as refusal:
         load_adapter(lively_model("llama"), tmp_path)
     assert "another model" not in str(refusal.value)  # it is for this very model
+
+
+def test_an_adapter_of_a_gguf_file_opens_in_peft_and_finds_its_base(
+    tmp_path: Path, data_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_model(tmp_path / "model")
+    export(ExportConfig(base_model=str(model), output_dir=str(tmp_path / "tiny"), quantize=["f16"]))
+    output = tmp_path / "adapter"
+    gguf = tmp_path / "tiny" / "tiny-f16.gguf"
+    train(output, gguf, data_file, max_steps=1, cache_dir=str(tmp_path / "cache"), **LORA)
+    assert "put the model's name on its hub into adapter_config.json" in capsys.readouterr().out
+    opened = AutoPeftModelForCausalLM.from_pretrained(output)
+    base, record = find_base(
+        MergeConfig(lora_model=str(output), output_dir="x", cache_dir=str(tmp_path / "cache")), output
+    )
+    assert record
+    assert record.base_model == str(gguf)
+    ours = load_model(base, torch.float32)
+    load_adapter(ours, output)
+    torch.testing.assert_close(logits_of(opened.float()), logits_of(ours), rtol=0, atol=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import signal
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from tiny_runs import LORA, METHODS, QLORA4, QLORA8, assert_close, assert_equal,
 from qingtune import work
 from qingtune.engine import Engine
 from qingtune.errors import UserError
+from qingtune.training.optim import make_schedule
 
 STEPS = 6
 # 14 rows to train on make windows of 4, 4, 4 and 2: the six steps end in the second epoch.
@@ -180,6 +182,76 @@ def test_finished_run_is_not_done_again(start: Runs, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     assert start("run", **LORA)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+# --- Longer than it was ----------------------------------------------------------------------------------------------
+
+
+def test_extended_run_equals_one_that_was_that_long(start: Runs, tmp_path: Path) -> None:
+    settings = LORA | DROPOUT | {"lr_scheduler_type": "constant_with_warmup"}
+    start("whole", **settings)
+    start("extended", **settings | {"max_steps": 4})
+    assert start("extended", **settings)
+    assert_same_run(tmp_path / "extended", tmp_path / "whole")
+    results = [json.loads((tmp_path / name / "qingtune.json").read_text())["results"] for name in ("extended", "whole")]
+    assert results[0]["extended"] == [{"after_steps": 4, "as_if_never_stopped": True}]
+    assert results[0]["eval_loss_before"] == results[1]["eval_loss_before"]
+
+
+def test_a_rate_that_depends_on_the_length_is_told(
+    start: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = LORA | {"max_steps": -1, "num_train_epochs": 1}
+    start("run", **settings)
+    capsys.readouterr()
+    assert start("run", **settings | {"num_train_epochs": 2})
+    told = capsys.readouterr().err
+    assert "is finished after 4 steps; it goes on to 8." in told
+    assert "learning rate (cosine) was planned for 4 steps" in told
+    rates = [line["learning_rate"] for line in metrics(tmp_path / "run") if "loss" in line]
+    schedule = [make_schedule("cosine", 0.01, 2, total) for total in (4, 8)]
+    assert rates == pytest.approx([schedule[step >= 4](step) for step in range(8)])
+    record = json.loads((tmp_path / "run" / "qingtune.json").read_text())
+    assert record["results"]["extended"] == [{"after_steps": 4, "as_if_never_stopped": False}]
+    assert record["settings"]["num_train_epochs"] == 2
+
+
+def test_a_stopped_extension_keeps_the_result_and_goes_on(
+    start: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = LORA | {"lr_scheduler_type": "constant"}
+    start("whole", **settings)
+    start("run", **settings | {"max_steps": 2})
+    before = weights(tmp_path / "run")
+    with monkeypatch.context() as context:
+        raise_at_call(context, 2, [signal.SIGTERM])
+        assert not start("run", **settings)
+    assert_equal(weights(tmp_path / "run"), before)
+    assert start("run", **settings)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ({"save_strategy": "no"}, {"max_steps": 8}, "finished after 6 steps, and without a checkpoint it cannot"),
+        ({}, {"max_steps": 4}, "max_steps was 6, is 4"),
+        ({}, {"max_steps": 8, "learning_rate": 0.02}, r"learning_rate was 0\.01, is 0\.02\n"),
+    ],
+    ids=["no checkpoint", "fewer steps", "more than the length"],
+)
+def test_what_cannot_be_extended_is_refused(
+    first: dict[str, Any], then: dict[str, Any], message: str, start: Runs, tmp_path: Path
+) -> None:
+    start("run", **LORA | first)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(UserError, match=message) as refusal:
+        start("run", **LORA | first | then)
+    assert "--overwrite_output_dir" in str(refusal.value)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+# --- Best ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)

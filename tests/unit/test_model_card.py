@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qingtune.config import TrainConfig
+from qingtune.config_load import load_train_config
 from qingtune.model_card import ExportedFile, Origin, shown_name, write_card
 from qingtune.record import Record, settings_to_compare
 
@@ -35,6 +36,35 @@ def record(results: dict[str, Any] | None = None, **settings: Any) -> Record:
 def card(tmp_path: Path, of: Record | None, base_model: str = "Qwen/Qwen2.5-0.5B-Instruct") -> str:
     write_card(tmp_path / "card.md", "shop", Origin(base_model, "0123", tmp_path, None, of), [FILE], ["a limit"])
     return (tmp_path / "card.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"use_lora": "true"}, {"use_qlora": "true", "lora_r": "8"}, {"use_lora": "true", "val_size": "0.1"}],
+    ids=["full", "lora", "qlora", "evaluated"],
+)
+def test_settings_that_nobody_touched_are_not_listed(tmp_path: Path, flags: dict[str, str]) -> None:
+    config = load_train_config(None, {"data_path": "rows.jsonl", **flags}).config
+    of = replace(record(), settings=settings_to_compare(config, 1, "4567", "0123"))
+    listed = re.findall(r"(?m)^\| `(\w+)` \|", card(tmp_path, of))
+    assert set(listed) == set(flags) - {"use_lora", "use_qlora"}
+    config = load_train_config(None, {"data_path": "rows.jsonl", **flags, "learning_rate": "7e-5"}).config
+    of = replace(record(), settings=settings_to_compare(config, 1, "4567", "0123"))
+    assert "| `learning_rate` | `7e-05` |" in card(tmp_path, of)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"val_size": 0.1}, "10 % of the training rows, held out (seed 42)"),
+        ({"val_size": 0.125, "val_seed": 7}, "12.5 % of the training rows, held out (seed 7)"),
+        ({"val_size": 50}, "50 of the training rows, held out (seed 42)"),
+        ({"eval_data_path": ["/srv/held.jsonl"]}, "`held.jsonl`"),
+        ({}, "none named"),
+    ],
+)
+def test_evaluation_data_is_named(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
+    assert f"| evaluation data | {told} |" in card(tmp_path, record(**settings))
 
 
 @pytest.mark.parametrize(
