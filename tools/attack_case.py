@@ -13,6 +13,7 @@ Expected = Literal["refused", "fine", "either"]
 Argv = tuple[str, ...]
 
 SECRET = "zq7-planted-zq7-4f1c9b"  # in HF_TOKEN of every command; must be in nothing that is shown or written
+OTHER_SECRETS = "zq8-"  # begins the values of a case's own variables that must not be written
 TINY = ("--max_new_tokens", "2", "--temperature", "0")
 INFER: Argv = ("infer", "--base_model", "model", "--prompt", "hi", *TINY)
 INFER_ADAPTER: Argv = (*INFER, "--lora_model", "adapter")
@@ -147,6 +148,9 @@ class Case:
         stdin: what is typed.
         env: variables, `{outside}` and `{work}` filled in; None removes one.
         check: looks at the result where exit codes do not tell.
+        between: changes something after the first command.
+        process: what happens to the first command's process: see attack_server.Harm.
+        codes: exit codes that the first command may end with, where they are not those of `expect`.
     """
 
     group: str
@@ -162,6 +166,9 @@ class Case:
     stdin: bytes = b""
     env: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
     check: Check | None = None
+    between: Spoil | None = None
+    process: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    codes: tuple[int, ...] = ()
     seed: int = 0
     number: int = 0
 

@@ -106,6 +106,7 @@ def make_fixtures(package: Path, root: Path) -> list[str]:
     finally:
         server.close()
     attack_fixtures.arrange(root)
+    shutil.copytree(root.parent / "maker" / "cache", root / "cache", symlinks=True)
     return _importable(modules)
 
 
@@ -159,11 +160,15 @@ def try_case(case: Case, server: Server, fixtures: Path, folder: Path) -> Result
     ended: list[Ended] = []
     filled = {"outside": str(place.outside), "work": str(place.work), "home": str(place.home)}
     env = {name: value.format(**filled) if value is not None else None for name, value in case.env.items()}
-    for argv in case.commands:
+    for number, argv in enumerate(case.commands):
         words = tuple(word.replace("{outside}", filled["outside"]).replace("{work}", filled["work"]) for word in argv)
         more: dict[str, Any] = {"env": {"HOME": str(place.home), **env}}
         if case.watch:
             more["watch"] = case.watch
+        if number == 0 and case.process:
+            more["harm"] = dict(case.process)
+        if number == 1 and case.between is not None:
+            case.between(place)
         ended.append(server.run(words, place.work, tty=case.tty, stdin=case.stdin, **more))
     verdict = judge(case, place, before, ended)
     return Result(case, verdict, tuple(ended), time.monotonic() - began)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from attack_case import SECRET, Case, Ended, Place
+from attack_case import OTHER_SECRETS, SECRET, Case, Ended, Place
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
 MOST_LINES = 200
@@ -74,8 +74,10 @@ def _state(path: Path) -> str:
 def judge(case: Case, place: Place, before: Snapshot, ended: Sequence[Ended]) -> Verdict:
     """All that is wrong with a case."""
     wrong: list[str] = []
-    for one in ended:
-        wrong += [f"{one.argv[0]}: {what}" for what in (*_died(one), *_answered(case, one), *_showed(case, one))]
+    for number, one in enumerate(ended):
+        codes = case.codes if number == 0 else ()
+        found = [*_died(one, codes), *([] if codes else _answered(case, one)), *_showed(case, one)]
+        wrong += [f"{one.argv[0]}: {what}" for what in found]
     wrong += _touched(case, place, before)
     wrong += _secrets(case, place, ended)
     if case.check is not None and not wrong and (what := case.check(place, ended)):
@@ -83,12 +85,16 @@ def judge(case: Case, place: Place, before: Snapshot, ended: Sequence[Ended]) ->
     return Verdict(tuple(wrong))
 
 
-def _died(one: Ended) -> list[str]:
+def _died(one: Ended, codes: Sequence[int]) -> list[str]:
     """A crash, a hang, or a trap that was sprung."""
     wrong = [f"reached {_short(what)}" for what in one.reached[:1]]
     if one.why_killed:
         return [*wrong, f"hung (ended after {one.cpu_s:.0f} s of computing)"]
-    if one.code < 0 or one.code > 130:
+    if codes and one.code not in codes:
+        wrong.append(f"exit code {one.code}, not {' or '.join(map(str, codes))}")
+    elif codes:
+        pass
+    elif one.code < 0 or one.code > 130:
         wrong.append(f"ended by signal {-one.code if one.code < 0 else one.code - 128}")
     elif one.code not in (DONE, REFUSED, INTERRUPTED):
         wrong.append(f"exit code {one.code}")
@@ -150,8 +156,8 @@ def _touched(case: Case, place: Place, before: Mapping[str, str]) -> list[str]:
 
 def _secrets(case: Case, place: Place, ended: Sequence[Ended]) -> list[str]:
     """The planted secret, shown or written."""
-    planted = (SECRET, *(value for name, value in case.env.items() if value and "PLANTED" in name))
-    wrong = ["a secret is shown" for secret in planted for one in ended if secret in one.shown]
+    planted = (SECRET, *(value for value in case.env.values() if value and value.startswith(OTHER_SECRETS)))
+    wrong = ["a secret is shown" for one in ended if SECRET in one.shown]
     for name in case.writes:
         root = place / name
         for path in [root, *(root.rglob("*") if root.is_dir() and not root.is_symlink() else ())]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import attack_adapters
+import attack_caches
+import attack_data
+import attack_folders
+import attack_generation
+import attack_gguf
 import attack_models
+import attack_processes
+import attack_settings
 import attack_tensors
 import attack_tokenizers
 from attack_case import Case, numbered
@@ -17,7 +24,15 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "templates": attack_tokenizers.template_cases,
     "safetensors": attack_tensors.tensor_cases,
     "adapters": attack_adapters.adapter_cases,
+    "GGUF": attack_gguf.gguf_cases,
+    "generation_config and Modelfile": attack_generation.generation_cases,
     "forged turns": attack_tokenizers.forged_cases,
+    "data": attack_data.data_cases,
+    "folders, links and pages": attack_folders.folder_cases,
+    "settings": attack_settings.settings_cases,
+    "caches and checkpoints": attack_caches.cache_cases,
+    "compare": attack_caches.compare_cases,
+    "processes": attack_processes.process_cases,
 }
 
 

@@ -54,6 +54,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         _child(request)
     handle = os.pidfd_open(pid)
     began = time.monotonic()
+    if "signal" in request.get("harm", {}):
+        _send(pid, handle, request["harm"], Path(request["cwd"]), began + request["seconds"])
     shown = _wait(handle, terminal, began + request["seconds"])
     killed = not select.select([handle], [], [], 0)[0]
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -69,6 +71,38 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         Path(request["err"]).write_bytes(b"")
     code = os.waitstatus_to_exitcode(status)
     return {"code": code, "killed": "time" if killed else None, "cpu": usage.ru_utime + usage.ru_stime}
+
+
+def _send(pid: int, handle: int, harm: dict[str, Any], cwd: Path, until: float) -> None:
+    """Send a child its signal: some seconds after a file of this pattern is there, or after its start."""
+    pattern = harm.get("when")
+    while pattern and not any(cwd.glob(pattern)) and time.monotonic() < until:
+        if select.select([handle], [], [], 0.005)[0]:
+            return  # it ended before
+    if not select.select([handle], [], [], harm.get("after", 0))[0]:
+        os.kill(pid, signal.Signals[harm["signal"]])
+        if harm.get("twice") and not select.select([handle], [], [], 0.2)[0]:
+            os.kill(pid, signal.Signals[harm["signal"]])
+
+
+def _harm(harm: dict[str, Any]) -> None:
+    """Do to this process what the case wants: descriptors closed, full or without a reader; limits; another user."""
+    for number in harm.get("full", ()):
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, number)
+    for number in harm.get("broken", ()):
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, number)
+        os.close(writer)
+    for number in harm.get("closed", ()):
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    for name, most in harm.get("limits", {}).items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+    if "uid" in harm:
+        os.setgid(harm["uid"])
+        os.setuid(harm["uid"])
 
 
 def _wait(handle: int, terminal: int, until: float) -> bytes:
@@ -106,6 +140,7 @@ def _child(request: dict[str, Any]) -> None:
     code = 1
     try:
         _settle(request)
+        _harm(request.get("harm", {}))
         with _watched(request.get("watch"), Path(request["log"])):
             code = _command(request)
     except SystemExit as error:
@@ -113,6 +148,11 @@ def _child(request: dict[str, Any]) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        if code == 0:  # as Python does at its end
+            try:
+                getattr(sys.stdout, "flush", int)()
+            except OSError:
+                code = 120
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(BaseException):
                 stream.flush()

@@ -1,0 +1,101 @@
+"""Attacks on processes: signals, closed and full descriptors, limits, killed writers, a user without a name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from attack_case import (
+    CHECK,
+    EVALUATE,
+    EXPORT,
+    INFER,
+    INFER_FILE,
+    MERGE,
+    PLAN,
+    TRAIN,
+    Argv,
+    Case,
+    Ended,
+    Place,
+    nothing,
+)
+
+GROUP = "processes"
+ALL = ("model", "adapter", "rows.jsonl")
+LONG: Argv = (*TRAIN, "--max_steps", "60", "--logging_steps", "1", "--save_steps", "5")
+INTERRUPTED = (0, 130)
+STEPPED = "out/metrics.jsonl"
+
+
+def process_cases() -> Iterator[Case]:
+    """Each harms the first process; where a second follows, it must come to the result."""
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        for after in (0.0, 0.3):
+            harm = {"signal": name, "when": STEPPED, "after": after}
+            yield _case(f"train-{name}-{after}", (LONG, LONG), harm, codes=INTERRUPTED, check=_saved)
+    for name in ("SIGUSR1", "SIGUSR2", "SIGPIPE"):
+        harm = {"signal": name, "when": STEPPED}
+        yield _case(f"train-{name}", (LONG, LONG), harm, codes=INTERRUPTED, check=_saved)
+    for number in range(5):
+        harm = {"signal": "SIGKILL", "when": STEPPED, "after": 0.07 * number}
+        yield _case(f"train-SIGKILL-{number}", (LONG, LONG), harm, codes=(0, -9), check=_saved)
+    for argv in (MERGE, EXPORT, EVALUATE, INFER_FILE):
+        for name, codes in (("SIGKILL", (0, -9)), ("SIGTERM", (0, 130, 143, -15)), ("SIGHUP", (0, 129, 130, -1))):
+            pattern = ".*" if argv in (MERGE, EXPORT) else None
+            harm = {"signal": name, "when": pattern, "after": 0.02 if pattern else 0.3}
+            yield _case(f"{argv[0]}-{name}", (argv, argv), harm, codes=codes, check=_nothing_staged)
+    for where in ([1], [2], [1, 2]):
+        label = "".join(map(str, where))
+        yield _case(f"train-no-reader-{label}", (TRAIN,), {"broken": where}, codes=(0,), check=_trained)
+        yield _case(f"train-full-{label}", (TRAIN,), {"full": where}, codes=(0,), check=_trained)
+    for argv in (INFER, PLAN, CHECK):
+        yield _case(f"{argv[0]}-no-reader", (argv,), {"broken": [1]}, codes=(0, 1, 2, 120, 141))
+        yield _case(f"{argv[0]}-full", (argv,), {"full": [1]}, codes=(1, 2))
+    for closed in ([0], [1], [2], [0, 1, 2]):
+        argv = (TRAIN, INFER, MERGE)[len(closed) % 3 if closed != [2] else 0]
+        yield _case(f"{argv[0]}-closed-{''.join(map(str, closed))}", (argv,), {"closed": closed}, codes=(0,))
+    for name, limits in {
+        "file-size": {"FSIZE": 20_000},
+        "open-files": {"NOFILE": 24},
+        "processes": {"NPROC": 1},
+    }.items():
+        for argv in (TRAIN, EXPORT):
+            yield _case(f"{argv[0]}-limit-{name}", (argv,), {"limits": limits}, codes=(0, 2))
+    for argv in (INFER, TRAIN):
+        yield Case(
+            GROUP, f"{argv[0]}-unknown-user", _open_to_all, (argv,), "fine", ALL, process={"uid": 54321},
+            env={"HOME": None, "USER": None, "LOGNAME": None},
+        )  # fmt: skip
+    yield _case("control-train", (LONG,), {}, codes=(0,), check=_trained)
+
+
+def _case(name: str, commands: tuple[Argv, ...], harm: dict[str, Any], **more: Any) -> Case:
+    return Case(GROUP, name, nothing, commands, "fine", ALL, process=harm, **more)
+
+
+def _open_to_all(place: Place) -> None:
+    for path in (place.folder, *place.folder.rglob("*")):
+        path.chmod(0o777 if path.is_dir() else 0o666)
+
+
+def _trained(place: Place, ended: Sequence[Ended]) -> str | None:
+    return None if (place / "out/adapter_model.safetensors").exists() else "no result was saved"
+
+
+def _saved(place: Place, ended: Sequence[Ended]) -> str | None:
+    """The second start came to the end, and went on from where the first was saved if that one could save."""
+    steps = [json.loads(line).get("step") for line in (place / STEPPED).read_text().splitlines()]
+    steps = [step for step in steps if step is not None]
+    if steps != sorted(set(steps)):
+        return "the log has steps twice"
+    went_on = "oing on from" in ended[1].shown or "esum" in ended[1].shown or "already" in ended[1].shown
+    if ended[0].code == 130 and not went_on:
+        return "nothing was saved at the signal"
+    return _trained(place, ended)
+
+
+def _nothing_staged(place: Place, ended: Sequence[Ended]) -> str | None:
+    left = [path.name for path in place.work.iterdir() if path.name.startswith(".")]
+    return f"left half done: {', '.join(left)}" if left else None
