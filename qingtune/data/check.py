@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qingtune.data.faults import add_reason, describe_rows, most_first
+from qingtune.data.faults import add_reason, sum_of_rows
 from qingtune.data.format import Conversation, FileFacts, conversations_of, placeholder_in
 from qingtune.data.read import SHOWN_PLACES, Fault, Places
 from qingtune.data.rules import Rules
@@ -44,7 +44,9 @@ class Report:
 
     Attributes:
         used, too_long_rows, untrained_rows: what became of the rows without a fault; without a tokenizer all are used.
+        faults: all of them; named are those that are not of a kind of data.
         reasons: how many rows are faulty for each reason.
+        kinds: rows of kinds of data that are not supported.
     """
 
     rows: int = 0
@@ -54,6 +56,7 @@ class Report:
     files: dict[str, FileFacts] = field(default_factory=dict)
     faults: Places = field(default_factory=Places)
     reasons: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, Places] = field(default_factory=dict)
     placeholders: Places = field(default_factory=Places)
     repeated: Places = field(default_factory=Places)
     other_answer: Places = field(default_factory=Places)
@@ -136,8 +139,12 @@ def check_data(
 
 
 def _refuse(report: Report, fault: Fault) -> None:
-    report.faults.add(str(fault))
     add_reason(report.reasons, fault)
+    if fault.kind:
+        report.faults.count += 1
+        report.kinds.setdefault(fault.kind, Places()).add(f"{fault.origin} ({fault.sign})")
+    else:
+        report.faults.add(str(fault))
 
 
 def _rows(
@@ -304,7 +311,7 @@ def as_lines(name: str, report: Report, limit: int) -> list[str]:
         "without a trained token": report.untrained_rows,
     }
     if report.used < report.rows:
-        lines += describe_rows("  rows", rows, most_first(report.reasons))
+        lines.append(f"  {sum_of_rows(rows)}")
     lines += [f"  {path}: {about.described()}" for path, about in report.files.items()]
     if report.percentiles:
         shares = ", ".join(f"{key} {value:,}" for key, value in report.percentiles.items())
@@ -315,8 +322,10 @@ def as_lines(name: str, report: Report, limit: int) -> list[str]:
     if report.scripts:
         by_count = sorted(report.scripts.items(), key=lambda item: -item[1])
         lines.append("  answers by script: " + ", ".join(f"{k} {n:,}" for k, n in by_count))
+    others = report.faults.count - sum(places.count for places in report.kinds.values())
     findings = [
-        ("faults", report.faults),
+        *((f"faults: {kind} is not supported", places) for kind, places in report.kinds.items()),
+        ("faults", Places(others, report.faults.first)),
         ("rows with placeholders that were never filled in", report.placeholders),
         ("evaluation rows that stand in the training data", report.in_training),
         ("rows that stand twice", report.repeated),

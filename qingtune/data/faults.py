@@ -43,15 +43,19 @@ def describe_rows(name: str, rows: Mapping[str, int], reasons: Mapping[str, int]
     Args:
         rows: how many rows went which way, such as used or refused.
     """
-    every = sum(rows.values())
-    parts = " + ".join(f"{count:,} {what}" for what, count in rows.items() if count or what == "used")
-    lines = [f"{name}: {every:,} rows = {parts}"]
-    refused = rows.get("refused", 0)
+    lines = [f"{name}: {sum_of_rows(rows)}"]
+    every, refused = sum(rows.values()), rows.get("refused", 0)
     if reasons:
         warning = "Warning: " * (refused >= MANY * every)
         why = "; ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         lines.append(f"{warning}{name}: {refused:,} of {every:,} rows ({refused / every:.0%}) are refused: {why}")
     return lines
+
+
+def sum_of_rows(rows: Mapping[str, int]) -> str:
+    """All rows as the sum of those that went each way, such as `300 rows = 143 used + 157 refused`."""
+    parts = " + ".join(f"{count:,} {what}" for what, count in rows.items() if count or what == "used")
+    return f"{sum(rows.values()):,} rows = {parts}"
 
 
 def count_reasons(faults: Sequence[Fault]) -> dict[str, int]:

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 PREFERENCE = "preference data (DPO, ORPO, reward models: better and worse answers)"
 LABELLED = "preference data (KTO: answers labelled as good or bad)"
 MULTIMODAL = "multimodal data (images, audio, video)"
 TOOLS = "tool-calling data"
-WEIGHTED = "data that weights or masks single rows or turns"
-REASONING = "reasoning in a field of its own"
-PARTIAL = "answers of which a part is given (prefix, partial)"
-PROMPT_PART = "a part of the prompt in a field that this form of rows does not have"
+WEIGHTED = "data with weights or masks of single rows or turns"
+REASONING = "data with reasoning in a field of its own"
+PARTIAL = "data whose answers are given in part (prefix, partial)"
+PROMPT_PART = "data with a part of the prompt in a field that this form of rows does not have"
 CLASSIFICATION = "classification data (texts with labels)"
 EMBEDDING = "embedding data (texts that match or do not)"
-CHOICES = "multiple-choice questions"
-PROMPTS = "prompts without answers (reinforcement learning)"
+CHOICES = "multiple-choice data"
+PROMPTS = "reinforcement-learning data (prompts without answers)"
 
 # Kinds that tell of a whole file what it is, even where its rows are of no known form.
 OF_WHOLE_FILES = frozenset(
@@ -44,11 +44,17 @@ class Refusal:
 
 def is_empty(value: Any) -> bool:
     """Whether a value holds nothing, in the ways in which files write that; Parquet and CSV have their own."""
-    if isinstance(value, str):
-        return value.strip() in _EMPTY_TEXTS
-    if isinstance(value, list):
-        return all(is_empty(item) for item in value)
-    return value is None or value == {} or value != value  # not a number
+    waiting = [value]  # and no call of a call: lists may be nested as deep as Python reads them
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list):
+            waiting += cast("list[Any]", item)
+        elif isinstance(item, str):
+            if item.strip() not in _EMPTY_TEXTS:
+                return False
+        elif not (item is None or item == {} or item != item):  # not a number
+            return False
+    return True
 
 
 def _is_one_or_true(value: Any) -> bool:

@@ -17,6 +17,7 @@ from qingtune.errors import UserError, shorten
 Role = Literal["system", "user", "assistant", "tool"]
 MOST_UNKNOWN = 1000  # rows read in the hope that one of them tells the format
 SHOWN_FIELDS = 20
+MOST_FIELDS = 1000  # that are not used, counted apart
 OF_EVALUATION = "form"  # a column that evaluation alone reads; see answer_form.py
 
 
@@ -83,7 +84,7 @@ class RowError(Exception):
 
     def __init__(self, reason: str | Refusal) -> None:
         super().__init__(str(reason))
-        self.kind = reason.kind if isinstance(reason, Refusal) else ""
+        self.kind, self.sign = (reason.kind, reason.sign) if isinstance(reason, Refusal) else ("", "")
 
 
 def read_conversations(
@@ -168,7 +169,7 @@ def conversations_of(
             yield from (convert_row(waited, about, system_prompt, rules) for waited in (*waiting, row))
             waiting.clear()
         elif refusal := kind_of_file(row.values):
-            yield Fault(row.origin, str(refusal), refusal.kind)
+            yield Fault(row.origin, str(refusal), refusal.kind, refusal.sign)
         else:
             waiting.append(row)
             if len(waiting) == MOST_UNKNOWN:
@@ -213,9 +214,10 @@ def convert_row(row: Row, about: FileFacts, system_prompt: str | None, rules: Ru
         refuse_long(conversation, rules)
         conversation = conversation if conversation.text is not None else _checked(conversation, system_prompt)
     except RowError as error:
-        return Fault(row.origin, str(error), error.kind)
+        return Fault(row.origin, str(error), error.kind, error.sign)
     about.used += 1
     for name in _unread(row.values, read):
+        name = name if name in about.ignored_columns or len(about.ignored_columns) < MOST_FIELDS else "other fields"
         about.ignored_columns[name] = about.ignored_columns.get(name, 0) + 1
     return conversation
 
@@ -228,10 +230,11 @@ def refuse_long(conversation: Conversation, rules: Rules) -> None:
 
 def _unread(values: dict[str, Any], read: Collection[str]) -> set[str]:
     """The fields of a row and of its turns that hold something and are not read."""
-    names = {name for name, value in values.items() if name not in read and not is_empty(value)}
+    names = {shorten(name) for name, value in values.items() if name not in read and not is_empty(value)}
     for column in TURN_COLUMNS.intersection(values, read):
         for turn in values[column] if isinstance(values[column], list) else ():
-            names |= {f"{column}.{name}" for name, value in turn.items() if name not in _OF_TURNS and value is not None}
+            unread = (name for name, value in turn.items() if name not in _OF_TURNS and not is_empty(value))
+            names |= {f"{column}.{shorten(name)}" for name in unread}
     return names
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from qingtune.config import TrainConfig
-from qingtune.data.faults import count_reasons, describe_rows, faulty_rows
+from qingtune.data.faults import count_reasons, describe_rows, fault_lines, faulty_rows
 from qingtune.data.format import Conversation, Reading, read_conversations
 from qingtune.data.read import Places
 from qingtune.data.rules import rules_of
@@ -205,8 +205,9 @@ def _tokenize(
     reasons = count_reasons(faults)
     for line in describe_rows(name, rows, reasons):
         say(line)
-    for fault in faults[:SHOWN]:
-        say(f"refused: {fault}")
+    first_faults = fault_lines(faults)[:SHOWN]
+    for line in first_faults:
+        say(f"refused: {line}")
     if not tokenized.samples:
         raise UserError(
             f"no sample is left: {len(tokenized.faults):,} refused, {len(tokenized.too_long):,} longer than "
@@ -225,7 +226,7 @@ def _tokenize(
         rows=rows,
         faults=len(faults),
         reasons=reasons,
-        first_faults=[str(fault) for fault in faults[:SHOWN]],
+        first_faults=first_faults,
         placeholders=reading.placeholders,
     )
     return tokenized.samples, report

@@ -120,7 +120,7 @@ def asked_rows(path: str, system_prompt: str | None, rules: Rules | None = None)
         try:
             yield _asked(row, system_prompt, rules)
         except RowError as error:
-            yield Fault(row.origin, str(error), error.kind)
+            yield Fault(row.origin, str(error), error.kind, error.sign)
 
 
 def _asked(row: Row, system_prompt: str | None, rules: Rules) -> Asked | Fault:

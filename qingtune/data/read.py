@@ -40,11 +40,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Fault:
-    """A place in the data that cannot be used, and why; `kind` names data of a kind that is not supported."""
+    """A place in the data that cannot be used, and why.
+
+    Attributes:
+        kind: of data, where that is not supported; then `sign` tells what it was known by.
+    """
 
     origin: str
     reason: str
     kind: str = ""
+    sign: str = ""
 
     def __str__(self) -> str:
         return f"{self.origin}: {self.reason}"

@@ -106,6 +106,7 @@ def test_check_counts_rows_of_another_kind_as_faults(rows: foreign.Rows, kind: s
     report = check(rows)
     assert report["faults"]["count"] == report["faulty"] == len(rows)
     assert report["reasons"] == {kind: len(rows)}
+    assert report["kinds"] == {kind: {"count": 4, "first": [f"t.jsonl:{n} ({sign})" for n in range(1, 5)]}}
     assert report["used"] == 0
 
 
@@ -203,6 +204,18 @@ def test_fields_that_are_not_used_are_counted_over_all_rows_and_turns() -> None:
         "messages rows; not used: id (in 1 rows), messages.name (in 3 rows), source (in 1 rows)"
     )
     assert check(rows)["files"]["t.jsonl"]["ignored_columns"] == about.ignored_columns
+
+
+def test_fields_of_any_depth_number_and_length_are_counted() -> None:
+    deep: list[Any] = []
+    for _ in range(900):
+        deep = [deep]
+    rows = [{**GOOD, "deep": [deep, 1], "empty": deep, f"c{number}": 1} for number in range(1_200)]
+    about = read([*rows, {**GOOD, "x" * 100_000: 1}]).files["t.jsonl"]
+    assert about.ignored_columns["deep"] == 1_200
+    assert "empty" not in about.ignored_columns
+    assert len(about.ignored_columns) == 1_001
+    assert len(about.described()) < 2_000
 
 
 def test_fields_can_be_left_unread_by_name() -> None:
