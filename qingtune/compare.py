@@ -20,7 +20,7 @@ from qingtune.invocation import command_line
 from qingtune.output import say, show
 from qingtune.output_folder import check_output_folder, only_run_in
 from qingtune.plots import plot_comparison, try_to_draw
-from qingtune.record import FACTS, FEW_ROWS, WEIGHTS_REMOVED, read_record
+from qingtune.record import FACTS, FEW_ROWS, WEIGHTS_REMOVED, changed_names, read_record, without_secrets
 from qingtune.redaction import redact, redact_values
 from qingtune.search import Search, extremes, require_optuna
 from qingtune.setups import (
@@ -162,13 +162,13 @@ def _begin(config: CompareConfig, output_dir: Path) -> None:
         now["methods"] = methods_to_compare(config)
     if (output_dir / BEGUN).exists():
         before = read_json_object(str(output_dir / BEGUN))
-        for name, value in now.items():
-            if before.get(name) != value:
+        for name in changed_names(before, now):
+            if name in now:
                 raise UserError(
                     f"the {name} of this comparison changed since it began", where=str(output_dir), fix=ANEW
                 )
     settings = redact_values(config.model_dump(mode="json", exclude_defaults=True, exclude={"overwrite_output_dir"}))
-    write_json(output_dir / BEGUN, {**now, "settings": settings})
+    write_json(output_dir / BEGUN, {**without_secrets(now), "settings": settings})
 
 
 def _remove_trials(folder: Path) -> None:

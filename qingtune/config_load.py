@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from qingtune.config import ALIASES, NO_EFFECT, ONLY_IDLE, Method, Settings, TrainConfig
 from qingtune.errors import UserError, raise_all, shorten
+from qingtune.redaction import HIDDEN, find_secret, find_token
 
 # Values of these names that ask for nothing, so that nothing needs saying.
 _INERT = ("none", "", "false", "0", "0.0", "no")
@@ -96,10 +97,29 @@ def _check(
             if not faulty & set(names):
                 where = next((origin[name] for name in names if name in origin), elsewhere)
                 problems.append(UserError(what, where=where, fix=fix))
+        if config.system_prompt is not None and (found := find_token(config.system_prompt)):
+            what = f"system_prompt holds {found}, which would stand in the result's files"
+            where = origin.get("system_prompt", elsewhere)
+            problems.append(UserError(what, where=where, fix="Take it out of the prompt, or out of the environment."))
     raise_all(problems)
     assert config is not None
     resolved, reasons = _resolve(config)
-    return Loaded(resolved, (*notices, *reasons), given)
+    return Loaded(resolved, (*notices, *reasons, *_about_secrets(resolved)), given)
+
+
+def _about_secrets(config: TrainConfig) -> list[str]:
+    """What is said of settings that hold secrets; prompts stay as they are, since answers depend on them."""
+    about: list[str] = []
+    if config.system_prompt is not None and (found := find_secret(config.system_prompt)):
+        about.append(f"Warning: system_prompt holds what looks like {found}; it will stand in the result's files.")
+    for name in ("model_name_or_path", "data_path", "eval_data_path", "output_dir", "cache_dir"):
+        if found := find_secret(json.dumps(getattr(config, name), ensure_ascii=False)):
+            about.append(
+                f"Warning: {name} holds what looks like {found}; the result's files will have {HIDDEN} in its place"
+                + ", so name the base with --base_model later." * (name == "model_name_or_path")
+                + "." * (name != "model_name_or_path")
+            )
+    return about
 
 
 def read_json_object(path: str) -> dict[str, Any]:

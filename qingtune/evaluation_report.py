@@ -13,6 +13,7 @@ from qingtune.files import write_json, write_text
 from qingtune.metrics import Metric, Outcome, metrics_of, signatures
 from qingtune.output import show
 from qingtune.record import versions
+from qingtune.redaction import redact, redact_values
 
 RESULT, MARKDOWN = "evaluation.json", "evaluation.md"
 NAME_WIDTH, VALUE_WIDTH = 24, 9
@@ -78,8 +79,8 @@ def _same_tokens(before: Metric, after: Metric) -> bool:
 def write_report(output_dir: Path, about: About, sides: Mapping[str, Side]) -> list[Change]:
     """Write both files, evaluation.json last; its presence says that the evaluation is whole."""
     changes = changes_of(sides)
-    write_text(output_dir / MARKDOWN, as_markdown(about, changes, sides))
-    write_json(output_dir / RESULT, as_json(about, changes, sides))
+    write_text(output_dir / MARKDOWN, redact(as_markdown(about, changes, sides)))
+    write_json(output_dir / RESULT, redact_values(as_json(about, changes, sides)))
     return changes
 
 

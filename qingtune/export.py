@@ -33,6 +33,7 @@ from qingtune.models.source import fingerprint, read_model_config, stored_in_4bi
 from qingtune.output import say, show
 from qingtune.quiet import quieten
 from qingtune.record import Record
+from qingtune.redaction import find_token
 from qingtune.result_folder import open_result_folder
 
 MODELFILE = "Modelfile"
@@ -176,7 +177,7 @@ def _speech(config: ExportConfig, base: Path, record: Record | None, layout: Lay
     """Tokenizer, template and endings, as inference uses them.
 
     Raises:
-        UserError: the tokenizer adds what llama.cpp cannot.
+        UserError: the tokenizer adds what llama.cpp cannot, or the system prompt holds a secret.
     """
     adapter = Path(config.lora_model) if config.lora_model else None
     own = adapter is not None and (adapter / "tokenizer_config.json").exists()
@@ -193,6 +194,9 @@ def _speech(config: ExportConfig, base: Path, record: Record | None, layout: Lay
         bos = of_model
     others = sorted(number for number in template.stop_ids - {template.end_of_turn} if number < layout.embeddings)
     system = config.system_prompt if config.system_prompt is not None else record.system_prompt if record else None
+    if system is not None and (found := find_token(system)):
+        fix = "Pass --system_prompt without it, or take it out of the environment."
+        raise UserError(f"the system prompt holds {found}, which would stand in the Modelfile", fix=fix)
     return Speech(template, plain, Ending(template.end_of_turn, others, bos, add_bos), system)
 
 

@@ -50,9 +50,10 @@ from qingtune.record import (
     Record,
     settings_to_compare,
     versions,
+    without_secrets,
     write_record,
 )
-from qingtune.redaction import redact_values
+from qingtune.redaction import redact, redact_values
 from qingtune.report import PageOfRun
 from qingtune.run_plan import keep_measured_speed, plan_run, try_to_plan
 from qingtune.sample_answers import SampleAnswers
@@ -159,6 +160,7 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
     if finished:
         say_extension(config, finished, total_steps, say)
     resume_from = where_to_go_on(config, settings, say, finished)
+    settings = without_secrets(settings)  # from here on only written
     for line in short_lines(plan.report) if plan else ():
         say(line)
     model = load_adapted_model(config, folder, hardware, say)
@@ -336,7 +338,7 @@ def save_result(config: TrainConfig, model: Any, template: Template, base_folder
             save_model(model, half_done, stored_dtype(base_folder))
         else:
             base = str(base_folder.absolute()) if _is_gguf(config) else config.model_name_or_path
-            save_adapter(model, half_done, base, config.lora_dropout)
+            save_adapter(model, half_done, redact(base), config.lora_dropout)
         template.tokenizer.save_pretrained(half_done)
         for path in half_done.iterdir():
             usual_permissions(path)

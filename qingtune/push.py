@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from qingtune.errors import UserError, raise_all
 from qingtune.output import give, say, show
 from qingtune.output_folder import LOCK
 from qingtune.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SETTINGS
-from qingtune.redaction import redact
+from qingtune.redaction import find_secret, find_token, redact
 from qingtune.result_folder import RESULT_FILES
 
 # What a model, adapter or export consists of; anything else is a person's to decide on.
@@ -27,12 +27,20 @@ _LEFT_OUT = {
     SETTINGS, METRICS, CURVE, LATEST, FACTS, PAGE, LOCK, RESULT_FILES, "demo_answers.json", "trackers", ".DS_Store",
     "evaluation.json", "evaluation.md", "eval_samples.jsonl", "predictions_before.jsonl", "predictions_after.jsonl",
 }  # fmt: skip
-_NO_TEXT = re.compile(
-    r".*\.(gguf|safetensors)|tokenizer\.(json|model)|vocab\.json|merges\.txt"
-)  # binary, or words alone
-# A text that is an absolute path, and the folders of people anywhere in a text.
+# Weights hold text at their beginning only; names of tokens are words, of which some look like paths or settings.
+_WEIGHTS = re.compile(r".*\.(gguf|safetensors)")
+_WORDS = re.compile(r"tokenizer\.(json|model)|vocab\.json|merges\.txt")
+_BEGINNING = 1 << 20  # bytes of weights that are looked at
+_WINDOW, _OVERLAP = 1 << 20, 1 << 14  # of a file, looked at in pieces; no secret is longer than what they share
+# A text that is an absolute path, and anywhere in a text the folders of people and of data.
+_ROOTS = (
+    r"home\d*|Users|root|u\d*|data\d*|datasets?|models?|mnt|media|srv|opt|scratch|work|workspace|projects?|storage|disk\d*|"
+    r"nfs|nas|gpfs|lustre|cluster|share|shared|export|Volumes|private|var|tmp|content|kaggle"
+)
 _PATHS = re.compile(
-    r"""(?<=["'`])/[\w.-]+/[\w./-]+|(?<![\w/:.])/(?:home|Users|root)/[\w.-]+|(?<!\w)[A-Za-z]:\\+[\w.-]+"""
+    r"""(?<=["'`])/[\w.-]+/[\w./-]+|(?<![\w/:.~)\]}*-])(?:file://)?/(?:"""
+    + _ROOTS
+    + r""")/[\w.@~-]+|(?<!\w)[A-Za-z]:(?:\\+|/Users/)[\w.-]+"""
 )
 
 
@@ -132,14 +140,30 @@ def _why_not(path: Path) -> UserError | None:
         )
     if path.is_symlink() or not path.is_file() or not _PUBLISHED.fullmatch(path.name):
         return UserError("is no part of a model, so it is not published", where=str(path), fix="Move it elsewhere.")
-    if _NO_TEXT.fullmatch(path.name):
-        return None
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if redact(text) != text:
-        return UserError("holds what looks like a token or a password", where=str(path), fix="Take it out.")
-    if found := _PATHS.search(text):
-        return UserError(f"names a path of this machine, {found[0]}", where=str(path), fix="Put a public name there.")
+    find = find_secret if _is_prose(path) else find_token
+    for text in _windows(path):
+        if found := find(text):
+            return UserError(
+                f"holds what looks like a token or a password: {found}", where=str(path), fix="Take it out."
+            )
+        if _is_prose(path) and (place := _PATHS.search(text)):
+            what = f"names a path of this machine, {place[0]}"
+            return UserError(what, where=str(path), fix="Put a public name there.")
     return None
+
+
+def _is_prose(path: Path) -> bool:
+    return not (_WEIGHTS.fullmatch(path.name) or _WORDS.fullmatch(path.name))
+
+
+def _windows(path: Path) -> Iterator[str]:
+    """A file's text in pieces that overlap; of weights the beginning."""
+    most = _BEGINNING if _WEIGHTS.fullmatch(path.name) else path.stat().st_size
+    kept = b""
+    with path.open("rb") as file:
+        while file.tell() < most and (piece := file.read(_WINDOW)):
+            yield (kept + piece).decode("utf-8", "replace")
+            kept = piece[-_OVERLAP:]
 
 
 # --- Hubs ------------------------------------------------------------------------------------------------------------

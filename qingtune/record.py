@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
+import secrets
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +16,7 @@ from qingtune.config import TrainConfig
 from qingtune.errors import UserError
 from qingtune.files import write_json
 from qingtune.json_files import INDEX_BYTES, OBJECT, TEXT, check_fields, list_of, object_of, read_object_if_there, whole
-from qingtune.redaction import redact_values
+from qingtune.redaction import HIDDEN, redact, redact_values
 
 # What a run writes besides the model's or adapter's own files; SETTINGS is the first, RECORD the last of those that
 # the result needs. FACTS are what the run knows of itself when it starts; the page is made of all of them.
@@ -23,6 +26,8 @@ LATEST = "latest_checkpoint.json"  # names the checkpoint to go on from
 WEIGHTS_REMOVED = "weights_removed.txt"  # in place of a whole model that a comparison did not keep
 
 FEW_ROWS = 30  # of evaluation data, below which a small difference of losses may well be chance
+
+_DIGESTS = "digests of what is hidden"  # beside settings that held a secret
 
 # Settings that may change from one start of a run to the next without changing what it computes.
 _MAY_CHANGE = {
@@ -71,8 +76,11 @@ class Record:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Write the record; its presence says that the run is finished."""
-    write_json(folder / RECORD, asdict(record))
+    """Write the record; its presence says that the run is finished.
+
+    The system prompt is written as it is, since answers need it; the base's name without secrets.
+    """
+    write_json(folder / RECORD, {**asdict(record), "base_model": redact(record.base_model)})
 
 
 def read_record(folder: Path) -> Record | None:
@@ -107,19 +115,64 @@ def versions() -> dict[str, str]:
 
 
 def settings_to_compare(config: TrainConfig, processes: int, data_hash: str, base_fingerprint: str) -> dict[str, Any]:
-    """The settings that decide what a run computes, as JSON values."""
-    values = redact_values(config.model_dump(mode="json", exclude=_MAY_CHANGE))
+    """The settings that decide what a run computes, as JSON values; `without_secrets` is how they are written."""
+    values = config.model_dump(mode="json", exclude=_MAY_CHANGE)
     values["samples a step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     values["data"] = data_hash
     values["weights of the base model"] = base_fingerprint
     return values
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two runs' settings, a line each."""
+def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are written: secrets hidden, with a salted digest of each that holds one to know it again by."""
+    shown = {name: redact_values(value) for name, value in settings.items()}
+    salt = secrets.token_hex(16)
+    digests = {name: _digest(value, salt) for name, value in settings.items() if shown[name] != value}
+    return {**shown, _DIGESTS: {"salt": salt, **digests}} if digests else shown
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two runs' settings, a line each; see `changed_names`."""
     return [
         f"{name} was {json.dumps(before.get(name), ensure_ascii=False)}, "
         f"is {json.dumps(now.get(name), ensure_ascii=False)}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
+        for name in changed_names(before, now)
     ]
+
+
+def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of settings that differ.
+
+    Args:
+        before: as they were written, by `without_secrets` or by version 0.1.0, which kept no digests.
+        now: as they are.
+    """
+    digests = before.get(_DIGESTS, {})
+    names = sorted({*before, *now} - {_DIGESTS})
+    return [name for name in names if not _same(name, before.get(name), now.get(name), digests)]
+
+
+def _same(name: str, before: Any, now: Any, digests: Mapping[str, str]) -> bool:
+    if name in digests:
+        return before == now or _digest(now, digests["salt"]) == digests[name]
+    return before == now or _could_be(before, now)
+
+
+def _could_be(hidden: Any, value: Any) -> bool:
+    """Whether a value becomes this one when secrets in it are hidden, whichever these are."""
+    pieces = json.dumps(hidden, ensure_ascii=False).split(HIDDEN)
+    if len(pieces) == 1:
+        return False
+    text, place = json.dumps(value, ensure_ascii=False), 0
+    for number, piece in enumerate(pieces):
+        found = text.find(piece, place)
+        if found < 0 or (number == 0 and found > 0):
+            return False
+        place = found + len(piece)
+    return text.endswith(pieces[-1])
+
+
+def _digest(value: Any, salt: str) -> str:
+    return hashlib.sha256(
+        (salt + json.dumps(value, ensure_ascii=False)).encode("utf-8", "backslashreplace")
+    ).hexdigest()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from qingtune.errors import UserError
 from qingtune.record import FACTS, METRICS, SAMPLES, SETTINGS, Record, read_record
-from qingtune.redaction import redact_values
+from qingtune.redaction import redact, redact_values
 
 EVALUATION = "evaluation.json"
 PREDICTIONS = ("predictions_before.jsonl", "predictions_after.jsonl")
@@ -113,7 +113,7 @@ def read_run(folder: Path) -> Source:
         answers = _predictions(folder)
     record = read_record(folder)
     return Source(
-        folder=str(folder),
+        folder=redact(str(folder)),
         settings=_json(folder / SETTINGS),
         record=Record(**redact_values(vars(record))) if record else None,
         facts=_json(folder / FACTS),

@@ -101,6 +101,18 @@ def test_confirmed_it_is_uploaded_and_nothing_else(
         ),
         ("README.md", "in /home/someone/models", "path of this machine, /home/someone"),
         ("README.md", r"in C:\Users\someone", "path of this machine, C:"),
+        ("README.md", "in /data/me/models", "path of this machine, /data/me"),
+        ("README.md", "see file:///mnt/x and C:/Users/me", "path of this machine, file:///mnt/x"),
+        ("README.md", "-----BEGIN RSA PRIVATE KEY-----", "a private key"),
+        ("README.md", "AKIA" + "IOSFODNN7EXAMPLE", "a key of Amazon"),
+        ("README.md", "AIza" + "aB3" * 11 + "xy", "a key of Google"),
+        ("README.md", "ms-" + "0a1b2c3d-0a1b-0a1b-0a1b-0a1b2c3d4e5f", "a token of ModelScope"),
+        ("README.md", "eyJ" + "aB3" * 5 + ".eyJ" + "aB3" * 5 + ".x", "a JSON web token"),
+        ("README.md", "password: hunter2!", "a password or key"),
+        ("tokenizer.json", " " * (3 << 20) + TOKEN, "a token of Hugging Face"),
+        ("tokenizer.json", " " * ((1 << 20) - 9) + TOKEN, "a token of Hugging Face"),
+        ("adapter_model.safetensors", '{"__metadata__": {"by": "' + TOKEN + '"}}', "a token of Hugging Face"),
+        ("merges.txt", TOKEN, "a token of Hugging Face"),
     ],
 )
 def test_what_should_stay_here_is_refused(folder: Path, name: str, text: str, message: str) -> None:
@@ -110,6 +122,16 @@ def test_what_should_stay_here_is_refused(folder: Path, name: str, text: str, me
         publish(folder, hub, confirm=True)
     assert hub.asked == []
     assert TOKEN not in str(caught.value)
+
+
+def test_words_of_a_tokenizer_are_no_leak(folder: Path) -> None:
+    words = ["/usr/bin", "/home/x", "C:\\", "password", '"password":', "api_key=", "hf_", "sk-", "eyJ", "AKIA", "://"]
+    vocabulary = {word: number for number, word in enumerate(words, 151_000)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}), encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    hub = FakeHub()
+    publish(folder, hub, confirm=True)
+    assert "tokenizer.json" in hub.asked[-1][-1]
 
 
 def test_checkpoints_and_links_are_refused_by_name(folder: Path) -> None:

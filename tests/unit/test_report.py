@@ -186,7 +186,7 @@ def test_secrets_do_not_show(folder: Path) -> None:
     token = "hf_" + "abcdefghijklmnop"
     for name in (SETTINGS, FACTS, RECORD, SAMPLES):
         text = (folder / name).read_text(encoding="utf-8")
-        (folder / name).write_text(text.replace("蓝门", token).replace("lora", token), encoding="utf-8")
+        (folder / name).write_text(text.replace("蓝门", token).replace("Qwen", token), encoding="utf-8")
         assert token in (folder / name).read_text(encoding="utf-8") or name == FACTS
     assert token not in write_page(folder).read_text(encoding="utf-8")
 
