@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,12 @@ from qingtune.files import move_into_place, staging_folder
 from qingtune.hardware import free_bytes, give_back_memory, memory_errors
 from qingtune.kernels.linear import QuantizedLinear, quantized_class
 from qingtune.models.load import StoredWeights, empty_model, load_model
-from qingtune.models.source import cache_folder, stored_numbers
+from qingtune.models.source import cache_folder, fingerprint, stored_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 1  # of the kept files; raise it when they or the quantisation change
+FORMAT = 2  # of the kept files; raise it when they or the quantisation change
 PACKED = "packed.safetensors"
 
 
@@ -123,12 +124,17 @@ def _quantize_whole(folder: Path, dtype: torch.dtype, bits: int, device: torch.d
 
 
 def _kept_folder(folder: Path, dtype: torch.dtype, bits: int, cache_dir: str | None) -> Path:
-    """Where a model's packed layers are kept: by name, size and time of its files, and how they are quantised."""
-    pieces = [f"{FORMAT} {bits} {dtype}"]
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+    """Where a model's packed layers are kept: by its weights and configuration, and how they are quantised.
+
+    The fingerprint knows weights again by a few bytes of each tensor, so its makers could have another model's. With
+    the paths and the time of any change to the files, which nobody can set, no model gets what was kept for another.
+    """
+    settings = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    pieces = [f"{FORMAT} {bits} {dtype} {fingerprint(folder)} {settings} {version('bitsandbytes')} {torch.__version__}"]
+    for path in sorted(folder.glob("*.safetensors")):
         status = path.resolve().stat()
-        pieces.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
-    key = hashlib.sha256("\n".join(pieces).encode()).hexdigest()[:12]
+        pieces.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
+    key = hashlib.sha256("\n".join(pieces).encode(errors="surrogateescape")).hexdigest()[:24]
     return cache_folder(cache_dir) / "quantized" / f"{folder.name}-{bits}bit-{key}"
 
 

@@ -32,7 +32,7 @@ from qingtune.output import OutputClosed, give, guarded_output, lost_output, ope
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 UNREAD = 141  # as of programs that end with SIGPIPE when `| head` has seen enough
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last one at a limit as `ulimit -f` sets it
 
 TRAIN = "Fine-tune a model by full training, LoRA or QLoRA."
 

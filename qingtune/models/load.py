@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from qingtune.errors import UserError
-from qingtune.files import move_into_place, staging_folder
+from qingtune.files import disk_errors, move_into_place, staging_folder
 from qingtune.foreign import foreign_files
 from qingtune.kernels.linear import NF4Linear
 from qingtune.models.config_file import CONFIG, read_generation_config, read_model_config
@@ -28,6 +28,7 @@ from qingtune.weights_file import check_floats, read_header, read_weights_header
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_CACHE = "Make room, or name another folder with --cache_dir or the environment variable QINGTUNE_CACHE."
 IN_4BIT = (
     "The model's linear layers are stored in 4 bits (NF4): use_qlora trains on them as they are; elsewhere they are "
     "unpacked while they are read."
@@ -92,14 +93,18 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     """Write a dequantised copy of a GGUF model in bf16, tied where head and embedding are the same matrix."""
     quieten_transformers()
     check_gguf_header(path)
-    with staging_folder(folder) as half_done:
-        with foreign_files("Transformers cannot read this GGUF file", path):
-            _write_dequantised(path, half_done)
+    with disk_errors("the converted model", folder.parent, _CACHE):
+        folder.parent.mkdir(parents=True, exist_ok=True)  # before half a minute of work
+    with foreign_files("Transformers cannot read this GGUF file", path):
+        model, tokenizer = _read_dequantised(path)
+    with disk_errors("the converted model", folder.parent, _CACHE), staging_folder(folder) as half_done:
+        model.save_pretrained(half_done)
+        tokenizer.save_pretrained(half_done)
         if not folder.exists():  # another process may have been faster
             move_into_place(half_done, folder)
 
 
-def _write_dequantised(path: Path, folder: Path) -> None:
+def _read_dequantised(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import transformers
 
     file = str(path.resolve())
@@ -115,8 +120,7 @@ def _write_dequantised(path: Path, folder: Path) -> None:
             quantization_config=transformers.GgufConfig(dequantize=True),
         )
     _tie_if_same(model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return model, tokenizer
 
 
 def _tie_if_same(model: PreTrainedModel) -> None:

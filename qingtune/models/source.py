@@ -42,12 +42,12 @@ class ModelSource:
 
 def converted_folder(path: Path, cache_dir: str | None) -> Path:
     """Where the converted copy of a .gguf file is kept, by the file's hash."""
-    return cache_folder(cache_dir) / CONVERTED / f"{path.stem}-{sha256_of(path)[:12]}"
+    return cache_folder(cache_dir) / CONVERTED / f"{path.stem}-{sha256_of(path)[:32]}"
 
 
 def cache_folder(cache_dir: str | None) -> Path:
     """The cache that a setting names, or the default one."""
-    return Path(cache_dir).expanduser() if cache_dir else default_cache()
+    return Path(os.path.expanduser(cache_dir)) if cache_dir else default_cache()
 
 
 def find_model(name: str, cache_dir: str | None, hub: str) -> ModelSource:
@@ -127,7 +127,7 @@ def _find_here(name: str, cache_dir: str | None) -> tuple[Path | None, list[str]
 
 def _places(name: str, cache_dir: str | None) -> tuple[Path, ...]:
     last = Path(name).name
-    return Path(name).expanduser(), Path("models") / last, cache_folder(cache_dir) / last
+    return Path(os.path.expanduser(name)), Path("models") / last, cache_folder(cache_dir) / last
 
 
 def is_here(name: str, cache_dir: str | None, hub: str) -> bool:

@@ -21,7 +21,8 @@ from qingtune.errors import UserError
 from qingtune.files import default_cache
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models.load import load_model
-from qingtune.models.source import stored_numbers
+from qingtune.models.source import fingerprint, stored_numbers
+from qingtune.weights_file import read_header
 
 Tiny = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -151,7 +152,7 @@ def test_a_file_that_transformers_does_not_read_does_not_count(
     assert_same(load(copy, 8, tmp_path)[0], usual(tiny("llama"), 8))
 
 
-@pytest.mark.parametrize("how", ["content", "time", "other file"])
+@pytest.mark.parametrize("how", ["content", "time", "other file", "other file at the same time"])
 def test_a_changed_model_is_quantised_anew(how: str, copy: Path, tiny: Tiny, tmp_path: Path) -> None:
     load(copy, 8, tmp_path)
     if how == "content":
@@ -159,10 +160,28 @@ def test_a_changed_model_is_quantised_anew(how: str, copy: Path, tiny: Tiny, tmp
     elif how == "time":
         os.utime(copy / WEIGHTS, ns=(0, 12345))
     else:  # of the same size, under the same name
+        before = os.stat(copy / WEIGHTS)
         shutil.copy(tiny("llama", 1) / WEIGHTS, copy / WEIGHTS)
+        if how.endswith("time"):
+            os.utime(copy / WEIGHTS, ns=(before.st_atime_ns, before.st_mtime_ns))
     model, said = load(copy, 8, tmp_path)
     assert_same(model, usual(copy, 8))
     assert len(said) == 1
+    assert len(kept_folders(tmp_path)) == 2
+
+
+def test_weights_made_to_look_alike_are_quantised_anew(copy: Path, tmp_path: Path) -> None:
+    """A stranger's model may have the bytes of another by which it is known, its name, size and time."""
+    load(copy, 8, tmp_path)
+    before, known = os.stat(copy / WEIGHTS), fingerprint(copy)
+    content = bytearray((copy / WEIGHTS).read_bytes())
+    header, start = read_header(copy / WEIGHTS)
+    content[start + header[UP].start + 1] ^= 1  # its middle is what is looked at
+    (copy / WEIGHTS).write_bytes(content)
+    os.utime(copy / WEIGHTS, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert fingerprint(copy) == known
+    model, _ = load(copy, 8, tmp_path)
+    assert_same(model, usual(copy, 8))
     assert len(kept_folders(tmp_path)) == 2
 
 

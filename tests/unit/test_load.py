@@ -291,6 +291,12 @@ def test_a_gguf_file_is_converted_once_and_answers_as_its_source(gguf_file: tupl
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == written
 
 
+def test_a_cache_that_cannot_be_written_is_told(gguf_file: tuple[Path, Any], tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"the converted model could not be written: .*--cache_dir"):
+        local_folder(ModelSource("tiny", gguf_file[0]), str(tmp_path / "cache"), lambda _: None)
+
+
 @pytest.mark.parametrize("size", [4, 20, 1000, 20_000, 60_000])
 def test_a_broken_gguf_file_is_told_and_leaves_nothing(size: int, gguf_file: tuple[Path, Any], tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
