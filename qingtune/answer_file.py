@@ -15,6 +15,7 @@ from qingtune.data.tokenize import Template
 from qingtune.errors import UserError
 from qingtune.files import open_device, open_in_place, write_bytes, write_json
 from qingtune.generation import Decoder, Decoding, decode_answer, generate_many
+from qingtune.json_files import INDEX_BYTES, read_object
 from qingtune.output import give
 
 # Rows that are sorted by length and answered together, for each slot; more would hold answers back longer.
@@ -111,7 +112,7 @@ class AnswerFile:
         if not self.path.is_file():
             return 0
         refuse_finished(self.path, self.setting)
-        before = json.loads(self._state.read_text(encoding="utf-8"))
+        before = read_object(self._state, INDEX_BYTES)
         if other := sorted(name for name in self.identity if before.get(name) != self.identity[name]):
             raise UserError(
                 f"{self.setting} holds answers that were made otherwise: {', '.join(other)} differ",

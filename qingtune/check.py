@@ -44,8 +44,7 @@ def check(config: CheckConfig) -> int:
 
 def _template(config: CheckConfig) -> tuple[Template, int]:
     """The model's template, and the longest sample that it and the setting allow."""
-    from qingtune.data.tokenize import make_template
-    from qingtune.models.load import load_tokenizer, local_folder, stop_ids
+    from qingtune.models.load import load_template, local_folder
     from qingtune.models.source import context_length, find_model
     from qingtune.quiet import quieten
 
@@ -53,7 +52,7 @@ def _template(config: CheckConfig) -> tuple[Template, int]:
     assert config.model_name_or_path is not None
     source = find_model(config.model_name_or_path, config.cache_dir, config.hub)
     folder = local_folder(source, config.cache_dir, say)
-    template = make_template(load_tokenizer(folder), stop_ids(folder))
+    template = load_template(folder)
     for notice in template.notices:
         say(notice)
     return template, min(config.max_seq_length, context_length(folder) or config.max_seq_length)

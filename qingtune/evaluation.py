@@ -29,6 +29,7 @@ from qingtune.files import disk_errors, sha256_of, write_json
 from qingtune.hardware import give_back_memory
 from qingtune.inference import SLOTS, Speaker, check_bits, prepare_speaker
 from qingtune.interrupt import Terminated
+from qingtune.json_files import INDEX_BYTES, read_object_if_there
 from qingtune.metrics import Outcome
 from qingtune.models.load import local_folder
 from qingtune.models.source import find_model, fingerprint, is_here
@@ -349,10 +350,9 @@ def _run_harness(name: str, speaker: Speaker, identity: dict[str, Any], config: 
     assert config.lm_eval
     path = Path(config.output_dir) / f"lm_eval_{name}.json"
     made_by = json.loads(json.dumps({**identity, "tasks": config.lm_eval, "lm_eval": version_of_harness()}))
-    if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["made_by"] == made_by:
-            return kept["results"]
+    kept = read_object_if_there(path, INDEX_BYTES, nan=True)
+    if kept and kept.get("made_by") == made_by:
+        return kept["results"]
     results = run_tasks(speaker, config.lm_eval, config.limit, _labelled(name))
     write_json(path, {"made_by": made_by, "results": results})
     return results

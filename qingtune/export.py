@@ -17,7 +17,7 @@ from qingtune.command_config import ExportConfig
 from qingtune.config import DEFAULT_MODEL
 from qingtune.data.format import Message
 from qingtune.data.templates import render_template
-from qingtune.data.tokenize import Template, make_template, prompt_ids
+from qingtune.data.tokenize import Template, prompt_ids
 from qingtune.errors import UserError
 from qingtune.files import disk_errors, sha256_of, write_text
 from qingtune.inference import find_base
@@ -28,7 +28,7 @@ from qingtune.models.config_file import read_generation_config
 from qingtune.models.gguf_file import Plan, Read, check_gguf, write_gguf
 from qingtune.models.gguf_layout import Layout, Value, layout_of
 from qingtune.models.gguf_vocab import MOST_ENDS, Ending, normalizes, vocabulary_of
-from qingtune.models.load import StoredWeights, load_tokenizer, stop_ids
+from qingtune.models.load import StoredWeights, load_template
 from qingtune.models.source import fingerprint, read_model_config, stored_in_4bit
 from qingtune.output import say, show
 from qingtune.quiet import quieten
@@ -180,9 +180,8 @@ def _speech(config: ExportConfig, base: Path, record: Record | None, layout: Lay
         UserError: the tokenizer adds what llama.cpp cannot, or the system prompt holds a secret.
     """
     adapter = Path(config.lora_model) if config.lora_model else None
-    own = adapter is not None and (adapter / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(adapter if own and adapter else base)
-    template = make_template(tokenizer, record.stop_ids if record else stop_ids(base))
+    template = load_template(base, adapter, record.stop_ids if record else None)
+    tokenizer = template.tokenizer
     plain = record is not None and record.prompt_style == "plain"
     probe = prompt_ids(template, "a" if plain else [Message("user", "a")])
     bos = cast("int | None", tokenizer.bos_token_id)

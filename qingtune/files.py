@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError
 
 from qingtune.errors import UserError
+from qingtune.json_files import INDEX_BYTES, read_object
 
 MANIFEST = "manifest.json"
 _BY_FOLDER = {os.open, os.stat, os.unlink, os.rename} <= os.supports_dir_fd  # not so on Windows
@@ -374,7 +375,7 @@ def write_manifest(folder: Path) -> None:
 def why_not_whole(folder: Path) -> str | None:
     """The first way in which a folder is not what its manifest says; None if it is."""
     try:
-        files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+        files = dict(read_object(folder / MANIFEST, INDEX_BYTES)["files"])
         for name, known in files.items():
             path = folder / Path(name).name
             if path.stat().st_size != known["bytes"]:
@@ -382,7 +383,7 @@ def why_not_whole(folder: Path) -> str | None:
             if sha256_of(path) != known["sha256"]:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{Path(error.filename or MANIFEST).name} is missing"
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be used ({error})"
     return None

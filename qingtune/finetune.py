@@ -9,9 +9,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from qingtune import output
 from qingtune.adapted_model import count_parameters, load_adapted_model
@@ -26,7 +24,7 @@ from qingtune.continuation import (
     where_to_go_on,
 )
 from qingtune.data.prepare import Data, Say, check_files_exist, load_data
-from qingtune.data.tokenize import Template, make_template
+from qingtune.data.tokenize import Template
 from qingtune.environment import describe_machine
 from qingtune.errors import UserError
 from qingtune.files import copy_file, disk_errors, staging_folder, usual_permissions, write_json
@@ -34,7 +32,7 @@ from qingtune.finished import already_finished, digests_of_inputs
 from qingtune.hardware import Hardware, choose_hardware
 from qingtune.interrupt import put_off
 from qingtune.invocation import command_line
-from qingtune.models.load import load_tokenizer, local_folder, save_model, stop_ids, stored_dtype
+from qingtune.models.load import load_template, local_folder, save_model, stored_dtype
 from qingtune.models.source import context_length, find_model, fingerprint, stored_in_4bit
 from qingtune.output_folder import check_output_folder, only_run_in, prepare_output_folder
 from qingtune.plan_report import as_lines, short_lines
@@ -164,7 +162,6 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
     for line in short_lines(plan.report) if plan else ():
         say(line)
     model = load_adapted_model(config, folder, hardware, say)
-    _check_vocabulary(model, opened.template, folder)
     if processes.index == 0:
         _begin_folder(config, resume_from)
     processes.wait()
@@ -206,7 +203,7 @@ def _open(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Ope
             where=str(folder),
             fix="Name the model in 16 bits, or pass --use_qlora.",
         )
-    template = make_template(load_tokenizer(folder), stop_ids(folder))
+    template = load_template(folder)
     for notice in template.notices:
         say(notice)
     inputs = digests_of_inputs(config, folder)
@@ -263,11 +260,6 @@ def _record(
         },
         versions=versions(),
     )
-
-
-def _check_vocabulary(model: PreTrainedModel, template: Template, folder: Path) -> None:
-    if len(template.tokenizer) > cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings:
-        raise UserError("the tokenizer knows more tokens than the model has embeddings", where=str(folder))
 
 
 def _say_nothing(_text: str) -> None:

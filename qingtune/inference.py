@@ -21,14 +21,14 @@ from qingtune.config import DEFAULT_MODEL
 from qingtune.data.format import Message
 from qingtune.data.prompts import rows_with_prompts
 from qingtune.data.rules import rules_of
-from qingtune.data.tokenize import Template, make_template, prompt_ids
+from qingtune.data.tokenize import Template, prompt_ids
 from qingtune.errors import UserError
 from qingtune.files import sha256_of
 from qingtune.generation import Answer, Decoder, Decoding, generate
 from qingtune.hardware import choose_hardware, free_bytes
 from qingtune.kernels.cached_decoder import CachedDecoder
 from qingtune.models.config_file import read_generation_config
-from qingtune.models.load import load_tokenizer, local_folder, stop_ids
+from qingtune.models.load import load_template, local_folder
 from qingtune.models.source import context_length, find_model, fingerprint
 from qingtune.output import give, say
 from qingtune.quiet import quieten
@@ -199,9 +199,7 @@ def prepare_speaker(config: InferConfig, slots: int = 1) -> Speaker:
     hardware = choose_hardware()
     say(f"Device: {hardware.reason}.")
     bits = 4 if config.load_in_4bit else 8 if config.load_in_8bit else None
-    own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(adapter if own_tokenizer and adapter else base)
-    template = make_template(tokenizer, record.stop_ids if record else stop_ids(base))
+    template = load_template(base, adapter, record.stop_ids if record else None)
     system = config.system_prompt if config.system_prompt is not None else record.system_prompt if record else None
     decoding = choose_decoding(config, base)
     return Speaker(

@@ -21,20 +21,25 @@ MOST_DIGITS = 40  # of a whole number; Transformers writes 10^30 for "no limit"
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
 
-def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+def read_object(path: Path, most_bytes: int = MOST_BYTES, *, nan: bool = False) -> dict[str, Any]:
     """The JSON object in a file.
+
+    Args:
+        path: the file.
+        most_bytes: it may have.
+        nan: whether NaN may stand for a number, as in what a run says of itself.
 
     Raises:
         FileNotFoundError: there is no such file.
         UserError: the file cannot be read, is larger than a file of its kind, or holds something else.
     """
-    return parse_object(read_bytes(path, most_bytes), str(path))
+    return parse_object(read_bytes(path, most_bytes), str(path), nan=nan)
 
 
-def read_object_if_there(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any] | None:
+def read_object_if_there(path: Path, most_bytes: int = MOST_BYTES, *, nan: bool = False) -> dict[str, Any] | None:
     """The same; None where there is no such file."""
     try:
-        return read_object(path, most_bytes)
+        return read_object(path, most_bytes, nan=nan)
     except FileNotFoundError:
         return None
 
@@ -82,8 +87,8 @@ def reason_of(error: BaseException) -> str:
     return shorten(" ".join(lines), 300) if lines else type(error).__name__
 
 
-def parse_object(content: bytes, where: str) -> dict[str, Any]:
-    """A JSON object from UTF-8.
+def parse_object(content: bytes, where: str, *, nan: bool = False) -> dict[str, Any]:
+    """A JSON object from UTF-8; `nan` as in read_object.
 
     Raises:
         UserError: it is something else, nested too deeply, or has a name twice with different values.
@@ -97,10 +102,15 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
                 raise UserError(f'"{shorten(twice)}" stands there twice, with different values', where=where)
         return found
 
+    def constant(text: str) -> float:
+        if text == "NaN" and not nan:
+            raise ValueError("NaN stands in the place of a number")
+        return float(text)  # some architectures' limits are infinite
+
     try:
         text = content.decode("utf-8")
         _check_depth(text)
-        found: Any = json.loads(text, object_pairs_hook=joined, parse_int=_whole_number, parse_constant=_constant)
+        found: Any = json.loads(text, object_pairs_hook=joined, parse_int=_whole_number, parse_constant=constant)
         _check_characters(text, found)
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text ({error.reason} at byte {error.start})", where=where) from None
@@ -137,12 +147,6 @@ def _whole_number(text: str) -> int:
     if len(text) > MOST_DIGITS:
         raise ValueError(f"a number of {len(text):,} digits")
     return int(text)
-
-
-def _constant(text: str) -> float:
-    if text == "NaN":
-        raise ValueError("NaN stands in the place of a number")
-    return float(text)  # some architectures' limits are infinite
 
 
 # --- What is in them -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from qingtune.adapters.lora import merge_lora
 from qingtune.adapters.stored import EMBEDDING, HEAD, StoredAdapter, read_adapter
 from qingtune.command_config import MergeConfig
 from qingtune.data.format import read_conversations
-from qingtune.data.tokenize import Sample, Template, make_template, prompt_ids, tokenize
+from qingtune.data.tokenize import Sample, Template, prompt_ids, tokenize
 from qingtune.errors import UserError
 from qingtune.files import copy_file, disk_errors, write_json
 from qingtune.hardware import choose_hardware, memory_errors
@@ -20,7 +20,7 @@ from qingtune.inference import bundled_heldout, bundled_prompts, find_base
 from qingtune.invocation import command_line
 from qingtune.merge_4bit import check_weights, judge, write_in_4bit
 from qingtune.merge_check import Lost, check_rounded_once, check_same, judge_merging, measure_lost
-from qingtune.models.load import StoredWeights, load_model, load_tokenizer, save_model, stop_ids, stored_dtype
+from qingtune.models.load import StoredWeights, load_model, load_template, save_model, stored_dtype
 from qingtune.models.shards import add_tensor, convert_changed, copy_changed, rounded
 from qingtune.models.source import context_length, read_model_config, stored_in_4bit
 from qingtune.output import say, show
@@ -60,9 +60,7 @@ def merge(config: MergeConfig) -> None:
             "--save_in_4bit rounds the result, once.",
         )
     adapter = read_adapter(folder)
-    own = (folder / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(folder if own else base)
-    template = make_template(tokenizer, record.stop_ids if record else stop_ids(base))
+    template = load_template(base, folder, record.stop_ids if record else None)
     hardware = choose_hardware()
     with place.staging() as half_done:
         with disk_errors("the merged model", output_dir, "Make room on the disk, or choose another output_dir."):
@@ -73,7 +71,7 @@ def merge(config: MergeConfig) -> None:
                     dtypes = set[torch.dtype]()
                 else:
                     dtypes = _write(half_done, base, adapter, config.save_dtype and getattr(torch, config.save_dtype))
-            _write_rest(half_done, base, tokenizer)
+            _write_rest(half_done, base, template.tokenizer)
         prompts = _prompts(template, base)
         with memory_errors("the merged model was compared", output_dir, _SMALLER):
             samples = _samples(template, base) if config.save_in_4bit else []

@@ -90,7 +90,7 @@ def read_record(folder: Path) -> Record | None:
         UserError: it is broken.
     """
     path = folder / RECORD
-    content = read_object_if_there(path, INDEX_BYTES)
+    content = read_object_if_there(path, INDEX_BYTES, nan=True)
     if content is None:
         return None
     check_fields(content, _KINDS, str(path))
@@ -99,9 +99,8 @@ def read_record(folder: Path) -> Record | None:
         for name, value in content.items()
         if name in Record.__dataclass_fields__ and (value is not None or name == "system_prompt")
     }
-    for name, allowed in (("prompt_style", ("chat", "plain")), ("method", ("full", "lora", "qlora"))):
-        if known.get(name, allowed[0]) not in allowed:
-            raise UserError(f'"{name}" is {known[name]!r}, where {" or ".join(allowed)} is expected', where=str(path))
+    if known.get("prompt_style", "chat") not in ("chat", "plain"):
+        raise UserError(f'"prompt_style" is {known["prompt_style"]!r}, chat or plain is expected', where=str(path))
     try:
         return Record(**known)
     except TypeError as error:  # fields are missing

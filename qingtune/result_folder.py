@@ -7,7 +7,6 @@ place, and the old one removed. A process killed in between leaves the old one a
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -20,6 +19,7 @@ from typing import Any
 
 from qingtune.errors import UserError
 from qingtune.files import disk_errors, flush, is_staged, move_into_place, sha256_of, staging_folder, write_json
+from qingtune.json_files import INDEX_BYTES, read_object
 from qingtune.output import say
 
 RESULT_FILES = "qingtune_files.json"
@@ -60,8 +60,8 @@ class Listed:
         self._folder = folder
         self.maker: str | None = None
         self._files: dict[str, Any] = {}
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            content = json.loads((folder / RESULT_FILES).read_text(encoding="utf-8"))
+        with suppress(FileNotFoundError, UserError, ValueError, KeyError, TypeError):
+            content = read_object(folder / RESULT_FILES, INDEX_BYTES)
             files, maker = dict(content["files"]), str(content["made_by"]).removeprefix("qingtune ")
             self._files, self.maker = files, maker
 

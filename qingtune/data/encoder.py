@@ -33,9 +33,17 @@ class Encoder:
         tokenizer: with its chat template.
         control: its control tokens.
         closing: ids that the tokenizer puts after a text by itself.
+        rows: of the model's embedding, one for each id it knows; None where no model is asked.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, control: ControlTokens, closing: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        control: ControlTokens,
+        closing: Sequence[int] = (),
+        rows: int | None = None,
+    ) -> None:
+        self._rows = rows
         self._tokenizer, self._control, self._closing = tokenizer, control, list(closing)
         self._normalizer = _normalizer_of(tokenizer, control)
         texts = [*control.ids]
@@ -64,7 +72,7 @@ class Encoder:
         Raises:
             UserError: a content holds a control token's text, and this tokenizer cannot read that as text.
         """
-        return self.sealed_ids(self.seal(text)) if SECRET in text else encode(self._tokenizer, text)
+        return self.sealed_ids(self.seal(text)) if SECRET in text else self.known(encode(self._tokenizer, text))
 
     def plain_ids(self, text: str) -> list[int]:
         """Ids of a text without a template, after what the tokenizer puts before a text by itself.
@@ -79,7 +87,7 @@ class Encoder:
         else:
             ids = encode(self._tokenizer, text, add_special_tokens=True)
         count = len(self._closing)
-        return ids[:-count] if count and ids[-count:] == self._closing else ids
+        return self.known(ids[:-count] if count and ids[-count:] == self._closing else ids)
 
     def seal(self, text: str) -> str:
         """What a template wrote of veiled messages: its control tokens under names that no other text holds.
@@ -102,7 +110,21 @@ class Encoder:
         Raises:
             UserError: other control tokens would come of it than were sealed.
         """
-        return encode(self._tokenizer, text) if self._copy is None else self._copy.ids(text)
+        return self.known(encode(self._tokenizer, text) if self._copy is None else self._copy.ids(text))
+
+    def known(self, ids: list[int]) -> list[int]:
+        """The ids, which the model has embeddings for.
+
+        Raises:
+            UserError: it has none for one of them.
+        """
+        if self._rows is not None and max(ids, default=0) >= self._rows:
+            raise UserError(
+                f"the tokenizer knows more tokens than the model: {max(ids)}, and it has the embeddings 0 to "
+                f"{self._rows - 1}",
+                fix="Use the tokenizer that belongs to the model.",
+            )
+        return ids
 
     def last_cut(self, text: str) -> int:
         """Where the last control token begins that the tokenizer takes out of a text as it is; -1 without one."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from qingtune.data.format import Conversation, Message
 from qingtune.data.read import Fault
 from qingtune.data.templates import TemplateError, render_template
 from qingtune.data.tokenizer_calls import decode, encode
-from qingtune.errors import UserError
+from qingtune.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,12 +76,13 @@ class Template:
     notices: tuple[str, ...] = ()
 
 
-def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Template:
+def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: int | None = None) -> Template:
     """Find out how the tokenizer's chat template ends an assistant's turn.
 
     Args:
         tokenizer: gets PLAIN_TEMPLATE if it has no chat template.
         stop_ids: the ids at which the model's own configuration stops generating.
+        rows: of the model's embedding; None where no model is asked.
 
     Raises:
         UserError: the template cannot be used, or there is no token to end a turn with.
@@ -91,6 +92,13 @@ def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -
     if not tokenizer.chat_template:
         tokenizer.chat_template = _written(tokenizer, opening) + PLAIN_TEMPLATE
         notices.append("The model brings no chat template; a plain one is used and saved with the result.")
+    named: Any = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        names = ", ".join(sorted(map(str, named)))
+        raise UserError(
+            f"the model's chat templates are for {shorten(names)}, and none of them is the default",
+            fix="Name the one for chats default in its tokenizer_config.json.",
+        )
     eos = cast("int | None", tokenizer.eos_token_id)
     last = closing[-1] if eos is None and closing else eos
     probe = [Message("user", "a"), Message("assistant", "b")]
@@ -119,7 +127,9 @@ def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -
         )
     stops: frozenset[int] = frozenset({*stop_ids, end, *([] if eos is None else [eos])})
     control = find_control_tokens(tokenizer, lambda messages, ask: _render(tokenizer, messages, ask), stops)
-    return Template(tokenizer, Encoder(tokenizer, control, closing), end, not after, stops, tuple(notices))
+    encoder = Encoder(tokenizer, control, closing, rows)
+    encoder.known([end])
+    return Template(tokenizer, encoder, end, not after, stops, tuple(notices))
 
 
 def _put_around_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

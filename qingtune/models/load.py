@@ -6,18 +6,19 @@ import contextlib
 import io
 import json
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
 
+from qingtune.data.tokenize import Template, make_template
 from qingtune.errors import UserError
 from qingtune.files import disk_errors, move_into_place, staging_folder
 from qingtune.foreign import foreign_files
 from qingtune.kernels.linear import NF4Linear
-from qingtune.models.config_file import CONFIG, read_generation_config, read_model_config
+from qingtune.models.config_file import CONFIG, read_generation_config, read_model_config, vocabulary_size
 from qingtune.models.config_file import stop_ids as stop_ids  # with the tokenizer, what says how answers end
 from qingtune.models.gguf_header import TIED_BELOW, check_gguf_header
 from qingtune.models.nf4 import Described, describe, layer_of, parts_of, unpack
@@ -150,6 +151,23 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     config = config_of(folder) if (folder / CONFIG).exists() else None
     with foreign_files("no tokenizer can be loaded", folder, "Is the folder complete?"):
         return transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+
+
+def load_template(base: Path, adapter: Path | None = None, stops: Sequence[int] | None = None) -> Template:
+    """The tokenizer and chat template of a model; those of the adapter, if it brings its own.
+
+    Args:
+        base: the model's folder.
+        adapter: the adapter's; None for none.
+        stops: ids that end an answer; None for those of the model's own configuration.
+
+    Raises:
+        UserError: they are missing, or cannot be used with the model.
+    """
+    own = adapter is not None and (adapter / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(adapter if own and adapter else base)
+    rows = vocabulary_size(read_model_config(base))
+    return make_template(tokenizer, stop_ids(base) if stops is None else stops, rows)
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

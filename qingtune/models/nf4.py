@@ -6,13 +6,14 @@ NF4: QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 
+from qingtune.errors import UserError
+from qingtune.json_files import parse_object
 from qingtune.kernels.linear import NF4Linear
 from qingtune.models.source import NF4_MARK
 
@@ -52,10 +53,10 @@ def describe(description: torch.Tensor) -> Described:
         ValueError: it is none.
     """
     try:
-        state: dict[str, Any] = json.loads(bytes(description.tolist()).decode())
+        state = parse_object(bytes(description.tolist()), "its description")
         out_features, in_features = (int(size) for size in state["shape"])
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[state["dtype"]]
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (UserError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"its description cannot be read ({error})") from None
     return Described((out_features, in_features), dtype)
 

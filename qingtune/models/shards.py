@@ -184,7 +184,7 @@ def add_tensor(folder: Path, name: str, tensor: torch.Tensor) -> None:
     """Put one more tensor into a copied model, in a file of its own."""
     files = sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).exists():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_object(folder / INDEX, INDEX_BYTES)
     else:  # a file of the usual name would be read alone
         (only,) = files
         files = [only.rename(folder / "model-00001-of-00002.safetensors")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qingtune.errors import UserError
+from qingtune.json_files import INDEX_BYTES, parse_object, read_object_if_there
 from qingtune.record import FACTS, METRICS, SAMPLES, SETTINGS, Record, read_record
 from qingtune.redaction import redact, redact_values
 
@@ -128,12 +128,7 @@ def read_run(folder: Path) -> Source:
 
 def _json(path: Path) -> dict[str, Any]:
     """An object; empty if there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        return dict(redact_values(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"this file is broken ({error})", where=str(path)) from None
+    return redact_values(read_object_if_there(path, INDEX_BYTES, nan=True) or {})
 
 
 def _lines(path: Path, read: Callable[[dict[str, Any]], _Read]) -> Iterator[_Read]:
@@ -145,7 +140,7 @@ def _lines(path: Path, read: Callable[[dict[str, Any]], _Read]) -> Iterator[_Rea
             if not line.endswith(b"\n"):
                 return
             try:
-                found = read(dict(json.loads(line.decode("utf-8"))))
+                found = read(parse_object(line, f"{path}:{number}", nan=True))
             except KeyError as error:
                 raise UserError(f"{error.args[0]} is missing in this line", where=f"{path}:{number}") from None
             except (ValueError, TypeError, OverflowError) as error:

@@ -13,7 +13,6 @@ either the checkpoint before or the new one to go on from, and temporary folders
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -34,9 +33,12 @@ from qingtune.files import (
     write_json,
     write_manifest,
 )
+from qingtune.foreign import foreign_files
+from qingtune.json_files import INDEX_BYTES, read_object
 from qingtune.record import LATEST, METRICS
 from qingtune.training.events import Stepped
 from qingtune.training.loop import Progress
+from qingtune.weights_file import read_header
 
 _NAME = "checkpoint-"
 
@@ -66,8 +68,8 @@ def to_go_on_from(output_dir: Path) -> list[Checkpoint]:
     """
     found = checkpoints(output_dir)
     try:
-        name = json.loads((output_dir / LATEST).read_text(encoding="utf-8"))["folder"]
-    except (OSError, ValueError, KeyError, TypeError):  # cut off before the first move, or broken: the steps tell too
+        name = read_object(output_dir / LATEST)["folder"]
+    except (UserError, FileNotFoundError, KeyError):  # cut off before the first move, or broken: the steps tell too
         name = None
     latest = next((checkpoint.step for checkpoint in found if checkpoint.folder.name == name), None)
     return [checkpoint for checkpoint in reversed(found) if latest is None or checkpoint.step <= latest]
@@ -166,7 +168,7 @@ class State:
 
 def parse_state(folder: Path) -> State:
     """The same as read_state of a checkpoint known to be whole: hashing gigabytes once a start is enough."""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = _read_state_file(folder)
     return State(_progress_from_json(state["progress"]), dict(state["settings"]), dict(state["versions"]))
 
 
@@ -180,7 +182,7 @@ def read_state(folder: Path) -> State:
     try:
         if reason is None:
             return parse_state(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error)
     raise UserError(f"no whole checkpoint: {reason}", where=str(folder), fix="Name another one.")
 
@@ -189,21 +191,34 @@ def load_checkpoint(
     folder: Path, trained: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Load weights, and the optimizer's states if one is given, in place."""
-    weights = load_file(folder / "weights.safetensors")
-    if set(weights) != set(trained):
-        raise UserError("the checkpoint holds other parameters than this run trains", where=str(folder))
+    others = UserError("the checkpoint holds other parameters than this run trains", where=str(folder))
+    weights = _read_tensors(folder / "weights.safetensors")
+    if {name: tensor.shape for name, tensor in weights.items()} != {name: p.shape for name, p in trained.items()}:
+        raise others
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
     if optimizer is None:
         return
-    values: dict[str, Any] = dict(load_file(folder / "optimizer.safetensors"))
-    values |= json.loads((folder / "state.json").read_text(encoding="utf-8"))["optimizer_scalars"]
+    values: dict[str, Any] = _read_tensors(folder / "optimizer.safetensors")
+    values |= _read_state_file(folder).get("optimizer_scalars") or {}
     for name, value in values.items():
         parameter, _, key = name.partition("::")
+        if parameter not in trained:
+            raise others
         owner = trained[parameter]
         on_device = value.to(owner.device) if isinstance(value, torch.Tensor) else value
         optimizer.state[owner][key] = on_device
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    read_header(path)
+    with foreign_files("the checkpoint cannot be loaded", path):
+        return load_file(path)
+
+
+def _read_state_file(folder: Path) -> dict[str, Any]:
+    return read_object(folder / "state.json", INDEX_BYTES, nan=True)
 
 
 def prune(output_dir: Path, keep: int | None, progress: Progress) -> None:

@@ -342,3 +342,75 @@ def test_a_gguf_file_does_not_bring_the_files_beside_it(tmp_path: Path, tiny: Ca
     (tmp_path / "out" / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/x"}', encoding="utf-8")
     folder = local_folder(find_model(str(file), None, "auto"), str(tmp_path / "cache"), print)
     assert (folder / WEIGHTS).exists()
+
+
+# --- Tokenizers, numbers and runs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["infer", "train", "export", "merge"])
+def test_a_token_beyond_the_embedding_is_refused(
+    command: str, folders: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The template writes an added token that the model has no row for."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    tokenizer.add_tokens([f"<|new{number}|>" for number in range(10)], special_tokens=True)
+    tokenizer.chat_template = "<|new9|>" + tokenizer.chat_template
+    tokenizer.save_pretrained(folders[0])
+    assert "knows more tokens than the model" in refused(command, capsys)
+
+
+def test_named_templates_without_a_default_are_refused(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    (folders[0] / "chat_template.jinja").unlink(missing_ok=True)
+    changed("tokenizer_config.json", chat_template=[{"name": "tool_use", "template": "{{ messages }}"}])(folders[0])
+    assert "template" in refused("infer", capsys)
+
+
+@pytest.mark.parametrize("temperature", ["0", "1e-40", "1e-300"])
+def test_the_smallest_temperatures_take_the_likeliest_token(
+    temperature: str, folders: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = []
+    for value in ("0", temperature):
+        assert main([*COMMANDS["infer"].split()[:-1], value]) == 0, capsys.readouterr().err
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(("flag", "value"), [("temperature", "1e30"), ("repetition_penalty", "1e-30"), ("top_p", "0")])
+def test_sampling_has_limits(flag: str, value: str, folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*COMMANDS["infer"].split(), f"--{flag}", value]) == 2
+    assert f'"{flag}"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [CONFIG, GENERATION, "adapter_config.json", "qingtune.json"])
+def test_what_may_not_be_read_is_said(
+    name: str, folders: Folders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The superuser may read everything, so the system's answer is made up."""
+    folder = folders[name in ("adapter_config.json", "qingtune.json")]
+    changed(name)(folder)
+    opened = os.open
+
+    def denied(path: Any, *how: Any, **named: Any) -> int:
+        if str(path) == str(folder / name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *how, **named)
+
+    monkeypatch.setattr(os, "open", denied)
+    assert f"{folder / name}: cannot be read: Permission denied" in refused("adapter", capsys)
+
+
+@pytest.mark.parametrize("name", ["train_config.json", "run_facts.json", "evaluation.json", "qingtune.json"])
+@pytest.mark.parametrize("content", [DEEP, b"[]", b'"x"'])
+def test_a_run_folder_of_a_stranger_is_refused_in_a_line(
+    name: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("", encoding="utf-8")
+    (tmp_path / "train_config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / name).write_bytes(content)
+    assert main(["report", "--output_dir", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    assert f"{name}: " in shown
