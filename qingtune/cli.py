@@ -117,8 +117,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(error, OSError) and error.errno in _NO_ROOM:
                 say(f"error: {error.filename or 'writing'}: {error.strerror}. Make room on the disk.")
                 return WRONG_USAGE
+            if _no_more_processes(error):
+                say(
+                    "error: the system starts no more processes or threads for this user. "
+                    "Raise the limit (ulimit -u), or end other programs."
+                )
+                return WRONG_USAGE
             say(traceback.format_exc())
             return FAILED
+
+
+def _no_more_processes(error: BaseException) -> bool:
+    """Whether it is what Python raises where a process or a thread cannot be started."""
+    return (isinstance(error, BlockingIOError) and error.errno == errno.EAGAIN) or (
+        isinstance(error, RuntimeError) and str(error).startswith("can't start new thread")
+    )
 
 
 def _run(argv: Sequence[str]) -> int:

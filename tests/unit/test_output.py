@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
+from conftest import ROOT
 from rich.progress import Progress
 
 from qingtune import output
@@ -259,6 +261,33 @@ def test_standard_streams_that_are_closed_are_opened_on_nothing(monkeypatch: pyt
     monkeypatch.setattr(sys, "stdin", None)
     output.open_standard_streams()
     assert sys.stdin.read() == ""
+
+
+@pytest.mark.parametrize(
+    "error", [BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), RuntimeError("can't start new thread")]
+)
+def test_a_limit_of_processes_is_one_message(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("qingtune.check.check", fail)
+    assert main(["check", "--data", "x"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: the system starts no more processes or threads for this user. "
+        "Raise the limit (ulimit -u), or end other programs."
+    ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+@pytest.mark.parametrize(
+    ("streams", "code"), [("0<&- 1>&- 2>&-", 2), ("0<&- 2>&-", 0), ("| true; exit ${PIPESTATUS[0]}", 141)]
+)
+def test_a_process_without_streams(streams: str, code: int, data_file: Path) -> None:
+    command = f"{sys.executable} -m qingtune check --data {data_file} {streams}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
 
 
 def test_a_panic_of_a_library_passes_through_the_guard(
