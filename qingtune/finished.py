@@ -17,7 +17,7 @@ from qingtune.models.source import converted_folder, find_model, fingerprint, is
 from qingtune.record import differences, read_record, settings_to_compare, versions
 
 ANEW = "Pass --overwrite_output_dir to train anew, or choose another output_dir."
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")  # known by their fingerprint, or never read
+_BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")  # configuration, tokenizer and template
 
 
 def already_finished(output_dir: Path) -> str:
@@ -31,7 +31,7 @@ def digests_of_inputs(config: TrainConfig, folder: Path) -> dict[str, str]:
     Raises:
         OSError: a file cannot be read.
     """
-    beside = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix not in _WEIGHTS]
+    beside = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in _BESIDE_WEIGHTS]
     data = {f"data {number}": sha256_of(Path(path)) for number, path in enumerate(config.data_path or [])}
     files = {path.name: sha256_of(path) for path in beside}
     return {**data, **files, "version of tokenizers": importlib.metadata.version("tokenizers")}

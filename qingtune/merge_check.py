@@ -155,8 +155,9 @@ def judge_merging(merging: Comparison) -> str:
     Raises:
         UserError: further than the order of sums explains.
     """
-    told = f"{merging.largest:.2g} at most, {merging.largest / merging.spread:.2g} of their spread"
-    if not merging.largest <= MOST_MERGING_DIFFERENCE * merging.spread:
+    share = merging.largest / (merging.spread or 1.0)  # logits that are all the same have no spread
+    told = f"{merging.largest:.2g} at most, {share:.2g} of their spread"
+    if not share <= MOST_MERGING_DIFFERENCE:
         raise UserError(
             f"merged in fp32, the logits differ from those of base + adapter by {told}, where "
             f"{MOST_MERGING_DIFFERENCE:g} is allowed; nothing was written"
