@@ -12,6 +12,7 @@ from qingtune.hardware import has_int8_units
 from qingtune.kernels import packed
 from qingtune.kernels.packed import DenseMatrix, Int4Matrix, Int8Matrix, pack
 from qingtune.kernels.workspace import Workspace
+from qingtune.machine import cpu_has_bf16
 
 CPU = torch.device("cpu")
 SHAPES = [(128, 64), (100, 96), (1, 32), (65, 320)]
@@ -22,6 +23,12 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 UNITS = has_int8_units(CPU)
+# PyTorch packs 4 bits otherwise where there is no AVX-512, and packs bf16 only where the CPU multiplies it.
+NEEDS_INT4 = pytest.mark.skipif(not packed.has_int4_kernels(), reason="needs PyTorch's kernels for 4 bits")
+IN_BF16 = pytest.param(
+    torch.bfloat16, marks=pytest.mark.skipif(not cpu_has_bf16(), reason="needs a CPU that multiplies bf16")
+)
+IN_4_BITS = pytest.param(4, marks=NEEDS_INT4)
 
 
 def packed_of(
@@ -32,7 +39,7 @@ def packed_of(
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 40, 120])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [IN_4_BITS, 8])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_product_is_that_of_the_unpacked_weight(shape: tuple[int, int], bits: int, rows: int, biased: bool) -> None:
     weight, bias, x = random(*shape), random(shape[0], seed=1) if biased else None, random(rows, shape[1], seed=2)
@@ -56,7 +63,7 @@ def test_each_row_is_rounded_by_a_scale_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, IN_BF16])
 def test_dense_product(rows: int, dtype: torch.dtype) -> None:
     weight, bias, x = random(100, 96), random(100, seed=1), random(rows, 96, seed=2)
     matrix, added = packed_of(weight, None, bias, dtype), random(rows, 100, seed=3)
@@ -104,11 +111,14 @@ def test_shapes_that_4_bits_cannot_hold_take_8() -> None:
     assert isinstance(packed_of(random(64, 64), None), DenseMatrix)
 
 
-def test_bytes_held() -> None:
-    held = [packed_of(random(128, 128), bits, dtype=torch.bfloat16).held_bytes for bits in (None, 8, 4)]
-    assert held == [2 * 128 * 128, 128 * 128 + 4 * 128, 128 * 128 // 2 + 4 * 128 * 4]
+@pytest.mark.parametrize("dtype", [torch.float32, IN_BF16])
+def test_bytes_held(dtype: torch.dtype) -> None:
+    held = [packed_of(random(128, 128), bits, dtype=dtype).held_bytes for bits in (None, 8, 4)]
+    a_scale_and_zero = 2 * dtype.itemsize
+    assert held == [dtype.itemsize * 128**2, 128**2 + 4 * 128, 128**2 // 2 + a_scale_and_zero * 128 * 4]
 
 
+@NEEDS_INT4
 def test_another_layout_of_4_bits_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     packed.has_int4_kernels.cache_clear()
     assert packed.has_int4_kernels()
