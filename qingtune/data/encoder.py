@@ -169,6 +169,9 @@ class Encoder:
         return sealed_copy(self._tokenizer, self._control.ids)
 
 
+FEW_TEXTS = 3  # so many whole ones take less than looking for a cut and trying it
+
+
 class GrowingText:
     """Ids of texts of which each mostly begins as the one before, such as a chat after each turn.
 
@@ -180,6 +183,7 @@ class GrowingText:
         self._encoder = encoder
         self._head, self._head_ids = "", cast("list[int]", [])
         self._text, self._ids = "", cast("list[int]", [])
+        self._count = 0
 
     def ids(self, text: str) -> list[int]:
         """The ids that `Encoder.ids` gives."""
@@ -192,7 +196,8 @@ class GrowingText:
         rest = text[len(self._head) :]
         ids = self._encoder.ids(rest)
         self._text, self._ids = text, self._head_ids + ids
-        cut = self._encoder.last_cut(rest)
+        self._count += 1
+        cut = self._encoder.last_cut(rest) if self._count > FEW_TEXTS else -1
         if cut > 0:
             moved = self._encoder.ids(rest[:cut])
             if moved + self._encoder.ids(rest[cut:]) == ids:

@@ -44,6 +44,8 @@ class Refusal:
 
 def is_empty(value: Any) -> bool:
     """Whether a value holds nothing, in the ways in which files write that; Parquet and CSV have their own."""
+    if isinstance(value, int):
+        return False
     waiting = [value]  # and no call of a call: lists may be nested as deep as Python reads them
     while waiting:
         item = waiting.pop()
@@ -99,6 +101,7 @@ FIELDS = {name: (kind, harmless) for kind, harmless, names in _KINDS for name in
 _LABELS: dict[str, tuple[str, Callable[[Any], bool]]] = dict.fromkeys(
     ("label", "labels", "label_text", "class"), (CLASSIFICATION, is_empty)
 )
+_WATCHED = FIELDS.keys() | _LABELS.keys()
 # Columns by which files are known whose rows are of no known form.
 _SIGNS: tuple[tuple[str, str], ...] = (
     (EMBEDDING, "query pos"),
@@ -125,10 +128,12 @@ def lost_meaning(values: Mapping[str, Any], read: Collection[str], *, labels_ans
         read: the fields that are read.
         labels_answer: whether a label of any value is what the row would teach, as next to plain text.
     """
+    watched = [name for name in values if name.lower() in _WATCHED and name not in read]
+    if not watched:
+        return None
     found: dict[str, list[str]] = {}
-    for name, value in values.items():
-        if name in read:
-            continue
+    for name in watched:
+        value = values[name]
         known = FIELDS.get(name.lower())
         if labels_answer and (not isinstance(value, bool) or "text" in values):
             known = _LABELS.get(name.lower(), known)
@@ -160,4 +165,4 @@ def lost_in_turn(turn: Mapping[str, Any], role: object, content: object) -> Refu
         name = str(part.get("type")) if isinstance(part, dict) else ""
         if any(media in name for media in _MEDIA_PARTS):
             return Refusal(MULTIMODAL, f'a part of type "{name[:40]}"')
-    return lost_meaning(turn, ())
+    return lost_meaning(turn, ()) if len(turn) > 2 else None  # more than a role and a content

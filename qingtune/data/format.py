@@ -233,6 +233,8 @@ def _unread(values: dict[str, Any], read: Collection[str]) -> set[str]:
     names = {shorten(name) for name, value in values.items() if name not in read and not is_empty(value)}
     for column in TURN_COLUMNS.intersection(values, read):
         for turn in values[column] if isinstance(values[column], list) else ():
+            if turn.keys() <= _OF_TURNS:
+                continue
             unread = (name for name, value in turn.items() if name not in _OF_TURNS and not is_empty(value))
             names |= {f"{column}.{shorten(name)}" for name in unread}
     return names
