@@ -180,10 +180,10 @@ def test_a_gpu_that_is_not_here(header: Path, capsys: pytest.CaptureFixture[str]
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "a JSON object is wanted"),
+        ("[]", "a JSON object is expected"),
         ("{}", "it names no model_type"),
         ('{"model_type": "qwen2"}', 'does not say "num_attention_heads"'),
-        (json.dumps(CONFIG | {"num_hidden_layers": "many"}), "\"num_hidden_layers\" is 'many'"),
+        (json.dumps(CONFIG | {"num_hidden_layers": "many"}), '"num_hidden_layers" is "many"'),
     ],
 )
 def test_a_malformed_header_is_refused(
