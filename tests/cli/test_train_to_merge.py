@@ -308,5 +308,5 @@ def test_full_result_is_no_adapter(tmp_path: Path, trained: Callable[[str], Path
     for goal in (("infer", "--prompt", "q"), ("merge", "--output_dir", tmp_path / "merged")):
         code, out, err = call(*goal, "--lora_model", trained("full"))
         assert (code, out) == (2, "")
-        assert "no adapter_config.json here" in err
+        assert "this is a whole model, not an adapter" in err
     assert list(tmp_path.iterdir()) == []
