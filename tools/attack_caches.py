@@ -48,6 +48,7 @@ def _native(owner: int | None, mode: int, folder: int = 0o700) -> Spoil:
     """The compiled library replaced by another's, which makes a file when it is loaded."""
 
     def spoil(place: Place) -> None:
+        (place / "cache/native").mkdir(parents=True, exist_ok=True)  # not there where the CPU lacks the units
         for path in (place / "cache/native").glob("*.so"):
             _compile(path)
             path.chmod(mode)

@@ -90,8 +90,22 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "qingtune.json")
 
 
+# What is made out of the results of other commands.
+_OUT_OF = {"adapter": "run", "foreign": "run", "stopped": "run", "model.gguf": "gguf", "cache": "gguf"}
+
+
+def needed(argv: tuple[str, ...], needs: set[str]) -> bool:
+    """Whether a command makes one of these fixtures."""
+    made = argv[argv.index("--output_dir") + 1] if "--output_dir" in argv else None
+    return made is not None and made in {_OUT_OF.get(name, name) for name in needs}
+
+
 def arrange(root: Path) -> None:
     """What follows from the commands' results: adapters with and without a record, and a run that was stopped."""
+    if (root / "gguf").exists():
+        shutil.copy(next((root / "gguf").glob("*.gguf")), root / "model.gguf")
+    if not (root / "run").exists():
+        return
     for name, files in (("adapter", _ADAPTER), ("foreign", _ADAPTER[:2])):
         (root / name).mkdir()
         for file in files:
@@ -103,4 +117,3 @@ def arrange(root: Path) -> None:
             path.unlink()
     shutil.rmtree(stopped / "checkpoint-4")
     (stopped / "latest_checkpoint.json").write_text(json.dumps({"folder": "checkpoint-3"}))
-    shutil.copy(next((root / "gguf").glob("*.gguf")), root / "model.gguf")

@@ -83,8 +83,13 @@ class Server:
         self._process.wait(timeout=30)
 
 
-def make_fixtures(package: Path, root: Path) -> list[str]:
+def make_fixtures(package: Path, root: Path, needs: set[str] | None = None) -> list[str]:
     """Make all that cases copy; returns the modules that the commands imported, for other servers.
+
+    Args:
+        package: the checkout whose commands make them.
+        root: where; must not exist.
+        needs: the only ones to make, where few are needed.
 
     Raises:
         RuntimeError: the package cannot do its ordinary work.
@@ -94,7 +99,8 @@ def make_fixtures(package: Path, root: Path) -> list[str]:
     modules: set[str] = set()
     try:
         ended = server.run((str(root),), root, call="attack_fixtures:make_models", seconds=300)
-        for argv in (None, *attack_fixtures.COMMANDS):
+        commands = [argv for argv in attack_fixtures.COMMANDS if needs is None or attack_fixtures.needed(argv, needs)]
+        for argv in (None, *commands):
             if argv is not None:
                 to = server.folder / "modules.json"
                 ended = server.run(argv, root, seconds=300, modules_to=str(to))
@@ -106,6 +112,7 @@ def make_fixtures(package: Path, root: Path) -> list[str]:
     finally:
         server.close()
     attack_fixtures.arrange(root)
+    (root.parent / "maker" / "cache").mkdir(exist_ok=True)
     shutil.copytree(root.parent / "maker" / "cache", root / "cache", symlinks=True)
     return _importable(modules)
 
@@ -155,7 +162,10 @@ def try_case(case: Case, server: Server, fixtures: Path, folder: Path) -> Result
     """Run a case in a folder of its own and judge it."""
     began = time.monotonic()
     place = make_place(case, fixtures, folder)
-    case.spoil(place)
+    try:
+        case.spoil(place)
+    except Exception as fault:
+        return Result(case, Verdict((f"the suite's own fault: {fault!r}",)), (), time.monotonic() - began)
     before = snapshot(place.folder)
     ended: list[Ended] = []
     filled = {"outside": str(place.outside), "work": str(place.work), "home": str(place.home)}

@@ -19,6 +19,7 @@ import attack_list
 from attack_case import Case
 from attack_harness import FIXTURES, Result, Server, make_fixtures, new_server, remove, try_case
 
+FEW = 30  # cases, below which only what they need is made, and commands import for themselves
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -66,7 +67,8 @@ def _wanted(case: Case, arguments: argparse.Namespace) -> bool:
 def try_all(cases: Sequence[Case], package: Path, scratch: Path, jobs: int, *, keep: bool = False) -> list[Result]:
     """Try cases, so many at a time; in the order of the cases."""
     fixtures = scratch / FIXTURES
-    modules = make_fixtures(package, fixtures)
+    few = {name for case in cases for name in case.needs} if len(cases) < FEW else None
+    modules = make_fixtures(package, fixtures, few)
     waiting: queue.SimpleQueue[Case] = queue.SimpleQueue()
     for case in cases:
         waiting.put(case)
