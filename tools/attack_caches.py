@@ -229,7 +229,6 @@ def compare_cases() -> Iterator[Case]:
     """Comparisons of nothing, of the impossible, and of runs that learnt too little."""
     refused: dict[str, tuple[str, ...]] = {
         "methods-evil": ("--methods", "evil"),
-        "methods-empty": ("--methods", ""),
         "seeds-0": ("--seeds", "0"),
         "seeds-x": ("--seeds", "x"),
         "grid-unknown": ("--grid", "evil=1,2"),

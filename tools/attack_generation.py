@@ -168,7 +168,8 @@ def instructions(text: str) -> list[tuple[str, str]]:
         quote = '"""' if rest.lstrip().startswith('"""') else '"' if rest.lstrip().startswith('"') else ""
         if word == "PARAMETER":
             name, _, rest = rest.partition(" ")
-            word, quote = f"PARAMETER {name}", '"' if rest.startswith('"') else ""
+            word = f"PARAMETER {name}"
+            quote = '"""' if rest.startswith('"""') else '"' if rest.startswith('"') else ""
         if quote:
             start = text.index(quote, at) + len(quote)
             close = text.find(quote, start)
