@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -18,6 +18,7 @@ from qingtune.config import DEFAULT_MODEL
 from qingtune.data.format import Message
 from qingtune.data.templates import render_template
 from qingtune.data.tokenize import Template, prompt_ids
+from qingtune.data.tokenizer_calls import encode
 from qingtune.errors import UserError
 from qingtune.files import disk_errors, sha256_of, write_text
 from qingtune.inference import find_base
@@ -186,7 +187,7 @@ def _speech(config: ExportConfig, base: Path, record: Record | None, layout: Lay
     probe = prompt_ids(template, "a" if plain else [Message("user", "a")])
     bos = cast("int | None", tokenizer.bos_token_id)
     add_bos = bos is not None and probe[0] == bos
-    if plain and probe[add_bos:] != cast("Any", tokenizer)("a", add_special_tokens=False)["input_ids"]:
+    if plain and probe[add_bos:] != encode(tokenizer, "a"):
         raise UserError("the tokenizer puts other tokens around a text than llama.cpp can", where=str(base))
     of_model = read_model_config(base).get("bos_token_id")
     if bos is None and isinstance(of_model, int):

@@ -22,6 +22,7 @@ from qingtune.data.format import Message
 from qingtune.data.prompts import rows_with_prompts
 from qingtune.data.rules import rules_of
 from qingtune.data.tokenize import Template, prompt_ids
+from qingtune.data.tokenizer_calls import encode
 from qingtune.errors import UserError
 from qingtune.files import sha256_of
 from qingtune.generation import Answer, Decoder, Decoding, generate
@@ -303,7 +304,7 @@ def _fit_slots(decoder: Decoder, questions: Sequence[Question], prompt_file: str
 def _answer_bundled(speaker: Speaker) -> None:
     """Answer a few held-out samples, in Chinese if the model's tokenizer was made for it."""
     text = "店铺信息：草莓蛋糕，营业时间"
-    ids = speaker.template.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = encode(speaker.template.tokenizer, text)
     chinese = len(ids) / len(text) < TOKENS_PER_CHINESE_CHARACTER
     say(f"No prompt given: answering {BUNDLED_SHOWN} bundled samples ({'Chinese' if chinese else 'English'}).")
     for _, prompt in bundled_prompts(chinese=chinese):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import glob
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qingtune.command_config import PlanConfig
 from qingtune.config_load import Loaded
 from qingtune.data.format import Conversation, read_conversations
 from qingtune.data.prepare import check_files_exist
 from qingtune.data.rules import rules_of
+from qingtune.data.tokenizer_calls import panics_as_errors
+from qingtune.data.tokenizer_limits import check_tokenizer_file, has_foreign_patterns
 from qingtune.errors import UserError
 from qingtune.files import disk_errors
 from qingtune.machine import Machine, find_machine, supposed_gpu
@@ -22,6 +25,9 @@ from qingtune.output import give, say
 from qingtune.plan_report import as_json, as_lines, make_report
 from qingtune.planning import Samples, fullest_group, most_tokens_of, training_batches
 from qingtune.speed import read_speeds
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # Tokens that a chat template puts around a message, and at a sample's beginning; ChatML takes 5 and a system message.
 TEMPLATE_A_MESSAGE, TEMPLATE_A_SAMPLE = 5, 24
@@ -78,7 +84,8 @@ def suppose_samples(config: PlanConfig, shape: ModelShape, machine: Machine, mod
     if not config.data_path:
         return Samples(limit, limit, 1.0, None, evaluates, "max_seq_length; no data named")
     reading = read_conversations(config.data_path, config.system_prompt, "skip", rules_of(config))
-    tokenizer = tokenizer_file(model, cache_folder(config.cache_dir))
+    path = tokenizer_file(model, cache_folder(config.cache_dir))
+    tokenizer = None if path is None else _open_tokenizer(path)
     if tokenizer is not None:
         answers, all_tokens = _count(reading.conversations, tokenizer)
         share = min(1.0, sum(answers) / sum(all_tokens))
@@ -125,21 +132,32 @@ def _most_tokens(row: Conversation) -> int:
     return around + sum(len(message.content.encode()) for message in row.messages)
 
 
-def _count(rows: list[Conversation], tokenizer_file: Path) -> tuple[list[int], list[int]]:
-    """Tokens of each row's answers, and of all of it with what a template adds.
+def _open_tokenizer(path: Path) -> Tokenizer | None:
+    """A tokenizer to count with; None where it is not known how long it takes.
 
     Raises:
-        UserError: the tokenizer cannot be read.
+        UserError: it cannot be read.
     """
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        with panics_as_errors():
+            if has_foreign_patterns(check_tokenizer_file(path)):
+                return None
+            tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library's own class is Exception itself
-        raise UserError(f"the tokenizer cannot be read ({error})", where=str(tokenizer_file)) from None
+        raise UserError(f"the tokenizer cannot be read ({error})", where=str(path)) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _count(rows: list[Conversation], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Tokens of each row's answers, and of all of it with what a template adds."""
 
     def counts(texts: list[str]) -> list[int]:
-        return [len(encoding) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        with panics_as_errors():
+            return [len(encoding) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     whole = counts([row.text if row.text is not None else "".join(m.content for m in row.messages) for row in rows])
     answers = counts(["".join(m.content for m in row.messages if m.role == "assistant") for row in rows])

@@ -8,7 +8,9 @@ import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from qingtune.data.confined_tokenizer import ConfinedTokenizer
 from qingtune.data.tokenizer_calls import encode, panics_as_errors
+from qingtune.data.tokenizer_limits import has_foreign_patterns
 from qingtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,12 +32,15 @@ class SealedTokenizer:
 
     Args:
         copy: with names in place of the control tokens' texts.
+        confined: the same in a process with limits, where the tokenizer needs one.
         control_ids: of the control tokens, as the tokenizer knows them.
         unknown: the id of the token for unknown text, which any text may give.
     """
 
-    def __init__(self, copy: Tokenizer, control_ids: set[int], unknown: int | None) -> None:
-        self._copy = copy
+    def __init__(
+        self, copy: Tokenizer, confined: ConfinedTokenizer | None, control_ids: set[int], unknown: int | None
+    ) -> None:
+        self._copy, self._confined = copy, confined
         self._real = {copy.token_to_id(name_of(number)): number for number in control_ids}
         self._counted = control_ids - {unknown}
 
@@ -45,10 +50,14 @@ class SealedTokenizer:
         Raises:
             UserError: other control tokens would come of it than it names.
         """
-        with panics_as_errors():
-            whole = self._copy.encode(text, add_special_tokens=add_special_tokens)
-        ids = [self._real.get(number, number) for number in whole.ids]
-        inner = [number for number, added in zip(ids, whole.special_tokens_mask, strict=True) if not added]
+        if self._confined:
+            found, around = self._confined.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            with panics_as_errors():
+                whole = self._copy.encode(text, add_special_tokens=add_special_tokens)
+            found, around = whole.ids, whole.special_tokens_mask
+        ids = [self._real.get(number, number) for number in found]
+        inner = [number for number, added in zip(ids, around, strict=True) if not added]
         named = [int(number) for number in NAME.findall(text)]
         if [n for n in inner if n in self._counted] != [n for n in named if n in self._counted]:
             raise UserError("other control tokens would come of it than its chat template writes")
@@ -68,13 +77,15 @@ def sealed_copy(tokenizer: PreTrainedTokenizerBase, control_ids: Mapping[str, in
 
     content = json.loads(cast("Any", tokenizer).backend_tokenizer.to_str())
     _rename(content, {text: name_of(number) for text, number in control_ids.items()})
+    text = json.dumps(content)
     try:
-        copy = Tokenizer.from_str(json.dumps(content))
+        copy = Tokenizer.from_str(text)
     except Exception:  # the library's own class is Exception itself; a merge needs a control token's text, for one
         return None
     if any(copy.token_to_id(name_of(number)) is None for number in control_ids.values()):
         return None
-    sealed = SealedTokenizer(copy, set(control_ids.values()), cast("int | None", tokenizer.unk_token_id))
+    confined = ConfinedTokenizer(text) if has_foreign_patterns(content) else None
+    sealed = SealedTokenizer(copy, confined, set(control_ids.values()), cast("int | None", tokenizer.unk_token_id))
     written = {"".join(f"{text}a {text}\n" for text in control_ids): "".join(
         f"{name_of(number)}a {name_of(number)}\n" for number in control_ids.values()
     )}  # fmt: skip

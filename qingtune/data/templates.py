@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qingtune.data.worker import Worker
+
 WORKER = Path(__file__).with_name("template_worker.py")
 SECONDS = 10.0  # that a conversation may take; a usual one takes a ten-thousandth
-# All of the environment that the process gets to see; tokens and passwords are not among it.
-_PASSED_ON = ("PATH", "SYSTEMROOT", "LANG", "TZ")
 
 
 class TemplateError(Exception):
@@ -52,36 +47,6 @@ def render_template(
     return answer["text"]
 
 
-class _Worker:
-    """The process, started at first use; it ends when this one does, since its input ends then."""
-
-    def __init__(self) -> None:
-        self._one_at_a_time = threading.Lock()
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", str(WORKER), str(SECONDS)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in _PASSED_ON if name in os.environ},
-        )
-        assert self._process.stdout is not None
-        if self._process.stdout.readline() != b"ready\n":
-            raise RuntimeError(f"{WORKER} does not start with {sys.executable}; is jinja2 installed there?")
-
-    def ask(self, request: Mapping[str, object]) -> dict[str, str] | None:
-        """Send a request and wait for its answer; None if the process ended over it."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with self._one_at_a_time:
-            try:
-                self._process.stdin.write(json.dumps(request).encode() + b"\n")
-                self._process.stdin.flush()
-            except BrokenPipeError:
-                return None
-            line = self._process.stdout.readline()
-        return json.loads(line) if line.endswith(b"\n") else None
-
-
 @functools.cache
-def _worker() -> _Worker:
-    return _Worker()
+def _worker() -> Worker:
+    return Worker(WORKER, SECONDS, needs="jinja2")

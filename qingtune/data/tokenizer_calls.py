@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
+from qingtune.data.confined_tokenizer import ConfinedTokenizer
+from qingtune.data.tokenizer_limits import has_foreign_patterns, steps_of
 from qingtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,12 +30,34 @@ def panics_as_errors() -> Generator[None]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> list[int]:
-    """Ids of a text; with `add_special_tokens` between what the tokenizer puts around a text by itself."""
+    """Ids of a text; with `add_special_tokens` between what the tokenizer puts around a text by itself.
+
+    Raises:
+        UserError: the tokenizer fails on it, or takes too long.
+    """
     with panics_as_errors():
+        if confined := _confined(tokenizer):
+            return confined.encode(text, add_special_tokens=add_special_tokens)[0]
         return cast("list[int]", tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
 
+_CONFINED: WeakKeyDictionary[Any, ConfinedTokenizer | None] = WeakKeyDictionary()
+
+
+def _confined(tokenizer: PreTrainedTokenizerBase) -> ConfinedTokenizer | None:
+    """The tokenizer in a process of its own, if it cuts text by an unknown regular expression."""
+    if tokenizer not in _CONFINED:
+        foreign = has_foreign_patterns(steps_of(tokenizer))
+        content = cast("Any", tokenizer).backend_tokenizer.to_str() if foreign else None
+        _CONFINED[tokenizer] = None if content is None else ConfinedTokenizer(content)
+    return _CONFINED[tokenizer]
+
+
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-    """The text of ids."""
+    """The text of ids.
+
+    Raises:
+        UserError: the tokenizer fails on them.
+    """
     with panics_as_errors():
         return cast("Any", tokenizer).decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -23,7 +23,7 @@ _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 
 # How text is cut before merges are applied -> llama.cpp's name for it, and whether a piece that is a token is then
 # taken as it is (tokenizers call that ignore_merges). llama.cpp has these rules built in; it reads none from a file.
-_PRE_TOKENIZERS: dict[tuple[tuple[str, str], ...], tuple[str, bool]] = {
+PRE_TOKENIZERS: dict[tuple[tuple[str, str], ...], tuple[str, bool]] = {
     (("Split", _QWEN2), ("ByteLevel", "")): ("qwen2", False),
     (("Split", _LLAMA3), ("ByteLevel", "")): ("llama-bpe", True),
     (("ByteLevel", "regex"),): ("gpt-2", False),
@@ -132,9 +132,9 @@ def _pre_tokenizer(content: dict[str, Any]) -> str:
     parts: list[dict[str, Any]] = outer["pretokenizers"] if outer["type"] == "Sequence" else [outer]
     steps = tuple((str(part["type"]), _detail(part)) for part in parts)
     ignore_merges = bool(content["model"].get("ignore_merges"))
-    if steps not in _PRE_TOKENIZERS:
+    if steps not in PRE_TOKENIZERS:
         raise _refusal(f"the way it cuts text first is none that is known here ({steps})")
-    name, wanted = _PRE_TOKENIZERS[steps]
+    name, wanted = PRE_TOKENIZERS[steps]
     if ignore_merges != wanted:
         raise _refusal(f"its ignore_merges is {ignore_merges}, and {wanted} in llama.cpp's {name}")
     return name

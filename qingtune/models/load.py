@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 
 from qingtune.data.tokenize import Template, make_template
+from qingtune.data.tokenizer_calls import panics_as_errors
+from qingtune.data.tokenizer_limits import UnsafeTokenizer, check_steps, check_tokenizer_file, steps_of
 from qingtune.errors import UserError
 from qingtune.files import disk_errors, move_into_place, staging_folder
 from qingtune.foreign import foreign_files
@@ -149,8 +151,17 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     quieten_transformers()
     folder = Path(folder)
     config = config_of(folder) if (folder / CONFIG).exists() else None
-    with foreign_files("no tokenizer can be loaded", folder, "Is the folder complete?"):
-        return transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    try:
+        with foreign_files("no tokenizer can be loaded", folder, "Is the folder complete?"), panics_as_errors():
+            if (folder / "tokenizer.json").exists():
+                check_tokenizer_file(folder / "tokenizer.json")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+            check_steps(steps_of(tokenizer))  # which other files may bring too
+    except UnsafeTokenizer as error:
+        raise UserError(
+            f"the tokenizer is refused: {error}", where=str(folder), fix="Use a model from a source that you trust."
+        ) from None
+    return tokenizer
 
 
 def load_template(base: Path, adapter: Path | None = None, stops: Sequence[int] | None = None) -> Template:
