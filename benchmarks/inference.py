@@ -1,12 +1,14 @@
 """Answering speed and memory, ours beside Transformers' and llama.cpp's, in one run.
 
 python benchmarks/inference.py [--model FOLDER] [--systems NAME ...] [--repeats 3] [--output FILE.json]
+    [--without avx512_bf16,amx_bf16]
 
 Each system reads a prompt of 512 tokens and makes 128 new ones by the likeliest token, batch 1, in a process of its
 own that has done the same once before; systems take turns. The bound of a new token is the bytes of the weights over
-the bandwidth at which this machine's threads read memory, the bound of a prompt the rate of bf16 products over its
-work; both are measured beside the runs. llama.cpp gets the same weights: exported by `qingtune export`, and quantised
-by itself.
+the bandwidth at which this machine's threads read memory, the bound of a prompt the rate of products over its work;
+both are measured beside the runs. llama.cpp gets the same weights: exported by `qingtune export`, and quantised by
+itself. A CPU with fewer units is stood in for by --without, which names their flags: ours, PyTorch and oneDNN leave
+them unused; llama.cpp does only if it was compiled so.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ ALL = [*OURS, *TRANSFORMERS, *LLAMA_CPP]
 
 def main() -> None:
     arguments = _arguments()
+    os.environ |= _lesser(arguments.without)
     if arguments.one:
         print(json.dumps(measure(arguments.one, Path(arguments.model))))
         return
@@ -87,9 +90,20 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="a Transformers folder; default: random weights of Qwen2.5-0.5B's shape")
     parser.add_argument("--systems", nargs="+", default=ALL, choices=ALL, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--without", default="", help="flags of /proc/cpuinfo, separated by commas, to leave unused")
     parser.add_argument("--output", help="where all runs are written as JSON")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _lesser(without: str) -> dict[str, str]:
+    """The environment in which flags of the CPU are left unused; to be set before torch is imported."""
+    if not without:
+        return {}
+    flags, chosen = set(without.split(",")), {"QINGTUNE_CPU_WITHOUT": without}
+    if "avx512f" in flags:
+        return {**chosen, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    return {**chosen, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE" if "avx512_vnni" in flags else "AVX512_CORE_VNNI"}
 
 
 def _run(command: list[str]) -> dict[str, Any] | None:
@@ -122,9 +136,14 @@ def measure(system: str, model: Path) -> dict[str, Any]:
 
     sys.path.insert(0, str(HERE))
     if system == "limits":
-        from roofline import gemm_rate
+        from roofline import SECONDS
 
-        return {"read": _read_rate(), "flops": gemm_rate()}
+        from qingtune.calibration import product_rate
+        from qingtune.hardware import choose_hardware
+
+        dtype = choose_hardware().dtype
+        rate = product_rate(torch.device("cpu"), dtype, SECONDS)
+        return {"read": _read_rate(), "flops": rate, "dtype": str(dtype).removeprefix("torch.")}
     prompts = _prompts(model)
     if system in TRANSFORMERS:
         decoder, load_s = _transformers(model, TRANSFORMERS[system])
@@ -178,22 +197,21 @@ def _many(decoder: Any, model: Path) -> dict[str, float]:
 
 
 def _transformers(model: Path, bits: int | None) -> tuple[Any, float]:
-    import torch
     import transformers
 
     from qingtune.answering import ModulesDecoder
+    from qingtune.hardware import choose_hardware
 
+    dtype = choose_hardware().dtype
     transformers.logging.set_verbosity_error()
     quantization = {
         None: None,
         8: transformers.BitsAndBytesConfig(load_in_8bit=True),
-        4: transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        ),
+        4: transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
     }[bits]
     began = time.perf_counter()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.bfloat16, quantization_config=quantization, device_map="cpu" if bits else None
+        model, dtype=dtype, quantization_config=quantization, device_map="cpu" if bits else None
     ).eval()
     return ModulesDecoder(loaded), time.perf_counter() - began
 
@@ -247,7 +265,8 @@ def table(runs: dict[str, list[dict[str, Any]]], model: Path) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     limits = [run for seen in runs.values() for run in seen]
     read, flops = median(run["read"] for run in limits), median(run["flops"] for run in limits)
-    return "\n".join([*lines, "", f"Reading memory {read / 1e9:.1f} GB/s, bf16 products {flops / 1e9:.0f} GFLOP/s."])
+    products = f"{limits[0]['dtype']} products {flops / 1e9:.0f} GFLOP/s"
+    return "\n".join([*lines, "", f"Reading memory {read / 1e9:.1f} GB/s, {products}."])
 
 
 def _spread(values: list[float], form: str) -> str:

@@ -132,10 +132,10 @@ def test_packed_weights_give_the_logits_of_what_they_stand_for(
         assert isinstance(layer, torch.nn.Linear), name
         layer.weight = rounded(layer.weight.data)
     wanted = logits_of(model, IDS)
-    assert apart(decoder.start(IDS[:9]), wanted[8]) < 1e-3  # few rows: packed products
-    assert apart(decoder.step([IDS[9]])[0], wanted[9]) < 1e-3
+    assert apart(decoder.start(IDS[:9]), wanted[8]) < 4e-2  # few rows, rounded to bf16: packed products
+    assert apart(decoder.step([IDS[9]])[0], wanted[9]) < 4e-2
     long = IDS * 10
-    assert apart(decoder.start(long), logits_of(model, long)[-1]) < 1e-3  # many rows: unpacked
+    assert apart(decoder.start(long), logits_of(model, long)[-1]) < 4e-2  # many rows: unpacked, but for the head's one
 
 
 def rows_read(decoder: CachedDecoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
