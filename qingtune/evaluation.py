@@ -25,7 +25,7 @@ from qingtune.data.rules import rules_of
 from qingtune.data.tokenize import Sample, Template, tokenize
 from qingtune.errors import UserError, raise_all
 from qingtune.evaluation_report import MARKDOWN, RESULT, About, Side, print_report, write_report
-from qingtune.files import disk_errors, sha256_of, write_json
+from qingtune.files import disk_errors, refuse_same_file, sha256_of, write_json
 from qingtune.hardware import give_back_memory
 from qingtune.inference import SLOTS, Speaker, check_bits, prepare_speaker
 from qingtune.interrupt import Terminated
@@ -109,6 +109,10 @@ def _check(config: EvaluateConfig) -> None:
         raise UserError("only_after and before_model are both given", fix="Choose one.")
     check_bits(_to_infer(config, config.base_model, config.lora_model, None))
     check_files_exist({"data": config.data})
+    written = (RESULT, MARKDOWN, *(f"predictions_{side}.jsonl" for side in (BEFORE, AFTER)))
+    for name in written:
+        data = {"a data file": [Path(path) for path in config.data or []]}
+        refuse_same_file(Path(config.output_dir) / name, "output_dir", data)
     if config.lm_eval:
         _check_harness(config.lm_eval)
 

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -120,6 +120,24 @@ def open_device(path: Path) -> io.FileIO:
         file.close()
         raise _no_file(path)
     return file
+
+
+def refuse_same_file(output: Path, setting: str, inputs: Mapping[str, Iterable[Path]]) -> None:
+    """Refuse to write to a file that is read, by whatever name or link.
+
+    Args:
+        output: to be written.
+        setting: by which it was chosen.
+        inputs: files that are read, by what they are in words.
+
+    Raises:
+        UserError: it is one of them.
+    """
+    for what, paths in inputs.items():
+        for path in paths:
+            same_name = os.path.realpath(output) == os.path.realpath(path)
+            if same_name or (output.exists() and path.exists() and os.path.samefile(output, path)):
+                raise UserError(f"{setting} would replace {what}", where=str(output), fix="Choose another place.")
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:

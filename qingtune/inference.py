@@ -24,7 +24,7 @@ from qingtune.data.rules import rules_of
 from qingtune.data.tokenize import Template, prompt_ids
 from qingtune.data.tokenizer_calls import encode
 from qingtune.errors import UserError
-from qingtune.files import sha256_of
+from qingtune.files import refuse_same_file, sha256_of
 from qingtune.generation import Answer, Decoder, Decoding, generate
 from qingtune.hardware import choose_hardware, free_bytes
 from qingtune.kernels.cached_decoder import CachedDecoder
@@ -118,6 +118,11 @@ def infer(config: InferConfig) -> None:
     check_bits(config)
     if config.prompt_file and not Path(config.prompt_file).is_file():
         raise UserError("there is no such file", where=config.prompt_file, fix="Check --prompt_file.")
+    if config.output_file:
+        models = [Path(name) for name in (config.base_model, config.lora_model) if name and Path(name).is_dir()]
+        inputs = {"the prompt file": [Path(config.prompt_file)] if config.prompt_file else []}
+        inputs["a file of the model"] = [path for folder in models for path in folder.iterdir()]
+        refuse_same_file(Path(config.output_file), "output_file", inputs)
     if config.output_file and not config.overwrite_output_file:
         refuse_finished(Path(config.output_file))  # before seconds go into loading
     questions = list(rows_with_prompts(config.prompt_file, rules_of(config))) if config.prompt_file else []

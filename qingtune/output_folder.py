@@ -16,10 +16,11 @@ LOCK = ".qingtune.lock"
 # All that a run leaves in its folder.
 _WRITTEN = (
     SETTINGS, RECORD, METRICS, CURVE, LATEST, FACTS, PAGE, SAMPLES, "checkpoint-*", "trackers", "adapter_config.json",
-    "adapter_model.safetensors", "README.md", "model*.safetensors", "model.safetensors.index.json", "config.json",
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
+    "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json", "config.json",
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "chat_template.jinja", "vocab.json",
     "merges.txt", "added_tokens.json", "demo_answers.json",
-    "evaluation.json", "evaluation.md", "predictions_*.jsonl*", WEIGHTS_REMOVED,
+    "evaluation.json", "evaluation.md", "predictions_before.jsonl*", "predictions_after.jsonl*", WEIGHTS_REMOVED,
 )  # fmt: skip
 # What a run that was killed while it wrote leaves besides.
 _HALF_DONE = (".checkpoint-*", ".result-*", ".*.tmp")
@@ -48,6 +49,8 @@ def check_output_folder(
         raise UserError("output_dir is a file", where=str(output_dir), fix="Choose another output_dir.")
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError("output_dir cannot be written", where=str(existing), fix="Choose another output_dir.")
+    if first_file == SETTINGS:
+        refuse_links(output_dir, (SETTINGS, RECORD, METRICS, CURVE, LATEST, FACTS, PAGE, SAMPLES, "trackers"))
     if output_dir.is_dir() and _holds_files_of_others(output_dir, first_file):
         raise UserError(
             f"output_dir holds files that are not of {what}; they are left alone" + overwrite * ", all the same",

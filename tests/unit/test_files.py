@@ -23,6 +23,7 @@ from qingtune.files import (
     disk_errors,
     move_into_place,
     open_in_place,
+    refuse_same_file,
     staging_folder,
     write_bytes,
     write_json,
@@ -196,6 +197,17 @@ def test_without_a_home_the_cache_has_no_place(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("QINGTUNE_CACHE", "")
     with pytest.raises(UserError, match=r"HOME is not set.*QINGTUNE_CACHE"):
         default_cache()
+
+
+@posix
+def test_what_is_read_is_not_written_to_by_any_name(tmp_path: Path) -> None:
+    (tmp_path / "rows").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "rows")
+    os.link(tmp_path / "rows", tmp_path / "other")
+    for name in ("rows", "link", "other", "../" + tmp_path.name + "/rows"):
+        with pytest.raises(UserError, match="output_file would replace the prompt file"):
+            refuse_same_file(tmp_path / name, "output_file", {"the prompt file": [tmp_path / "rows"]})
+    refuse_same_file(tmp_path / "new", "output_file", {"the prompt file": [tmp_path / "rows"]})
 
 
 # --- Staging folders -------------------------------------------------------------------------------------------------

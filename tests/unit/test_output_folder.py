@@ -70,3 +70,20 @@ def test_a_place_where_nothing_can_be_made_is_told() -> None:
         only_run_in(Path("/proc/output")),
     ):
         pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links of POSIX")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "loss_curve.png", "eval_samples.jsonl", "report.html", "trackers"])
+def test_links_where_a_run_writes_are_refused_before_it_begins(name: str, tmp_path: Path) -> None:
+    (tmp_path / "train_config.json").touch()
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="this is a link"):
+        check_output_folder(tmp_path, overwrite=True)
+
+
+def test_files_that_a_run_does_not_write_are_not_removed(tmp_path: Path) -> None:
+    mine = ["README.md", "predictions_mine.jsonl", "tokenizer_notes.txt"]
+    for name in (*mine, "metrics.jsonl"):
+        (tmp_path / name).touch()
+    prepare_output_folder(tmp_path, anew=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
