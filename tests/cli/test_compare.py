@@ -64,11 +64,11 @@ def _interrupt_its_first_trial(argv: list[str], trial: Path) -> tuple[str, int]:
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while '"loss"' not in _text(trial / "metrics.jsonl") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    told, _ = process.communicate(timeout=60)
+    told, _ = process.communicate(timeout=300)
     return told, process.returncode
 
 
