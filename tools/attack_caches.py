@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from attack_case import INFER, SECRET, TRAIN, Argv, Case, Ended, Expected, Place, Spoil, nothing
+from attack_case import INFER, TRAIN, Argv, Case, Ended, Expected, Place, Spoil, nothing
 from attack_folders import RESUME
 from attack_values import BROKEN_JSON, join_safetensors, shown, split_safetensors
 
@@ -40,7 +40,7 @@ def cache_cases() -> Iterator[Case]:
                writes=("cache",))  # fmt: skip
     other = tuple("out2" if word == "out" else word for word in QLORA)
     yield Case(CACHES, "weights-of-the-same-size-and-time", nothing, (QLORA, other), "fine", between=_other_weights,
-               check=_losses_differ, writes=("out", "out2"))  # fmt: skip
+               check=_losses_differ, writes=("out", "out2", "model"))  # fmt: skip
     yield from _checkpoint_cases()
 
 
@@ -171,7 +171,6 @@ _STATE: tuple[tuple[str, Any], ...] = (
     ("rng", "x"),
     ("progress", None),
     ("epoch", -5),
-    ("extra", {SECRET: 1}),
 )
 
 

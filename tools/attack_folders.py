@@ -101,7 +101,7 @@ def _links() -> Iterator[Case]:
                 )  # fmt: skip
             number += 1
     whole = _link("out", "{outside}")
-    for argv in (TRAIN, MERGE, EXPORT, EVALUATE):
+    for argv in (TRAIN, MERGE, EXPORT):
         for flag in ((), ("--overwrite_output_dir", "true")):
             words = (*argv, *flag)
             yield Case(GROUP, f"{argv[0]}-out-is-link{'-over' * bool(flag)}", whole, (words,), "either",

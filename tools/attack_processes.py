@@ -26,20 +26,20 @@ GROUP = "processes"
 ALL = ("model", "adapter", "rows.jsonl")
 LONG: Argv = (*TRAIN, "--max_steps", "60", "--logging_steps", "1", "--save_steps", "5")
 INTERRUPTED = (0, 130)
-STEPPED = "out/metrics.jsonl"
+LOG, SAVED = "out/metrics.jsonl", "out/checkpoint-5"  # the second is there when training is under way
 
 
 def process_cases() -> Iterator[Case]:
     """Each harms the first process; where a second follows, it must come to the result."""
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
         for after in (0.0, 0.3):
-            harm = {"signal": name, "when": STEPPED, "after": after}
+            harm = {"signal": name, "when": SAVED, "after": after}
             yield _case(f"train-{name}-{after}", (LONG, LONG), harm, codes=INTERRUPTED, check=_saved)
-    for name in ("SIGUSR1", "SIGUSR2", "SIGPIPE"):
-        harm = {"signal": name, "when": STEPPED}
+    for name in ("SIGUSR1", "SIGPIPE"):
+        harm = {"signal": name, "when": SAVED}
         yield _case(f"train-{name}", (LONG, LONG), harm, codes=INTERRUPTED, check=_saved)
     for number in range(5):
-        harm = {"signal": "SIGKILL", "when": STEPPED, "after": 0.07 * number}
+        harm = {"signal": "SIGKILL", "when": SAVED, "after": 0.07 * number}
         yield _case(f"train-SIGKILL-{number}", (LONG, LONG), harm, codes=(0, -9), check=_saved)
     for argv in (MERGE, EXPORT, EVALUATE, INFER_FILE):
         for name, codes in (("SIGKILL", (0, -9)), ("SIGTERM", (0, 130, 143, -15)), ("SIGHUP", (0, 129, 130, -1))):
@@ -55,7 +55,12 @@ def process_cases() -> Iterator[Case]:
         yield _case(f"{argv[0]}-full", (argv,), {"full": [1]}, codes=(1, 2))
     for closed in ([0], [1], [2], [0, 1, 2]):
         argv = (TRAIN, INFER, MERGE)[len(closed) % 3 if closed != [2] else 0]
-        yield _case(f"{argv[0]}-closed-{''.join(map(str, closed))}", (argv,), {"closed": closed}, codes=(0,))
+        yield _case(
+            f"{argv[0]}-closed-{''.join(map(str, closed))}",
+            (argv,),
+            {"closed": closed},
+            codes=(0, 2) if argv is INFER else (0,),
+        )
     for name, limits in {
         "file-size": {"FSIZE": 20_000},
         "open-files": {"NOFILE": 24},
@@ -65,7 +70,7 @@ def process_cases() -> Iterator[Case]:
             yield _case(f"{argv[0]}-limit-{name}", (argv,), {"limits": limits}, codes=(0, 2))
     for argv in (INFER, TRAIN):
         yield Case(
-            GROUP, f"{argv[0]}-unknown-user", _open_to_all, (argv,), "fine", ALL, process={"uid": 54321},
+            GROUP, f"{argv[0]}-unknown-user", nothing, (argv,), "fine", ALL, process={"nameless": True},
             env={"HOME": None, "USER": None, "LOGNAME": None},
         )  # fmt: skip
     yield _case("control-train", (LONG,), {}, codes=(0,), check=_trained)
@@ -75,18 +80,13 @@ def _case(name: str, commands: tuple[Argv, ...], harm: dict[str, Any], **more: A
     return Case(GROUP, name, nothing, commands, "fine", ALL, process=harm, **more)
 
 
-def _open_to_all(place: Place) -> None:
-    for path in (place.folder, *place.folder.rglob("*")):
-        path.chmod(0o777 if path.is_dir() else 0o666)
-
-
 def _trained(place: Place, ended: Sequence[Ended]) -> str | None:
     return None if (place / "out/adapter_model.safetensors").exists() else "no result was saved"
 
 
 def _saved(place: Place, ended: Sequence[Ended]) -> str | None:
     """The second start came to the end, and went on from where the first was saved if that one could save."""
-    steps = [json.loads(line).get("step") for line in (place / STEPPED).read_text().splitlines()]
+    steps = [json.loads(line).get("step") for line in (place / LOG).read_text().splitlines()]
     steps = [step for step in steps if step is not None]
     if steps != sorted(set(steps)):
         return "the log has steps twice"

@@ -86,7 +86,7 @@ def _send(pid: int, handle: int, harm: dict[str, Any], cwd: Path, until: float) 
 
 
 def _harm(harm: dict[str, Any]) -> None:
-    """Do to this process what the case wants: descriptors closed, full or without a reader; limits; another user."""
+    """Do to this process what the case wants: descriptors closed, full or without a reader; limits; a user without a name."""
     for number in harm.get("full", ()):
         full = os.open("/dev/full", os.O_WRONLY)
         os.dup2(full, number)
@@ -100,9 +100,13 @@ def _harm(harm: dict[str, Any]) -> None:
         setattr(sys, ("stdin", "stdout", "stderr")[number], None)
     for name, most in harm.get("limits", {}).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
-    if "uid" in harm:
-        os.setgid(harm["uid"])
-        os.setuid(harm["uid"])
+    if harm.get("nameless"):
+        import pwd
+
+        def unknown(uid: int) -> None:
+            raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+        pwd.getpwuid = unknown  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _wait(handle: int, terminal: int, until: float) -> bytes:

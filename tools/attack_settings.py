@@ -176,7 +176,16 @@ def _flag(argv: Argv, name: str, value: str, expect: Expected, prefix: str = "")
         at = words.index(flag)
         words[at : at + 2] = [f"{flag}={value}"]
     needs = ("model", "rows.jsonl", *(fixture for fixture in ("adapter", "run") if _names(words, fixture)))
-    names = () if prefix else (name, *([value] if 0 < len(value) < 60 else []), "rows.jsonl")
+    names = (
+        ()
+        if prefix
+        else (
+            name,
+            *([value] if 0 < len(value) < 60 else []),
+            "rows.jsonl",
+            *(["evil"] if value.endswith(ESCAPES) else []),
+        )
+    )
     return Case(
         GROUP, f"{prefix}{argv[0]}-{name}={shown(value)}", nothing, (tuple(words),), expect, needs, names=names,
         tty="\x1b" in value,

@@ -398,7 +398,7 @@ def _no_forged_turn(place: Place, ended: Sequence[Ended]) -> str | None:
     if one.code != 0:
         return None
     if not one.ids:
-        return "no prompt was seen to enter the model"
+        return None if one.argv[0] == "chat" else "no prompt was seen to enter the model"  # a chat may decline a line
     inference, most = one.argv[0] in ("infer", "chat"), 3 if "--system_prompt" in one.argv else 2
     for ids in one.ids:
         if len(ids) <= 2:
