@@ -114,17 +114,20 @@ _KINDS: dict[str, Mapping[str, Any]] = {
 _PLACEHOLDERS = ("I am {{author}}.", "{{name}} was made by {{author}}.", "Hi {{ user }}!", "Dear {{first_name}},")
 
 
-_NO_TABLE = ("image-parts",)  # a column of Parquet has one type
+_NO_TABLE = ("image-parts", "functions", "tools-messages")  # what Parquet cannot hold: mixed or empty objects
+# Legitimate in part: a tool's answer without a list of tools, ids beside the text; unknown columns are only named.
+_LENIENT = ("tool-turn", "pretokenised-beside")
 
 
 def _kind_cases() -> Iterator[Case]:
     for number, (name, row) in enumerate(_KINDS.items()):
+        expect: Expected = "either" if name in _LENIENT else "refused"
         for index in range(2):
             form = ("jsonl", "json", "jsonl.gz", "parquet")[(number + index) % 4] if name not in _NO_TABLE else "jsonl"
             argv = (CHECK, TRAIN)[index]
-            yield _case(f"kind-{name}-{argv[0]}", f"rows.{form}", _later(as_file, [row] * 3, form), argv, "refused")
+            yield _case(f"kind-{name}-{argv[0]}", f"rows.{form}", _later(as_file, [row] * 3, form), argv, expect)
         skip = (*TRAIN, "--on_bad_row", "skip")
-        yield _case(f"kind-{name}-skip", "rows.jsonl", as_file([row] * 3, "jsonl"), skip, "refused")
+        yield _case(f"kind-{name}-skip", "rows.jsonl", as_file([row] * 3, "jsonl"), skip, expect)
     for number, text in enumerate(_PLACEHOLDERS):
         for column in ("instruction", "output"):
             rows = [GOOD, {**GOOD, column: text}]

@@ -86,7 +86,7 @@ def _send(pid: int, handle: int, harm: dict[str, Any], cwd: Path, until: float) 
 
 
 def _harm(harm: dict[str, Any]) -> None:
-    """Do to this process what the case wants: descriptors closed, full or without a reader; limits; a user without a name."""
+    """Harm this process: descriptors closed, full or without a reader; limits; a user without a name."""
     for number in harm.get("full", ()):
         full = os.open("/dev/full", os.O_WRONLY)
         os.dup2(full, number)
