@@ -66,11 +66,13 @@ def open_plain(path: Path) -> BinaryIO:
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it cannot be opened, or is no plain file.
+        UserError: it cannot be opened, is no plain file, or is a link that leads nowhere.
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise UserError("this link leads nowhere", where=str(path), fix="Put the file in its place.") from None
         raise FileNotFoundError(str(path)) from None
     except (OSError, ValueError) as error:  # Python's own error is for a null byte in the name
         raise UserError(f"cannot be read: {reason_of(error)}", where=str(path)) from None
@@ -161,6 +163,7 @@ class Kind:
 
 
 TEXT = Kind("a text", lambda value: isinstance(value, str))
+NAME = Kind("a name of at most 100 characters", lambda value: isinstance(value, str) and len(value) <= 100)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 

@@ -162,7 +162,7 @@ def tokenizer_cases() -> Iterator[Case]:
             yield _tokenizer_case(
                 f"{name}={shown(value)}", spoil, COMMANDS[number % len(COMMANDS)], "\x1b" in str(value)
             )
-    missing = removed(TOKENIZER)
+    missing = removed(TOKENIZER)  # without another vocabulary; Transformers would make a tokenizer of its added tokens
     yield Case("tokenizer files", "no-tokenizer.json", missing, (INFER,), "refused", ALL, names=NAMES)
     yield Case("tokenizer files", "no-tokenizer_config.json", removed(SETTINGS), (INFER,), "either", ALL, names=NAMES)
     for number, argv in enumerate((*COMMANDS, INFER_ADAPTER)):

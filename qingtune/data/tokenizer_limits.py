@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qingtune.errors import UserError
+from qingtune.json_files import INDEX_BYTES, check_fields, number, read_bytes, read_object_if_there
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MOST_FILE_BYTES = 128 << 20  # of a tokenizer.json; those of 260,000 tokens have some 40 MB
+MOST_LETTERS = 1_000  # of a token that is looked for in texts before they are cut; usual ones have some ten
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # Transformers writes the first
 MOST_STEPS = 64
 MOST_DEPTH = 4
 MOST_GROWTH = 64  # times that the steps of one kind may lengthen a text together
@@ -68,14 +73,46 @@ class UnsafeTokenizer(UserError):
     """A tokenizer that could hang, take all memory or fail on a text; says why."""
 
 
+def check_tokenizer_files(folder: Path) -> None:
+    """Look at a tokenizer's files before they are loaded.
+
+    Raises:
+        ValueError, RecursionError: tokenizer.json cannot be read.
+        UserError: a file is broken, or something else stands in its place.
+    """
+    with contextlib.suppress(FileNotFoundError):  # the vocabulary may be in files of another kind
+        check_tokenizer_file(folder / "tokenizer.json")
+    for name in SETTINGS:
+        content = read_object_if_there(folder / name, INDEX_BYTES)
+        if content and name == SETTINGS[0]:
+            check_fields(content, {"model_max_length": number()}, str(folder / name))
+
+
+def check_loaded(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Look at a tokenizer that was loaded from a folder, whatever files it was made of.
+
+    Raises:
+        UserError: it has no vocabulary, which a missing file may leave; or it is an UnsafeTokenizer.
+    """
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    longest = max(added, key=len, default="")
+    if len(longest) > MOST_LETTERS:
+        raise UnsafeTokenizer(f"it adds a token of {len(longest):,} characters")
+    if tokenizer.vocab_size <= len(added) and not tokenizer.get_vocab().keys() - added:
+        raise UserError("the tokenizer has no vocabulary", where=str(folder), fix="Is the folder complete?")
+    check_steps(steps_of(tokenizer))
+
+
 def check_tokenizer_file(path: Path) -> dict[str, Any]:
     """Look at a tokenizer.json before it is loaded, as loading runs its normaliser; returns what it holds.
 
     Raises:
-        OSError, ValueError, RecursionError: it cannot be read.
-        UnsafeTokenizer: its steps are not bounded.
+        FileNotFoundError: there is none.
+        ValueError, RecursionError: it cannot be read.
+        UserError: it is no plain file; or its steps are not bounded (UnsafeTokenizer).
     """
-    content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    text = read_bytes(path, MOST_FILE_BYTES).decode("utf-8")
+    content = json.loads(text, object_pairs_hook=_without_repeats)
     if not isinstance(content, dict):
         raise UnsafeTokenizer("it is no JSON object")
     check_steps(content)

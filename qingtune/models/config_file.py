@@ -11,8 +11,8 @@ from typing import Any, cast
 from qingtune.errors import UserError
 from qingtune.json_files import (
     FLAG,
+    NAME,
     OBJECT,
-    TEXT,
     Kind,
     check_fields,
     either,
@@ -39,10 +39,7 @@ MOST_LAYERS, LARGEST_SIZE, MOST_POSITIONS = 10_000, 2**24, 2**24
 _SIZE = either(whole(1, LARGEST_SIZE), list_of(whole(0, LARGEST_SIZE)))  # some architectures give one for each layer
 _POSITIONS, _SHARE, _ID = whole(1, MOST_POSITIONS), number(0, 1), whole(-1, LARGEST_SIZE)
 _KINDS: dict[str, Kind] = {
-    "model_type": TEXT,
-    "dtype": TEXT,
-    "torch_dtype": TEXT,
-    "hidden_act": TEXT,
+    **dict.fromkeys(("model_type", "dtype", "torch_dtype", "hidden_act"), NAME),
     "tie_word_embeddings": FLAG,
     "num_hidden_layers": whole(1, MOST_LAYERS),
     "n_layer": whole(1, MOST_LAYERS),
@@ -58,7 +55,7 @@ _KINDS: dict[str, Kind] = {
     "rope_theta": number(above=0),
     "rope_scaling": OBJECT,
     "rope_parameters": OBJECT,
-    "layer_types": list_of(TEXT),
+    "layer_types": list_of(NAME),
     "quantization_config": OBJECT,
     "text_config": OBJECT,
 }

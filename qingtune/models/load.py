@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from qingtune.data.tokenize import Template, make_template
 from qingtune.data.tokenizer_calls import panics_as_errors
-from qingtune.data.tokenizer_limits import UnsafeTokenizer, check_steps, check_tokenizer_file, steps_of
+from qingtune.data.tokenizer_limits import UnsafeTokenizer, check_loaded, check_tokenizer_files
 from qingtune.errors import UserError
 from qingtune.files import disk_errors, move_into_place, staging_folder
 from qingtune.foreign import foreign_files
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _CACHE = "Make room, or name another folder with --cache_dir or the environment variable QINGTUNE_CACHE."
+_SIZES_OF_LAYERS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 IN_4BIT = (
     "The model's linear layers are stored in 4 bits (NF4): use_qlora trains on them as they are; elsewhere they are "
     "unpacked while they are read."
@@ -153,10 +154,9 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     config = config_of(folder) if (folder / CONFIG).exists() else None
     try:
         with foreign_files("no tokenizer can be loaded", folder, "Is the folder complete?"), panics_as_errors():
-            if (folder / "tokenizer.json").exists():
-                check_tokenizer_file(folder / "tokenizer.json")
+            check_tokenizer_files(folder)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-            check_steps(steps_of(tokenizer))  # which other files may bring too
+            check_loaded(tokenizer, folder)
     except UnsafeTokenizer as error:
         raise UserError(
             f"the tokenizer is refused: {error}", where=str(folder), fix="Use a model from a source that you trust."
@@ -353,8 +353,23 @@ def config_of(folder: Path) -> PretrainedConfig:
     with tempfile.TemporaryDirectory() as clean, foreign_files("this configuration cannot be used", folder / CONFIG):
         (Path(clean) / CONFIG).write_text(json.dumps(content), encoding="utf-8")
         config = transformers.AutoConfig.from_pretrained(clean, trust_remote_code=False)
+    _check_layer_types(config, folder)
     config.name_or_path = str(folder)
     return config
+
+
+def _check_layer_types(config: PretrainedConfig, folder: Path) -> None:
+    """Refuse layers of a kind whose size is missing, at whose first tokens Transformers would fail.
+
+    Raises:
+        UserError: there are some.
+    """
+    text: Any = config.get_text_config(decoder=True)
+    for kind, size in _SIZES_OF_LAYERS.items():
+        if kind in (getattr(text, "layer_types", None) or ()) and getattr(text, size, None) is None:
+            raise UserError(
+                f'"layer_types" names {kind}, and "{size}" is not set or switched off', where=str(folder / CONFIG)
+            )
 
 
 def _attention(config: PretrainedConfig) -> str:

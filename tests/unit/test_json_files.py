@@ -71,6 +71,9 @@ def test_files_of_other_kinds_are_not_waited_for(tmp_path: Path) -> None:
     for name in ("pipe", "device", "folder"):
         with pytest.raises(UserError, match=rf"{name}\.json: this is no plain file"):
             read_object(tmp_path / f"{name}.json")
+    (tmp_path / "link.json").symlink_to(tmp_path / "none.json")
+    with pytest.raises(UserError, match=r"link\.json: this link leads nowhere"):
+        read_object_if_there(tmp_path / "link.json")
     (tmp_path / "large.json").write_bytes(b" " * 2000)
     with pytest.raises(UserError, match=r"large\.json: has more than"):
         read_object(tmp_path / "large.json", most_bytes=1000)
@@ -103,8 +106,10 @@ _OWN = {
     "config_load": "the user's settings, with lines and columns of its own",
     "values": "a flag",
     "data/read": "rows of data, in limits of their own",
-    "data/templates": "what our own process answers",
+    "data/worker": "what our own processes answer",
     "data/template_worker": "what our own process is asked",
+    "data/tokenizer_worker": "what our own process is asked",
+    "data/tokenizer_limits": "tokenizer.json, whose vocabulary is larger than other JSON; opened by the reader",
     "data/sealed_tokenizer": "what the tokenizers library has read already",
     "models/gguf_vocab": "what the tokenizers library has read already",
     "answer_form": "a row's form, of data that is read already",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,47 @@ def test_a_broken_file_is_a_message(text: str, tmp_path: Path) -> None:
     saved(tmp_path)
     (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_what_stands_in_the_place_of_a_file_is_not_passed_over(name: str, tmp_path: Path) -> None:
+    path = saved(tmp_path) / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "none.json")
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: this link leads nowhere"):
+        load_tokenizer(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: this is no plain file"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path: Path) -> None:
+    (saved(tmp_path) / "tokenizer.json").unlink()
+    path = tmp_path / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "Qwen2Tokenizer"}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=r"the tokenizer has no vocabulary\. Is the folder complete\?"):
+        load_tokenizer(tmp_path)
+
+
+def test_long_added_tokens_are_refused(tmp_path: Path) -> None:
+    content = json.loads((saved(tmp_path) / "tokenizer.json").read_text(encoding="utf-8"))
+    long = content["added_tokens"][0] | {"id": 999, "content": "x" * 10**5}
+    saved(tmp_path, added_tokens=[*content["added_tokens"], long])
+    with pytest.raises(UserError, match="the tokenizer is refused: it adds a token of 100,000 characters"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"model_max_length": "x"}, '"model_max_length" is "x"'), ({"x": "\ud83c"}, "half of a surrogate pair")],
+)
+def test_settings_that_fail_later_are_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = saved(tmp_path) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(said)):
         load_tokenizer(tmp_path)
 
 
