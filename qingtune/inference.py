@@ -98,8 +98,12 @@ class Speaker:
         """The settings for an answer that ends where the model's context does.
 
         Raises:
-            UserError: the prompt leaves no room for one.
+            UserError: the prompt leaves no room for one, or is empty.
         """
+        if not ids:
+            raise UserError(
+                "the prompt has no tokens, and an answer needs at least one before it", fix="Write a prompt."
+            )
         room = self.context_length - len(ids)
         if room < 1:
             raise UserError(

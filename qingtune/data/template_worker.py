@@ -28,6 +28,8 @@ import jinja2.sandbox
 import jinja2.utils
 
 BYTES = 1 << 30
+MOST_LETTERS = 1 << 20  # that a template may write beside the messages, of which it may write each letter ...
+MOST_COPIES = 8  # ... so many times
 
 
 class _Generation(jinja2.ext.Extension):
@@ -109,7 +111,10 @@ def _answer(request: dict[str, Any]) -> dict[str, str]:
     except MemoryError:
         return {"error": f"it takes more than {BYTES / 1e9:.0f} GB of memory"}
     except Exception as error:  # whatever a template does wrong is told to the user as such
-        return {"error": str(error) or type(error).__name__}
+        return {"error": str(error)[:1000] or type(error).__name__}
+    said = sum(len(text) for message in request["messages"] for text in message.values())
+    if len(text) > MOST_LETTERS + MOST_COPIES * said:
+        return {"error": f"it writes {len(text):,} characters of a conversation of {said:,}"}
     return {"text": text}
 
 

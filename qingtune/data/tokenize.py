@@ -104,10 +104,15 @@ def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], r
     probe = [Message("user", "a"), Message("assistant", "b")]
     try:
         prompt, whole = _render(tokenizer, probe[:1], True), _render(tokenizer, probe, False)
+        other = _render(tokenizer, [Message("user", "c")], True)
     except TemplateError as error:
         raise UserError(
             f"the model's chat template fails: {error}", fix="Use a model with a working template."
         ) from None
+    if prompt == other:
+        raise UserError(
+            "the model's chat template does not write what the user says", fix="Use a model with a working template."
+        )
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = {*special, *tokenizer.all_special_ids, *stop_ids} - {
         cast("int | None", tokenizer.unk_token_id)  # any character may be that
@@ -158,7 +163,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add
             add_generation_prompt=add_generation_prompt,
         )
     except TemplateError as error:
-        raise TemplateError(unveil(str(error))) from None
+        raise TemplateError(shorten(unveil(str(error)), 300)) from None
 
 
 def _encode_after(template: Template, growing: GrowingText, prompt: str, whole: str) -> list[int]:

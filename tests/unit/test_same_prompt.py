@@ -13,6 +13,7 @@ from qingtune.chat_session import ChatSession
 from qingtune.data.format import Message, read_conversations
 from qingtune.data.prompts import rows_with_prompts
 from qingtune.data.tokenize import Template, make_template, prompt_ids, tokenize
+from qingtune.errors import UserError
 from qingtune.generation import Decoding
 from qingtune.inference import Speaker
 
@@ -77,3 +78,9 @@ def test_a_model_of_plain_text_goes_on_from_the_prompt_as_it_stands() -> None:
     template = make_template(make_tokenizer(), [])
     shown = make_speaker(template, "Be kind.", plain=True).ids((Message("user", "Fresh bread"),))
     assert shown == prompt_ids(template, "Fresh bread") == template.tokenizer("Fresh bread")["input_ids"]
+
+
+def test_nothing_is_answered_to_no_tokens() -> None:
+    speaker = make_speaker(make_template(make_tokenizer(), []), None, plain=True)
+    with pytest.raises(UserError, match="the prompt has no tokens"):
+        speaker.answer("")

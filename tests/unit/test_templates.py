@@ -118,6 +118,31 @@ def test_a_looping_template_is_refused_with_a_message() -> None:
         make_template(make_tokenizer(BOTTOMLESS["nested loops"]), [])
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 'x' * 3000000 }}", r"fails: it writes 3,000,000 characters of a conversation of 5\."),
+        ("{{ raise_exception('x' * 3000000) }}", r"fails: x{150}\.\.\.x{75} \(1,000 characters\)\."),
+        ("", None),
+        ("{{ undefined }}", "does not write what the user says"),
+        ("no messages at all", "does not write what the user says"),
+        ("{% for m in messages[1:] %}{{ m.content }}{% endfor %}", "does not write what the user says"),
+    ],
+)
+def test_templates_write_the_conversation_and_not_much_else(template: str, said: str | None) -> None:
+    tokenizer = make_tokenizer(template)
+    if said is None:  # an empty one is none
+        assert make_template(tokenizer, []).notices
+        return
+    with pytest.raises(UserError, match=said):
+        make_template(tokenizer, [])
+
+
+def test_long_conversations_are_written() -> None:
+    content = "x" * 2_000_000
+    assert render("{{ messages[0].content * 3 }}", [{"role": "user", "content": content}]) == content * 3
+
+
 def test_a_row_on_which_a_template_never_ends_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     from qingtune.data.format import Conversation, Message
     from qingtune.data.tokenize import tokenize
