@@ -58,14 +58,20 @@ def add_conversation(path: str, messages: Sequence[Message]) -> None:
 
 
 def _form_of(path: str) -> str:
-    """The form of a file's rows; empty where there is no file or no row yet."""
+    """The form of a file's rows; empty where there is no file or no row yet.
+
+    Raises:
+        UserError: it holds something else, as a hard link of a model's file does.
+    """
     if not os.path.exists(path):
         return ""
     about = FileFacts()
     for _ in conversations_of(path, None, about):
         if about.format:
-            break
-    return about.format
+            return about.format
+    if os.path.isfile(path) and os.path.getsize(path):
+        raise UserError("it holds no conversation that can be read", where=path, fix="Name another.")
+    return ""
 
 
 def read_conversation(path: str, line: int | None) -> tuple[Conversation, list[Fault]]:

@@ -18,10 +18,11 @@ from qingtune.errors import UserError, raise_all
 from qingtune.files import sha256_of, write_json, write_text
 from qingtune.invocation import command_line
 from qingtune.output import say, show
-from qingtune.output_folder import check_output_folder, only_run_in
+from qingtune.output_folder import check_output_folder, is_run, only_run_in, ours_and_others
 from qingtune.plots import plot_comparison, try_to_draw
 from qingtune.record import FACTS, FEW_ROWS, WEIGHTS_REMOVED, changed_names, read_record, without_secrets
 from qingtune.redaction import redact, redact_values
+from qingtune.result_folder import shown
 from qingtune.search import Search, extremes, require_optuna
 from qingtune.setups import (
     Setup,
@@ -32,7 +33,7 @@ from qingtune.setups import (
     make_setup,
     methods_to_compare,
 )
-from qingtune.trials import interruption, wait_for_left_behind
+from qingtune.trials import interruption, is_trial_file, wait_for_left_behind
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 # What a comparison leaves in its folder; BEGUN is the first.
@@ -175,8 +176,21 @@ def _remove_trials(folder: Path) -> None:
     """Remove those of an earlier comparison; one that stayed would pass for a trial of this one.
 
     Raises:
-        UserError: they cannot be removed.
+        UserError: something else lies there, or they cannot be removed; nothing is removed then, or not all.
     """
+    names = [path.stem for path in folder.glob("*.json") if is_trial_file(path)]
+    known = {folder / f"{name}{ending}" for name in names for ending in ("", ".json", ".log")}
+    around = sorted(folder.iterdir()) if folder.is_dir() else []
+    others = [path.name for path in around if path not in known or path.is_symlink()]
+    for run in [path for path in known if path.is_dir()]:
+        ours, not_ours = ours_and_others(run)
+        others += [f"{run.name}/{name}" for name in not_ours] if is_run(run) or not ours else [run.name]
+    if others:
+        raise UserError(
+            f"the trials of an earlier comparison cannot be removed: there are files of others: {shown(others)}",
+            where=str(folder),
+            fix="Move them away, or choose another output_dir.",
+        )
     try:
         if folder.exists():
             shutil.rmtree(folder)

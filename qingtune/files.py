@@ -140,6 +140,22 @@ def refuse_same_file(output: Path, setting: str, inputs: Mapping[str, Iterable[P
                 raise UserError(f"{setting} would replace {what}", where=str(output), fix="Choose another place.")
 
 
+def refuse_odd_name(path: Path, what: str) -> None:
+    """Refuse a path that is not UTF-8: libraries in Rust open none, and no record of a run, which is JSON, can name it.
+
+    Raises:
+        UserError: it is such a path; `what` says in words what it leads to.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"the path of {what} is not UTF-8, and a run can neither record nor open it everywhere",
+            where=str(path),
+            fix="Rename it.",
+        ) from None
+
+
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
     """Look before the work begins for links where files are to be written.
 

@@ -27,14 +27,21 @@ from qingtune.data.prepare import Data, Say, check_files_exist, load_data
 from qingtune.data.tokenize import Template
 from qingtune.environment import describe_machine
 from qingtune.errors import UserError
-from qingtune.files import copy_file, disk_errors, staging_folder, usual_permissions, write_json
+from qingtune.files import copy_file, disk_errors, staging_folder, write_json
 from qingtune.finished import already_finished, digests_of_inputs
 from qingtune.hardware import Hardware, choose_hardware
 from qingtune.interrupt import put_off
 from qingtune.invocation import command_line
 from qingtune.models.load import load_template, local_folder, save_model, stored_dtype
 from qingtune.models.source import context_length, find_model, fingerprint, stored_in_4bit
-from qingtune.output_folder import check_output_folder, only_run_in, prepare_output_folder
+from qingtune.output_folder import (
+    check_output_folder,
+    only_run_in,
+    prepare_output_folder,
+    put_result,
+    refuse_files_in_the_way,
+    refuse_inputs,
+)
 from qingtune.plan_report import as_lines, short_lines
 from qingtune.plots import plot_losses, try_to_draw
 from qingtune.quiet import quieten
@@ -103,6 +110,13 @@ def finetune(config: TrainConfig, *, notices: Sequence[str] = (), command: str =
     quieten()
     output_dir = Path(config.output_dir)
     check_output_folder(output_dir, overwrite=config.overwrite_output_dir)
+    refuse_inputs(
+        output_dir,
+        {
+            "the data": map(Path, [*(config.data_path or []), *(config.eval_data_path or [])]),
+            "the model": [Path(config.model_name_or_path)] if os.path.exists(config.model_name_or_path) else [],
+        },
+    )
     check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
     check_checkpoint_exists(config)
     processes = AcceleratedProcesses(config.report_to, output_dir)
@@ -156,6 +170,7 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
         say(already_finished(output_dir))
         return None
     if finished:
+        refuse_files_in_the_way(output_dir)
         say_extension(config, finished, total_steps, say)
     resume_from = where_to_go_on(config, settings, say, finished)
     settings = without_secrets(settings)  # from here on only written
@@ -332,9 +347,7 @@ def save_result(config: TrainConfig, model: Any, template: Template, base_folder
             base = str(base_folder.absolute()) if _is_gguf(config) else config.model_name_or_path
             save_adapter(model, half_done, redact(base), config.lora_dropout)
         template.tokenizer.save_pretrained(half_done)
-        for path in half_done.iterdir():
-            usual_permissions(path)
-            os.replace(path, output_dir / path.name)
+        put_result(half_done, output_dir)
     write_record(output_dir, record)
 
 

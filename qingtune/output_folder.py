@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qingtune.errors import UserError, shorten
-from qingtune.files import open_in_place, refuse_links
-from qingtune.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SAMPLES, SETTINGS, WEIGHTS_REMOVED
+from qingtune.files import MANIFEST, open_in_place, refuse_links, refuse_same_file, usual_permissions
+from qingtune.json_files import INDEX_BYTES, read_object
+from qingtune.output import say
+from qingtune.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SAMPLES, SETTINGS, WEIGHTS_REMOVED, read_record
+from qingtune.result_folder import RESULT_FILES, Listed, list_files, shown
 
+_MAKER = "train"  # in lists of results
 LOCK = ".qingtune.lock"
-# All that a run leaves in its folder.
-_WRITTEN = (
-    SETTINGS, RECORD, METRICS, CURVE, LATEST, FACTS, PAGE, SAMPLES, "checkpoint-*", "trackers", "adapter_config.json",
-    "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json", "config.json",
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "chat_template.jinja", "vocab.json",
-    "merges.txt", "added_tokens.json", "demo_answers.json",
-    "evaluation.json", "evaluation.md", "predictions_before.jsonl*", "predictions_after.jsonl*", WEIGHTS_REMOVED,
+# What a run, and an evaluation of its result, write there besides the result itself.
+_WORKING = (
+    SETTINGS, RECORD, METRICS, CURVE, LATEST, FACTS, PAGE, SAMPLES, RESULT_FILES, WEIGHTS_REMOVED, "trackers",
+    "demo_answers.json", "evaluation.json", "evaluation.md", "predictions_before.jsonl*", "predictions_after.jsonl*",
 )  # fmt: skip
-# What a run that was killed while it wrote leaves besides.
-_HALF_DONE = (".checkpoint-*", ".result-*", ".*.tmp")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_MODEL = (
+    "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+)  # fmt: skip
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "added_tokens.json",
+)  # fmt: skip
+# What a run that was killed while it wrote leaves; the second and third form are of version 0.1.0.
+_HALF_DONE = re.compile(
+    r"\.((checkpoint-\d+|result)-([0-9a-f]{16}\.unfinished|\w{8})|qingtune-[0-9a-f]{16}\.tmp|"
+    rf"({'|'.join(map(re.escape, _WORKING[:8]))})\.tmp)"
+)
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+# Settings that every run writes and that nobody gives all together.
+_MARKS = {"model_name_or_path", "output_dir", "dry_run", "resume_from_checkpoint", "overwrite_output_dir", "seed"}
 
 
 def check_output_folder(
@@ -57,14 +75,147 @@ def check_output_folder(
             where=str(output_dir),
             fix="Choose another output_dir.",
         )
+    if first_file == SETTINGS and (overwrite or not (output_dir / RECORD).exists()):
+        refuse_files_in_the_way(output_dir, checkpoints=overwrite)
 
 
 def _holds_files_of_others(output_dir: Path, first_file: str) -> bool:
     """Whether there is anything although no run has begun here."""
-    if (output_dir / first_file).exists():
+    if is_run(output_dir) if first_file == SETTINGS else (output_dir / first_file).exists():
         return False
-    ours = {output_dir / LOCK, *(path for pattern in _HALF_DONE for path in output_dir.glob(pattern))}
-    return any(path not in ours for path in output_dir.iterdir())
+    return any(path.name != LOCK and not _HALF_DONE.fullmatch(path.name) for path in output_dir.iterdir())
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run began in a folder: its settings file holds every setting, as nobody writes one by hand."""
+    try:
+        return {*read_object(folder / SETTINGS, INDEX_BYTES)} >= _MARKS
+    except (FileNotFoundError, NotADirectoryError, UserError):
+        return False
+
+
+def refuse_files_in_the_way(output_dir: Path, *, checkpoints: bool = False) -> None:
+    """Make sure before the work begins that a result replaces nothing but an earlier one, as that was written.
+
+    Args:
+        checkpoints: whether those are removed too.
+
+    Raises:
+        UserError: names what is in the way.
+    """
+    _, others = ours_and_others(output_dir)
+    in_the_way = [
+        f"{name} ({reason})"
+        for name, reason in others.items()
+        if (checkpoints or not _CHECKPOINT.fullmatch(name)) and _may_be_ours(name)
+    ]
+    if in_the_way:
+        raise UserError(
+            f"output_dir holds files that are not as a run wrote them, where this one writes: {shown(in_the_way)}",
+            where=str(output_dir),
+            fix="Move them away, or choose another output_dir.",
+        )
+
+
+def refuse_inputs(output_dir: Path, inputs: Mapping[str, Iterable[Path]]) -> None:
+    """Make sure that a run neither removes nor replaces what it reads, by whatever name or link.
+
+    Args:
+        inputs: files and folders that are read, by what they are in words.
+
+    Raises:
+        UserError: it would; names it.
+    """
+    written = [output_dir / name for name in _WORKING if "*" not in name]
+    here = Path(os.path.realpath(output_dir))
+    for what, paths in inputs.items():
+        for path in paths:
+            real = Path(os.path.realpath(path))
+            inside = real.relative_to(here).parts[:1] if here in (real, *real.parents) else None
+            if inside == () or (inside and _may_be_ours(inside[0])):
+                raise UserError(f"output_dir would replace {what}", where=str(path), fix="Choose another output_dir.")
+            for file in written:
+                refuse_same_file(file, "output_dir", {what: [path]})
+
+
+def _may_be_ours(name: str) -> bool:
+    patterns = (*_WORKING, *_ADAPTER, *_MODEL, *_TOKENIZER)
+    return _is_named(name, patterns) or bool(_CHECKPOINT.fullmatch(name))
+
+
+def ours_and_others(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """What a run wrote to its folder, and the names of everything else, each with the reason why it is not the run's.
+
+    A result is known by its list. One of version 0.1.0, which wrote none, is known by its record: it consists of the
+    files that a run of its method writes.
+    """
+    ours: list[Path] = []
+    others: dict[str, str] = {}
+    if folder.is_dir():
+        in_result = _InResult(folder)
+        for path in sorted(path for path in folder.iterdir() if path.name != LOCK):
+            if reason := _why_not_ours(path, in_result):
+                others[path.name] = reason
+            else:
+                ours.append(path)
+    return ours, others
+
+
+def _why_not_ours(path: Path, in_result: _InResult) -> str | None:
+    if _HALF_DONE.fullmatch(path.name) or _is_named(path.name, _WORKING):
+        return None
+    if _CHECKPOINT.fullmatch(path.name):
+        return why_no_checkpoint(path)
+    return in_result.why_not(path)
+
+
+def why_no_checkpoint(folder: Path) -> str | None:
+    """Why a folder is not a checkpoint, broken or whole, with nothing else in it; None if it is one."""
+    try:
+        names = {*dict(read_object(folder / MANIFEST, INDEX_BYTES)["files"])}
+    except (OSError, UserError, KeyError, TypeError, ValueError):
+        names = set[str]()
+    if "state.json" not in names or folder.is_symlink():
+        return "without the manifest of a checkpoint"
+    theirs = sorted({path.name for path in folder.iterdir()} - names - {MANIFEST})
+    return f"holds {shown(theirs)}" if theirs else None
+
+
+class _InResult:
+    """Tells whether a file in a run's folder is of its result."""
+
+    def __init__(self, folder: Path) -> None:
+        self.listed = Listed(folder)
+        self._known: tuple[str, ...] = ()
+        if self.listed.maker is None and is_run(folder):
+            with suppress(UserError):  # a broken record names no files
+                record = read_record(folder)
+                self._known = (*(_MODEL if record.method == "full" else _ADAPTER), *_TOKENIZER) if record else ()
+
+    def why_not(self, path: Path) -> str | None:
+        """Why a file is not of the result as it was written; None if it is."""
+        if self.listed.maker is None:
+            named = _is_named(path.name, self._known) and path.is_file() and not path.is_symlink()
+            return None if named else "not of a result"
+        return self.listed.why_not(path.name) if self.listed.maker == _MAKER else "not of a run's result"
+
+
+def _is_named(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def put_result(staged: Path, output_dir: Path) -> None:
+    """Move the files of a result into a run's folder, after their list; what came into their way meanwhile is kept."""
+    in_result = _InResult(output_dir)
+    list_files(staged, output_dir, _MAKER, earlier=in_result.listed)
+    for path in sorted(staged.iterdir()):
+        place = output_dir / path.name
+        usual_permissions(path)
+        if os.path.lexists(place) and in_result.why_not(place):
+            aside = place.with_name(f"{place.name}.replaced-{secrets.token_hex(8)}")
+            os.rename(place, aside)
+            say(f"Warning: {place} came there during the run; it is now {aside.name}.")
+        os.replace(path, place)
 
 
 @contextmanager
@@ -132,8 +283,10 @@ def _holder(path: Path) -> str:
 
 def prepare_output_folder(output_dir: Path, *, anew: bool) -> None:
     """Remove what a killed run left half done; `anew` removes an earlier run's files too, and no others."""
-    patterns = [*_HALF_DONE, *(_WRITTEN if anew else ())]
-    for path in [path for pattern in patterns for path in output_dir.glob(pattern)]:
+    ours, _ = ours_and_others(output_dir) if anew else (list(output_dir.iterdir()), {})
+    for path in ours:
+        if not anew and not _HALF_DONE.fullmatch(path.name):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from qingtune.errors import UserError
-from qingtune.files import disk_errors, flush, is_staged, move_into_place, sha256_of, staging_folder, write_json
+from qingtune.files import (
+    disk_errors,
+    flush,
+    is_staged,
+    move_into_place,
+    refuse_odd_name,
+    sha256_of,
+    staging_folder,
+    write_json,
+)
 from qingtune.json_files import INDEX_BYTES, read_object
 from qingtune.output import say
 
@@ -32,7 +41,9 @@ _Looks = tuple[int, int, int, int]
 # --- The list of a result's files ------------------------------------------------------------------------------------
 
 
-def list_files(folder: Path, place: Path, maker: str, known: Mapping[str, str] | None = None) -> None:
+def list_files(
+    folder: Path, place: Path, maker: str, known: Mapping[str, str] | None = None, earlier: Listed | None = None
+) -> None:
     """Write the list of a folder's files.
 
     Args:
@@ -40,13 +51,17 @@ def list_files(folder: Path, place: Path, maker: str, known: Mapping[str, str] |
         place: where the list is written; the folder, or the one into which its files are moved.
         maker: the command that made it.
         known: SHA-256 of files, by name, that need not be computed again.
+        earlier: what the list said before: until its files are replaced, they are known as well.
     """
     listed = {
         name: {"bytes": looks[0], "sha256": (known or {}).get(name) or sha256_of(folder / name)}
         for name, looks in looks_of(folder).items()
         if name != RESULT_FILES
     }
-    write_json(place / RESULT_FILES, {"made_by": f"qingtune {maker}", "files": listed})
+    content = {"made_by": f"qingtune {maker}", "files": listed}
+    if earlier and earlier.files:
+        content["earlier_files"] = earlier.files
+    write_json(place / RESULT_FILES, content)
 
 
 class Listed:
@@ -54,28 +69,34 @@ class Listed:
 
     Attributes:
         maker: the command that made the result; None without a list.
+        files: bytes and SHA-256 of each, by name.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.maker: str | None = None
-        self._files: dict[str, Any] = {}
+        self.files: dict[str, Any] = {}
+        self._earlier: dict[str, Any] = {}
         with suppress(FileNotFoundError, UserError, ValueError, KeyError, TypeError):
             content = read_object(folder / RESULT_FILES, INDEX_BYTES)
-            files, maker = dict(content["files"]), str(content["made_by"]).removeprefix("qingtune ")
-            self._files, self.maker = files, maker
+            files, earlier = dict(content["files"]), dict(content.get("earlier_files", {}))
+            maker = str(content["made_by"]).removeprefix("qingtune ")
+            self.files, self._earlier, self.maker = files, earlier, maker
 
     def why_not(self, name: str) -> str | None:
         """Why a file is none of the result as it was written; None if it is one."""
         if name == RESULT_FILES and self.maker:
             return None
-        path, known = self._folder / name, self._files.get(name)
-        if not isinstance(known, dict):
+        path = self._folder / name
+        known = [entry for files in (self.files, self._earlier) if isinstance(entry := files.get(name), dict)]
+        if not known:
             return "not of it"
         if path.is_symlink() or not path.is_file():
             return "no file any more"
-        same = path.stat().st_size == known.get("bytes") and sha256_of(path) == known.get("sha256")
-        return None if same else "changed since"
+        now: dict[str, Any] = {"bytes": path.stat().st_size}
+        if any(entry.get("bytes") == now["bytes"] for entry in known):
+            now["sha256"] = sha256_of(path)
+        return None if now in known else "changed since"
 
 
 def looks_of(folder: Path) -> dict[str, _Looks]:
@@ -191,6 +212,7 @@ def open_result_folder(output_dir: Path, maker: str, what: str, *, overwrite: bo
         UserError: names what is in the way.
     """
     target = Path(os.path.realpath(output_dir))
+    refuse_odd_name(target, "output_dir")
     if is_staged(target):
         raise UserError("another process is writing to this output_dir", where=str(output_dir), fix="Wait for it.")
     _finish_earlier_switch(target)

@@ -23,7 +23,8 @@ from qingtune.errors import UserError
 from qingtune.files import open_in_place, write_json, write_text
 from qingtune.interrupt import handled, heeded, tell_at_once
 from qingtune.invocation import command_line
-from qingtune.output_folder import who_writes_to
+from qingtune.json_files import read_object
+from qingtune.output_folder import who_writes_to, why_no_checkpoint
 from qingtune.record import LATEST, METRICS, RECORD, WEIGHTS_REMOVED, differences, read_record, settings_to_compare
 from qingtune.setups import Setup
 
@@ -155,6 +156,14 @@ def run_trial(trial: Trial, stopping: Interruption, watch: Callable[[Sequence[di
     return Outcome("failed", _reason(code, trial.log_file))
 
 
+def is_trial_file(path: Path) -> bool:
+    """Whether a file is the configuration of a trial, next to its folder."""
+    try:
+        return Path(str(read_object(path)["output_dir"])).name == path.stem
+    except (OSError, UserError, KeyError):
+        return False
+
+
 def training_command(trial: Trial) -> list[str]:
     """What trains it."""
     return [sys.executable, "-m", "qingtune", "train", "--config_file", str(trial.config_file)]
@@ -219,7 +228,7 @@ def evaluations(lines: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
 
 def remove_checkpoints(folder: Path) -> None:
     """Remove what only an unfinished trial needs."""
-    for path in folder.glob("checkpoint-*"):
+    for path in [path for path in folder.glob("checkpoint-*") if why_no_checkpoint(path) is None]:
         shutil.rmtree(path)
     (folder / LATEST).unlink(missing_ok=True)
 

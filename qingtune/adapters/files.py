@@ -19,6 +19,7 @@ from qingtune.adapters.targets import dense_weight, linear_layers, replace_layer
 from qingtune.adapters.variants import TAKEN, LowRank, scaling_of
 from qingtune.adapters.whole import is_tied, modules_of, tied_modules, trained_in_full, untie
 from qingtune.errors import UserError, shorten
+from qingtune.files import refuse_odd_name
 from qingtune.foreign import foreign_files
 from qingtune.json_files import (
     FLAG,
@@ -151,6 +152,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: no adapter here, or one of a kind that is not supported.
     """
+    refuse_odd_name(folder, "the adapter")
     path = folder / "adapter_config.json"
     config = read_object_if_there(path)
     if config is None:

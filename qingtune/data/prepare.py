@@ -17,6 +17,7 @@ from qingtune.data.read import Places
 from qingtune.data.rules import rules_of
 from qingtune.data.tokenize import SHOWN, Sample, Summary, Template, describe, show_example, summarize, tokenize
 from qingtune.errors import UserError, raise_all, shorten
+from qingtune.files import refuse_odd_name
 
 PromptStyle = Literal["chat", "plain"]
 Say = Callable[[str], None]
@@ -94,7 +95,7 @@ def check_files_exist(paths: Mapping[str, Sequence[str] | None]) -> None:
         paths: by the setting that names them.
 
     Raises:
-        UserError: names every file that is not there.
+        UserError: names every file that is not there; or the first whose path no record can hold.
     """
     problems: list[UserError] = []
     for setting, names in paths.items():
@@ -102,6 +103,8 @@ def check_files_exist(paths: Mapping[str, Sequence[str] | None]) -> None:
             if reason := _why_no_file(name):
                 where = shorten(name)
                 problems.append(UserError(f"{reason} ({setting})", where=where, fix="Check the path of the data."))
+            else:
+                refuse_odd_name(Path(name), setting)
     raise_all(problems)
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from qingtune.config import DEFAULT_MODEL
 from qingtune.errors import UserError
-from qingtune.files import default_cache, sha256_of
+from qingtune.files import default_cache, refuse_odd_name, sha256_of
 from qingtune.models.config_file import context_length as context_length
 from qingtune.models.config_file import read_model_config
 from qingtune.weights_file import read_header, read_weights_header
@@ -63,6 +63,7 @@ def find_model(name: str, cache_dir: str | None, hub: str) -> ModelSource:
     """
     found, tried = _find_here(name, cache_dir)
     if found is not None:
+        refuse_odd_name(found, "the model")
         return _checked(ModelSource(name, found))
     hubs: dict[str, Callable[[str, str | None], Path | str]] = {
         "hf": _from_hugging_face,
@@ -87,6 +88,7 @@ def find_header(name: str, cache_dir: str | None, hub: str) -> ModelSource:
     """
     found, tried = _find_here(name, cache_dir)
     if found is not None:
+        refuse_odd_name(found, "the model")
         return ModelSource(name, found)
     cache = cache_folder(cache_dir) / HEADERS
     hubs: dict[str, Callable[[], Path | str]] = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from qingtune import merge_check
 from qingtune.adapters.lora import add_lora, lora_layers, merge_lora
 from qingtune.adapters.quantize import quantize_model
 from qingtune.adapters.stored import StoredAdapter, read_adapter
+from qingtune.cli import main
 from qingtune.command_config import MergeConfig
 from qingtune.errors import UserError
 from qingtune.hardware import Hardware
@@ -132,6 +135,25 @@ def test_wrong_merge_is_found_out_and_nothing_is_written(
     with pytest.raises(UserError, match="nothing was written"):
         merge(adapter, overwrite_output_dir=True)
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == weights  # the earlier merge is still there
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_merge_ended_by_a_signal_leaves_nothing(
+    name: str, trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = trained("qwen2")
+    before = sorted(tmp_path.iterdir())
+    staged: list[Path] = []
+
+    def interrupted(folder: Path, *_: object) -> None:
+        staged.append(folder)
+        signal.raise_signal(signal.Signals[name])
+
+    monkeypatch.setattr(recipe, "_write_rest", interrupted)
+    code = main(["merge", "--lora_model", str(adapter), "--output_dir", str(tmp_path / "merged")])
+    assert (code, len(staged)) == (128 + signal.Signals[name], 1)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_other_base_is_refused(trained: Callable[..., Path], merge: Merge, tmp_path: Path) -> None:

@@ -202,6 +202,15 @@ def test_save_leaves_other_files_alone(state: ChatState, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "thesis.txt"]
 
 
+def test_save_adds_nothing_to_a_file_of_a_model(state: ChatState, tmp_path: Path) -> None:
+    linked = tmp_path / "chats.jsonl"
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      \xff")
+    linked.hardlink_to(tmp_path / "model.safetensors")
+    before = linked.read_bytes()
+    assert str(linked) in refused(state, f"/save {linked}")
+    assert linked.read_bytes() == before
+
+
 def test_a_full_disk_leaves_the_file_as_it_was(
     state: ChatState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,9 @@ for number in (signal.SIGINT, signal.SIGTERM):
 config = json.loads(pathlib.Path(sys.argv[1]).read_text())
 output = pathlib.Path(config["output_dir"])
 output.mkdir(parents=True, exist_ok=True)
-with (output.parent / "order").open("a") as order:
+settings = ["model_name_or_path", "dry_run", "resume_from_checkpoint", "overwrite_output_dir"]
+(output / "train_config.json").write_text(json.dumps({**dict.fromkeys(settings), **config}))
+with (output.parent.parent / "order").open("a") as order:
     order.write(output.name + "\\n")
 if config.get("lora_r") == 13:
     sys.exit("unlucky")
@@ -71,7 +73,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         file = tmp_path / "config.json"
         file.write_text(json.dumps({"output_dir": str(tmp_path / "out"), "lora_alpha": 16, **values}))
         code = compare(load_config(CompareConfig, str(file), {}), "again")
-        order = (tmp_path / "out" / "trials" / "order").read_text().splitlines()
+        order = (tmp_path / "out" / "order").read_text().splitlines()
         return code, json.loads((tmp_path / "out" / "comparison.json").read_text()), order
 
     return compare_settings
@@ -139,7 +141,7 @@ def test_waiting_for_a_trial_left_behind_can_be_stopped(
     folder = tmp_path / "out" / "trials" / "lora_learning_rate=0.0001-seed42"
     process = _left_behind(folder, seconds=60)
     (tmp_path / "out" / "comparison.json").write_text("{}")
-    (folder.parent / "order").touch()
+    (folder.parent.parent / "order").touch()
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     assert run(grid={"learning_rate": [1e-4]}, overwrite_output_dir=True) == (130, {}, [])  # nothing was removed
     assert capsys.readouterr().err.endswith("Stopped. To go on: again\n")
@@ -152,10 +154,11 @@ def _left_behind(folder: Path, seconds: float) -> subprocess.Popen[str]:
     """A process that has the folder of a trial; it fails if another trial begins meanwhile."""
     folder.mkdir(parents=True)
     (folder.parent.parent / "compare_config.json").write_text("{}")
+    folder.with_name(f"{folder.name}.json").write_text(json.dumps({"output_dir": str(folder)}))
     hold = f"""
 import sys, time; from pathlib import Path; from qingtune.output_folder import only_run_in
 with only_run_in(Path(sys.argv[1])):
-    print("held", flush=True); time.sleep({seconds}); assert not (Path(sys.argv[1]).parent / "order").exists()
+    print("held", flush=True); time.sleep({seconds}); assert not (Path(sys.argv[1]).parent.parent / "order").exists()
 """
     process = subprocess.Popen([sys.executable, "-c", hold, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -231,3 +234,22 @@ def test_another_space_is_another_search(run: Callable[..., Any]) -> None:
         run(space={"learning_rate": [2e-4]}, trials=1)
     _, found, _ = run(space={"learning_rate": [2e-4]}, trials=1, overwrite_output_dir=True)
     assert [setup["name"] for setup in found["setups"]] == ["lora learning_rate=0.0002"]
+
+
+def test_trials_that_are_not_all_ours_stay(run: Callable[..., Any], tmp_path: Path) -> None:
+    grid = {"learning_rate": [1e-4]}
+    run(grid=grid)
+    trials_of = tmp_path / "out" / "trials"
+    trial = trials_of / "lora_learning_rate=0.0001-seed42"
+    for mine in (trials_of / "thesis.json", trials_of / "notes.log", trial / "notes.txt", trial / "checkpoint-2"):
+        if mine.suffix:
+            mine.write_text("mine")
+        else:
+            mine.mkdir()
+        before = sorted(trials_of.rglob("*"))
+        with pytest.raises(UserError, match=mine.name):
+            run(grid=grid, overwrite_output_dir=True)
+        assert sorted(trials_of.rglob("*")) == before
+        mine.unlink() if mine.suffix else mine.rmdir()
+    code, _, order = run(grid=grid, overwrite_output_dir=True)
+    assert (code, len(order)) == (0, 2)
