@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -157,30 +158,34 @@ def _template(payload: str) -> Spoil:
 def instructions(text: str) -> list[tuple[str, str]]:
     """A Modelfile's instructions as Ollama reads them: a word, then a quoted text or the rest of the line."""
     found: list[tuple[str, str]] = []
-    at = 0
-    while at < len(text):
-        end = next((place for place in range(at, len(text)) if text[place] in "\r\n"), len(text))
-        line = text[at:end]
+    lines = iter(re.split("[\r\n]", text))
+    for line in lines:
         if not line.strip() or line.lstrip().startswith("#"):
-            at = end + 1
             continue
         word, _, rest = line.strip().partition(" ")
-        quote = '"""' if rest.lstrip().startswith('"""') else '"' if rest.lstrip().startswith('"') else ""
         if word == "PARAMETER":
             name, _, rest = rest.partition(" ")
             word = f"PARAMETER {name}"
-            quote = '"""' if rest.startswith('"""') else '"' if rest.startswith('"') else ""
-        if quote:
-            start = text.index(quote, at) + len(quote)
-            close = text.find(quote, start)
-            if close < 0:
+        while (value := _unquoted(rest)) is None:
+            more = next(lines, None)
+            if more is None:
                 return [*found, (word, "a quote that is never closed")]
-            found.append((word, text[start:close]))
-            at = close + len(quote)
-        else:
-            found.append((word, rest))
-            at = end + 1
+            rest = f"{rest}\n{more}"
+        found.append((word, value))
     return found
+
+
+def _unquoted(text: str) -> str | None:
+    """What is between the quotes; None where they are still open, as Ollama looks for their end at ends of lines only.
+
+    See unquote() in https://github.com/ollama/ollama/blob/main/parser/parser.go: a text of one quote is read back.
+    """
+    text = text.strip()
+    for quote in ('"""', '"'):
+        if text.startswith(quote):
+            closed = len(text) >= 2 * len(quote) and text.endswith(quote)
+            return text[len(quote) : -len(quote)] if closed else None
+    return text
 
 
 def _only_ours(place: Place, ended: Sequence[Ended]) -> str | None:

@@ -90,6 +90,10 @@ def test_a_modelfile_is_read_as_ollama_reads_it() -> None:
     text = 'FROM ./a.gguf\n# FROM b\nTEMPLATE """x\nFROM c\n"""\nPARAMETER stop "<e>"\nFROM d\n'
     words = [word for word, _ in generation.instructions(text)]
     assert words == ["FROM", "TEMPLATE", "PARAMETER stop", "FROM"]
+    quotes = [('"', '"""'), ('a "b"', '"""'), ("x", '"'), ('x"\nFROM e', '"')]
+    assert [generation.instructions(f"SYSTEM {quote}{text}{quote}\n")[0][1] for text, quote in quotes] == [
+        '"', 'a "b"', "x", "x",
+    ]  # fmt: skip
 
 
 def test_cases_are_many_with_names_of_their_own_and_the_same_each_time() -> None:
