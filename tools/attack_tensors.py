@@ -57,10 +57,15 @@ def _tensor(field: str, value: Any) -> HeaderChange:
     return change
 
 
-def _twice(header: Header, size: int) -> bytes:
-    name = next(name for name in header if name != "__metadata__")
-    inner = json.dumps(header)[1:-1]
-    return ("{" + inner + ", " + json.dumps(name) + ": " + json.dumps(header[name]) + "}").encode()
+def _twice(**changes: Any) -> HeaderChange:
+    """A tensor's entry a second time, with changes: without any, it says the same and is harmless."""
+
+    def change(header: Header, size: int) -> bytes:
+        name = next(name for name in header if name != "__metadata__")
+        inner = json.dumps(header)[1:-1]
+        return ("{" + inner + ", " + json.dumps(name) + ": " + json.dumps(header[name] | changes) + "}").encode()
+
+    return change
 
 
 def _overlap(header: Header, size: int) -> None:
@@ -96,7 +101,7 @@ _HEADERS: dict[str, HeaderChange] = {
     "offsets-shifted": _tensor("data_offsets", lambda old, size: [old[0] + 3, old[1] + 3]),
     "offsets-shorter": _tensor("data_offsets", lambda old, size: [old[0], old[1] - 4]),
     "overlap": _overlap,
-    "same-name-twice": _twice,
+    "same-name-twice": _twice(dtype="I32"),
     "a-tensor-is-a-number": lambda header, size: _set(header, next(n for n in header if n != "__metadata__"), 5),
     "no-fields": lambda header, size: _set(header, next(n for n in header if n != "__metadata__"), {}),
     "metadata-number": lambda header, size: _set(header, "__metadata__", 5),
@@ -118,6 +123,7 @@ _HARMLESS_HEADERS: dict[str, HeaderChange] = {
     "metadata": lambda header, size: _set(header, "__metadata__", {"format": "pt", "by": "someone"}),
     "no-metadata": lambda header, size: header.pop("__metadata__", None) and None,
     "spaces": lambda header, size: json.dumps(header, indent=1).encode(),
+    "same-entry-twice": _twice(),
 }
 _EITHER = {"metadata-number", "metadata-nested", "many-tensors", "name-huge"}
 
