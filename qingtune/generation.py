@@ -60,7 +60,8 @@ def choose(logits: torch.Tensor, seen: torch.Tensor, decoding: Decoding, generat
     shares = scores.softmax(0).cpu()
     if decoding.top_p < 1:
         before = shares.cumsum(0) - shares
-        shares = torch.where(before < decoding.top_p, shares, 0.0)
+        least = torch.finfo(shares.dtype).tiny  # a smaller top_p is 0 here, and the likeliest token always stays
+        shares = torch.where(before < max(decoding.top_p, least), shares, 0.0)
     return int(ids[int(torch.multinomial(shares, 1, generator=generator))])
 
 

@@ -84,6 +84,12 @@ def test_draws_follow_transformers_probabilities(settings: dict[str, Any]) -> No
     assert float((shares - wanted).abs().max()) < 0.03  # over three standard errors of a share
 
 
+def test_the_likeliest_token_stays_however_small_top_p_is() -> None:
+    logits, seen = torch.tensor([0.0, 2.0, 1.0]), torch.tensor([0])
+    decoding = Decoding(temperature=1, top_p=1e-300, top_k=0)
+    assert {choose(logits, seen, decoding, torch.Generator().manual_seed(seed)) for seed in range(20)} == {1}
+
+
 def test_stops_at_stop_id_and_yields_it() -> None:
     model = lively_model("qwen2")
     free = decode(model, temperature=0)
