@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qingtune.adapters.files import WEIGHTS as ADAPTER_WEIGHTS
 from qingtune.adapters.files import read_adapter_config
 from qingtune.answer_file import AnswerFile, Question, answer_file, answer_questions, refuse_finished, with_seed
 from qingtune.answering import load_decoder
@@ -34,6 +35,7 @@ from qingtune.models.source import context_length, find_model, fingerprint
 from qingtune.output import give, say
 from qingtune.quiet import quieten
 from qingtune.record import Record, read_record
+from qingtune.weights_file import read_header
 
 BUNDLED_SHOWN = 3
 DEFAULT_CONTEXT = 2048  # tokens, where a model's configuration does not say
@@ -205,6 +207,7 @@ def prepare_speaker(config: InferConfig, slots: int = 1) -> Speaker:
     adapter = Path(config.lora_model) if config.lora_model else None
     if adapter:
         read_adapter_config(adapter)
+        read_header(adapter / ADAPTER_WEIGHTS)
     base, record = find_base(config, adapter)
     hardware = choose_hardware()
     say(f"Device: {hardware.reason}.")
@@ -221,7 +224,7 @@ def prepare_speaker(config: InferConfig, slots: int = 1) -> Speaker:
         context_length=context_length(base) or DEFAULT_CONTEXT,
         identity={
             "base model": fingerprint(base),
-            "adapter": adapter and sha256_of(adapter / "adapter_model.safetensors"),
+            "adapter": adapter and sha256_of(adapter / ADAPTER_WEIGHTS),
             "bits": bits,
             "system_prompt": system,
             "decoding": asdict(decoding),

@@ -15,7 +15,18 @@ from qingtune import __version__
 from qingtune.config import TrainConfig
 from qingtune.errors import UserError
 from qingtune.files import write_json
-from qingtune.json_files import INDEX_BYTES, OBJECT, TEXT, check_fields, list_of, object_of, read_object_if_there, whole
+from qingtune.json_files import (
+    INDEX_BYTES,
+    OBJECT,
+    TEXT,
+    Kind,
+    check_fields,
+    list_of,
+    number,
+    object_of,
+    read_object_if_there,
+    whole,
+)
 from qingtune.redaction import HIDDEN, redact, redact_values
 
 # What a run writes besides the model's or adapter's own files; SETTINGS is the first, RECORD the last of those that
@@ -45,6 +56,13 @@ _KINDS = {
     **dict.fromkeys(("settings", "results"), OBJECT),
     "stop_ids": list_of(whole(0, 2**24)),
     "versions": object_of(TEXT),
+}
+# Of the results, those that are read again; losses may be NaN.
+_LOSS = Kind("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool))
+_RESULTS = {
+    **dict.fromkeys(("eval_loss_before", "eval_loss", "best_eval_loss"), _LOSS),
+    **dict.fromkeys(("seconds", "peak_bytes"), number(least=0)),
+    "steps": whole(0),
 }
 
 
@@ -78,9 +96,11 @@ class Record:
 def write_record(folder: Path, record: Record) -> None:
     """Write the record; its presence says that the run is finished.
 
-    The system prompt is written as it is, since answers need it; the base's name without secrets.
+    The system prompt is written as it is, since answers need it; the base's name, settings and results
+    without secrets, as the record of an adapter from elsewhere may hold some.
     """
-    write_json(folder / RECORD, {**asdict(record), "base_model": redact(record.base_model)})
+    shown = redact_values({"settings": record.settings, "results": record.results})
+    write_json(folder / RECORD, {**asdict(record), **shown, "base_model": redact(record.base_model)})
 
 
 def read_record(folder: Path) -> Record | None:
@@ -94,6 +114,7 @@ def read_record(folder: Path) -> Record | None:
     if content is None:
         return None
     check_fields(content, _KINDS, str(path))
+    check_fields(content.get("results") or {}, _RESULTS, f"{path}: results")
     known: dict[str, Any] = {
         name: value
         for name, value in content.items()
@@ -163,9 +184,9 @@ def _could_be(hidden: Any, value: Any) -> bool:
     if len(pieces) == 1:
         return False
     text, place = json.dumps(value, ensure_ascii=False), 0
-    for number, piece in enumerate(pieces):
+    for index, piece in enumerate(pieces):
         found = text.find(piece, place)
-        if found < 0 or (number == 0 and found > 0):
+        if found < 0 or (index == 0 and found > 0):
             return False
         place = found + len(piece)
     return text.endswith(pieces[-1])

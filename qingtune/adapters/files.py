@@ -38,6 +38,7 @@ from qingtune.weights_file import check_floats, read_header
 
 WEIGHTS = "adapter_model.safetensors"
 MOST_RANK, MOST_ALPHA = 2**20, 1e9
+MOST_VALUE = 2.0**38  # so that a product of two, summed over any rank and scaled by any alpha, is finite in fp32
 _PREFIX = "base_model.model."
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -162,7 +163,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         for key in config.get(setting) or ():
             _check_pattern(setting, key, path)
     if config.get("peft_type") != "LORA":
-        raise UserError(f"an adapter of kind {config.get('peft_type')!r}; LoRA is supported", where=str(path))
+        raise UserError(
+            f"an adapter of kind {shorten(repr(config.get('peft_type')))}; LoRA is supported", where=str(path)
+        )
     used = [name for name, value in _UNSUPPORTED.items() if config.get(name, value) not in (value, None, [], {})]
     if used:
         raise UserError(f"the adapter uses {', '.join(used)}, which is not supported here", where=str(path))
@@ -203,14 +206,16 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter's tensors, by names of the model's such as `model.layers.0.mlp.up_proj.lora_A.weight`.
 
     Raises:
-        UserError: the file is missing or broken, or holds values that are no numbers.
+        UserError: the file is missing or broken, or holds values that cannot be computed with.
     """
     path = folder / WEIGHTS
     check_floats(read_header(path)[0], path)
     with foreign_files("the adapter cannot be loaded", path):
         tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
-    if broken := next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None):
-        raise UserError(f"{broken} holds values that are no finite numbers", where=str(path), fix="Train it again.")
+    for name, tensor in tensors.items():
+        if not bool((tensor.float().abs() <= MOST_VALUE).all()):  # nor is NaN
+            what = f"{name} holds values that are no finite numbers" + ", or above 2^38" * bool(tensor.isfinite().all())
+            raise UserError(what, where=str(path), fix="Train it again.")
     return tensors
 
 

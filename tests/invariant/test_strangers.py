@@ -162,6 +162,7 @@ def first(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any
 
 
 DEEP = b"[" * 100_000
+MANY_TENSORS = {f"x{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(150_000)}
 CONFIG, GENERATION = "config.json", "generation_config.json"
 BASES: dict[str, tuple[Edit, str, str]] = {
     # what is done to the base; the command; what the message says
@@ -209,6 +210,10 @@ BASES: dict[str, tuple[Edit, str, str]] = {
     "other size": (header(WEIGHTS, first(lambda e: e.update(shape=[1]))), "infer", "which are not"),
     "negative size": (header(WEIGHTS, first(lambda e: e.update(shape=[-1, 32]))), "merge", "no shape or no place"),
     "unknown dtype": (header(WEIGHTS, first(lambda e: e.update(dtype="F3"))), "infer", "stored as F3"),
+    "dtype list": (header(WEIGHTS, first(lambda e: e.update(dtype=["F32"]))), "export", "stored as ['F32']"),
+    "metadata": (header(WEIGHTS, lambda s: s.update(__metadata__=5)), "infer", '"__metadata__" is 5'),
+    "metadata deep": (header(WEIGHTS, lambda s: s.update(__metadata__={"a": {}})), "merge", '"__metadata__" is'),
+    "many": (header(WEIGHTS, lambda s: s.update(MANY_TENSORS)), "merge", "it has 150,0"),
     "a name": (header(WEIGHTS, lambda s: s.update({"a\x1b[2J": s.pop("model.norm.weight")})), "infer", "tensor's name"),
     "codes": (tensors(WEIGHTS, lambda t: t.update(a=torch.ones(2, dtype=torch.int8))), "infer", "stored as I8"),
     "missing shard": (both(in_shards(), without("two.safetensors")), "infer", "two.safetensors: there is no such file"),
@@ -239,7 +244,11 @@ ADAPTERS: dict[str, tuple[Edit, str, str]] = {
     "no layers": (lambda f: save_file({}, f / ADAPTER), "adapter", "the adapter changes no layer"),
     "half a pair": (tensors(ADAPTER, lambda t: t.pop(sorted(t)[0])), "export", "lora_A is missing"),
     "vectors": (tensors(ADAPTER, lambda t: t.update({n: w[0].clone() for n, w in t.items()})), "adapter", "no pair"),
+    "weights folder": (as_folder(ADAPTER), "adapter", "adapter_model.safetensors: not a whole safetensors file"),
+    "long kind": (changed("adapter_config.json", peft_type="x" * 9000), "merge", "(9,002 characters)"),
     "NaN": (tensors(ADAPTER, lambda t: t[sorted(t)[0]].fill_(float("nan"))), "merge", "no finite numbers"),
+    "huge": (tensors(ADAPTER, lambda t: [w.fill_(1e38) for w in t.values()]), "adapter", "adapter_model.safetensors: "),
+    "record results": (changed("qingtune.json", results={"seconds": "x"}), "export", 'results: "seconds" is "x"'),
     "codes": (tensors(ADAPTER, lambda t: t.update({n: w.int() for n, w in t.items()})), "adapter", "stored as I32"),
     "record deep": (raw("qingtune.json", DEEP), "adapter", "qingtune.json: not valid JSON"),
     "record list": (raw("qingtune.json", b"[]"), "merge", "qingtune.json: a JSON object"),
@@ -270,6 +279,15 @@ def test_a_pattern_of_an_adapter_cannot_hang(
     """By the rule of `re` this takes longer than the universe has; the pattern fits no layer, so nothing changes."""
     changed("adapter_config.json", **{setting: {r"(([a-z_0-9]+)+\.?)+!": 4}})(folders[1])
     assert main(COMMANDS[command].split()) == 0, capsys.readouterr().err
+
+
+def test_the_record_of_an_adapter_is_copied_without_secrets(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-planted-value-1")
+    record = {"method": "lora", "base_model": "base", "base_fingerprint": "x", "system_prompt": None}
+    record |= {"prompt_style": "chat", "stop_ids": [2], "settings": {"a": {"a-planted-value-1": ["a-planted-value-1"]}}}
+    changed("qingtune.json", **record, results={"b": "a-planted-value-1"})(folders[1])
+    assert main(COMMANDS["merge"].split()) == 0
+    assert "a-planted-value-1" not in Path("out/qingtune.json").read_text(encoding="utf-8")
 
 
 # --- No file chooses code -------------------------------------------------------------------------------------------
