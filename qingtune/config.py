@@ -36,12 +36,15 @@ class Settings(BaseModel):
     @classmethod
     def _null_is_none(cls, values: Any) -> Any:
         """Let the text null, as flags and grids give it, be None for every setting that may be None."""
+        if not isinstance(values, dict):
+            return values  # which the model refuses with a reason
+        given = cast("dict[str, Any]", values)
         nulls = {
             name: None
             for name, field in cls.model_fields.items()
-            if NoneType in get_args(field.annotation) and values.get(name) == "null"
+            if NoneType in get_args(field.annotation) and given.get(name) == "null"
         }
-        return {**cast("dict[str, Any]", values), **nulls}
+        return {**given, **nulls}
 
 
 def setting(

@@ -47,8 +47,8 @@ def merge(config: MergeConfig) -> None:
     if config.save_in_4bit and config.save_dtype:
         raise UserError("save_in_4bit and save_dtype are both given", fix="Choose one.")
     folder, output_dir = Path(config.lora_model), Path(config.output_dir)
-    read_adapter_config(folder)
     place = open_result_folder(output_dir, "merge", "a merged model", overwrite=config.overwrite_output_dir)
+    read_adapter_config(folder)
     place.refuse_input("the adapter", folder)
     base, record = find_base(config, folder)
     place.refuse_input("the base model", base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,10 @@ TEXTS = [
     "店名：蓝门\n品类：面包房\n地址：磨坊巷4号",
     "七点出炉，热的 🥖 #面包",
 ]
+
+
+# Where tests are started in the background, Ctrl-C is ignored, by them and by the processes that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
