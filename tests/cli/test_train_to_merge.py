@@ -179,6 +179,7 @@ def test_overwriting_trains_anew(work: Path, tmp_path: Path, trained: Callable[[
     assert call(*again)[0] == 0
     assert call(*again, "--seed", "7")[0] == 2
     assert call(*again, "--seed", "7", "--overwrite_output_dir")[0] == 0
+    assert call("train", "--config_file", tmp_path / "out" / SETTINGS, "--overwrite_output_dir")[0] == 0  # its own
     assert json.loads((tmp_path / "out" / "train_config.json").read_text(encoding="utf-8"))["seed"] == 7
 
 

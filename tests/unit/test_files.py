@@ -256,6 +256,7 @@ ALLOWED = {
     ("output.py", "os.open"): "the null device, in the place of a stream that is gone",
     ("data/read.py", "TemporaryFile"): "a file without a name, for Parquet that is packed",
     ("data/template_worker.py", "open"): "the null device, for a process without a stderr",
+    ("data/tokenizer_worker.py", "open"): "the same",
     ("kernels/native/build.py", "os.open"): "for reading",
     ("kernels/native/build.py", "TemporaryDirectory"): "a folder of a random name in one that only the user writes to",
     ("answer_file.py", "open"): "AnswerFile's own, which opens by this package's",

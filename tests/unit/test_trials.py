@@ -15,6 +15,7 @@ import pytest
 from qingtune import trials
 from qingtune.config import TrainConfig
 from qingtune.errors import UserError
+from qingtune.files import write_manifest
 from qingtune.record import Record, write_record
 from qingtune.setups import Setup
 from qingtune.trials import Interruption, Outcome, Trial, interruption, run_trial
@@ -122,11 +123,14 @@ def test_ignored_signals_stay_ignored() -> None:
 def test_trial_that_falls_behind_is_stopped_and_its_checkpoints_removed(make: Callable[..., Trial]) -> None:
     trial = make(WAITS)
     write_metrics(trial, {"step": 0, "eval_loss": 4.0}, {"step": 2, "eval_loss": 3.25}, {"step": 4, "eval_loss": 3.0})
-    (trial.folder / "checkpoint-4").mkdir()
+    for name in ("checkpoint-4", "checkpoint-mine"):
+        (trial.folder / name).mkdir()
+    (trial.folder / "checkpoint-4" / "state.json").write_text("{}")
+    write_manifest(trial.folder / "checkpoint-4")
     with interruption() as stopping:
         outcome = _each_time(stopping, trial, lambda _: "here" in trial.log_file.read_text())
     assert outcome == Outcome("pruned", "step 4: eval_loss 3.0000")
-    assert not (trial.folder / "checkpoint-4").exists()
+    assert [path.name for path in trial.folder.glob("checkpoint-*")] == ["checkpoint-mine"]
 
 
 # --- What a trial is -------------------------------------------------------------------------------------------------
