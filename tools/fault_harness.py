@@ -10,17 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "invariant")]
+import fault_paths
+from conftest import instruction_rows, write_jsonl  # pyright: ignore[reportMissingImports]
+from tiny_runs import metrics, save_model  # pyright: ignore[reportMissingImports]
 
-from conftest import instruction_rows, write_jsonl  # noqa: E402  # pyright: ignore[reportMissingImports]
-from tiny_runs import metrics, save_model  # noqa: E402  # pyright: ignore[reportMissingImports]
-
+ROOT = fault_paths.ROOT
 PATIENCE_S = 300
 LORA: dict[str, Any] = {"use_lora": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 COMMON: dict[str, Any] = {
@@ -30,6 +29,19 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 # Runs the command as `qingtune` does, after some lines that spoil one of its parts.
 SPOILED = "import os, signal, sys\n{spoil}\nfrom qingtune.cli import main\nsys.exit(main(sys.argv[1:]))"
+MARK = "\n=== ended with "
+ONE_AFTER_ANOTHER = f"""
+import json, sys
+from qingtune.cli import main
+for words in json.loads(sys.argv[1]):
+    try:
+        code = main(words)
+    except SystemExit as error:
+        code = error.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    print(f"\\n{{code}}", end={MARK!r}, flush=True)
+"""
 
 
 class Lost(AssertionError):
@@ -90,11 +102,14 @@ class Bench:
 
     def command(self, name: str, settings: Mapping[str, Any], spoil: str = "") -> list[str]:
         """A training command with its output in a folder of this name."""
+        start = ["-c", SPOILED.format(spoil=spoil)] if spoil else ["-m", "qingtune"]
+        return [sys.executable, *start, *self.training(name, settings)]
+
+    def training(self, name: str, settings: Mapping[str, Any]) -> list[str]:
+        """The words of such a command after qingtune's name."""
         values = {"model_name_or_path": self.model, "data_path": self.data, "output_dir": self.folder / name}
         values |= COMMON | dict(settings)
-        flags = [part for key, value in values.items() for part in (f"--{key}", str(value))]
-        start = ["-c", SPOILED.format(spoil=spoil)] if spoil else ["-m", "qingtune"]
-        return [sys.executable, *start, "train", *flags]
+        return ["train", *(part for key, value in values.items() for part in (f"--{key}", str(value)))]
 
     def train(self, name: str, settings: Mapping[str, Any], spoil: str = "") -> Ended:
         """Run a training command to its end, or until it kills itself."""
@@ -102,6 +117,41 @@ class Bench:
         if ended.code < 0:
             self.count_after_kill(name)
         return ended
+
+    def qingtune(self, *words: object, spoil: str = "", **env: str) -> Ended:
+        """Run any command of qingtune to its end, after lines that spoil one of its parts."""
+        start = ["-c", SPOILED.format(spoil=spoil)] if spoil else ["-m", "qingtune"]
+        return self.run([sys.executable, *start, *map(str, words)], **env)
+
+    def in_one_process(self, commands: Mapping[str, Sequence[object]], **env: str) -> dict[str, Ended]:
+        """Run many commands of qingtune one after another in a process of their own, which imports once; by name."""
+        asked = json.dumps([[str(word) for word in words] for words in commands.values()])
+        parts = self.run([sys.executable, "-c", ONE_AFTER_ANOTHER, asked], **env).output.split(MARK)
+        if len(parts) != len(commands) + 1:
+            raise Lost(f"command {len(parts)} of {len(commands)} ended the process: {parts[-1][-900:]}")
+        endings = [part.rpartition("\n") for part in parts[:-1]]
+        return {name: Ended(int(code), said) for name, (said, _, code) in zip(commands, endings, strict=True)}
+
+    def adapter(self, **changes: object) -> Path:
+        """An adapter of the model as other tools write it, with random weights; `changes` go into its settings."""
+        import torch
+        from safetensors.torch import save_file
+
+        folder = self.folder / "adapter"
+        folder.mkdir(exist_ok=True)
+        draw, shapes = torch.Generator().manual_seed(7), {"lora_A": (4, 32), "lora_B": (32, 4)}
+        names = {f"base_model.model.model.layers.{n}.self_attn.q_proj.{ab}.weight": ab for n in (0, 1) for ab in shapes}
+        tensors = {name: torch.randn(shapes[ab], generator=draw) for name, ab in names.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        settings = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["q_proj"],
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(settings | changes))
+        return folder
 
     def run(self, command: list[str], **env: str) -> Ended:
         """Run any command to its end."""

@@ -1,17 +1,18 @@
-"""Trials: what comes from outside a run: disks, folders, numbers, memory, strangers' files."""
+"""Trials: what comes from outside a run: disks, folders, numbers, memory, weights and data that are not as before."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
-import sys
 import time
 
 import fault_corpus
+import fault_paths
+import foreign_rows  # pyright: ignore[reportMissingImports]
 from fault_harness import (
     LORA,
-    ROOT,
     Bench,
     Lost,
     environment,
@@ -19,9 +20,12 @@ from fault_harness import (
     steps_done,
     tree,
     unchanged,
+    weights_hash,
 )
 from fault_list import fault
 from fault_stops import stopped
+
+from qingtune.data import fields
 
 # --- Broken checkpoints, disks, folders ------------------------------------------------------------------------------
 
@@ -85,8 +89,8 @@ def other_folders(bench: Bench) -> str:
 @fault("two runs started on one output folder", "the second is refused")
 def two_runs(bench: Bench) -> str:
     first = subprocess.Popen(
-        bench.command("run", LORA | {"max_steps": 300}), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        bench.command("run", LORA | {"max_steps": 300}), cwd=fault_paths.ROOT, env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while not (bench.folder / "run" / "metrics.jsonl").exists():
         time.sleep(0.05)
@@ -112,6 +116,8 @@ def paths(bench: Bench) -> str:
     content["files"]["../../outside/precious"] = {"bytes": 4, "sha256": "0"}
     manifest.write_text(json.dumps(content))
     before = tree(outside)
+    bench.train("run", LORA).expect(2, "trackers: this is a link")
+    (folder / "trackers").unlink()
     bench.train("run", LORA).expect(0, "passed over")
     bench.train("run", LORA | {"overwrite_output_dir": True, "save_total_limit": 1}).expect(0)
     unchanged(before, outside)
@@ -173,68 +179,7 @@ def memory(bench: Bench) -> str:
     return "refused with numbers where it can be foreseen; else repeated in smaller passes"
 
 
-# --- Strangers' files ------------------------------------------------------------------------------------------------
-
-BOMB = (
-    "import pickle, sys\nclass Bomb:\n    def __reduce__(self):\n        import os\n"
-    "        return os.system, ('touch ' + sys.argv[2],)\nopen(sys.argv[1], 'wb').write(pickle.dumps(Bomb()))"
-)
-
-
-@fault("a pickle bomb in each place a pickle could be read", "never run")
-def pickles(bench: Bench) -> str:
-    went_off = bench.folder / "went off"
-    folder = stopped(bench, "run")
-    places = [
-        bench.folder / "model" / "pytorch_model.bin", bench.folder / "model" / "adapter_model.bin",
-        *(folder / "checkpoint-4" / name for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")),
-        folder / "checkpoint-4" / "training_args.bin", folder / "adapter_model.bin", bench.folder / "rows.pkl",
-        folder / "checkpoint-4" / "weights.safetensors",
-    ]  # fmt: skip
-    for place in places:
-        subprocess.run([sys.executable, "-c", BOMB, str(place), str(went_off)], check=True)
-    bench.train("run", LORA).expect(0, "passed over")
-    bench.train("data", LORA | {"data_path": bench.folder / "rows.pkl"}).expect(2, "this kind of file is not known")
-    infer = [sys.executable, "-m", "qingtune", "infer", "--base_model", str(bench.model), "--prompt", "hi"]
-    bench.run([*infer, "--lora_model", str(folder), "--max_new_tokens", "2"]).expect(0)
-    weights = (bench.folder / "model" / "model.safetensors").rename(bench.folder / "put away")
-    bench.run([*infer, "--max_new_tokens", "2"]).expect(2, "pickles, which can run code")
-    weights.rename(bench.folder / "model" / "model.safetensors")
-    if went_off.exists():
-        raise Lost("a pickle was read")
-    return f"{len(places)} bombs, none went off"
-
-
-@fault("a model with code of its own (auto_map); templates that loop or escape", "refused; nothing of theirs runs")
-def strangers_code(bench: Bench) -> str:
-    mark = bench.folder / "went off"
-    config = bench.model / "config.json"
-    plain = config.read_text()
-    code = f"open({str(mark)!r}, 'w')\n"
-    for name in ("modeling_x.py", "configuration_x.py", "tokenization_x.py"):
-        (bench.model / name).write_text(code)
-    auto = {
-        "AutoConfig": "configuration_x.C",
-        "AutoModelForCausalLM": "modeling_x.M",
-        "AutoTokenizer": "tokenization_x.T",
-    }
-    config.write_text(json.dumps(json.loads(plain) | {"model_type": "stranger", "auto_map": auto}))
-    bench.train("auto", LORA).expect(2, "needs code of its own (auto_map), which is never run here")
-    config.write_text(json.dumps(json.loads(plain) | {"auto_map": auto}))
-    bench.train("native", LORA).expect(0)
-    config.write_text(plain)
-    templates = {
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "it was stopped after 10 s",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}": "chat template fails",
-        f"{{{{ cycler.__init__.__globals__.os.system('touch {mark}') }}}}": "chat template fails",
-        "{{ 'x' * 10 ** 11 }}": "chat template fails",
-    }
-    for template, message in templates.items():
-        (bench.model / "chat_template.jinja").write_text(template)
-        bench.train("template", LORA).expect(2, message)
-    if mark.exists():
-        raise Lost("a stranger's code ran")
-    return f"refused, or their own code passed over; {len(templates)} templates refused"
+# --- What leaves, and what comes in -----------------------------------------------------------------------------------
 
 
 @fault("secrets in the environment and in settings", "in nothing that is written or shown")
@@ -263,3 +208,52 @@ def corpus(bench: Bench) -> str:
     if wrong:
         raise Lost("; ".join(wrong))
     return "as expected, all"
+
+
+@fault("other weights of the same path, size and time, after QLoRA kept its 4-bit layers", "the new weights are used")
+def same_size_and_time(bench: Bench) -> str:
+    settings = LORA | {"use_qlora": True, "quantization_bit": 4, "max_steps": 2}
+    bench.train("old", settings).expect(0)
+    file = bench.model / "model.safetensors"
+    mine, times = file.read_bytes(), file.stat()
+    others, start = bytearray(mine), 8 + int.from_bytes(mine[:8], "little")
+    others[start + 2 :: 4] = bytes(byte ^ 0x40 for byte in others[start + 2 :: 4])  # the fraction of each number
+    file.write_bytes(others)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    bench.train("new", settings).expect(0)
+    fresh = bench.command("fresh", settings)
+    bench.run(fresh, QINGTUNE_CACHE=str(bench.folder / "another cache")).expect(0)
+    file.write_bytes(mine)
+    same_result(bench.folder / "new", bench.folder / "fresh")
+    if weights_hash(bench.folder / "new") == weights_hash(bench.folder / "old"):
+        raise Lost("the weights do not matter here")
+    return "the same as with an empty cache, bit for bit"
+
+
+OTHER_KINDS = {
+    fields.PREFERENCE: (foreign_rows.DPO_ALPACA, foreign_rows.DPO_MESSAGES, foreign_rows.DPO_SHAREGPT),
+    fields.LABELLED: (foreign_rows.KTO_MESSAGES, foreign_rows.KTO_COMPLETION),
+    fields.MULTIMODAL: (foreign_rows.IMAGES_SHAREGPT, foreign_rows.IMAGES_OPENAI),
+    fields.TOOLS: (foreign_rows.SHAREGPT_TOOLS, foreign_rows.OPENAI_TOOLS),
+}
+
+
+@fault(
+    "data of other kinds (DPO, KTO, images, tools), with on_bad_row raise and skip", "refused by name, never trained"
+)
+def other_kinds(bench: Bench) -> str:
+    commands: dict[str, list[str]] = {}
+    kinds: list[str] = []
+    for kind, sets in OTHER_KINDS.items():
+        for rows in sets:
+            file = bench.folder / f"{len(kinds)}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            for choice in ("raise", "skip"):
+                settings = LORA | {"data_path": file, "on_bad_row": choice}
+                commands[f"{file.name} {choice}"] = bench.training("out", settings)
+                kinds.append(kind)
+    for kind, ended in zip(kinds, bench.in_one_process(commands).values(), strict=True):
+        ended.expect(2, kind)
+    if (bench.folder / "out").exists():
+        raise Lost("something was trained")
+    return f"{len(commands)} runs refused, each with the kind's name"

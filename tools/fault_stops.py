@@ -103,11 +103,14 @@ SIGNAL_IN_A_WINDOW = (
 )
 
 
-@fault("SIGTERM and Ctrl-C within an accumulation window", "step finished, saved, exit 130, the command to go on")
+@fault(
+    "SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 within an accumulation window",
+    "step finished, saved, exit 130, the command to go on",
+)
 def signals(bench: Bench) -> str:
     bench.train("whole", LORA).expect(0)
     longest = 0.0
-    for name in ("SIGTERM", "SIGINT"):
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
         ended = bench.train(name, LORA, SIGNAL_IN_A_WINDOW.format(name=name))
         ended.expect(130, "Finishing the step, then saving", "Stopped and saved after step 4. To go on: ")
         longest = max(longest, ended.seconds)

@@ -12,7 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import fault_outside  # noqa: F401  # pyright: ignore[reportUnusedImport]  # and fault_stops: they fill the list
+import fault_console  # noqa: F401  # pyright: ignore[reportUnusedImport]  # each of these fills the list
+import fault_outside  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import fault_results  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import fault_stops  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import fault_strangers  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from fault_harness import ROOT, Bench, Lost
 from fault_list import FAULTS
 
