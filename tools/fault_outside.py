@@ -51,7 +51,8 @@ def broken_newest(bench: Bench) -> str:
 
 
 @fault(
-    "a full disk (tmpfs of 600 kB) during saving", "a warning, no half files; the result told to be missing; goes on"
+    "a full disk (tmpfs of 600 kB) during saving",
+    "a warning, no half files, a message that the result is missing; goes on",
 )
 def full_disk(bench: Bench) -> str:
     bench.train("whole", LORA).expect(0)
@@ -127,7 +128,7 @@ def paths(bench: Bench) -> str:
 # --- Numbers and memory ----------------------------------------------------------------------------------------------
 
 
-@fault("NaN in a loss; NaN in a gradient", "no update, the value and the rows told; five in a row stop the run")
+@fault("NaN in a loss; NaN in a gradient", "no update, the value and the rows named; five in a row stop the run")
 def not_finite(bench: Bench) -> str:
     spoil = (
         "from qingtune.kernels.decoder import Decoder\nold, n = Decoder.add_gradients, []\n"
@@ -146,7 +147,7 @@ def not_finite(bench: Bench) -> str:
     bench.train("all", LORA, spoil.format(where="range(5, 99)", gradient=True)).expect(2, "not finite 5 steps in a row")
     if steps_done(bench.folder / "all") != 6:
         raise Lost(f"the last checkpoint is {steps_done(bench.folder / 'all')}")
-    return "no update; value and rows told; stopped after five, checkpoints kept"
+    return "no update; value and rows named; stopped after five, checkpoints kept"
 
 
 LIMITED = (
@@ -155,7 +156,9 @@ LIMITED = (
 )
 
 
-@fault("a memory limit that the first batch exceeds", "told before it happens, or the step is done in smaller passes")
+@fault(
+    "a memory limit that the first batch exceeds", "refused before it happens, or the step is done in smaller passes"
+)
 def memory(bench: Bench) -> str:
     rows = bench.folder / "long.jsonl"
     config = bench.folder / "model" / "config.json"

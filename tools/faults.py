@@ -61,7 +61,9 @@ HEADER = """\
 # Faults
 
 Made by `make faults` (tools/faults.py): real processes on a tiny model, killed, starved and fed with rubbish. "The
-same, bit for bit" compares the final weights and metrics.jsonl with those of a run that nothing happened to.
+same, bit for bit" compares the final weights and metrics.jsonl with those of a run that nothing happened to. Links in
+a run's folder: where a file would be written, the command is refused or the link itself is replaced; what a link leads
+to is never written or removed.
 
 """
 
