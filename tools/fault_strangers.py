@@ -130,7 +130,7 @@ def planted_links(bench: Bench) -> str:
             (folder / name).symlink_to(outside / ("canary" if number % 2 else "new"))
         asked = {
             "report": ["report", "--output_dir", folder],
-            "train": bench.training(folder.name, LORA | {"max_steps": 5}),
+            "train": bench.training(folder.name, LORA),
             "evaluate": [
                 "evaluate", "--base_model", bench.model, "--only_after", "true", "--data", bench.data, "--limit", "1",
                 "--output_dir", folder, "--max_new_tokens", "2",
@@ -143,7 +143,7 @@ def planted_links(bench: Bench) -> str:
         commands[f"{command}, {', '.join(names)}"] = [*asked[command]]
     refused = 0
     for name, ended in bench.in_one_process(commands).items():
-        by_name = ended.code == 2 and "this is a link" in ended.output
+        by_name = ended.code == 2 and " link" in ended.output
         if not (ended.code == 0 or by_name) or "Traceback" in ended.output:
             raise Lost(f"{name}: exit code {ended.code}: {ended.output[-900:]}")
         refused += by_name
