@@ -26,6 +26,7 @@ from qingtune.values import (
     RepositoryName,
     SettingsOfMethods,
     Space,
+    Text,
     TrainingMethods,
 )
 
@@ -53,7 +54,7 @@ class InferConfig(ModelSettings):
     load_in_8bit: bool = setting(False, "Model", "Hold the base model's linear layers in 8 bits.")
 
     chat: bool = setting(False, "What to answer", "Talk to the model.")
-    prompt: str | None = setting(None, "What to answer", "A prompt (default: a few bundled samples).")
+    prompt: Text | None = setting(None, "What to answer", "A prompt (default: a few bundled samples).")
     prompt_file: str | None = setting(
         None, "What to answer", "A JSONL file of prompts; each row comes out again with an answer."
     )
@@ -63,7 +64,7 @@ class InferConfig(ModelSettings):
         "What to answer",
         "Replace output_file; without it an unfinished one is gone on with, a finished one kept.",
     )
-    system_prompt: str | None = setting(None, "What to answer", "System message (default: the one used in training).")
+    system_prompt: Text | None = setting(None, "What to answer", "System message (default: the one used in training).")
     ignore_fields: CommaList = setting(None, "What to answer", IGNORE_FIELDS)
     max_row_mb: Number = setting(16, "What to answer", MAX_ROW_MB, gt=0)
     max_row_turns: Integer = setting(1000, "What to answer", MAX_ROW_TURNS, ge=1)
@@ -136,7 +137,7 @@ class ExportConfig(ModelSettings):
         ["q8_0"], "Result", "How weights are kept, one file each: f32, f16, bf16, q8_0, q4_0, comma-separated."
     )
     overwrite_output_dir: bool = setting(False, "Result", "Replace an earlier export in output_dir.")
-    system_prompt: str | None = setting(
+    system_prompt: Text | None = setting(
         None, "Result", "System message in Ollama's Modelfile (default: the one used in training); empty for none."
     )
 
@@ -164,7 +165,7 @@ class EvaluateConfig(ModelSettings):
         "comma-separated.",
     )
     limit: Integer | None = setting(None, "Data", "Take the first rows only; also those of each lm_eval task.", ge=1)
-    system_prompt: str | None = setting(
+    system_prompt: Text | None = setting(
         None,
         "Data",
         "System message for rows that have none, given to both models (default: the one used in training).",
@@ -215,7 +216,7 @@ class CheckConfig(Settings):
         None, "Data", "Training data: one file or several, comma-separated (.jsonl .json .csv .parquet, also .gz)."
     )
     eval_data: CommaList = setting(None, "Data", "Evaluation data, looked for in the training data.")
-    system_prompt: str | None = setting(None, "Data", "System message for rows that have none.")
+    system_prompt: Text | None = setting(None, "Data", "System message for rows that have none.")
     ignore_fields: CommaList = setting(None, "Data", IGNORE_FIELDS)
     max_row_mb: Number = setting(16, "Data", MAX_ROW_MB, gt=0)
     max_row_turns: Integer = setting(1000, "Data", MAX_ROW_TURNS, ge=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from qingtune.comparison import Comparison, compare_outcomes
 from qingtune.comparison_table import as_console, as_json, as_markdown, ordered_otherwise, reference_name
 from qingtune.config_load import Loaded, read_json_object
 from qingtune.data.prepare import check_files_exist
+from qingtune.environment import launched_processes
 from qingtune.errors import UserError, raise_all
 from qingtune.files import sha256_of, write_json, write_text
 from qingtune.invocation import command_line
@@ -122,7 +122,7 @@ def _check(config: CompareConfig, given: Mapping[str, Any]) -> None:
                 "resume_from_checkpoint has no meaning in a comparison", fix="Unfinished trials go on by themselves."
             )
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_processes() > 1:
         problems.append(UserError("a comparison starts its processes itself", fix="Start it without a launcher."))
     raise_all(problems)
 

@@ -19,6 +19,7 @@ from qingtune.values import (
     RankPattern,
     Start,
     Strategy,
+    Text,
     auto_or_switch,
     whole_number,
 )
@@ -150,7 +151,7 @@ class TrainConfig(Settings):
     on_bad_row: Literal["raise", "skip"] = setting(
         "raise", "Data", "What happens to rows that cannot be used: an error, or left out and counted."
     )
-    system_prompt: str | None = setting(
+    system_prompt: Text | None = setting(
         None, "Data", "System message for rows that have none (default: what the model's template does)."
     )
     ignore_fields: CommaList = setting(None, "Data", IGNORE_FIELDS)

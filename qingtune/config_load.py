@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from qingtune.config import ALIASES, NO_EFFECT, ONLY_IDLE, Method, Settings, TrainConfig
 from qingtune.errors import UserError, raise_all, shorten
+from qingtune.json_files import MOST_BYTES, read_bytes
 from qingtune.redaction import HIDDEN, find_secret, find_token
 
 # Values of these names that ask for nothing, so that nothing needs saying.
@@ -133,8 +134,9 @@ def read_json_object(path: str) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        content = json.loads(text, object_pairs_hook=no_repeats)
+        # The system's own names, such as /dev/stdin, may be pipes: whoever gives one also fills it.
+        raw = Path(path).read_bytes() if path.startswith("/dev/") else read_bytes(Path(path), MOST_BYTES)
+        content = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=no_repeats)
         json.dumps(content, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise UserError("there is no such file", where=path, fix="Check the path.") from None

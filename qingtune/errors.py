@@ -23,9 +23,18 @@ def shorten(text: str, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]} ({len(text):,} characters)"
 
 
+MOST_PROBLEMS = 20  # that are shown
+
+
 def raise_all(problems: Sequence[UserError]) -> None:
-    """Raise every problem of the list as one UserError, a line each; do nothing for an empty list."""
+    """Raise the problems of the list as one UserError, a line each, those after the first 20 counted.
+
+    Does nothing for an empty list.
+    """
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        raise UserError("\n".join(str(problem) for problem in problems))
+        lines = [str(problem) for problem in problems[:MOST_PROBLEMS]]
+        if rest := len(problems) - len(lines):
+            lines.append(f"and {rest:,} more")
+        raise UserError("\n".join(lines))

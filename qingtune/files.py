@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError
 
 from qingtune.errors import UserError
-from qingtune.json_files import INDEX_BYTES, read_object
+from qingtune.json_files import INDEX_BYTES, open_plain, read_object
 
 MANIFEST = "manifest.json"
 _BY_FOLDER = {os.open, os.stat, os.unlink, os.rename} <= os.supports_dir_fd  # not so on Windows
@@ -392,9 +392,14 @@ def flush(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """The SHA-256 of a plain file, in hexadecimal.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be opened or is no plain file, such as a pipe.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

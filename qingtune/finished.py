@@ -7,10 +7,10 @@ the same, so are the samples; in every other case the recipe of training looks f
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from pathlib import Path
 
 from qingtune.config import TrainConfig
+from qingtune.environment import launched_processes
 from qingtune.errors import UserError
 from qingtune.files import sha256_of
 from qingtune.models.source import converted_folder, find_model, fingerprint, is_here
@@ -42,7 +42,7 @@ def is_surely_finished(config: TrainConfig) -> bool:
     output_dir = Path(config.output_dir)
     if config.overwrite_output_dir or config.dry_run or config.resume_from_checkpoint not in ("auto", True):
         return False
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_processes() > 1:
         return False
     try:
         record = read_record(output_dir) if output_dir.is_dir() else None

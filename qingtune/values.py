@@ -18,6 +18,14 @@ LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-4, 1e4
 LEAST_PENALTY, MOST_PENALTY = 1e-2, 1e2
 
 
+def _characters(value: object) -> object:
+    """Refuse halves of surrogate pairs, for which Python takes bytes of an argument that are not UTF-8."""
+    try:
+        return value.encode().decode() if isinstance(value, str) else value
+    except UnicodeEncodeError:
+        raise ValueError("not UTF-8 text") from None
+
+
 def _number_not_bool(value: object) -> object:
     """Refuse true and false where a number is asked for: pydantic would read them as 1 and 0."""
     if isinstance(value, bool):
@@ -180,6 +188,7 @@ def _no_repeats(values: list[Any]) -> list[Any]:
     return values
 
 
+Text = Annotated[str, BeforeValidator(_characters)]
 Integer = Annotated[int, BeforeValidator(_number_not_bool)]
 Number = Annotated[float, BeforeValidator(_number_not_bool)]
 _TEXT_OR_LIST = WithJsonSchema(

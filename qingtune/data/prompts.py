@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,10 @@ def rows_with_prompts(
             raise UserError(row.reason, where=row.origin)
         room.take(1000 + 4 * row.size, row.origin)  # objects of Python around the text
         try:
+            json.dumps(row.values, ensure_ascii=False, default=str).encode()  # as the answer's line repeats it
             yield row.values, _prompt_of_row(row, rules)
+        except UnicodeEncodeError:
+            raise UserError("holds half of a surrogate pair, which is no character", where=row.origin) from None
         except RowError as error:
             fix = None if error.kind else 'A row needs a "prompt", for example.'
             raise UserError(str(error), where=row.origin, fix=fix) from None

@@ -369,7 +369,7 @@ def _as_text(value: Any) -> str:
 
 def _machine(source: Source) -> list[tuple[Words, str]]:
     facts = dict(source.facts.get("machine", {}))
-    if "memory_bytes" in facts:
+    if facts.get("memory_bytes") is not None:
         facts["memory_bytes"] = size(facts["memory_bytes"])
     return [(named(ENVIRONMENT, name), str(value)) for name, value in facts.items()]
 

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qingtune.errors import UserError
-from qingtune.json_files import INDEX_BYTES, parse_object, read_object_if_there
+from qingtune.json_files import (
+    INDEX_BYTES,
+    OBJECT,
+    TEXT,
+    check_fields,
+    list_of,
+    number,
+    open_plain,
+    parse_object,
+    read_object_if_there,
+    whole,
+)
 from qingtune.record import FACTS, METRICS, SAMPLES, SETTINGS, Record, read_record
 from qingtune.redaction import redact, redact_values
 
@@ -114,9 +125,9 @@ def read_run(folder: Path) -> Source:
     record = read_record(folder)
     return Source(
         folder=redact(str(folder)),
-        settings=_json(folder / SETTINGS),
+        settings=_settings(folder / SETTINGS),
         record=Record(**redact_values(vars(record))) if record else None,
-        facts=_json(folder / FACTS),
+        facts=_facts(folder / FACTS),
         curves=_curves(folder / METRICS),
         answers=answers[:MOST_SAMPLES],
         steps_of_answers=steps,
@@ -131,11 +142,26 @@ def _json(path: Path) -> dict[str, Any]:
     return redact_values(read_object_if_there(path, INDEX_BYTES, nan=True) or {})
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    settings = _json(path)
+    check_fields(settings, {"eval_data_path": list_of(TEXT)}, str(path))
+    return settings
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    facts = _json(path)
+    check_fields(facts, {"data": OBJECT, "machine": OBJECT, "versions": OBJECT, "total_steps": whole(0)}, str(path))
+    check_fields(facts.get("machine") or {}, {"memory_bytes": number(least=0)}, f"{path}: machine")
+    return facts
+
+
 def _lines(path: Path, read: Callable[[dict[str, Any]], _Read]) -> Iterator[_Read]:
     """What `read` makes of each object in a file of JSON lines; a line that is still being written is left out."""
-    if not path.exists():
+    try:
+        opened = open_plain(path)
+    except FileNotFoundError:
         return
-    with path.open("rb") as file:  # as bytes, for such a line may end within a character
+    with opened as file:  # as bytes, for such a line may end within a character
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return

@@ -34,13 +34,15 @@ from qingtune.files import (
     write_manifest,
 )
 from qingtune.foreign import foreign_files
-from qingtune.json_files import INDEX_BYTES, read_object
+from qingtune.json_files import INDEX_BYTES, OBJECT, check_fields, list_of, number, read_object, whole
 from qingtune.record import LATEST, METRICS
 from qingtune.training.events import Stepped
 from qingtune.training.loop import Progress
 from qingtune.weights_file import read_header
 
 _NAME = "checkpoint-"
+_COUNT = whole(0)
+_PROGRESS = {"best_step": _COUNT, "best_loss": number(), "unlogged": list_of(OBJECT)}
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,10 @@ def _progress_to_json(progress: Progress) -> dict[str, Any]:
 
 
 def _progress_from_json(values: dict[str, Any]) -> Progress:
+    for name in ("step", "bad_steps"):
+        if not _COUNT.fits(values[name]):
+            raise ValueError(f"{name} is not {_COUNT.wanted}")
+    check_fields(values, _PROGRESS, "progress")
     progress = Progress(**values)
     progress.best_loss = math.inf if values["best_loss"] is None else progress.best_loss
     progress.unlogged = [Stepped(**step) for step in values["unlogged"]]

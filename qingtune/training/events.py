@@ -15,7 +15,9 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qingtune.files import open_in_place, write_bytes
+from qingtune.errors import UserError
+from qingtune.files import open_in_place, refuse_links, write_bytes
+from qingtune.json_files import open_plain, parse_object, whole
 from qingtune.output import console, safe, say
 
 
@@ -124,8 +126,8 @@ class LinesFile:
     def __init__(self, path: Path, keep_to_step: int) -> None:
         """Start anew, or keep the lines up to the step from which a run goes on."""
         # As bytes, for the last line may be cut off within a character; it is left out, as nothing ends it.
-        lines = path.read_bytes().split(b"\n")[:-1] if keep_to_step and path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= keep_to_step]
+        lines = _whole_lines(path) if keep_to_step else []
+        kept = [line for number, line in enumerate(lines, 1) if _step_of(line, f"{path}:{number}") <= keep_to_step]
         self.path = path
         write_bytes(path, b"")  # a file of its own, whoever has a link to the one before
         self.file = open_in_place(path)
@@ -161,6 +163,26 @@ class LinesFile:
         self.file.truncate(start)
         self.file.seek(start)
         return written
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines of a plain file that an end of line ends; none where there is no file."""
+    refuse_links(path.parent, [path.name])
+    try:
+        with open_plain(path) as file:
+            return file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+
+
+def _step_of(line: bytes, where: str) -> int:
+    try:
+        step = parse_object(line, where, nan=True)["step"]
+        if whole(0).fits(step):
+            return step
+    except KeyError:
+        pass
+    raise UserError("this line has no step", where=where, fix="Remove the file, and the run starts it again.")
 
 
 class MetricsFile(LinesFile):

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+from qingtune.environment import launched_processes
 from qingtune.errors import UserError
 from qingtune.training.events import Event, Noted, as_metrics
 
@@ -23,8 +24,9 @@ class AcceleratedProcesses:
         """Join the other processes.
 
         Raises:
-            UserError: a tracker is unknown or not installed.
+            UserError: a tracker is unknown or not installed, or a launcher's variable is no whole number.
         """
+        launched_processes()
         names = _check_trackers(trackers or [])
         self._accelerator = Accelerator(
             cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
