@@ -133,7 +133,7 @@ def planted_links(bench: Bench) -> str:
             "train": bench.training(folder.name, LORA),
             "evaluate": [
                 "evaluate", "--base_model", bench.model, "--only_after", "true", "--data", bench.data, "--limit", "1",
-                "--output_dir", folder, "--max_new_tokens", "2",
+                "--output_dir", folder, "--max_new_tokens", "2", "--overwrite_output_dir", "true",
             ],
             "compare": [
                 "compare", "--model_name_or_path", bench.model, "--data_path", bench.data, "--output_dir", folder,
