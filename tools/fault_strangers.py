@@ -93,7 +93,7 @@ NAMES = {
         "adapter_config.json", "tokenizer.json", "README.md", ".qingtune.lock",
     ),
     "evaluate": ("evaluation.json", "evaluation.md", "predictions_after.jsonl", "report.html"),
-    "compare": ("compare_config.json",),
+    "compare": (".qingtune.lock",),
 }  # fmt: skip
 ONCE = (
     ".report.html.tmp", ".evaluation.json.tmp", ".evaluation.md.tmp", ".predictions_after.jsonl.unfinished.json.tmp",
