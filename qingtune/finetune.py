@@ -110,6 +110,7 @@ def finetune(config: TrainConfig, *, notices: Sequence[str] = (), command: str =
     quieten()
     output_dir = Path(config.output_dir)
     check_output_folder(output_dir, overwrite=config.overwrite_output_dir)
+    check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
     refuse_inputs(
         output_dir,
         {
@@ -117,7 +118,6 @@ def finetune(config: TrainConfig, *, notices: Sequence[str] = (), command: str =
             "the model": [Path(config.model_name_or_path)] if os.path.exists(config.model_name_or_path) else [],
         },
     )
-    check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
     check_checkpoint_exists(config)
     processes = AcceleratedProcesses(config.report_to, output_dir)
     say = output.say if processes.index == 0 else _say_nothing

@@ -1,14 +1,21 @@
-"""Keep off the screen what libraries say and users can do nothing about; warnings that matter stay."""
+"""Keep libraries from saying what users can do nothing about, and from fetching native code by themselves."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from typing import cast
 
 
 def quieten() -> None:
-    """Set the libraries' logging; called before they are imported."""
+    """Set the libraries up; called before they are imported.
+
+    Where the package `kernels` is installed, bitsandbytes fetches native code from a hub while it is imported, and
+    Transformers where a model's configuration asks for it. None in its place is what Python takes for "not installed".
+    """
+    cast("dict[str, object]", sys.modules).setdefault("kernels", None)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # bitsandbytes advises at import to install a package for a function that is not used here.

@@ -282,7 +282,7 @@ _FILES: dict[str, Entry] = {
     "Parquet: an empty answer beside the year 75,000": _parquet(2, _WRITE, _GAP, ("at", _times(2**61, "us"))),
 }
 # Other systems do not let a file have such a name, which unpacking an archive from a Chinese Windows makes.
-_NAMES: dict[str, Entry] = {"a file name in GBK": ("rows\udcc4\udce3.jsonl", _value(b'""')[1], 2)}
+_NAMES: dict[str, Entry] = {"a file name in GBK": ("rows\udcc4\udce3.jsonl", _value(b'""')[1], None)}
 
 DATA: dict[str, Entry] = _ENCODINGS | _JSON | _ROWS | _CSV | _FILES | (_NAMES if sys.platform == "linux" else {})
 

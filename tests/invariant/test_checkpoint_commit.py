@@ -157,10 +157,11 @@ def test_steps_between_two_logged_lines_are_not_lost_by_a_stop(start: Runs, tmp_
 def test_what_a_killed_run_left_half_done_is_removed(start: Runs, tmp_path: Path) -> None:
     start("run")
     unfinished(tmp_path / "run", 3)
-    for name in (".checkpoint-4-ab12", ".result-x"):
+    for name in (".checkpoint-4-ab12cd34", ".result-x1y2z3_4", f".result-{'a1' * 8}.unfinished"):
         (tmp_path / "run" / name).mkdir()
         (tmp_path / "run" / name / "weights.safetensors").write_bytes(b"half")
-    (tmp_path / "run" / ".state.json.tmp").write_text("half")
+    for name in (".train_config.json.tmp", f".qingtune-{'b2' * 8}.tmp"):
+        (tmp_path / "run" / name).write_text("half")
     assert start("run")
     assert not list((tmp_path / "run").glob(".*"))
 
