@@ -44,8 +44,9 @@ def rows_with_prompts(
             raise UserError(row.reason, where=row.origin)
         room.take(1000 + 4 * row.size, row.origin)  # objects of Python around the text
         try:
+            prompt = _prompt_of_row(row, rules)
             json.dumps(row.values, ensure_ascii=False, default=str).encode()  # as the answer's line repeats it
-            yield row.values, _prompt_of_row(row, rules)
+            yield row.values, prompt
         except UnicodeEncodeError:
             raise UserError("holds half of a surrogate pair, which is no character", where=row.origin) from None
         except RowError as error:

@@ -115,7 +115,6 @@ _OWN = {
     "answer_form": "a row's form, of data that is read already",
     "chat_terminal": "lines typed by the user",
     "speed": "our own cache",
-    "training/events": "lines of a checkpoint whose digests are known",
     "evaluation": "lines written by this very command",
     "model_card": "lines of the user's own run",
     "plots": "lines written by this very run",
