@@ -176,12 +176,9 @@ def _whole_lines(path: Path) -> list[bytes]:
 
 
 def _step_of(line: bytes, where: str) -> int:
-    try:
-        step = parse_object(line, where, nan=True)["step"]
-        if whole(0).fits(step):
-            return step
-    except KeyError:
-        pass
+    step: Any = parse_object(line, where, nan=True).get("step")
+    if whole(0).fits(step):
+        return step
     raise UserError("this line has no step", where=where, fix="Remove the file, and the run starts it again.")
 
 
