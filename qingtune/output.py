@@ -131,7 +131,13 @@ class Guarded:
             self._note(error)
 
     def flush(self) -> None:
-        """Nothing waits, as all is written through."""
+        """Write out what a library put into the stream's own buffer, as line editors do; of ours nothing waits."""
+        if self._stream is None or (self.fault and not self._may_pass):
+            return
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._note(error)
 
     def isatty(self) -> bool:
         """Whether a terminal shows it."""

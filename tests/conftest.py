@@ -65,8 +65,8 @@ def _console_script() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Leave the user's cache alone, here and in subprocesses, and let no hub be asked."""
-    kept = {name: os.environ.get(name) for name in ("QINGTUNE_CACHE", "HF_HUB_OFFLINE")}
+    """Leave the user's cache alone, here and in subprocesses, let no hub be asked, and buffer output as usual."""
+    kept = {name: os.environ.pop(name, None) for name in ("QINGTUNE_CACHE", "HF_HUB_OFFLINE", "PYTHONUNBUFFERED")}
     os.environ["QINGTUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["HF_HUB_OFFLINE"] = "1"
     yield
