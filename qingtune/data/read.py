@@ -112,7 +112,7 @@ def _kind(path: str) -> str:
 
 def _open_bytes(path: str) -> io.BufferedIOBase:
     if path.lower().endswith(".gz"):
-        return cast("io.BufferedIOBase", gzip.open(path, "rb"))
+        return io.BufferedReader(cast("Any", gzip.open(path, "rb")), PIECE)  # reads a line several times faster
     return Path(path).open("rb")
 
 
@@ -120,8 +120,31 @@ def _too_large(rules: Rules) -> str:
     return f"a row of over {rules.max_row_mb:g} MB; raise max_row_mb if it is meant"
 
 
+class _BlankLines:
+    """Counts the bytes of blank lines between two rows: no more of them than a row may have."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._rules, self._taken = rules, 0
+
+    def take(self, size: int, origin: str) -> None:
+        """Count a blank line.
+
+        Raises:
+            UserError: there are too many.
+        """
+        self._taken += size
+        if self._taken > self._rules.row_bytes:
+            raise UserError(
+                f"over {self._rules.max_row_mb:g} MB of blank lines", where=origin, fix="Remove them from the file."
+            )
+
+    def end(self) -> None:
+        """Start again: a row came."""
+        self._taken = 0
+
+
 def _read_jsonl(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row | Fault]:
-    number = 0
+    number, blank = 0, _BlankLines(rules)
     while line := file.readline(rules.row_bytes + 1):
         number += 1
         origin = f"{path}:{number}"
@@ -131,7 +154,9 @@ def _read_jsonl(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Ro
             yield Fault(origin, _too_large(rules))
             continue
         if not line.strip():
+            blank.take(len(line), origin)
             continue
+        blank.end()
         try:
             yield _row(json.loads(line.decode("utf-8"), object_pairs_hook=no_repeats), origin, len(line))
         except UnicodeDecodeError:
@@ -182,7 +207,7 @@ class _Lines:
 def _read_csv(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row | Fault]:
     csv.field_size_limit(2**31 - 1)  # records are bounded as a whole
     text = io.TextIOWrapper(cast("Any", file), encoding="utf-8", newline="")
-    lines = _Lines(text, rules.row_bytes)
+    lines, blank = _Lines(text, rules.row_bytes), _BlankLines(rules)
     reader = csv.reader(lines, strict=True)
     start = 1
     try:
@@ -193,7 +218,9 @@ def _read_csv(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row 
         for cells in reader:
             origin, start, size, lines.taken = f"{path}:{start}", reader.line_num + 1, lines.taken, 0
             if not cells:
+                blank.take(size, origin)
                 continue
+            blank.end()
             if len(cells) == len(names):
                 yield Row(dict(zip(names, cells, strict=True)), origin, size)
             else:

@@ -66,6 +66,16 @@ def test_a_large_line_is_a_fault_and_the_others_are_read(zipped: str, monkeypatc
     assert next(str(row) for row in read_rows(name, SMALL) if isinstance(row, Fault)) == f"{name}:2: {TOO_LARGE}"
 
 
+@pytest.mark.parametrize("row", [b'{"a": 1}\n', b"a\n1\n"], ids=["jsonl", "csv"])
+def test_blank_lines_between_two_rows_have_the_bound_of_a_row(row: bytes) -> None:
+    name = "t.csv.gz" if b"a\n" in row else "t.jsonl.gz"
+    blank = b"\n" * 900
+    assert len(rows_of(name, row + blank + row[-9:] + blank + row[-9:])) >= 2
+    with pytest.raises(UserError) as caught:
+        rows_of(name, row + b"\n" * 2_000)
+    assert str(caught.value).endswith("over 0.001 MB of blank lines. Remove them from the file.")
+
+
 def test_a_line_is_never_read_whole_that_is_too_large() -> None:
     asked: list[int] = []
 
