@@ -18,6 +18,7 @@ from attack_case import (
     Argv,
     Case,
     Ended,
+    Expected,
     Place,
     nothing,
 )
@@ -44,8 +45,8 @@ def process_cases() -> Iterator[Case]:
     for argv in (MERGE, EXPORT, EVALUATE, INFER_FILE):
         for name, codes in (("SIGKILL", (0, -9)), ("SIGTERM", (0, 130, 143, -15)), ("SIGHUP", (0, 129, 130, -1))):
             pattern = ".*" if argv in (MERGE, EXPORT) else None
-            harm = {"signal": name, "when": pattern, "after": 0.02 if pattern else 0.3}
-            yield _case(f"{argv[0]}-{name}", (argv, argv), harm, codes=codes, check=_nothing_staged)
+            harm = {"signal": name, "when": pattern, "after": 0.02 if pattern else 0.1}
+            yield _case(f"{argv[0]}-{name}", (argv, argv), harm, expect="either", codes=codes, check=_came_to_its_end)
     for where in ([1], [2], [1, 2]):
         label = "".join(map(str, where))
         yield _case(f"train-no-reader-{label}", (TRAIN,), {"broken": where}, codes=(0,), check=_trained)
@@ -76,8 +77,8 @@ def process_cases() -> Iterator[Case]:
     yield _case("control-train", (LONG,), {}, codes=(0,), check=_trained)
 
 
-def _case(name: str, commands: tuple[Argv, ...], harm: dict[str, Any], **more: Any) -> Case:
-    return Case(GROUP, name, nothing, commands, "fine", ALL, process=harm, **more)
+def _case(name: str, commands: tuple[Argv, ...], harm: dict[str, Any], expect: Expected = "fine", **more: Any) -> Case:
+    return Case(GROUP, name, nothing, commands, expect, ALL, process=harm, **more)
 
 
 def _trained(place: Place, ended: Sequence[Ended]) -> str | None:
@@ -96,6 +97,9 @@ def _saved(place: Place, ended: Sequence[Ended]) -> str | None:
     return _trained(place, ended)
 
 
-def _nothing_staged(place: Place, ended: Sequence[Ended]) -> str | None:
+def _came_to_its_end(place: Place, ended: Sequence[Ended]) -> str | None:
+    """The first start or, where that was ended, the second; nothing is left half done."""
+    if ended[0].code and ended[1].code:
+        return f"the second start was refused: {ended[1].shown[-300:]}"
     left = [path.name for path in place.work.iterdir() if path.name.startswith(".")]
     return f"left half done: {', '.join(left)}" if left else None

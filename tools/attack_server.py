@@ -24,6 +24,7 @@ from typing import Any
 MORE_MEMORY = 3 << 30  # bytes of address space that a command may take besides what the imports took
 LARGEST_FILE = 1 << 30
 MOST_SHOWN = 8 << 20  # bytes of a terminal's output that are kept
+PROMPT = b"\x1b[?2004h"  # bracketed paste goes on: the command waits for a line
 
 
 def serve(package: Path) -> None:
@@ -56,7 +57,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
     if "signal" in request.get("harm", {}):
         _send(pid, handle, request["harm"], Path(request["cwd"]), began + request["seconds"])
-    shown = _wait(handle, terminal, began + request["seconds"])
+    typed = Path(request["stdin"]).read_bytes().splitlines() if terminal >= 0 else []
+    shown = _wait(handle, terminal, began + request["seconds"], typed)
     killed = not select.select([handle], [], [], 0)[0]
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
@@ -109,8 +111,8 @@ def _harm(harm: dict[str, Any]) -> None:
         pwd.getpwuid = unknown  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _wait(handle: int, terminal: int, until: float) -> bytes:
-    """Wait for a child's end or the time's, reading what it shows at its terminal."""
+def _wait(handle: int, terminal: int, until: float, typed: list[bytes]) -> bytes:
+    """Wait for a child's end or the time's, reading what it shows at its terminal and typing a line at each prompt."""
     shown = b""
     watched = [handle] if terminal < 0 else [handle, terminal]
     while (left := until - time.monotonic()) > 0:
@@ -118,6 +120,8 @@ def _wait(handle: int, terminal: int, until: float) -> bytes:
         if terminal in ready:
             piece = _piece(terminal)
             shown = (shown + piece)[:MOST_SHOWN]
+            if PROMPT in piece and typed:
+                os.write(terminal, typed.pop(0) + b"\r")
             if not piece:
                 watched = [handle]
         elif handle in ready:
