@@ -15,7 +15,7 @@ from qingtune.config_load import Loaded, read_json_object
 from qingtune.data.prepare import check_files_exist
 from qingtune.environment import launched_processes
 from qingtune.errors import UserError, raise_all
-from qingtune.files import sha256_of, write_json, write_text
+from qingtune.files import refuse_links, sha256_of, write_json, write_text
 from qingtune.invocation import command_line
 from qingtune.output import say, show
 from qingtune.output_folder import check_output_folder, is_run, only_run_in, ours_and_others
@@ -61,6 +61,7 @@ def compare(loaded: Loaded[CompareConfig], command: str) -> int:
     check_output_folder(output_dir, overwrite=config.overwrite_output_dir, first_file=BEGUN, what="a comparison")
     check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
     with only_run_in(output_dir), interruption() as stopping:
+        refuse_links(output_dir, (BEGUN, JOURNAL, PAGE, NUMBERS, PICTURE))
         wait_for_left_behind(output_dir / TRIALS, stopping, say)
         if stopping.asked:
             say(how_to_go_on)

@@ -29,13 +29,16 @@ def launched_processes() -> int:
     """How many processes the launcher started, as torchrun does; 1 without one.
 
     Raises:
-        UserError: a launcher's variable is no whole number.
+        UserError: a launcher's variable is no such number.
     """
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):
-        value = os.environ.get(name, "0")
-        if not re.fullmatch(r"-?\d{1,9}", value):
-            fix = "Unset it, or start the run with torchrun or accelerate launch."
-            raise UserError(f"{shorten(value)!r} is no whole number", where=f"the environment variable {name}", fix=fix)
+    for name, least in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", -1)):
+        value = os.environ.get(name, str(least))
+        if not re.fullmatch(r"-?\d{1,9}", value) or int(value) < least:
+            where, fix = (
+                f"the environment variable {name}",
+                "Unset it, or start the run with torchrun or accelerate launch.",
+            )
+            raise UserError(f"{shorten(value)!r} is no whole number of at least {least}", where=where, fix=fix)
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

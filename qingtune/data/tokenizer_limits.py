@@ -154,7 +154,8 @@ def check_steps(content: Mapping[str, Any]) -> None:
             for step in _flat(content.get(kind), kind, MOST_DEPTH):
                 growth *= _growth(step, kind)
             if growth > MOST_GROWTH:
-                raise UnsafeTokenizer(f"its {kind} may lengthen a text {growth:,.0f} times")
+                times = f"{growth:,.0f}" if growth < 1e6 else "over a million"
+                raise UnsafeTokenizer(f"its {kind} may lengthen a text {times} times")
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise UnsafeTokenizer(f"its {kind} is broken ({type(error).__name__}: {error})") from None
 

@@ -253,3 +253,17 @@ def test_trials_that_are_not_all_ours_stay(run: Callable[..., Any], tmp_path: Pa
         mine.unlink() if mine.suffix else mine.rmdir()
     code, _, order = run(grid=grid, overwrite_output_dir=True)
     assert (code, len(order)) == (0, 2)
+
+
+def test_links_in_the_place_of_the_report_are_refused_before_the_first_trial(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    grid, out = {"learning_rate": [1e-4]}, tmp_path / "out"
+    run(grid=grid)
+    shutil.rmtree(out / "trials")
+    (out / "comparison.md").unlink()
+    (out / "comparison.md").symlink_to(tmp_path / "mine.md")
+    with pytest.raises(UserError, match=r"comparison\.md"):
+        run(grid=grid)
+    assert not (tmp_path / "mine.md").exists()
+    assert not (out / "trials").exists()

@@ -243,3 +243,9 @@ def test_a_panic_is_a_message(tmp_path: Path) -> None:
 def test_the_check_names_the_step() -> None:
     with pytest.raises(UnsafeTokenizer, match=r"its normalizer may lengthen a text 100 times"):
         check_steps({"normalizer": replace_step("b" * 100)})
+
+
+def test_the_check_names_no_number_that_nobody_reads() -> None:
+    steps = [replace_step("b" * 100)] * 9
+    with pytest.raises(UnsafeTokenizer, match=r"may lengthen a text over a million times"):
+        check_steps({"normalizer": {"type": "Sequence", "normalizers": steps}})

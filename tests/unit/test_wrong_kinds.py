@@ -43,10 +43,12 @@ def test_many_problems_are_counted() -> None:
     assert lines[-1] == "and 4,980 more"
 
 
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
-def test_a_launchers_variable_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, "x")
-    with pytest.raises(UserError, match=f"variable {name}: 'x' is no whole number"):
+@pytest.mark.parametrize(("name", "value"), [("RANK", "x"), ("RANK", "-1"), ("WORLD_SIZE", "x"), ("WORLD_SIZE", "-5")])
+def test_a_launchers_variable_that_is_no_number_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"variable {name}: '{value}' is no whole number of at least"):
         launched_processes()
 
 
