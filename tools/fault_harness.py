@@ -20,7 +20,7 @@ from conftest import instruction_rows, write_jsonl  # pyright: ignore[reportMiss
 from tiny_runs import metrics, save_model  # pyright: ignore[reportMissingImports]
 
 ROOT = fault_paths.ROOT
-PATIENCE_S = 300
+PATIENCE_S = 900  # for one command; thousands of steps with a checkpoint each take minutes beside other work
 LORA: dict[str, Any] = {"use_lora": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 COMMON: dict[str, Any] = {
     "learning_rate": 0.005, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": False,
@@ -156,10 +156,13 @@ class Bench:
     def run(self, command: list[str], **env: str) -> Ended:
         """Run any command to its end."""
         began = time.monotonic()
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=PATIENCE_S, stdin=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                timeout=PATIENCE_S, stdin=subprocess.DEVNULL, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise Lost(f"{' '.join(command[3:5])}: no end after {PATIENCE_S} s") from None
         return Ended(done.returncode, done.stdout, time.monotonic() - began)
 
     def kill_at_random(self, name: str, settings: Mapping[str, Any], draw: random.Random, longest_s: float) -> bool:
@@ -180,8 +183,9 @@ class Bench:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of the commands: no GPU, no hub, a cache of their own."""
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **changes}
+    """The environment of the commands: no GPU, no hub, a cache of their own, output buffered as users have it."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**kept, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **changes}
 
 
 def same_result(one: Path, two: Path) -> None:
