@@ -80,7 +80,7 @@ def _changes(planner: Planner, samples: Samples) -> list[_Change]:
     if not planner.full and config.lora_r > 8:
         rank = config.lora_r // 2
         changes.append(_Change(f"lora_r {rank}", {"lora_r": rank}, samples, "half the trained parameters"))
-    if length >= 256:
+    if length >= 256 and _leaves_some(planner, samples, length // 2):
         changes.append(_shorter(planner, samples, length // 2))
     return changes + [change for change in _methods(planner, samples) if "optim" not in change.update]
 
@@ -116,6 +116,12 @@ def _smaller_batch(planner: Planner, samples: Samples, size: int) -> _Change:
         samples,
         "the same result",
     )
+
+
+def _leaves_some(planner: Planner, samples: Samples, length: int) -> bool:
+    """Whether there are samples to train on where none may be longer than this."""
+    lengths = samples.lengths
+    return planner.config.on_long == "truncate" or not lengths or min(lengths) <= length
 
 
 def _shorter(planner: Planner, samples: Samples, length: int) -> _Change:
@@ -164,9 +170,9 @@ def _several(planner: Planner, samples: Samples) -> list[Advice]:
             return [Advice(change.text, _saving((planner, samples), (then, change.samples)), change.price, True)]
     least = planner_with(planner, tried[-1].update)
     longest = least.longest_that_fits(replace(tried[-1].samples, evaluates=False, evaluation=None))
-    change = tried[-1].and_then(_shorter(planner, tried[-1].samples, longest))
-    if not longest:
+    if not longest or not _leaves_some(planner, samples, longest):
         return []
+    change = tried[-1].and_then(_shorter(planner, tried[-1].samples, longest))
     then = planner_with(planner, change.update)
     saves = _saving((planner, samples), (then, change.samples))
     return [Advice(change.text, saves, change.price, then.plan_for(change.samples).fits(planner.machine))]

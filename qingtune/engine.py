@@ -80,11 +80,14 @@ class Engine:
 LEANER = "choose what takes less: LoRA or QLoRA, a smaller lora_r, optim adamw_8bit, a smaller model."
 
 
-def make_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardware, longest: int, say: Say) -> Engine:
+def make_engine(
+    config: TrainConfig, model: PreTrainedModel, hardware: Hardware, longest: int, say: Say, *, evaluates: bool = False
+) -> Engine:
     """The fastest engine that is right for the model.
 
     Args:
         longest: tokens of the longest sample.
+        evaluates: whether passes over evaluation data come between those of training.
         say: is told the reason where it is not the fastest of all.
     """
     most_tokens = TOKENS_PER_PASS_ON_CPU if hardware.device.type == "cpu" else ALL
@@ -105,7 +108,10 @@ def make_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardware,
         int8_units=has_int8_units(hardware.device),
     )
     tokens = max(longest, most_tokens if most_tokens < ALL else longest * config.per_device_train_batch_size)
-    decoder.recompute = _layers_to_recompute(config, model, decoder, (tokens, longest), hardware.device, say)
+    evaluated = tokens if most_tokens < ALL else longest * config.per_device_eval_batch_size
+    decoder.recompute = _layers_to_recompute(
+        config, model, decoder, (tokens, longest), hardware.device, say, evaluated=evaluated if evaluates else 0
+    )
     if hardware.device.type == "cpu":
         tokens = _tokens_that_fit(config, model, decoder, longest, tokens, say)
         most_tokens, decoder.most_tokens = min(most_tokens, tokens), tokens
@@ -162,17 +168,20 @@ def _layers_to_recompute(
     most: tuple[int, int],
     device: torch.device,
     say: Say,
+    *,
+    evaluated: int = 0,
 ) -> int:
     """All, none, or as many as the free memory demands beside gradients and optimizer states yet to be made.
 
     Args:
         most: tokens of a pass, and of the longest sample.
+        evaluated: tokens of a pass over evaluation data; 0 without.
     """
     layers, free = len(decoder.mlp), free_bytes(device)
     room = None if free is None else BUFFERS_OF_FREE * (free - _training_bytes(config, model))
 
     def held(recompute: int) -> int:
-        return decoder.pass_bytes(*most, recompute)
+        return decoder.pass_bytes(*most, recompute, evaluated)
 
     recompute = layers_to_recompute(config.gradient_checkpointing, layers, held, room)
     if free is None or not recompute or config.gradient_checkpointing is True:

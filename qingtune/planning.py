@@ -253,7 +253,7 @@ class Planner:
 
     def plan(self, work: PassTokens, evaluation: PassTokens | None = None) -> MemoryPlan:
         """The plan for passes of this size."""
-        return self._plan(work, evaluation, self._recompute(_filled_up(work)))
+        return self._plan(work, evaluation, self._recompute(_filled_up(work), evaluation))
 
     def least_for(self, samples: Samples) -> int:
         """Bytes at the peak with every layer recomputed, by which methods compare."""
@@ -273,7 +273,7 @@ class Planner:
         ordered = {name: parts[name] for name in PARTS}
         return MemoryPlan(self.method, ordered, self.trainable, recompute, work.tokens, self.fast)
 
-    def _recompute(self, work: PassTokens) -> int:
+    def _recompute(self, work: PassTokens, evaluation: PassTokens | None) -> int:
         choice, layers = self.config.gradient_checkpointing, self.shape.layers
         if not self.fast:
             return layers if choice is True else 0
@@ -281,11 +281,16 @@ class Planner:
         if self.machine.free is not None:
             room = BUFFERS_OF_FREE * (self.machine.free - sum(self.fixed.values()))
         # As the engine counts, which does not know the samples.
-        most = max(work.tokens, TOKENS_PER_PASS_ON_CPU if self.machine.kind == "cpu" else 0)
-        fullest = PassTokens(most, most, work.longest)
+        least = TOKENS_PER_PASS_ON_CPU if self.machine.kind == "cpu" else 0
+
+        def fullest(one: PassTokens) -> PassTokens:
+            tokens = max(one.tokens, least)
+            return PassTokens(tokens, tokens, one.longest)
+
+        passes = fullest(work), evaluation and fullest(_filled_up(evaluation))
 
         def pass_bytes(recompute: int) -> int:
-            return sum(buffer_bytes(self.sizes, self._arithmetic(recompute), fullest))
+            return sum(buffer_bytes(self.sizes, self._arithmetic(recompute), *passes))
 
         return layers_to_recompute(choice, layers, pass_bytes, room)
 

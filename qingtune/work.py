@@ -51,7 +51,7 @@ def make_work(
     if notice:
         say(notice)
     longest = max(len(sample.token_ids) for sample in [*data.train, *data.evaluation])
-    engine = make_engine(config, model, hardware, longest, say)
+    engine = make_engine(config, model, hardware, longest, say, evaluates=bool(data.evaluation))
     progress = Progress()
     if resume_from:
         load_checkpoint(resume_from, trained, optimizer)

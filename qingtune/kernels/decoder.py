@@ -142,16 +142,18 @@ class Decoder:
             on_cpu=self.embedding.device.type == "cpu",
         )
 
-    def pass_bytes(self, tokens: int, longest: int, recompute: int | None = None) -> int:
+    def pass_bytes(self, tokens: int, longest: int, recompute: int | None = None, evaluated: int = 0) -> int:
         """Bytes of all buffers of a training pass, at most: as if each of its tokens were trained.
 
         Args:
             tokens: of the pass.
             longest: tokens of its longest sample.
             recompute: layers of which nothing but the input is kept; None for as many as there are now.
+            evaluated: tokens of a pass without gradients, whose buffers stay beside it; 0 without evaluation.
         """
         how = self.arithmetic if recompute is None else replace(self.arithmetic, recompute=recompute)
-        return sum(buffer_bytes(self.sizes, how, PassTokens(tokens, tokens, min(longest, tokens))))
+        work, evaluation = (PassTokens(n, n, min(longest, n)) for n in (tokens, evaluated))
+        return sum(buffer_bytes(self.sizes, how, work, evaluation if evaluated else None))
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> torch.Tensor:

@@ -164,12 +164,16 @@ def test_layers_to_recompute(room: float | None, count: int) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("machine", [CPU, GPU])
-def test_auto_fits_wherever_recomputing_everything_does(method: str, machine: Machine) -> None:
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_auto_fits_wherever_recomputing_everything_does(method: str, machine: Machine, evaluates: bool) -> None:
     """LoRA once "did not fit: 0.06 GB too much; 23 of 28 layers recomputed", and recomputing all saved 4.40 GB."""
     for free in np.linspace(1.2e9, 12e9, 60):
         small = replace(machine, free=int(free))
         auto, every = (
-            planner(method, small, gradient_checkpointing=choice).plan_for(samples(2048)) for choice in ("auto", True)
+            planner(
+                method, small, gradient_checkpointing=choice, per_device_train_batch_size=2 if evaluates else 8
+            ).plan_for(samples(2048, evaluates=evaluates))
+            for choice in ("auto", True)
         )
         assert auto.fits(small) is every.fits(small)
 
@@ -319,6 +323,14 @@ def test_each_advice_names_its_price() -> None:
     assert cut["max_seq_length 256"] == "cuts 255 of 312 samples"
     assert cut["use_qlora, quantization_bit 4"] == "weights rounded to 4 bits"
     assert 1.3 < float(cut["gradient_checkpointing true"].removesuffix(" x the work")) < 1.6
+
+
+def test_a_length_that_leaves_no_sample_is_not_advised() -> None:
+    for on_long, told in (("drop", False), ("raise", False), ("truncate", True)):
+        for free in (24e9, 0.9e9):
+            plans = planner("lora", replace(GPU, free=int(free)), on_long=on_long)
+            changes = " ".join(one.change for one in advise(plans, samples(lengths=(500, 512))))
+            assert ("max_seq_length" in changes) is told
 
 
 @pytest.mark.parametrize(("free", "told"), [(3.3e9, False), (1.9e9, True), (1.3e9, True), (0.2e9, False)])
