@@ -53,8 +53,9 @@ def make_work(
     longest = max(len(sample.token_ids) for sample in [*data.train, *data.evaluation])
     engine = make_engine(config, model, hardware, longest, say, evaluates=bool(data.evaluation))
     progress = Progress()
+    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
     if resume_from:
-        load_checkpoint(resume_from, trained, optimizer)
+        load_checkpoint(resume_from, trained, optimizer, scaler)
         progress = parse_state(resume_from).progress
     model.train()
 
@@ -70,9 +71,9 @@ def make_work(
         evaluate=_evaluator(
             data.evaluation, config.per_device_eval_batch_size, model, hardware.device, processes, engine, say
         ),
-        save=_saver(config, trained, optimizer, settings, processes),
+        save=_saver(config, trained, optimizer, scaler, settings, processes),
         peak_bytes=lambda: peak_bytes(hardware.device),
-        scaler=torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16),
+        scaler=scaler,
     )
     if (warmup := warmup_steps(config, total)) >= total:
         say(f"Warning: the warm-up takes {warmup:,} steps of {total:,}, so the learning rate never reaches its peak.")
@@ -113,6 +114,7 @@ def _saver(
     config: TrainConfig,
     trained: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     settings: dict[str, Any],
     processes: Processes,
 ) -> Callable[[Progress], None]:
@@ -122,7 +124,7 @@ def _saver(
     def save(now: Progress) -> None:
         try:
             if processes.index == 0:
-                save_checkpoint(output_dir, trained, optimizer, now, settings, versions())
+                save_checkpoint(output_dir, trained, optimizer, now, settings, versions(), scaler)
                 prune(output_dir, config.save_total_limit, now)
         finally:
             processes.wait()

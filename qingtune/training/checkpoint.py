@@ -18,7 +18,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,6 +42,11 @@ from qingtune.weights_file import read_header
 
 _NAME = "checkpoint-"
 _COUNT = whole(0)
+_PAGED = ("state1", "state2")  # of bitsandbytes' optimizers
+_SCALER = {
+    "scale": number(above=0), "growth_factor": number(above=0), "backoff_factor": number(above=0),
+    "growth_interval": whole(1), "_growth_tracker": _COUNT,
+}  # fmt: skip
 _PROGRESS = {"best_step": _COUNT, "best_loss": number(), "unlogged": list_of(OBJECT)}
 
 
@@ -84,8 +89,12 @@ def save_checkpoint(
     progress: Progress,
     settings: Mapping[str, Any],
     versions: Mapping[str, str],
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Path:
     """Write a checkpoint and move the pointer to it.
+
+    Args:
+        scaler: of a run in fp16; its scale is saved too.
 
     Raises:
         UserError: the disk does not take it; what was there before is as it was.
@@ -100,7 +109,7 @@ def save_checkpoint(
         save_file(tensors, half_done / "optimizer.safetensors")
         state = {
             "progress": _progress_to_json(progress), "optimizer_scalars": scalars, "settings": dict(settings),
-            "versions": dict(versions),
+            "versions": dict(versions), "scaler": scaler.state_dict() if scaler else {},
         }  # fmt: skip
         write_json(half_done / "state.json", state)
         if (output_dir / METRICS).exists():
@@ -194,9 +203,12 @@ def read_state(folder: Path) -> State:
 
 
 def load_checkpoint(
-    folder: Path, trained: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer | None
+    folder: Path,
+    trained: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer | None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
-    """Load weights, and the optimizer's states if one is given, in place."""
+    """Load weights, and the optimizer's and the scaler's states if these are given, in place."""
     others = UserError("the checkpoint holds other parameters than this run trains", where=str(folder))
     weights = _read_tensors(folder / "weights.safetensors")
     if {name: tensor.shape for name, tensor in weights.items()} != {name: p.shape for name, p in trained.items()}:
@@ -206,15 +218,39 @@ def load_checkpoint(
             parameter.copy_(weights[name])
     if optimizer is None:
         return
+    state = _read_state_file(folder)
     values: dict[str, Any] = _read_tensors(folder / "optimizer.safetensors")
-    values |= _read_state_file(folder).get("optimizer_scalars") or {}
+    values |= state.get("optimizer_scalars") or {}
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for name, value in values.items():
         parameter, _, key = name.partition("::")
         if parameter not in trained:
             raise others
         owner = trained[parameter]
-        on_device = value.to(owner.device) if isinstance(value, torch.Tensor) else value
-        optimizer.state[owner][key] = on_device
+        optimizer.state[owner][key] = _in_its_place(key, value, owner, optimizer, groups[owner])
+    if scaler and scaler.is_enabled() and (scale := state.get("scaler")):  # none in checkpoints of 0.1.0
+        where = folder / "state.json"
+        check_fields(state, {"scaler": OBJECT}, str(where))
+        check_fields(scale, _SCALER, f"scaler in {where}")
+        with foreign_files("the scale of the loss cannot be loaded", where):
+            scaler.load_state_dict(scale)
+
+
+def _in_its_place(
+    key: str, value: Any, owner: torch.nn.Parameter, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
+) -> Any:
+    """A parameter's state where the optimizer itself would have made it.
+
+    That is the parameter's device, but for two: a step that PyTorch's optimizers read on the CPU at every update
+    (torch.optim.Optimizer.load_state_dict has the same rule), and bitsandbytes' paged states, which may leave the GPU.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    if key == "step" and not (group.get("capturable") or group.get("fused")):
+        return value
+    if key in _PAGED and getattr(optimizer, "is_paged", False):
+        return cast("Any", optimizer).get_state_buffer(owner, dtype=value.dtype).copy_(value)
+    return value.to(owner.device)
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -216,7 +216,7 @@ def _sum_gradients(parameters: Sequence[torch.nn.Parameter], processes: Processe
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for dtype in {parameter.dtype for parameter in parameters}:
+    for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):  # in the same order in every process
         grads = [parameter.grad for parameter in parameters if parameter.dtype == dtype and parameter.grad is not None]
         flat = processes.sum(torch.cat([grad.reshape(-1) for grad in grads]))
         for grad, piece in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
