@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import MODULES, ROOT
 
 ENTER, CTRL_C, CTRL_D = "\r", "\x03", "\x04"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]|\x1b\][^\x07]*\x07")
@@ -59,7 +59,7 @@ class Terminal:
             [sys.executable, *map(str, argv)],
             stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
-            env={**kept, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONPATH": str(ROOT)} | environment,
+            env={**kept, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONPATH": MODULES} | environment,
         )  # fmt: skip
         self._slave = slave
         self.seen = self.all_seen = ""

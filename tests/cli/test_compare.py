@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, instruction_rows, write_jsonl
+from conftest import MODULES, ROOT, instruction_rows, write_jsonl
 from test_commands import assert_refused, call
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -58,7 +58,7 @@ def _interrupt_its_first_trial(argv: list[str], trial: Path) -> tuple[str, int]:
     process = subprocess.Popen(
         [sys.executable, *argv],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": MODULES, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_jsonl
+from conftest import MODULES, ROOT, write_jsonl
 
 ROWS = 600
 # In bf16 a sum may be rounded otherwise where other rows are answered beside; here each row's draws are to be its own.
@@ -32,7 +32,7 @@ def test_answers_after_ctrl_c_are_those_of_a_run_in_one_go(tiny: Callable[..., P
         sys.executable, "-c", IN_FP32, "infer", "--base_model", str(tiny("qwen2")), "--prompt_file", str(prompts),
         "--max_new_tokens", "24", "--temperature", "1",
     ]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "PYTHONPATH": MODULES, "CUDA_VISIBLE_DEVICES": ""}
 
     def start(output: Path) -> subprocess.Popen[str]:
         command = [*argv, "--output_file", str(output)]

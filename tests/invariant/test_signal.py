@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import MODULES, ROOT
 from tiny_runs import assert_equal, metrics, save_model, train, weights
 
 STEPS = 80
@@ -30,7 +30,7 @@ def test_terminated_command_goes_on_where_it_stopped(
     process = subprocess.Popen(
         [sys.executable, "fine_tune_qwen.py", *flags, "--overwrite_output_dir", "true"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": MODULES, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

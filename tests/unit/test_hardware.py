@@ -50,21 +50,22 @@ def test_every_pair_of_wishes_on_every_device(
     assert chosen.dtype == EXPECTED[bf16, fp16][list(DEVICES).index(device)]
     assert chosen.reason.startswith(f"{device}, {str(chosen.dtype).removeprefix('torch.')}: ")
     why = chosen.reason.split(": ", 1)[1]
+    called_off = [
+        name
+        for name, wish, has in zip(("bf16", "fp16"), (bf16, fp16), DEVICES[device][1:], strict=True)
+        if wish is False and has
+    ]
+    if chosen.dtype == FP32 and not (bf16 or fp16):
+        off = f"{' and '.join(called_off)} {'are' if len(called_off) > 1 else 'is'} off"
+        assert why == (off if called_off else "no fast 16-bit format here")
+    else:
+        assert " off" not in why
     if (bf16 and chosen.dtype == BF16) or (fp16 and chosen.dtype == FP16):
         assert why == "asked for"
     if bf16 and chosen.dtype != BF16:
         assert "bf16 was asked for" in why or "for bf16" in why
     if fp16 and chosen.dtype != FP16:
         assert "fp16 was asked for" in why
-
-
-@pytest.mark.parametrize(("bf16", "fp16"), EXPECTED)
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_reason_calls_off_only_what_was_ruled_out(
-    device: str, bf16: bool | None, fp16: bool | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reason = choose(monkeypatch, device, bf16, fp16).reason
-    assert "bf16 and fp16 are off" not in reason or (bf16 is False and fp16 is False)
 
 
 def test_each_process_gets_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +100,11 @@ def test_this_cpu(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_peak_memory_is_that_of_this_process() -> None:
-    held = psutil.Process().memory_info().rss
-    assert 0.99 * held <= hardware.peak_bytes(torch.device("cpu")) <= 100 * held
+    before = hardware.peak_bytes(torch.device("cpu"))
+    more = before - psutil.Process().memory_info().rss + 200 * 2**20
+    block = torch.ones(more, dtype=torch.uint8)
+    del block
+    assert before + 150 * 2**20 < hardware.peak_bytes(torch.device("cpu")) < before + 250 * 2**20
 
 
 def test_peak_memory_is_not_that_of_the_process_that_started_this_one(
@@ -139,13 +143,5 @@ def test_a_limit_of_the_shell_is_respected(run: Callable[..., subprocess.Complet
     assert 0 < int(run("-c", code).stdout) < 20 * 10**9
 
 
-def test_free_memory_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))
-    assert hardware.free_bytes(torch.device("cuda", 0)) == 7
+def test_free_memory_of_other_devices_is_unknown() -> None:
     assert hardware.free_bytes(torch.device("mps")) is None
-
-
-def test_free_memory_of_this_machine_is_some_of_all() -> None:
-    free = hardware.free_bytes(torch.device("cpu"))
-    assert free is not None
-    assert 0 < free <= psutil.virtual_memory().total

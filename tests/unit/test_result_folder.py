@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import MODULES, ROOT
 
 from qingtune import result_folder
 from qingtune.errors import UserError
@@ -269,7 +269,7 @@ tests.put(Path(sys.argv[1]))
 @pytest.mark.parametrize(("when", "there"), [("staged", "old"), ("aside", "old"), ("moved", "new")])
 def test_killed_anywhere_the_next_start_finds_a_whole_result(when: str, there: str, merged: Path) -> None:
     command = [sys.executable, "-c", SWITCH, str(merged), when, str(Path(__file__).parent)]
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    paths = os.pathsep.join((str(ROOT / "tests"), MODULES))
     ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, check=False)
     assert ended.returncode == -signal.SIGKILL
     look(merged)
