@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -24,6 +25,7 @@ from qingtune.command_config import ChatOptions
 from qingtune.errors import UserError
 from qingtune.files import default_cache, open_in_place, replacing
 from qingtune.flags import value_of
+from qingtune.interrupt import handled
 
 PRIVATE = 0o600  # permissions of a file that only its owner can read and write
 KEPT = 1000  # messages of the history; twice as many are in the file at most
@@ -83,11 +85,19 @@ class EditedLines:
         silent = termios.tcgetattr(sys.stdin)
         silent[0] &= ~termios.ICRNL  # Enter stays Enter
         silent[3] &= ~(termios.ECHO | termios.ICANON)
+
+        def silence(*_: object) -> None:
+            with suppress(OSError, termios.error):  # a terminal that hangs up tells so with SIGCONT too
+                shown = termios.tcgetattr(sys.stdin)[3] & termios.ECHO
+                if shown and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():
+                    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+
         termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
-        try:
-            yield
-        finally:
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        with handled([signal.SIGCONT], silence):  # after Ctrl-Z and fg the terminal is as the shell had it
+            try:
+                yield
+            finally:
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def _keys() -> KeyBindings:

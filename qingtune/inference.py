@@ -137,7 +137,7 @@ def infer(config: InferConfig) -> None:
         session = ChatSession(speaker.template, speaker.context_length, speaker.system_prompt)
         chat(speaker.continue_from, session, speaker.decoding)
     elif config.prompt is not None:
-        _stream(speaker.answer((Message("user", config.prompt),)))
+        _stream(speaker.answer((Message("user", config.prompt),)), speaker.decoding.max_new_tokens)
     elif config.prompt_file:
         _answer_file(speaker, questions, config)
     else:
@@ -246,14 +246,15 @@ def choose_decoding(config: InferConfig, folder: Path) -> Decoding:
 # --- Answering -------------------------------------------------------------------------------------------------------
 
 
-def _stream(answer: Answer) -> None:
-    """Print an answer as it is made, then its speed."""
+def _stream(answer: Answer, max_new_tokens: int) -> None:
+    """Print an answer as it is made, then its speed, and what cut it off."""
     began = time.perf_counter()
     for piece in answer:
         give(piece, end="")
     give("")
     seconds = time.perf_counter() - began
-    cut = "" if answer.ended else ", cut at max_new_tokens"
+    limit = "max_new_tokens" if len(answer.tokens) >= max_new_tokens else "the end of the model's context"
+    cut = "" if answer.ended else f", cut at {limit}"
     say(f"[{len(answer.tokens)} tokens, {len(answer.tokens) / seconds:.1f} tok/s{cut}]")
 
 
@@ -321,7 +322,7 @@ def _answer_bundled(speaker: Speaker) -> None:
     say(f"No prompt given: answering {BUNDLED_SHOWN} bundled samples ({'Chinese' if chinese else 'English'}).")
     for _, prompt in bundled_prompts(chinese=chinese):
         give(f"\n{prompt[-1].content}\n---")
-        _stream(speaker.answer(prompt))
+        _stream(speaker.answer(prompt), speaker.decoding.max_new_tokens)
 
 
 def bundled_prompts(*, chinese: bool) -> Iterable[tuple[dict[str, Any], Sequence[Message]]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -232,3 +234,20 @@ def test_plain_lines_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lines_of_a_pipe_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plain(monkeypatch, ["one\\", "", "two"], prompted=False)[0] == ["one\\", "", "two", None]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX terminals")
+def test_keys_stay_unseen_after_the_shell_had_the_terminal(keyboard: Keyboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    import termios
+
+    master, slave = os.openpty()
+    monkeypatch.setattr("os.tcgetpgrp", lambda _: os.getpgrp())
+    with open(slave, encoding="utf-8") as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+        as_in_shell = termios.tcgetattr(terminal)
+        with keyboard.lines.quiet():
+            termios.tcsetattr(terminal, termios.TCSANOW, as_in_shell)  # Ctrl-Z, then fg
+            os.kill(os.getpid(), signal.SIGCONT)
+            assert not termios.tcgetattr(terminal)[3] & termios.ECHO
+        assert termios.tcgetattr(terminal) == as_in_shell
+    os.close(master)
