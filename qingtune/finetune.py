@@ -77,6 +77,7 @@ class Result:
 
     Attributes:
         peak_bytes: the most memory held.
+        eval_samples: of the evaluation data, behind the losses.
         planned_bytes: what was planned for it: parts, and their total. None for models that planning does not know.
     """
 
@@ -91,6 +92,7 @@ class Result:
     eval_loss: float | None
     best_eval_loss: float | None
     best_step: int | None
+    eval_samples: int = 0
 
 
 def finetune(config: TrainConfig, *, notices: Sequence[str] = (), command: str = "") -> bool:
@@ -187,7 +189,9 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
         write_json(output_dir / FACTS, redact_values(_facts(hardware, processes, data, limits)))
         answers = _sample_answers(config, opened, model, progress) if config.eval_samples else None
     result = _train(config, work, limits, progress, processes, page, answers, count_parameters(model))
-    result = replace(result, planned_bytes=plan and plan.planned_bytes())
+    result = replace(
+        result, planned_bytes=plan and plan.planned_bytes(), eval_samples=len(data.evaluation) if data.evaluation else 0
+    )
     if plan and processes.count == 1:
         keep_measured_speed(plan, output_dir / METRICS, say)
     del work  # and with it the optimizer's states, before the result takes memory
@@ -356,13 +360,22 @@ def _is_gguf(config: TrainConfig) -> bool:
     return config.model_name_or_path.endswith(".gguf")
 
 
+def _loss_line(config: TrainConfig, result: Result) -> list[str]:
+    """What training did to eval_loss: of the weights that were kept, and on how many samples; nothing without it."""
+    best = result.best_step is not None and config.load_best_model_at_end
+    loss = result.best_eval_loss if best else result.eval_loss
+    if loss is None:
+        return []
+    start = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f} -> "
+    kept = f", at step {result.best_step:,}, which was the best" * best
+    return [f"eval_loss {start}{loss:.4f} on {result.eval_samples:,} samples{kept}"]
+
+
 def _summary(config: TrainConfig, result: Result) -> str:
     """The closing lines: what came out, and how to talk to it."""
     planned = f" (planned: {result.planned_bytes['total'] / 1e9:.2f})" if result.planned_bytes else ""
     lines = [f"{result.steps} steps in {result.seconds:,.0f} s, peak memory {result.peak_bytes / 1e9:.2f} GB{planned}"]
-    if result.eval_loss is not None:
-        start = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f} -> "
-        lines.append(f"eval_loss {start}{result.eval_loss:.4f}")
+    lines += _loss_line(config, result)
     base, adapter = config.model_name_or_path, config.output_dir
     if config.method == "full":
         base, adapter = config.output_dir, None

@@ -169,3 +169,18 @@ PROMPTS: Rows = [{"prompt": f"2 + {number}", "ground_truth": str(2 + number)} fo
 CONTEXT: Rows = [
     {"instruction": "When?", "context": f"{place} opens at nine.", "output": "At nine."} for place in PLACES
 ]
+TOKENISED: Rows = [{"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1], "labels": [-100, 2, 3]}] * 4
+TURN_A_ROW: Rows = [
+    {"message_id": "a", "parent_id": None, "text": "早市几点开？", "role": "prompter"},
+    {"message_id": "b", "parent_id": "a", "text": "六点。", "role": "assistant"},
+] * 2
+WRONG_ANSWERS: Rows = [{"prompt": "2 + 2?", "completion": "5", "is_correct": False}] * 4
+ATTACHMENTS: Rows = [
+    {
+        "messages": [
+            {"role": "user", "content": "Sum it up.", "attachments": ["report.pdf"]},
+            {"role": "assistant", "content": "Sales rose."},
+        ]
+    }
+] * 4
+RATIONALE: Rows = [{"instruction": "2 + 2?", "output": "4", "rationale": "Two and two make four."}] * 4

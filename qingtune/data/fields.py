@@ -19,13 +19,15 @@ REASONING = "data with reasoning in a field of its own"
 PARTIAL = "data whose answers are given in part (prefix, partial)"
 PROMPT_PART = "data with a part of the prompt in a field that this form of rows does not have"
 CLASSIFICATION = "classification data (texts with labels)"
+TOKENISED = "data that is tokenised already (token ids in place of texts)"
+TURNS = "data with one turn of a conversation in each row"
 EMBEDDING = "embedding data (texts that match or do not)"
 CHOICES = "multiple-choice data"
 PROMPTS = "reinforcement-learning data (prompts without answers)"
 
 # Kinds that tell of a whole file what it is, even where its rows are of no known form.
 OF_WHOLE_FILES = frozenset(
-    {PREFERENCE, LABELLED, MULTIMODAL, TOOLS, CLASSIFICATION, EMBEDDING, CHOICES, PROMPTS}
+    {PREFERENCE, LABELLED, MULTIMODAL, TOOLS, CLASSIFICATION, TURNS, EMBEDDING, CHOICES, PROMPTS}
 )  # fmt: skip
 # Kinds that concern what the model is asked; the others concern the answer that is trained.
 OF_PROMPTS = frozenset({MULTIMODAL, TOOLS, PROMPT_PART, PARTIAL})
@@ -72,6 +74,11 @@ def _is_no_mark(value: Any) -> bool:
     return str(value).strip().lower() not in ("true", "false", "0", "1", "0.0", "1.0", "-1")
 
 
+def _is_no_role(value: Any) -> bool:
+    """A role that is none of a conversation's, such as a profession."""
+    return str(value).strip().lower() not in ("user", "human", "prompter", "assistant", "gpt", "bot", "model", "system")
+
+
 _EMPTY_TEXTS = frozenset({"", "[]", "{}", "null", "None", "none", "nan", "NaN"})
 _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
@@ -82,17 +89,22 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "response_chosen response_rejected chosen_messages preference",
     ),
     (LABELLED, _is_no_mark, "label kto_tag kto_label"),
+    (LABELLED, _is_one_or_true, "is_correct"),
     (
         MULTIMODAL,
         is_empty,
         "image images image_path image_paths image_url image_urls audio audios audio_path audio_paths audio_url "
-        "video videos video_path video_paths video_url",
+        "video videos video_path video_paths video_url attachments",
     ),
     (TOOLS, is_empty, "tools functions tool_calls function_call available_tools"),
     (WEIGHTED, _is_one_or_true, "weight loss_weight sample_weight loss_scale loss train trainable"),
     (WEIGHTED, is_empty, "loss_mask mask train_detail training_detail"),
     (WEIGHTED, _is_zero_or_false, "masked"),
-    (REASONING, is_empty, "reasoning reasoning_content thinking thought thoughts cot complex_cot chain_of_thought"),
+    (
+        REASONING,
+        is_empty,
+        "reasoning reasoning_content thinking thought thoughts cot complex_cot chain_of_thought rationale",
+    ),
     (PARTIAL, _is_zero_or_false, "prefix partial"),
     (PROMPT_PART, is_empty, "system system_prompt history context contexts document documents"),
 )
@@ -100,7 +112,7 @@ FIELDS = {name: (kind, harmless) for kind, harmless, names in _KINDS for name in
 # A label beside a text or beside nothing known is the answer itself.
 _LABELS: dict[str, tuple[str, Callable[[Any], bool]]] = dict.fromkeys(
     ("label", "labels", "label_text", "class"), (CLASSIFICATION, is_empty)
-)
+) | {"role": (TURNS, _is_no_role)}
 _WATCHED = FIELDS.keys() | _LABELS.keys()
 # Columns by which files are known whose rows are of no known form.
 _SIGNS: tuple[tuple[str, str], ...] = (
@@ -143,11 +155,13 @@ def lost_meaning(values: Mapping[str, Any], read: Collection[str], *, labels_ans
     return None if kind is None else Refusal(kind, ", ".join(f'"{name}"' for name in found[kind]))
 
 
-_ORDER = tuple(dict.fromkeys([*(kind for kind, _, _ in _KINDS), CLASSIFICATION]))
+_ORDER = tuple(dict.fromkeys([*(kind for kind, _, _ in _KINDS), CLASSIFICATION, TURNS]))
 
 
 def kind_of_file(values: Mapping[str, Any]) -> Refusal | None:
     """What a row of no known form tells of its file; None where that is not known either."""
+    if "input_ids" in values:
+        return Refusal(TOKENISED, '"input_ids"')
     refusal = lost_meaning(values, (), labels_answer=True)
     if refusal is not None and refusal.kind in OF_WHOLE_FILES:
         return refusal

@@ -230,7 +230,7 @@ def refuse_long(conversation: Conversation, rules: Rules) -> None:
 
 def _unread(values: dict[str, Any], read: Collection[str]) -> set[str]:
     """The fields of a row and of its turns that hold something and are not read."""
-    names = {shorten(name) for name, value in values.items() if name not in read and not is_empty(value)}
+    names = {shorten(name) or '""' for name, value in values.items() if name not in read and not is_empty(value)}
     for column in TURN_COLUMNS.intersection(values, read):
         for turn in values[column] if isinstance(values[column], list) else ():
             if turn.keys() <= _OF_TURNS:

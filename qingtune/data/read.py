@@ -204,11 +204,20 @@ class _Lines:
         return line
 
 
+def _separator(file: io.BufferedIOBase, rules: Rules) -> str:
+    """What stands between the columns' names: where the comma is a decimal point, spreadsheets write semicolons."""
+    start = file.tell()
+    names = file.readline(rules.row_bytes)
+    file.seek(start)
+    return next((mark for mark in ",;\t" if mark.encode() in names), ",")
+
+
 def _read_csv(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row | Fault]:
     csv.field_size_limit(2**31 - 1)  # records are bounded as a whole
+    separator = _separator(file, rules)
     text = io.TextIOWrapper(cast("Any", file), encoding="utf-8", newline="")
     lines, blank = _Lines(text, rules.row_bytes), _BlankLines(rules)
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(lines, strict=True, delimiter=separator)
     start = 1
     try:
         names = next(reader, [])

@@ -46,6 +46,11 @@ REFUSED: dict[str, tuple[foreign.Rows, str, str]] = {
     "classification": (foreign.CLASSIFICATION, fields.CLASSIFICATION, '"label"'),
     "embeddings": (foreign.EMBEDDINGS, fields.EMBEDDING, '"query", "pos"'),
     "prompts": (foreign.PROMPTS, fields.PROMPTS, '"prompt", "ground_truth"'),
+    "token ids": (foreign.TOKENISED, fields.TOKENISED, '"input_ids"'),
+    "a turn in each row": (foreign.TURN_A_ROW, fields.TURNS, '"role"'),
+    "answers known to be wrong": (foreign.WRONG_ANSWERS, fields.LABELLED, '"is_correct"'),
+    "attachments": (foreign.ATTACHMENTS, fields.MULTIMODAL, 'turn 1: "attachments"'),
+    "rationale": (foreign.RATIONALE, fields.REASONING, '"rationale"'),
     "context": (foreign.CONTEXT, fields.PROMPT_PART, '"context"'),
 }
 TRAINED: dict[str, foreign.Rows] = {
@@ -55,6 +60,7 @@ TRAINED: dict[str, foreign.Rows] = {
     "placeholders": foreign.IDENTITY,
     "weights of 1": foreign.NEUTRAL_WEIGHTS,
     "topics": foreign.TOPICS,
+    "texts by professions": [{"text": "I bake at four.", "role": "baker"}],
 }
 GOOD = {"instruction": "q", "output": "a"}
 
@@ -204,6 +210,10 @@ def test_fields_that_are_not_used_are_counted_over_all_rows_and_turns() -> None:
         "messages rows; not used: id (in 1 rows), messages.name (in 3 rows), source (in 1 rows)"
     )
     assert check(rows)["files"]["t.jsonl"]["ignored_columns"] == about.ignored_columns
+
+
+def test_a_column_without_a_name_is_named() -> None:
+    assert read([{"": "7", **GOOD}]).files["t.jsonl"].described() == 'instruction rows; not used: ""'
 
 
 def test_fields_of_any_depth_number_and_length_are_counted() -> None:

@@ -135,6 +135,12 @@ def test_jsonl_lines_are_counted_over_blank_ones(read: Read) -> None:
     assert origins(read("a.jsonl", '\n{"a": 1}\r\n  \n\n{"a": 2}')) == ["a.jsonl:2", "a.jsonl:5"]
 
 
+@pytest.mark.parametrize("mark", [";", "\t", ","])
+def test_csv_columns_are_told_by_what_stands_between_their_names(read: Read, mark: str) -> None:
+    rows = read("a.csv", f'a{mark}b\n"x,y;z\t"{mark}2\n')
+    assert [row.values for row in rows if isinstance(row, Row)] == [{"a": "x,y;z\t", "b": "2"}]
+
+
 def test_csv_lines_are_counted_over_cells_of_several_lines(read: Read) -> None:
     rows = read("a.csv", 'a,b\n"one\ntwo\n\nfour",x\n\n3,"y\nz"\n5,6\n')
     assert values(rows) == [{"a": "one\ntwo\n\nfour", "b": "x"}, {"a": "3", "b": "y\nz"}, {"a": "5", "b": "6"}]
