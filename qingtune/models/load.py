@@ -427,5 +427,5 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     """Write a model as a folder of Transformers' layout, its weights in a dtype; the model is left in it."""
-    cast("Any", model).set_attn_implementation("sdpa")  # ours is no name that others know
+    cast("Any", model).set_attn_implementation(_attention(model.config))  # ours is no name that others know
     cast("Any", model).to(dtype).save_pretrained(folder)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
@@ -102,6 +103,13 @@ def test_what_is_saved_loads_again(kind: str, dtype: torch.dtype, tmp_path: Path
     assert stored_dtype(tmp_path) == dtype
     assert again.config.tie_word_embeddings == (kind != "llama")
     assert context_length(tmp_path) == 256
+
+
+def test_an_architecture_without_fused_attention_is_saved(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 320}
+    config = transformers.Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    save_model(transformers.AutoModelForCausalLM.from_config(config), tmp_path, torch.float32)
+    assert load_model(tmp_path, torch.float32).config.model_type == "gemma2"
 
 
 def test_a_model_is_loaded_in_the_dtype_asked_for(tiny: Tiny) -> None:
