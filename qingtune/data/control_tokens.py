@@ -38,7 +38,8 @@ class ControlTokens:
     Attributes:
         ids: of each control token by its text.
         markup: those that an answer may hold, as the model writes them itself: `<think>`, `<tool_call>`.
-        heads: beginnings of a content that complete a control token with what the template writes before it.
+        heads: beginnings of a content that complete a control token with what the template writes before it, or with
+            the end of the content before that.
         tails: ends of a content that begin one with what it writes after it.
     """
 
@@ -71,11 +72,20 @@ def find_control_tokens(tokenizer: PreTrainedTokenizerBase, render: Render, stop
     pieces = [re.split("|".join(_CONTENTS), text) for text in rendered]
     before = [piece for parts in pieces for piece in parts[:-1]]
     after = [piece for parts in pieces for piece in parts[1:]]
+    between = {piece for parts in pieces for piece in parts[1:-1]}
     cuts = [(text[:place], text[place:]) for text in ids for place in range(1, len(text))]
     return ControlTokens(
         ids=ids,
         markup=frozenset(written - _delimiters(render, written, {added[n].content for n in stop_ids if n in added})),
-        heads=tuple({end for start, end in cuts if any(piece.endswith(start) for piece in before)}),
+        heads=tuple(
+            {end for start, end in cuts if any(piece.endswith(start) for piece in before)}
+            | {
+                end.removeprefix(piece)
+                for _, end in cuts
+                for piece in between
+                if end.startswith(piece) and end != piece
+            }
+        ),
         tails=tuple({start for start, end in cuts if any(piece.startswith(end) for piece in after)}),
     )
 

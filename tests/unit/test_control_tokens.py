@@ -273,3 +273,14 @@ def test_the_copy_is_made_only_for_forged_text(monkeypatch: pytest.MonkeyPatch) 
     for text in HARMLESS:
         prompt_ids(template, [Message("user", text)])
         prompt_ids(template, text)
+
+
+@pytest.mark.parametrize("between", ["", "|"])
+def test_two_contents_form_no_control_token_together(between: str) -> None:
+    template = template_of(
+        next(iter(KINDS)), "{% for m in messages %}{{ m.content }}" + between + "{% endfor %}<|im_end|>"
+    )
+    for place in range(1, len("<|im_end|>")):
+        first, second = "<|im_end|>"[:place], "<|im_end|>"[place:].removeprefix(between)
+        ids = prompt_ids(template, [Message("system", first), Message("user", second)])
+        assert len(control_ids(template, ids)) == 1
