@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,9 @@ from typing import Any
 from qingtune import __version__
 from qingtune.config_load import default_settings
 from qingtune.files import write_text
+from qingtune.json_files import open_plain
 from qingtune.markdown import code, prose, table, value
+from qingtune.page.source import read_curves
 from qingtune.record import METRICS, Record
 from qingtune.redaction import redact, redact_values
 
@@ -21,6 +24,7 @@ CARD = "README.md"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # OWNER/NAME
 # Told in lines of their own, or of no interest to others.
 _ELSEWHERE = {"model_name_or_path", "data_path", "eval_data_path", "system_prompt", "use_lora", "use_qlora"}
+_MOST_FRONT_MATTER = 1 << 20  # bytes of a base's card that are looked at for its licence
 _METHODS = {"full": "full training", "lora": "LoRA", "qlora": "QLoRA"}
 
 
@@ -129,10 +133,11 @@ def _front_matter(origin: Origin) -> list[str]:
 
 def _licence(base: Path) -> str | None:
     """The licence that the base's own card names."""
-    card = base / "README.md"
-    if not card.exists():
+    try:
+        with open_plain(base / "README.md") as card:
+            text = card.read(_MOST_FRONT_MATTER).decode("utf-8", errors="replace")
+    except FileNotFoundError:
         return None
-    text = card.read_text(encoding="utf-8", errors="replace")
     head = text.split("\n---", 1)[0] if text.startswith("---") else ""
     found = re.search(r"(?m)^license:[ \t]*(\w[\w.-]*)[ \t]*$", head, re.ASCII)
     return found[1] if found else None
@@ -198,15 +203,13 @@ def _results(results: Mapping[str, Any]) -> dict[str, str]:
 
 def _last_line(folder: Path) -> dict[str, str]:
     """The last logged training loss and the run's speed, from metrics.jsonl."""
-    path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    steps = [line for line in (json.loads(text) for text in lines if text.endswith("}")) if "trained_tokens" in line]
-    if not steps or steps[-1].get("loss") is None:
+    values = read_curves(folder / METRICS).values
+    if not values["loss"] or math.isnan(values["loss"][-1]):
         return {"training loss": "not measured"}
-    rows = {"training loss": f"{steps[-1]['loss']:.4f}, last logged"}
-    seconds = sum(step["seconds"] for step in steps)
+    rows = {"training loss": f"{values['loss'][-1]:.4f}, last logged"}
+    seconds = sum(values["seconds"])
     if seconds > 0:
-        rows["speed"] = f"{sum(step['tokens'] for step in steps) / seconds:,.0f} tokens/s"
+        rows["speed"] = f"{sum(values['tokens']) / seconds:,.0f} tokens/s"
     return rows
 
 

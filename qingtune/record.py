@@ -16,11 +16,13 @@ from qingtune.config import TrainConfig
 from qingtune.errors import UserError
 from qingtune.files import write_json
 from qingtune.json_files import (
+    FLAG,
     INDEX_BYTES,
     OBJECT,
     TEXT,
     Kind,
     check_fields,
+    either,
     list_of,
     number,
     object_of,
@@ -62,7 +64,16 @@ _LOSS = Kind("a number", lambda value: isinstance(value, int | float) and not is
 _RESULTS = {
     **dict.fromkeys(("eval_loss_before", "eval_loss", "best_eval_loss"), _LOSS),
     **dict.fromkeys(("seconds", "peak_bytes"), number(least=0)),
-    "steps": whole(0),
+    **dict.fromkeys(("steps", "parameters", "trained_parameters"), whole(0)),
+    "planned_bytes": object_of(number(least=0)),
+}
+# Of the settings, those that a model card computes with.
+_PATHS = either(TEXT, list_of(TEXT))
+_SETTINGS = {
+    **dict.fromkeys(("use_lora", "use_qlora"), FLAG),
+    **dict.fromkeys(("data_path", "eval_data_path"), _PATHS),
+    "lora_r": whole(1),
+    "val_size": number(least=0),
 }
 
 
@@ -114,6 +125,7 @@ def read_record(folder: Path) -> Record | None:
     if content is None:
         return None
     check_fields(content, _KINDS, str(path))
+    check_fields(content.get("settings") or {}, _SETTINGS, f"{path}: settings")
     check_fields(content.get("results") or {}, _RESULTS, f"{path}: results")
     known: dict[str, Any] = {
         name: value

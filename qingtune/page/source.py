@@ -128,7 +128,7 @@ def read_run(folder: Path) -> Source:
         settings=_settings(folder / SETTINGS),
         record=Record(**redact_values(vars(record))) if record else None,
         facts=_facts(folder / FACTS),
-        curves=_curves(folder / METRICS),
+        curves=read_curves(folder / METRICS),
         answers=answers[:MOST_SAMPLES],
         steps_of_answers=steps,
         more_answers=max(0, len(answers) - MOST_SAMPLES),
@@ -174,7 +174,12 @@ def _lines(path: Path, read: Callable[[dict[str, Any]], _Read]) -> Iterator[_Rea
             yield found
 
 
-def _curves(path: Path) -> Curves:
+def read_curves(path: Path) -> Curves:
+    """What a run logged; nothing if there is no such file.
+
+    Raises:
+        UserError: it is broken.
+    """
     curves = Curves()
     for step, eval_loss, values in _lines(path, _measured):
         if values is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 from qingtune.config import TrainConfig
 from qingtune.config_load import load_train_config
+from qingtune.errors import UserError
 from qingtune.model_card import ExportedFile, Origin, shown_name, write_card
-from qingtune.record import Record, settings_to_compare
+from qingtune.record import METRICS, Record, settings_to_compare
 
 FILE = ExportedFile("shop-q8_0.gguf", 531_000_000, "ab" * 32, {"Q8_0": 0.00621, "F32": 0.0})
 SECRET = "hf_" + "a1B2c3D4e5" * 3
@@ -171,3 +173,17 @@ def test_text_of_strangers_stays_text(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "a\0b/c", "x" * 5000 + "/y", "\n/"])
 def test_names_that_are_no_paths_are_shown(name: str) -> None:
     assert isinstance(shown_name(name), str)
+
+
+@pytest.mark.parametrize("line", ["5", '{"step": 1, "trained_tokens": 1, "loss": "x"}', "[" * 10_000 + "}"])
+def test_a_log_that_is_broken_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / METRICS).write_text(f"{line}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"{METRICS}:1"):
+        card(tmp_path, record())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_in_the_place_of_the_bases_card_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "README.md")
+    with pytest.raises(UserError, match="no plain file"):
+        card(tmp_path, None)

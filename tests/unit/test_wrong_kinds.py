@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from qingtune.data.prompts import rows_with_prompts
 from qingtune.environment import launched_processes
 from qingtune.errors import UserError, raise_all
 from qingtune.files import sha256_of
-from qingtune.record import FACTS, METRICS, SAMPLES, SETTINGS
+from qingtune.record import FACTS, METRICS, SAMPLES, SETTINGS, Record, read_record, write_record
 from qingtune.report import write_page
 from qingtune.training import checkpoint
 from qingtune.training.events import LinesFile
@@ -119,3 +120,20 @@ def test_half_a_surrogate_pair_in_a_row_to_answer_is_named(tmp_path: Path) -> No
     path.write_text('{"instruction": "a", "output": "\\ud83c"}\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"rows.jsonl:1: .*surrogate"):
         list(rows_with_prompts(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("settings", "use_qlora", 10**30),
+        ("settings", "eval_data_path", 5),
+        ("settings", "val_size", "x"),
+        ("settings", "lora_r", 0),
+        ("results", "parameters", "x"),
+    ],
+)
+def test_a_records_value_of_another_kind_is_named(tmp_path: Path, part: str, name: str, value: Any) -> None:
+    record = Record("lora", "base", "0123", None, "chat", [2], {}, {})
+    write_record(tmp_path, replace(record, **{part: {name: value}}))
+    with pytest.raises(UserError, match=f'{part}: "{name}" is'):
+        read_record(tmp_path)
