@@ -63,9 +63,10 @@ class Chat:
         """Read a line and do what it says; returns whether the chat goes on."""
         try:
             line = self.lines.read(recorded=self.state.options.history == "on")
-            return line is not None and self._take(line)
-        except UserError as error:
-            self.screen.note(str(error))
+            try:
+                return line is not None and self._take(line)
+            except UserError as error:
+                self.screen.note(str(error))
         except KeyboardInterrupt:  # during a command
             self.screen.note("[stopped]")
         return True

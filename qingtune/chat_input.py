@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
 
+from qingtune.errors import UserError
+
 TerminalKind = Literal["none", "plain", "full"]
 LEAVING = "[Ctrl-C again leaves, as /exit and Ctrl-D do]"
 
@@ -71,7 +73,11 @@ class PlainLines:
     def _line(self, prompt: str) -> str:
         if self._prompted and not sys.stdout.isatty():  # stdout is for the answers alone
             print(prompt, end="", file=sys.stderr, flush=True)
-        return input(prompt if self._prompted and sys.stdout.isatty() else "")
+        try:
+            return input(prompt if self._prompted and sys.stdout.isatty() else "")
+        except OSError as error:  # a folder, open for writing alone, a terminal that went away
+            fix = "Give text on a pipe, or start the chat at a terminal."
+            raise UserError(f"cannot be read ({error.strerror})", where="stdin", fix=fix) from None
 
 
 def _enable_line_editing() -> None:

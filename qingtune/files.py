@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from qingtune.errors import UserError
+from qingtune.errors import UserError, shorten
 from qingtune.json_files import INDEX_BYTES, open_plain, read_object
 
 MANIFEST = "manifest.json"
@@ -154,6 +154,21 @@ def refuse_odd_name(path: Path, what: str) -> None:
             where=str(path),
             fix="Rename it.",
         ) from None
+
+
+def refuse_no_path(path: Path, setting: str) -> None:
+    """Refuse what no file can be called: a name too long, a null byte, links in a circle.
+
+    Raises:
+        UserError: it is such a path; names the setting.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{setting} is no path ({reason})", where=shorten(str(path))) from None
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:

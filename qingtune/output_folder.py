@@ -11,19 +11,21 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qingtune.errors import UserError, shorten
-from qingtune.files import MANIFEST, open_in_place, refuse_links, refuse_same_file, usual_permissions
+from qingtune.errors import UserError
+from qingtune.files import MANIFEST, open_in_place, refuse_links, refuse_no_path, refuse_same_file, usual_permissions
 from qingtune.json_files import INDEX_BYTES, read_object
 from qingtune.output import say
 from qingtune.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SAMPLES, SETTINGS, WEIGHTS_REMOVED, read_record
 from qingtune.result_folder import RESULT_FILES, Listed, list_files, shown
 
 _MAKER = "train"  # in lists of results
+_TRACKERS = "trackers"  # a folder, in which users may keep files of their own
 LOCK = ".qingtune.lock"
 # What a run, and an evaluation of its result, write there besides the result itself.
 _WORKING = (
-    SETTINGS, RECORD, METRICS, CURVE, LATEST, FACTS, PAGE, SAMPLES, RESULT_FILES, WEIGHTS_REMOVED, "trackers",
-    "demo_answers.json", "evaluation.json", "evaluation.md", "predictions_before.jsonl*", "predictions_after.jsonl*",
+    SETTINGS, RECORD, METRICS, CURVE, LATEST, FACTS, PAGE, SAMPLES, RESULT_FILES, WEIGHTS_REMOVED, _TRACKERS,
+    "demo_answers.json", "evaluation.json", "evaluation.md", "predictions_before.jsonl", "predictions_after.jsonl",
+    "predictions_before.jsonl.unfinished.json", "predictions_after.jsonl.unfinished.json",
 )  # fmt: skip
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _MODEL = (
@@ -56,19 +58,14 @@ def check_output_folder(
     Raises:
         UserError: the folder holds something else, is no folder, or cannot be written.
     """
-    try:
-        existing = next(place for place in (output_dir, *output_dir.absolute().parents) if os.stat(place))
-    except (FileNotFoundError, NotADirectoryError):
-        existing = next(place for place in output_dir.absolute().parents if place.exists())
-    except (OSError, ValueError) as error:  # a name too long, or with a null byte in it
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"output_dir is no path ({reason})", where=shorten(str(output_dir))) from None
+    refuse_no_path(output_dir, "output_dir")
+    existing = next(place for place in (output_dir, *output_dir.absolute().parents) if place.exists())
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError("output_dir is a file", where=str(output_dir), fix="Choose another output_dir.")
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError("output_dir cannot be written", where=str(existing), fix="Choose another output_dir.")
     if first_file == SETTINGS:
-        refuse_links(output_dir, (SETTINGS, RECORD, METRICS, CURVE, LATEST, FACTS, PAGE, SAMPLES, "trackers"))
+        refuse_links(output_dir, (SETTINGS, RECORD, METRICS, CURVE, LATEST, FACTS, PAGE, SAMPLES, _TRACKERS))
     if output_dir.is_dir() and _holds_files_of_others(output_dir, first_file):
         raise UserError(
             f"output_dir holds files that are not of {what}; they are left alone" + overwrite * ", all the same",
@@ -287,7 +284,19 @@ def prepare_output_folder(output_dir: Path, *, anew: bool) -> None:
     for path in ours:
         if not anew and not _HALF_DONE.fullmatch(path.name):
             continue
-        if path.is_dir() and not path.is_symlink():
+        if path.name == _TRACKERS:
+            _remove_trackers(path)
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _remove_trackers(folder: Path) -> None:
+    """Remove what TensorBoard wrote, and the folders that are empty then."""
+    for where, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            if fnmatch.fnmatchcase(name, "events.out.tfevents.*"):
+                (Path(where) / name).unlink()
+        with suppress(OSError):  # it holds files of others
+            os.rmdir(where)

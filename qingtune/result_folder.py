@@ -23,6 +23,7 @@ from qingtune.files import (
     flush,
     is_staged,
     move_into_place,
+    refuse_no_path,
     refuse_odd_name,
     sha256_of,
     staging_folder,
@@ -211,6 +212,7 @@ def open_result_folder(output_dir: Path, maker: str, what: str, *, overwrite: bo
     Raises:
         UserError: names what is in the way.
     """
+    refuse_no_path(output_dir, "output_dir")
     target = Path(os.path.realpath(output_dir))
     refuse_odd_name(target, "output_dir")
     if is_staged(target):

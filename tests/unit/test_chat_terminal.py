@@ -19,6 +19,7 @@ from prompt_toolkit.output import DummyOutput
 from qingtune import chat_terminal
 from qingtune.chat_input import LEAVING, PlainLines, terminal_kind
 from qingtune.chat_terminal import EditedLines
+from qingtune.errors import UserError
 
 ENTER, ALT_ENTER, CTRL_C, CTRL_D, CTRL_J, CTRL_R, TAB, UP = "\r", "\x1b\r", "\x03", "\x04", "\n", "\x12", "\t", "\x1b[A"
 PAUSE = ""  # among keys: what was typed before has its effect first
@@ -251,3 +252,8 @@ def test_keys_stay_unseen_after_the_shell_had_the_terminal(keyboard: Keyboard, m
             assert not termios.tcgetattr(terminal)[3] & termios.ECHO
         assert termios.tcgetattr(terminal) == as_in_shell
     os.close(master)
+
+
+def test_a_stdin_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^stdin: cannot be read \(Is a directory\)"):
+        plain(monkeypatch, ["one", IsADirectoryError(21, "Is a directory")], prompted=False)

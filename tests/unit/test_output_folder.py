@@ -113,12 +113,26 @@ def test_links_where_a_run_writes_are_refused_before_it_begins(name: str, tmp_pa
 
 
 def test_files_that_a_run_does_not_write_are_not_removed(tmp_path: Path) -> None:
-    mine = ["README.md", "predictions_mine.jsonl", "tokenizer_notes.txt"]
+    mine = ["README.md", "predictions_after.jsonl.mine", "predictions_mine.jsonl", "tokenizer_notes.txt"]
     begin(tmp_path)
     for name in (*mine, "metrics.jsonl"):
         (tmp_path / name).touch()
     prepare_output_folder(tmp_path, anew=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
+
+
+def test_files_of_others_among_those_of_trackers_stay(tmp_path: Path) -> None:
+    begin(tmp_path)
+    (tmp_path / "trackers" / "qingtune" / "mine").mkdir(parents=True)
+    for name in ("events.out.tfevents.1.host.2.0", "mine/notes.txt"):
+        (tmp_path / "trackers" / "qingtune" / name).touch()
+    prepare_output_folder(tmp_path, anew=True)
+    left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == ["trackers/qingtune/mine/notes.txt"]
+    (tmp_path / left[0]).rename(tmp_path / "trackers" / "events.out.tfevents.1")
+    begin(tmp_path)
+    prepare_output_folder(tmp_path, anew=True)
+    assert not list(tmp_path.iterdir())
 
 
 def names(folder: Path) -> list[str]:

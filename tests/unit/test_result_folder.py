@@ -66,6 +66,12 @@ def test_a_result_is_replaced_where_that_is_asked_for(merged: Path) -> None:
     assert contents(merged) == NEW
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "a\0b"])
+def test_what_no_folder_can_be_called_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"output_dir is no path \((File name too long|embedded null byte)\)"):
+        look(tmp_path / name)
+
+
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_project_is_no_result(overwrite: bool, tmp_path: Path) -> None:
     """Any folder with a config.json once counted as a model, and the message advised the flag that removed it."""
