@@ -243,8 +243,11 @@ def missing_bytes(folder: Path) -> int:
 
 
 def steps_done(folder: Path) -> int:
-    """The step that the run would go on from."""
-    name = json.loads((folder / "latest_checkpoint.json").read_text(encoding="utf-8"))["folder"]
+    """The step that the run would go on from; 0 where nothing was saved yet."""
+    pointer = folder / "latest_checkpoint.json"
+    if not pointer.exists():
+        return 0
+    name = json.loads(pointer.read_text(encoding="utf-8"))["folder"]
     return int(name.removeprefix("checkpoint-"))
 
 
