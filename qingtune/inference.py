@@ -122,6 +122,7 @@ def infer(config: InferConfig) -> None:
     """
     quieten()
     check_bits(config)
+    _check_question(config)
     if config.prompt_file and not Path(config.prompt_file).is_file():
         raise UserError("there is no such file", where=config.prompt_file, fix="Check --prompt_file.")
     if config.output_file:
@@ -142,6 +143,17 @@ def infer(config: InferConfig) -> None:
         _answer_file(speaker, questions, config)
     else:
         _answer_bundled(speaker)
+
+
+def _check_question(config: InferConfig) -> None:
+    """Refuse two kinds of questions, of which one would be ignored, and a file for answers that go to stdout."""
+    given = {"chat": config.chat, "prompt": config.prompt is not None, "prompt_file": bool(config.prompt_file)}
+    if len(asked := [name for name, is_given in given.items() if is_given]) > 1:
+        raise UserError(f"{' and '.join(asked)} are both given", fix="Choose one.")
+    if config.output_file and not config.prompt_file:
+        raise UserError(
+            "output_file is for the answers to a prompt_file", fix="Pass --prompt_file, or redirect stdout: > FILE"
+        )
 
 
 def check_bits(config: InferConfig) -> None:
