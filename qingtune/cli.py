@@ -114,24 +114,35 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return FAILED
             raise
         except BaseException as error:  # a fault of ours, or Rust's panic; Python would show it past the redaction
-            if isinstance(error, OSError) and error.errno in _NO_ROOM:
-                say(f"error: {error.filename or 'writing'}: {error.strerror}. Make room on the disk.")
-                return WRONG_USAGE
-            if _no_more_processes(error):
-                say(
-                    "error: the system starts no more processes or threads for this user. "
-                    "Raise the limit (ulimit -u), or end other programs."
-                )
+            if reason := _why_the_system_refused(error):
+                say(f"error: {reason}")
                 return WRONG_USAGE
             say(traceback.format_exc())
             return FAILED
 
 
-def _no_more_processes(error: BaseException) -> bool:
-    """Whether it is what Python raises where a process or a thread cannot be started."""
-    return (isinstance(error, BlockingIOError) and error.errno == errno.EAGAIN) or (
+def _why_the_system_refused(error: BaseException) -> str | None:
+    """What the machine lacks, and a fix; None where the error is another one."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return f"{error.filename or 'writing'}: {error.strerror}. Make room on the disk."
+    if (isinstance(error, BlockingIOError) and error.errno == errno.EAGAIN) or (
         isinstance(error, RuntimeError) and str(error).startswith("can't start new thread")
-    )
+    ):
+        return (
+            "the system starts no more processes or threads for this user. "
+            "Raise the limit (ulimit -u), or end other programs."
+        )
+    if isinstance(error, FileNotFoundError) and not _current_folder_exists():
+        return "the current folder was removed. Change to another one."
+    return None
+
+
+def _current_folder_exists() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _run(argv: Sequence[str]) -> int:

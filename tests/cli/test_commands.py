@@ -163,6 +163,16 @@ def test_wrong_usage_is_refused(empty: Path, argv: tuple[str, ...], message: str
     assert_refused(empty, argv, message)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps a folder in which a process works")
+def test_a_current_folder_that_was_removed_is_named(
+    tiny: Callable[..., Path], empty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["export", "--base_model", str(tiny()), "--output_dir", str(tmp_path / "out")]
+    empty.rmdir()
+    assert main(argv) == 2
+    assert capsys.readouterr().err.endswith("error: the current folder was removed. Change to another one.\n")
+
+
 def test_merge_names_all_that_is_missing(empty: Path) -> None:
     assert_refused(empty, ("merge",), "--lora_model is missing", "--output_dir is missing")
 
