@@ -183,9 +183,19 @@ class Bench:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of the commands: no GPU, no hub, a cache of their own, output buffered as users have it."""
+    """The environment of the commands: no GPU, no hub, a cache of their own, output buffered as users have it.
+
+    One thread: tiny models gain nothing by more, and beside other work threads wait for each other.
+    """
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    return {**kept, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **changes}
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        **changes,
+    }
 
 
 def same_result(one: Path, two: Path) -> None:
