@@ -95,9 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command and its flags; sys.argv's by default.
     """
     open_standard_streams()
-    with guarded_output(), unwinding():
+    with guarded_output():
         try:
-            return _run([*(sys.argv[1:] if argv is None else argv)])
+            with unwinding():
+                return _run([*(sys.argv[1:] if argv is None else argv)])
         except UserError as error:
             say(f"error: {error}")
             return WRONG_USAGE

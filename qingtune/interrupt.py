@@ -41,7 +41,8 @@ def handled(numbers: Sequence[int], handler: Handler) -> Generator[None]:
 def unwinding() -> Generator[None]:
     """Let the signals of ENDING unwind the process as Ctrl-C does; those that are ignored or handled are left alone.
 
-    One that follows during the unwinding changes nothing.
+    One that follows during the unwinding changes nothing. Where one came, any other error counts as it: code in C that
+    the signal found at work may turn the exception into one of its own.
     """
     came: list[int] = []
 
@@ -51,7 +52,12 @@ def unwinding() -> Generator[None]:
             raise Terminated(number)
 
     with handled([number for number in ENDING if signal.getsignal(number) == signal.SIG_DFL], end):
-        yield
+        try:
+            yield
+        except Exception as error:
+            if came:
+                raise Terminated(came[0]) from error
+            raise
 
 
 @contextmanager

@@ -232,6 +232,21 @@ def test_handlers_of_others_are_left_alone() -> None:
 
 
 @needs_posix
+def test_a_signal_that_a_library_turned_into_an_error_is_still_a_signal() -> None:
+    def library() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Terminated:
+            raise ValueError("could not determine the shape") from None
+
+    with pytest.raises(Terminated) as ended, unwinding():
+        library()
+    assert ended.value.name == "SIGTERM"
+    with pytest.raises(ValueError, match="mine"), unwinding():
+        raise ValueError("mine")
+
+
+@needs_posix
 def test_a_message_of_a_signal_needs_no_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     def closed(*_: object) -> int:
         raise OSError(5, "Input/output error")
