@@ -48,7 +48,7 @@ def test_product_is_that_of_the_unpacked_weight(shape: tuple[int, int], bits: in
     wanted = x @ stands_for(weight, bits).t() + (0 if bias is None else bias)
     found, added = matrix.multiply(x), random(rows, shape[0], seed=3)
     # Rounded is what it is multiplied with: to steps of 1/255 of a row's range, or, where a few rows are not, to bf16.
-    rounds = UNITS if bits == 8 else rows < packed.UNPACK_FROM[4]
+    rounds = rows < packed.UNPACK_FROM[bits] or (bits == 8 and UNITS)
     close = float(wanted.abs().max()) / 50 if rounds else 1e-4
     torch.testing.assert_close(found, wanted, atol=close, rtol=1e-4)
     torch.testing.assert_close(matrix.multiply(x, added), wanted + added, atol=close, rtol=1e-4)
