@@ -45,8 +45,8 @@ def limit(monkeypatch: pytest.MonkeyPatch, tokens: int, error: Exception) -> lis
     """Let memory run out in every pass of more tokens, after its gradients were added; returns all passes' sizes."""
     make_engine, tried = work.make_engine, list[int]()
 
-    def make_limited(*args: Any) -> Engine:
-        engine = make_engine(*args)
+    def make_limited(*args: Any, **more: Any) -> Engine:
+        engine = make_engine(*args, **more)
 
         def check(batch: Batch) -> None:
             tried.append(len(batch.token_ids))

@@ -64,8 +64,8 @@ def raise_at_call(monkeypatch: pytest.MonkeyPatch, number: int, signals: list[si
                 signal.raise_signal(one)
         return compute(*args)
 
-    def make_interrupted(*args: Any) -> Engine:
-        engine = make_engine(*args)
+    def make_interrupted(*args: Any, **more: Any) -> Engine:
+        engine = make_engine(*args, **more)
         loss, add_gradients = partial(interrupted, engine.loss), partial(interrupted, engine.add_gradients)
         return dataclasses.replace(engine, loss=loss, add_gradients=add_gradients)
 

@@ -41,8 +41,8 @@ def start(tmp_path: Path, data_file: Path, tiny: Callable[..., Path], monkeypatc
     def start_run(spoiled: set[int], kind: str = "loss", **settings: Any) -> bool:
         calls: list[int] = []
 
-        def make_spoiling(*args: Any) -> Engine:
-            engine = make_engine(*args)
+        def make_spoiling(*args: Any, **more: Any) -> Engine:
+            engine = make_engine(*args, **more)
 
             def add_gradients(batch: Batch, scale: torch.Tensor) -> torch.Tensor:
                 calls.append(1)

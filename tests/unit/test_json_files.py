@@ -116,7 +116,6 @@ _OWN = {
     "chat_terminal": "lines typed by the user",
     "speed": "our own cache",
     "evaluation": "lines written by this very command",
-    "model_card": "lines of the user's own run",
     "plots": "lines written by this very run",
     "run_plan": "lines written by this very run",
     "trials": "lines written by our own process",
