@@ -129,6 +129,7 @@ def test_peak_memory_is_not_that_of_the_process_that_started_this_one(
 def test_int8_units_are_known_by_their_flags(
     device: str, system: str, machine: str, flags: str, has_them: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("QINGTUNE_CPU_WITHOUT", raising=False)
     monkeypatch.setattr(machines.sys, "platform", system)
     monkeypatch.setattr(machines.platform, "machine", lambda: machine)
     monkeypatch.setattr(machines.Path, "read_text", lambda _, encoding: f"processor : 0\nflags : {flags}\n")
