@@ -237,7 +237,7 @@ _CSV: dict[str, Entry] = {
     "CSV: a cell of 17 MB": _csv(b"Write.,," + b"x" * 17_000_000 + b"\n"),
     "CSV: quotes in quotes": _csv(b'Write.,,"He said "fresh" twice."\n'),
     "CSV: two columns of one name": ("rows.csv", b"instruction,output,output\nWrite.,Bread.,Rolls.\n", 1),
-    "CSV: semicolons for commas": ("rows.csv", CSV.replace(b",", b";") + b"Write.;;Bread.\n", 2),
+    "CSV: semicolons between names alone": ("rows.csv", CSV.replace(b",", b";") + b"Write.,,Bread.\n", 2),
     "CSV: no header": ("rows.csv", b"Write a post.,,Warm bread.\n" * 2, 2),
     "CSV: only a header": ("rows.csv", CSV, None),
     "CSV: an empty line before the header": ("rows.csv", b"\n" + CSV + b"Write.,,Bread.\n", 2),

@@ -59,7 +59,7 @@ def test_decoder_gives_the_same_whatever_it_recomputes(
 
     assert counts_of("none", False) == (0, STEPS * LAYERS)
     assert counts_of("all", True) == (STEPS * LAYERS, 2 * STEPS * LAYERS)  # it did recompute
-    monkeypatch.setattr(engine, "_layers_to_recompute", lambda *_: 1)
+    monkeypatch.setattr(engine, "_layers_to_recompute", lambda *_, **__: 1)
     assert counts_of("one", True) == (STEPS, STEPS * (LAYERS + 1))
     for name in ("all", "one"):
         assert metrics(tmp_path / name) == metrics(tmp_path / "none")
