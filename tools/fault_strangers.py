@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -338,7 +339,8 @@ def in_terminal(command: list[str]) -> bytes:
         try:
             while piece := os.read(ours, 1 << 16):
                 shown += piece
-        except OSError:  # Linux's way to say that nobody holds the other end
-            pass
+        except OSError as error:
+            if error.errno != errno.EIO:  # Linux's way to say that nobody holds the other end
+                raise
     os.close(ours)
     return shown

@@ -75,7 +75,7 @@ def _is_no_mark(value: Any) -> bool:
 
 
 def _is_no_role(value: Any) -> bool:
-    """A role that is none of a conversation's, such as a profession."""
+    """Whether a role is not one of a conversation, such as a profession."""
     return str(value).strip().lower() not in ("user", "human", "prompter", "assistant", "gpt", "bot", "model", "system")
 
 
