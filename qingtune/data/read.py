@@ -126,8 +126,8 @@ class _BlankLines:
     def __init__(self, rules: Rules) -> None:
         self._rules, self._taken = rules, 0
 
-    def take(self, size: int, origin: str) -> None:
-        """Count a blank line.
+    def take(self, size: int, path: str, line: int) -> None:
+        """Count a blank line; its place is put into words only where it is needed, as there may be millions.
 
         Raises:
             UserError: there are too many.
@@ -135,7 +135,9 @@ class _BlankLines:
         self._taken += size
         if self._taken > self._rules.row_bytes:
             raise UserError(
-                f"over {self._rules.max_row_mb:g} MB of blank lines", where=origin, fix="Remove them from the file."
+                f"over {self._rules.max_row_mb:g} MB of blank lines",
+                where=f"{path}:{line}",
+                fix="Remove them from the file.",
             )
 
     def end(self) -> None:
@@ -147,16 +149,16 @@ def _read_jsonl(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Ro
     number, blank = 0, _BlankLines(rules)
     while line := file.readline(rules.row_bytes + 1):
         number += 1
-        origin = f"{path}:{number}"
         if len(line) > rules.row_bytes:
             while line and not line.endswith(b"\n"):
                 line = file.readline(PIECE)
-            yield Fault(origin, _too_large(rules))
+            yield Fault(f"{path}:{number}", _too_large(rules))
             continue
         if not line.strip():
-            blank.take(len(line), origin)
+            blank.take(len(line), path, number)
             continue
         blank.end()
+        origin = f"{path}:{number}"
         try:
             yield _row(json.loads(line.decode("utf-8"), object_pairs_hook=no_repeats), origin, len(line))
         except UnicodeDecodeError:
@@ -225,11 +227,12 @@ def _read_csv(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row 
             raise UserError(f'the first line names the column "{repeated}" twice', where=f"{path}:1")
         lines.taken, start = 0, reader.line_num + 1
         for cells in reader:
-            origin, start, size, lines.taken = f"{path}:{start}", reader.line_num + 1, lines.taken, 0
+            line, start, size, lines.taken = start, reader.line_num + 1, lines.taken, 0
             if not cells:
-                blank.take(size, origin)
+                blank.take(size, path, line)
                 continue
             blank.end()
+            origin = f"{path}:{line}"
             if len(cells) == len(names):
                 yield Row(dict(zip(names, cells, strict=True)), origin, size)
             else:

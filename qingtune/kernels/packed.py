@@ -46,7 +46,7 @@ class DenseMatrix:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.held_bytes = weight.numel() * weight.element_size()
         self.bias = bias
-        self._reordered = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._reordered = weight.device.type == "cpu" and _can_reorder(weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._reordered else weight
 
     def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
@@ -57,6 +57,15 @@ class DenseMatrix:
         if added is None:
             return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, added, self._weight, self.bias, "add")
+
+
+def _can_reorder(dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes the dtype on this CPU: 16 bits need AVX-512 or newer."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype != torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 class Int8Matrix:

@@ -24,7 +24,7 @@ from qingtune.generation import Decoding, generate, generate_many
 from qingtune.hardware import Hardware, has_int8_units
 from qingtune.kernels import answer_cache, cached_decoder
 from qingtune.kernels.cached_decoder import CachedDecoder
-from qingtune.kernels.packed import Int4Matrix, Int8Matrix
+from qingtune.kernels.packed import Int4Matrix, Int8Matrix, has_int4_kernels
 from qingtune.merge import merge
 from qingtune.models.load import load_model
 
@@ -111,7 +111,10 @@ def test_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
         opened(tmp_path / "wide", tmp_path / "adapter")
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(4, Int4Matrix), (8, Int8Matrix)])
+NEEDS_INT4 = pytest.mark.skipif(not has_int4_kernels(), reason="needs PyTorch's kernels for 4 bits")
+
+
+@pytest.mark.parametrize(("bits", "kind"), [pytest.param(4, Int4Matrix, marks=NEEDS_INT4), (8, Int8Matrix)])
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama biases linear"])
 def test_packed_weights_give_the_logits_of_what_they_stand_for(
     name: str, bits: int, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

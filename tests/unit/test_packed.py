@@ -75,6 +75,15 @@ def test_dense_product(rows: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(matrix.multiply(x.to(dtype), added.to(dtype)).float(), wanted + added, **close)
 
 
+def test_a_dense_product_in_16_bits_without_16_bit_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN refuses to reorder the weight there; a user can still ask for the dtype."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+    weight, x = random(100, 96), random(3, 96, seed=2)
+    matrix = packed_of(weight, None, None, torch.bfloat16)
+    torch.testing.assert_close(matrix.multiply(x.bfloat16()).float(), x @ weight.t(), atol=0.2, rtol=0.02)
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_8_bits_without_units_round_a_few_rows_to_bf16_and_many_to_nothing(rows: int) -> None:
     weight, x = random(100, 96), random(rows, 96, seed=2)
