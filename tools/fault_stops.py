@@ -78,7 +78,7 @@ MOMENTS = {
     f"    if any('checkpoint-2' in name for name in inside): os.unlink(os.path.join(inside[0], 'state.json')); {KILL}\n"
     "    old(path, **options)\nshutil.rmtree = rmtree",
     "while the result is written": "import qingtune.finetune as f\nold, n = os.replace, []\n"
-    "def replace(a, b):\n    old(a, b)\n"
+    "def replace(a, b, **at):\n    old(a, b, **at)\n"
     f"    if str(b).endswith('adapter_config.json'): {KILL}\nos.replace = replace",
 }
 
