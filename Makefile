@@ -55,10 +55,10 @@ bench-inference: .venv/stable
 	$(BIN)/python benchmarks/inference.py
 
 faults: .venv/dev
-	$(BIN)/python tools/faults.py
+	$(BIN)/python tools/faults
 
 attacks: .venv/dev
-	$(BIN)/python tools/attacks.py
+	$(BIN)/python tools/attacks
 
 lock: .venv/made
 	$(BIN)/python -m pip install --quiet uv==0.13.9

@@ -65,11 +65,11 @@ def _run(path: str, folder: Path, steps: int) -> dict[str, Any]:
     import torch
 
     from qingtune.adapters.lora import add_lora
-    from qingtune.base import load_base
-    from qingtune.config import TrainConfig
+    from qingtune.config.training import TrainConfig
     from qingtune.data.batch import collate
-    from qingtune.engine import make_engine
-    from qingtune.hardware import choose_hardware
+    from qingtune.kernels.device import choose_hardware
+    from qingtune.models.base import load_base
+    from qingtune.training.engine import make_engine
 
     hardware = choose_hardware()
     samples = _samples(folder)

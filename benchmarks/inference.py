@@ -138,8 +138,8 @@ def measure(system: str, model: Path) -> dict[str, Any]:
     if system == "limits":
         from roofline import SECONDS
 
-        from qingtune.calibration import product_rate
-        from qingtune.hardware import choose_hardware
+        from qingtune.kernels.device import choose_hardware
+        from qingtune.planning.calibrate import product_rate
 
         dtype = choose_hardware().dtype
         rate = product_rate(torch.device("cpu"), dtype, SECONDS)
@@ -148,8 +148,8 @@ def measure(system: str, model: Path) -> dict[str, Any]:
     if system in TRANSFORMERS:
         decoder, load_s = _transformers(model, TRANSFORMERS[system])
     else:
-        from qingtune.answering import load_decoder
-        from qingtune.hardware import choose_hardware
+        from qingtune.answering.load import load_decoder
+        from qingtune.kernels.device import choose_hardware
 
         bits, slots = OURS[system]
         began = time.perf_counter()
@@ -183,9 +183,9 @@ def _prompts(model: Path) -> list[list[int]]:
 
 def _many(decoder: Any, model: Path) -> dict[str, float]:
     """New tokens a second over the prompts of a file, their reading included."""
+    from qingtune.answering.generate import Decoding, generate_many
     from qingtune.data.prompts import rows_with_prompts
     from qingtune.data.tokenize import make_template, prompt_ids
-    from qingtune.generation import Decoding, generate_many
     from qingtune.models.load import load_tokenizer
 
     template = make_template(load_tokenizer(model), [])
@@ -199,8 +199,8 @@ def _many(decoder: Any, model: Path) -> dict[str, float]:
 def _transformers(model: Path, bits: int | None) -> tuple[Any, float]:
     import transformers
 
-    from qingtune.answering import ModulesDecoder
-    from qingtune.hardware import choose_hardware
+    from qingtune.answering.load import ModulesDecoder
+    from qingtune.kernels.device import choose_hardware
 
     dtype = choose_hardware().dtype
     transformers.logging.set_verbosity_error()
@@ -232,7 +232,7 @@ def _read_rate() -> float:
 def _peak() -> int:
     import torch
 
-    from qingtune.hardware import peak_bytes
+    from qingtune.kernels.device import peak_bytes
 
     return peak_bytes(torch.device("cpu"))
 

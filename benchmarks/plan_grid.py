@@ -20,12 +20,12 @@ from pathlib import Path
 
 from workload import ROOT  # which also lets a clone be imported as it is
 
-from qingtune.config import TrainConfig
-from qingtune.machine import Machine, find_machine
+from qingtune.config.training import TrainConfig
+from qingtune.machine.resources import Machine, find_machine
+from qingtune.models.find import read_model_config
 from qingtune.models.shape import ModelShape, shape_of_config
-from qingtune.models.source import read_model_config
-from qingtune.planning import METHODS as PLANNED_METHODS
-from qingtune.planning import Planner, Samples, as_method
+from qingtune.planning.planner import METHODS as PLANNED_METHODS
+from qingtune.planning.planner import Planner, Samples, as_method
 
 METHODS = {
     "full": [],

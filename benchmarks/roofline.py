@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a clone is used as it is, without being installed
 
+from qingtune.models.find import read_model_config
 from qingtune.models.shape import shape_of_config
-from qingtune.models.source import read_model_config
-from qingtune.speed import TokenWork, flops_per_token
+from qingtune.planning.speed import TokenWork, flops_per_token
 
 __all__ = ["flops_per_token", "gemm_rate", "shape_of"]
 SECONDS = 3.0
@@ -35,7 +35,7 @@ def gemm_rate() -> float:
     """FLOP/s of bf16 products in the shapes and layouts that a 0.5B model trains with, median over a few seconds."""
     import torch
 
-    from qingtune.calibration import product_rate
+    from qingtune.planning.calibrate import product_rate
 
     return product_rate(torch.device("cpu"), torch.bfloat16, SECONDS)
 

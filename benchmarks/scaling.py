@@ -50,12 +50,12 @@ def measure(folder: Path, length: int, batch: int, rank: int) -> dict[str, float
     import torch
 
     from qingtune.adapters.lora import add_lora
-    from qingtune.base import load_base
-    from qingtune.config import TrainConfig
+    from qingtune.config.training import TrainConfig
     from qingtune.data.batch import collate, split_evenly
     from qingtune.data.tokenize import Sample
-    from qingtune.engine import make_engine
-    from qingtune.hardware import choose_hardware, peak_bytes
+    from qingtune.kernels.device import choose_hardware, peak_bytes
+    from qingtune.models.base import load_base
+    from qingtune.training.engine import make_engine
 
     hardware = choose_hardware()
     model = load_base(folder, hardware.dtype, None, hardware.device, None, print)

@@ -21,21 +21,21 @@ from typing import Any
 import torch
 import workload  # noqa: F401  puts the clone on the path
 
-from qingtune.adapters.files import load_adapter, save_adapter
+from qingtune.adapters.full_modules import find_modules, train_in_full, untie
 from qingtune.adapters.lora import add_lora
-from qingtune.adapters.stored import read_adapter
-from qingtune.adapters.targets import linear_layers
+from qingtune.adapters.merge_stored import read_adapter
+from qingtune.adapters.peft_files import load_adapter, save_adapter
 from qingtune.adapters.variants import Variant
-from qingtune.adapters.whole import find_modules, train_in_full, untie
-from qingtune.config import TrainConfig
+from qingtune.config.training import TrainConfig
 from qingtune.data.batch import collate
+from qingtune.data.bundled import bundled_data
 from qingtune.data.format import read_conversations
 from qingtune.data.tokenize import Sample, make_template, tokenize
-from qingtune.engine import make_engine
-from qingtune.hardware import Hardware
-from qingtune.inference import bundled_data
+from qingtune.kernels.device import Hardware
+from qingtune.models.find import find_model
+from qingtune.models.layers import linear_layers
 from qingtune.models.load import load_model, load_tokenizer, local_folder, stop_ids
-from qingtune.models.source import find_model
+from qingtune.training.engine import make_engine
 
 RANK, ALPHA, LEARNING_RATE, STEPS = 8, 16, 1e-3, 4
 KINDS: dict[str, dict[str, Any]] = {

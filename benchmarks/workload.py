@@ -40,7 +40,7 @@ CHATML = (
 
 def cache_folder() -> Path:
     """Where the benchmark's model and the peers' environments are kept."""
-    from qingtune.files import default_cache
+    from qingtune.files.paths import default_cache
 
     return default_cache()
 

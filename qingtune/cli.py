@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qingtune import __version__
-from qingtune.command_config import (
+from qingtune.config.commands import (
     CheckConfig,
     CompareConfig,
     EvaluateConfig,
@@ -22,13 +22,13 @@ from qingtune.command_config import (
     PushConfig,
     ReportConfig,
 )
-from qingtune.config import Settings, TrainConfig
-from qingtune.config_load import check_flags, load_config, load_train_config
+from qingtune.config.flags import parse_flags
+from qingtune.config.load import check_flags, load_config, load_train_config
+from qingtune.config.training import Settings, TrainConfig
 from qingtune.errors import UserError
-from qingtune.flags import parse_flags
-from qingtune.interrupt import Terminated, unwinding
-from qingtune.invocation import program, shown
-from qingtune.output import OutputClosed, give, guarded_output, lost_output, open_standard_streams, say
+from qingtune.machine.signals import Terminated, unwinding
+from qingtune.output.console import OutputClosed, give, guarded_output, lost_output, open_standard_streams, say
+from qingtune.output.invocation import program, shown
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 UNREAD = 141  # as of programs that end with SIGPIPE when `| head` has seen enough
@@ -44,8 +44,9 @@ class Command:
     Attributes:
         purpose: a line of help.
         settings: what it takes; with those of training among them, a configuration file too.
-        function: MODULE:NAME of what does it, loaded only then; it may return an exit code. It is given the settings,
-            or where a file is taken, what was loaded from it and the command line.
+        function: the name, in commands/, of the module and of its function that does it, imported only then. It is
+            given the settings, or where a file is taken, what was loaded from it and the command line; it may return
+            an exit code.
         flags: given before those typed.
     """
 
@@ -56,18 +57,16 @@ class Command:
 
 
 COMMANDS = {
-    "infer": Command("Answer prompts with a model, with or without an adapter.", InferConfig, "inference:infer"),
-    "chat": Command("Talk to a model, with or without an adapter.", InferConfig, "inference:infer", ("--chat",)),
-    "merge": Command("Write base model and adapter as one model.", MergeConfig, "merge:merge"),
-    "export": Command("Write a model as GGUF for llama.cpp and Ollama.", ExportConfig, "export:export"),
-    "push": Command("Upload a folder to Hugging Face or ModelScope; by itself only shows it.", PushConfig, "push:push"),
-    "report": Command("Write a training run's report.html anew.", ReportConfig, "report:report"),
-    "evaluate": Command("Measure a model on data, before and after training.", EvaluateConfig, "evaluation:evaluate"),
-    "check": Command("Report on a data set without training.", CheckConfig, "check:check"),
-    "plan": Command("Tell the memory and time of a run before it starts.", PlanConfig, "plan:plan"),
-    "compare": Command(
-        "Train methods or settings on the same data, and compare them.", CompareConfig, "compare:compare"
-    ),
+    "infer": Command("Answer prompts with a model, with or without an adapter.", InferConfig, "infer"),
+    "chat": Command("Talk to a model, with or without an adapter.", InferConfig, "infer", ("--chat",)),
+    "merge": Command("Write base model and adapter as one model.", MergeConfig, "merge"),
+    "export": Command("Write a model as GGUF for llama.cpp and Ollama.", ExportConfig, "export"),
+    "push": Command("Upload a folder to Hugging Face or ModelScope; by itself only shows it.", PushConfig, "push"),
+    "report": Command("Write a training run's report.html anew.", ReportConfig, "report"),
+    "evaluate": Command("Measure a model on data, before and after training.", EvaluateConfig, "evaluate"),
+    "check": Command("Report on a data set without training.", CheckConfig, "check"),
+    "plan": Command("Tell the memory and time of a run before it starts.", PlanConfig, "plan"),
+    "compare": Command("Train methods or settings on the same data, and compare them.", CompareConfig, "compare"),
 }
 
 
@@ -171,22 +170,22 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         given = (loaded, _to_go_on(name, argv, loaded.config))
     else:
         given = (check_flags(command.settings, flags),)
-    module, function = command.function.split(":")
-    return getattr(importlib.import_module(f"qingtune.{module}"), function)(*given) or DONE
+    module = importlib.import_module(f"qingtune.commands.{command.function}")
+    return getattr(module, command.function)(*given) or DONE
 
 
 def _train(argv: Sequence[str]) -> int:
     config_file, flags = parse_flags(TrainConfig, shown(program("train")), TRAIN, argv, config_file=True)
     loaded = load_train_config(config_file, flags)
-    from qingtune.finished import already_finished, is_surely_finished
+    from qingtune.training.finished import already_finished, is_surely_finished
 
     if is_surely_finished(loaded.config):
         say("\n".join([*loaded.notices, already_finished(Path(loaded.config.output_dir))]))
         return DONE
-    from qingtune.finetune import finetune
+    from qingtune.commands.train import train
 
     command = _to_go_on("train", argv, loaded.config)
-    return DONE if finetune(loaded.config, notices=loaded.notices, command=command) else INTERRUPTED
+    return DONE if train(loaded.config, notices=loaded.notices, command=command) else INTERRUPTED
 
 
 def _to_go_on(name: str, argv: Sequence[str], config: TrainConfig) -> str:

@@ -38,3 +38,20 @@ def raise_all(problems: Sequence[UserError]) -> None:
         if rest := len(problems) - len(lines):
             lines.append(f"and {rest:,} more")
         raise UserError("\n".join(lines))
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, in a line; its kind where it says nothing."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return shorten(" ".join(lines), 300) if lines else type(error).__name__
+
+
+_SIGNS_OF_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; PyTorch has a class for it on GPUs only."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, OSError | RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_NO_MEMORY)

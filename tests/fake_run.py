@@ -9,8 +9,8 @@ from typing import Any
 
 from conftest import write_jsonl
 
-from qingtune.page.source import EVALUATION
-from qingtune.record import FACTS, METRICS, RECORD, SAMPLES, SETTINGS
+from qingtune.runs.page.source import EVALUATION
+from qingtune.runs.record import FACTS, METRICS, RECORD, SAMPLES, SETTINGS
 
 HOSTILE = '<script>document.title = "taken"</script><img src="https://example.org/x.png">&amp; {{ 7 * 7 }}'
 POST = (

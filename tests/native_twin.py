@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from qingtune.kernels.native.matrices import GROUP_SIZE
-from qingtune.kernels.packed import round_to_int8
-from qingtune.machine import cpu_flags
+from qingtune.answering.decoder.native.matrices import GROUP_SIZE
+from qingtune.answering.decoder.packed import round_to_int8
+from qingtune.machine.resources import cpu_flags
 
 
 def upper_24_bits(weight: torch.Tensor) -> torch.Tensor:

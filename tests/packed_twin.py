@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qingtune.kernels.packed import GROUP_SIZE, round_to_int4, round_to_int8
+from qingtune.answering.decoder.packed import GROUP_SIZE, round_to_int4, round_to_int8
 
 
 def stands_for(weight: torch.Tensor, bits: int) -> torch.Tensor:

@@ -29,15 +29,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qingtune.adapters.files import load_adapter  # noqa: E402
-from qingtune.answering import ModulesDecoder  # noqa: E402
-from qingtune.command_config import ExportConfig, ModelSettings  # noqa: E402
+from qingtune.adapters.base_of import find_base  # noqa: E402
+from qingtune.adapters.peft_files import load_adapter  # noqa: E402
+from qingtune.answering.generate import Decoding, generate  # noqa: E402
+from qingtune.answering.load import ModulesDecoder  # noqa: E402
+from qingtune.commands.export import export  # noqa: E402
+from qingtune.config.commands import ExportConfig, ModelSettings  # noqa: E402
 from qingtune.data.format import Message  # noqa: E402
 from qingtune.data.tokenize import Template, make_template, prompt_ids  # noqa: E402
-from qingtune.export import export  # noqa: E402
-from qingtune.files import default_cache  # noqa: E402
-from qingtune.generation import Decoding, generate  # noqa: E402
-from qingtune.inference import find_base, logits_of  # noqa: E402
+from qingtune.files.paths import default_cache  # noqa: E402
 from qingtune.models.load import load_model, load_tokenizer, stop_ids  # noqa: E402
 
 PACKAGE = "llama-cpp-python==0.3.36"
@@ -162,6 +162,13 @@ def _tiny(kind: str, settings: dict[str, Any], tokenizer_of: str) -> Generator[P
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         yield Path(folder)
+
+
+def logits_of(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """Logits of every place of a prompt, fp32 [T, V] on the CPU."""
+    with torch.inference_mode():
+        device = next(model.parameters()).device
+        return model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0].float().cpu()
 
 
 def _ours(name: str, lora: str | None) -> Ours:

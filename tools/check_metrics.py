@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from qingtune.answer_form import form_of, kept_rules  # noqa: E402
-from qingtune.bootstrap import SEED, compare  # noqa: E402
-from qingtune.metrics import Metric, Outcome, is_chinese, metrics_of  # noqa: E402
+from qingtune.evaluation.form import form_of, kept_rules  # noqa: E402
+from qingtune.evaluation.intervals import SEED, compare  # noqa: E402
+from qingtune.evaluation.metrics import Metric, Outcome, is_chinese, metrics_of  # noqa: E402
 
 FILES = ("store_xhs_heldout.jsonl", "store_posts_en_heldout.jsonl")
 TOLERANCE = 1e-5
@@ -188,13 +188,13 @@ def losses(model: str, data: Path, rows: Sequence[dict[str, Any]]) -> tuple[floa
     import torch
     import transformers
 
-    from qingtune.answering import load_decoder
+    from qingtune.answering.load import load_decoder
+    from qingtune.answering.score import score_sample
     from qingtune.data.format import read_conversations
     from qingtune.data.tokenize import make_template, tokenize
-    from qingtune.hardware import Hardware
+    from qingtune.kernels.device import Hardware
+    from qingtune.models.find import find_model
     from qingtune.models.load import load_model, load_tokenizer, local_folder, stop_ids
-    from qingtune.models.source import find_model
-    from qingtune.scoring import score_sample
 
     folder = local_folder(find_model(model, None, "auto"), None, print)
     hardware = Hardware(torch.device("cpu"), torch.float32, "fp32")

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qingtune.answer_form import COLUMN, form_of, kept_rules  # noqa: E402
 from qingtune.errors import UserError  # noqa: E402
+from qingtune.evaluation.form import COLUMN, form_of, kept_rules  # noqa: E402
 
 BUNDLED_PAIRS = (
     ("data/store_xhs_sft_samples.jsonl", "data/store_xhs_heldout.jsonl"),

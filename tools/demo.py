@@ -17,15 +17,15 @@ from fetch_smollm2 import fetch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from qingtune.command_config import InferConfig  # noqa: E402
-from qingtune.config import DEFAULT_MODEL, TrainConfig  # noqa: E402
-from qingtune.config_load import load_train_config  # noqa: E402
+from qingtune.answering.speaker import load_speaker  # noqa: E402
+from qingtune.commands.train import train  # noqa: E402
+from qingtune.config.commands import InferConfig  # noqa: E402
+from qingtune.config.load import load_train_config  # noqa: E402
+from qingtune.config.training import DEFAULT_MODEL, TrainConfig  # noqa: E402
 from qingtune.data.prompts import rows_with_prompts  # noqa: E402
 from qingtune.errors import UserError  # noqa: E402
-from qingtune.files import write_json  # noqa: E402
-from qingtune.finetune import finetune  # noqa: E402
-from qingtune.inference import load_speaker  # noqa: E402
-from qingtune.models.source import find_model  # noqa: E402
+from qingtune.files.write import write_json  # noqa: E402
+from qingtune.models.find import find_model  # noqa: E402
 
 SHOWN = 2
 
@@ -36,7 +36,7 @@ def main() -> int:
         config = _configure()
         output = Path(config.output_dir)
         before = _answers(config, None, output.with_name(f"{output.name}_before") / "answers.json")
-        if not finetune(config, command="make demo"):
+        if not train(config, command="make demo"):
             return 130
         after = _answers(config, output, output / "demo_answers.json")
     except UserError as error:

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from qingtune import cli  # noqa: E402
-from qingtune.config import ALIASES, NO_EFFECT, Settings, TrainConfig  # noqa: E402
-from qingtune.flags import default_of, group_of, other_flag_of, value_of  # noqa: E402
+from qingtune.config.flags import default_of, group_of, other_flag_of, value_of  # noqa: E402
+from qingtune.config.training import ALIASES, NO_EFFECT, Settings, TrainConfig  # noqa: E402
 
 # The scripts that the guide names.
 SCRIPTS = {"train": " (fine_tune_qwen.py)", "chat": " (inference_lora.py)"}
@@ -31,7 +31,7 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "Made from `qingtune/config.py` and `qingtune/command_config.py` by `make docs`; do not edit.",
+        "Made from `qingtune/config/training.py` and `qingtune/config/commands.py` by `make docs`; do not edit.",
         "Each name is a key of the JSON file and a flag (`--name value`); a flag overrides the file.",
         "Keys that start with `_` are comments. `docs/train_config.schema.json` is the schema for editors:",
         "name it as `$schema` in a file.",

@@ -13,12 +13,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qingtune.adapters.names import is_within
-from qingtune.adapters.targets import dense_weight, match_layers, replace_layer
+from qingtune.adapters.targets import match_layers
 from qingtune.adapters.variants import DRAWN, TAKEN, LowRank, Pair, Variant, merge_weight, row_norms, take
 from qingtune.errors import UserError
 from qingtune.kernels.dropout import dropout
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.kernels.projection import Adapter, Member
+from qingtune.models.layers import dense_weight, replace_layer
 
 
 class LoRALinear(nn.Module):

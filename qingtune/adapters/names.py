@@ -6,8 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from qingtune.config.patterns import parse_pattern
 from qingtune.errors import UserError
-from qingtune.patterns import parse_pattern
 
 
 def ends_with(layer: str, name: str) -> bool:

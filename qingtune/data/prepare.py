@@ -10,14 +10,14 @@ from typing import Literal
 
 import numpy as np
 
-from qingtune.config import TrainConfig
+from qingtune.config.training import TrainConfig
 from qingtune.data.faults import count_reasons, describe_rows, fault_lines, faulty_rows
 from qingtune.data.format import Conversation, Reading, read_conversations
 from qingtune.data.read import Places
 from qingtune.data.rules import rules_of
 from qingtune.data.tokenize import SHOWN, Sample, Summary, Template, describe, show_example, summarize, tokenize
 from qingtune.errors import UserError, raise_all, shorten
-from qingtune.files import refuse_odd_name
+from qingtune.files.paths import refuse_odd_name
 
 PromptStyle = Literal["chat", "plain"]
 Say = Callable[[str], None]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from qingtune.errors import UserError
-from qingtune.machine import free_ram_bytes
+from qingtune.machine.resources import free_ram_bytes
 
 SMALL = 64 << 20  # bytes that rows may take before the free memory is looked at
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qingtune.errors import UserError
-from qingtune.json_files import INDEX_BYTES, check_fields, number, read_bytes, read_object_if_there
+from qingtune.files.json_files import INDEX_BYTES, check_fields, number, read_bytes, read_object_if_there
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

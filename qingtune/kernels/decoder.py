@@ -24,12 +24,12 @@ from qingtune.kernels import flash_attention
 from qingtune.kernels.attention import why_samples_would_mix
 from qingtune.kernels.blocks import AttentionBlock, MLPBlock, Norm, Pass
 from qingtune.kernels.dropout import new_seed
+from qingtune.kernels.footprint import FAST_MODEL_TYPES, Arithmetic, LayerSizes, PassTokens, Ranks, buffer_bytes
 from qingtune.kernels.layout import Layout, fill_up, lay_out
 from qingtune.kernels.linear import Int8Linear, QuantizedLinear
 from qingtune.kernels.loss import chunked_head_loss
 from qingtune.kernels.projection import Member, Projection, gradient
 from qingtune.kernels.workspace import Workspace
-from qingtune.memory import FAST_MODEL_TYPES, Arithmetic, LayerSizes, PassTokens, Ranks, buffer_bytes
 
 
 def why_not(model: Any) -> str | None:

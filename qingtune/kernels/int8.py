@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from qingtune.kernels.footprint import INT8_TILE as TILE
 from qingtune.kernels.workspace import Workspace
-from qingtune.memory import INT8_TILE as TILE
 
 
 def quantize_rows(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from qingtune.data.batch import Batch
-from qingtune.memory import QUERY_BLOCK, ROWS_MULTIPLE
+from qingtune.kernels.footprint import QUERY_BLOCK, ROWS_MULTIPLE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

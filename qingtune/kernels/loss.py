@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from qingtune.data.batch import Batch
+from qingtune.kernels.footprint import CHUNK_ELEMENTS, ROWS_AT_A_TIME, VOCABULARY_TILE
 from qingtune.kernels.workspace import Workspace
-from qingtune.memory import CHUNK_ELEMENTS, ROWS_AT_A_TIME, VOCABULARY_TILE
 
 
 def summed_loss(model: Any, batch: Batch, *, end_to_end: bool) -> torch.Tensor:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from qingtune.config.types import LEAST_PENALTY, MOST_PENALTY, MOST_TEMPERATURE
 from qingtune.errors import UserError
-from qingtune.json_files import (
+from qingtune.files.json_files import (
     FLAG,
     NAME,
     OBJECT,
@@ -22,7 +23,6 @@ from qingtune.json_files import (
     read_object_if_there,
     whole,
 )
-from qingtune.values import LEAST_PENALTY, MOST_PENALTY, MOST_TEMPERATURE
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 DTYPES = ("float32", "float16", "bfloat16", "float64")

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qingtune.errors import UserError, shorten
-from qingtune.json_files import reason_of
+from qingtune.errors import UserError, reason_of, shorten
 
 # A GGUF file may hold the head apart from the embedding although the model ties them: the same matrix, quantised twice,
 # differs by a few per cent (Qwen2.5-0.5B Q4_K_M: 4.5 %); two matrices trained apart differ by more than their size.

@@ -17,16 +17,17 @@ from qingtune.data.tokenize import Template, make_template
 from qingtune.data.tokenizer_calls import panics_as_errors
 from qingtune.data.tokenizer_limits import UnsafeTokenizer, check_loaded, check_tokenizer_files
 from qingtune.errors import UserError
-from qingtune.files import disk_errors, move_into_place, staging_folder
-from qingtune.foreign import foreign_files
+from qingtune.files.foreign import foreign_files
+from qingtune.files.staging import move_into_place, staging_folder
+from qingtune.files.weights_file import check_floats, read_header, read_weights_header, weight_files
+from qingtune.files.write import disk_errors
 from qingtune.kernels.linear import NF4Linear
 from qingtune.models.config_file import CONFIG, read_generation_config, read_model_config, vocabulary_size
 from qingtune.models.config_file import stop_ids as stop_ids  # with the tokenizer, what says how answers end
+from qingtune.models.find import NF4_MARK, ModelSource, converted_folder, stored_in_4bit, stored_numbers
 from qingtune.models.gguf_header import TIED_BELOW, check_gguf_header
 from qingtune.models.nf4 import Described, describe, layer_of, parts_of, unpack
-from qingtune.models.source import NF4_MARK, ModelSource, converted_folder, stored_in_4bit, stored_numbers
-from qingtune.quiet import quieten_transformers
-from qingtune.weights_file import check_floats, read_header, read_weights_header, weight_files
+from qingtune.output.quiet import quieten_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

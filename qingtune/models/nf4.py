@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from qingtune.errors import UserError
-from qingtune.json_files import parse_object
+from qingtune.files.json_files import parse_object
 from qingtune.kernels.linear import NF4Linear
-from qingtune.models.source import NF4_MARK
+from qingtune.models.find import NF4_MARK
 
 Parts = dict[str, torch.Tensor]
 

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qingtune.errors import UserError
-from qingtune.files import flush, replacing, write_json
-from qingtune.json_files import INDEX_BYTES, read_object
-from qingtune.weights_file import FLOATS, INDEX, WHOLE, Tensor, read_header, weight_files
+from qingtune.files.json_files import INDEX_BYTES, read_object
+from qingtune.files.weights_file import FLOATS, INDEX, WHOLE, Tensor, read_header, weight_files
+from qingtune.files.write import flush, replacing, write_json
 
 SHARD_BYTES = 1 << 29  # of the files that ShardWriter makes, at least
 

@@ -24,21 +24,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qingtune.errors import UserError
-from qingtune.files import (
-    copy_file,
-    disk_errors,
-    move_into_place,
-    staging_folder,
-    why_not_whole,
-    write_json,
-    write_manifest,
-)
-from qingtune.foreign import foreign_files
-from qingtune.json_files import INDEX_BYTES, OBJECT, check_fields, list_of, number, read_object, whole
-from qingtune.record import LATEST, METRICS
+from qingtune.files.digests import why_not_whole, write_manifest
+from qingtune.files.foreign import foreign_files
+from qingtune.files.json_files import INDEX_BYTES, OBJECT, check_fields, list_of, number, read_object, whole
+from qingtune.files.staging import move_into_place, staging_folder
+from qingtune.files.weights_file import read_header
+from qingtune.files.write import copy_file, disk_errors, write_json
+from qingtune.runs.record import LATEST, METRICS
 from qingtune.training.events import Stepped
 from qingtune.training.loop import Progress
-from qingtune.weights_file import read_header
 
 _NAME = "checkpoint-"
 _COUNT = whole(0)

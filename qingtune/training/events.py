@@ -16,9 +16,9 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qingtune.errors import UserError
-from qingtune.files import open_in_place, refuse_links, write_bytes
-from qingtune.json_files import open_plain, parse_object, whole
-from qingtune.output import console, safe, say
+from qingtune.files.json_files import open_plain, parse_object, whole
+from qingtune.files.write import open_in_place, refuse_links, write_bytes
+from qingtune.output.console import console, safe, say
 
 
 @dataclass(frozen=True)

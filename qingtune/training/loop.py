@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 
 from qingtune.data.batch import Batch
-from qingtune.errors import UserError
-from qingtune.hardware import is_out_of_memory, memory_errors
-from qingtune.interrupt import put_off
+from qingtune.errors import UserError, is_out_of_memory
+from qingtune.kernels.device import memory_errors
+from qingtune.machine.signals import put_off
 from qingtune.training.events import Evaluated, Noted, Sink, Stepped
 from qingtune.training.optim import Schedule
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from qingtune.config import TrainConfig
-from qingtune.memory import EIGHT_BITS
+from qingtune.config.training import TrainConfig
+from qingtune.kernels.footprint import EIGHT_BITS
 from qingtune.training.adamw8bit import AdamW8bit
 
 Schedule = Callable[[int], float]

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from qingtune.environment import launched_processes
 from qingtune.errors import UserError
+from qingtune.machine.describe import launched_processes
 from qingtune.training.events import Event, Noted, as_metrics
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fake_run import logged, write_run
 
-from qingtune.report import write_page
+from qingtune.runs.page.write import write_page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)

@@ -28,10 +28,10 @@ COUNTING = """
 import sys, time
 sys.path.insert(0, "tests")
 from conftest import make_tokenizer
-from qingtune.chat import chat
-from qingtune.chat_session import ChatSession
+from qingtune.answering.chat.talk import chat
+from qingtune.answering.chat.session import ChatSession
 from qingtune.data.tokenize import make_template
-from qingtune.generation import Answer, Decoding
+from qingtune.answering.generate import Answer, Decoding
 template = make_template(make_tokenizer(), [2])
 def answer(ids, decoding):
     question = template.tokenizer.decode(list(ids)).rpartition("user\\n")[2].partition("<")[0]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_train_to_merge import call
 
-from qingtune.models.gguf_file import _append
+from qingtune.export.gguf_file import _append
 
 FULL = Path("/dev/full")
 

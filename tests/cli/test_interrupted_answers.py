@@ -18,8 +18,9 @@ ROWS = 600
 # In bf16 a sum may be rounded otherwise where other rows are answered beside; here each row's draws are to be its own.
 IN_FP32 = """
 import sys
-from qingtune import cli, hardware
-hardware.cpu_has_bf16 = lambda: False
+from qingtune import cli
+from qingtune.kernels import device
+device.cpu_has_bf16 = lambda: False
 sys.exit(cli.main())
 """
 WITHIN_S = 120

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qingtune.cli import main
-from qingtune.config import TrainConfig
+from qingtune.config.training import TrainConfig
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ROWS = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in instruction_rows(4)).encode()
@@ -34,7 +34,7 @@ VALUES = st.recursive(
 
 @pytest.mark.parametrize("kind", ["data", "configs"])
 def test_the_corpus(kind: str, tmp_path: Path) -> None:
-    corpus = load_tool("fault_corpus")
+    corpus = load_tool("faults/fault_corpus")
     assert len(corpus.DATA) > 60
     assert len(corpus.CONFIGS) > 60
     assert getattr(corpus, f"check_{kind}")(tmp_path) == []

@@ -12,7 +12,7 @@ import pytest
 from conftest import write_jsonl
 
 from qingtune.cli import main
-from qingtune.models.source import CONVERTED
+from qingtune.models.find import CONVERTED
 
 CONFIG = {
     "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
@@ -110,7 +110,7 @@ def test_without_a_tokenizer_a_token_is_a_byte_at_most(
 def test_a_converted_file_is_counted_with_its_tokenizer(
     tmp_path: Path, tiny: Callable[..., Path], data_file: Path
 ) -> None:
-    from qingtune.plan import tokenizer_file
+    from qingtune.commands.plan import tokenizer_file
 
     model, cache = tmp_path / "my[1].gguf", tmp_path / "cache"
     model.touch()
@@ -126,10 +126,10 @@ def test_a_converted_file_is_counted_with_its_tokenizer(
 def test_a_cache_that_cannot_be_written_is_told(
     header: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qingtune import calibration
+    from qingtune.planning import calibrate
 
-    monkeypatch.setattr(calibration, "SECONDS", 0.0)
-    monkeypatch.setattr(calibration, "SHAPES", ((64, 32),))
+    monkeypatch.setattr(calibrate, "SECONDS", 0.0)
+    monkeypatch.setattr(calibrate, "SHAPES", ((64, 32),))
     (tmp_path / "cache").touch()
     code, out, err = plan(
         "--model_name_or_path", header, "--cache_dir", tmp_path / "cache", "--calibrate", capsys=capsys
@@ -218,10 +218,10 @@ def test_wrong_usage_is_refused(
 def test_the_limit_of_a_container_counts(
     header: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qingtune import machine as machines
+    from qingtune.machine import resources
 
-    monkeypatch.setattr(machines, "_torch_has_cuda", lambda: False)
-    monkeypatch.setattr(machines, "_left_by_control_groups", lambda: [1_000_000_000])
+    monkeypatch.setattr(resources, "_torch_has_cuda", lambda: False)
+    monkeypatch.setattr(resources, "_left_by_control_groups", lambda: [1_000_000_000])
     code, out, _ = plan("--model_name_or_path", header, "--use_qlora", "--json", capsys=capsys)
     content = json.loads(out)
     assert code == 0
@@ -233,10 +233,10 @@ def test_the_limit_of_a_container_counts(
 def test_calibration_gives_the_time(
     header: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qingtune import calibration
+    from qingtune.planning import calibrate
 
-    monkeypatch.setattr(calibration, "SECONDS", 0.0)
-    monkeypatch.setattr(calibration, "SHAPES", ((64, 32),))
+    monkeypatch.setattr(calibrate, "SECONDS", 0.0)
+    monkeypatch.setattr(calibrate, "SHAPES", ((64, 32),))
     where = ("--model_name_or_path", header, "--cache_dir", tmp_path / "cache")
     assert "Time: unknown" in plan(*where, capsys=capsys)[1]
     code, out, err = plan(*where, "--calibrate", capsys=capsys)
@@ -260,9 +260,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     tiny: Callable[..., Path], data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from qingtune import finetune
+    from qingtune.commands import train
 
-    monkeypatch.setattr(finetune, "load_adapted_model", lambda *_: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr(train, "load_adapted_model", lambda *_: pytest.fail("the weights were loaded"))
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert main(flags_of(tiny(), data_file, tmp_path / "out", "--dry_run")) == 0

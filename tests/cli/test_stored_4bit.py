@@ -13,7 +13,7 @@ import torch
 from conftest import instruction_rows, make_model, make_tokenizer, write_jsonl
 from test_train_to_merge import call
 
-from qingtune.kernels.packed import has_int4_kernels
+from qingtune.answering.decoder.packed import has_int4_kernels
 
 Work = tuple[Path, Path]
 SHORT = ("--max_steps", "2", "--logging_steps", "1", "--report_to", "none", "--learning_rate", "0.01")

@@ -17,7 +17,7 @@ from conftest import make_model, make_tokenizer, write_jsonl
 
 from qingtune.cli import main
 from qingtune.data.format import read_conversations
-from qingtune.record import SETTINGS
+from qingtune.runs.record import SETTINGS
 
 ANSWER = "Fresh 面包"
 QUESTION = "Greet.\n\nShop 3"

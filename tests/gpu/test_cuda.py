@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from qingtune.answering import load_decoder
-from qingtune.generation import Decoding, generate_many
-from qingtune.hardware import Hardware
+from qingtune.answering.decoder.cached import CachedDecoder
+from qingtune.answering.generate import Decoding, generate_many
+from qingtune.answering.load import load_decoder
 from qingtune.kernels import flash_attention
 from qingtune.kernels.block_attention import BlockAttention, Heads
-from qingtune.kernels.cached_decoder import CachedDecoder
+from qingtune.kernels.device import Hardware
 from qingtune.kernels.flash_attention import FlashAttention
 from qingtune.kernels.layout import Layout, Segment
 from qingtune.kernels.workspace import Workspace

@@ -13,13 +13,13 @@ from conftest import make_model
 from tiny_runs import lively, make_samples, move_adapters
 
 from qingtune.adapters.lora import add_lora, member
-from qingtune.adapters.quantize import quantize_model
 from qingtune.adapters.variants import Variant
 from qingtune.data.batch import Batch, collate
 from qingtune.data.tokenize import Sample
 from qingtune.kernels.blocks import AttentionBlock, MLPBlock
 from qingtune.kernels.decoder import Decoder, why_not
 from qingtune.kernels.loss import summed_loss
+from qingtune.models.quantize import quantize_model
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}

@@ -13,8 +13,9 @@ from conftest import instruction_rows, write_jsonl
 from test_resume import raise_at_call
 from tiny_runs import assert_equal, logits_of, losses, metrics, save_model, train, weights
 
-from qingtune import hardware, work
+from qingtune.kernels import device
 from qingtune.models.load import load_model
+from qingtune.training import setup
 from qingtune.training.adamw8bit import AdamW8bit
 
 Start = Callable[..., bool]
@@ -37,7 +38,7 @@ def start(tmp_path: Path) -> Start:
 def held_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """What the weights are held in; here every CPU has bf16, native or emulated."""
     narrow = request.param == "bf16"
-    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: narrow)
+    monkeypatch.setattr(device, "cpu_has_bf16", lambda: narrow)
     return torch.bfloat16 if narrow else torch.float32
 
 
@@ -49,7 +50,7 @@ def test_the_loss_falls_and_the_result_loads(
     held_in: torch.dtype, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    make_optimizer = work.make_optimizer
+    make_optimizer = setup.make_optimizer
 
     def watched(*args: Any) -> Any:
         made = make_optimizer(*args)
@@ -57,7 +58,7 @@ def test_the_loss_falls_and_the_result_loads(
         seen.append((type(made[0]), made[1], {parameter.dtype for parameter in parameters}))  # at the end in fp32
         return made
 
-    monkeypatch.setattr(work, "make_optimizer", watched)
+    monkeypatch.setattr(setup, "make_optimizer", watched)
     assert start("run", max_steps=15, learning_rate=5e-3, **settings_of(held_in))
     assert seen == [(AdamW8bit, None, {held_in})]
     fallen = losses(tmp_path / "run")
@@ -85,7 +86,7 @@ def test_interrupted_run_equals_whole(
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
 
 
-@pytest.mark.skipif(not hardware.cpu_has_bf16(), reason="this CPU has no bf16 of its own")
+@pytest.mark.skipif(not device.cpu_has_bf16(), reason="this CPU has no bf16 of its own")
 def test_without_a_word_a_cpu_with_bf16_holds_weights_in_it(start: Start, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

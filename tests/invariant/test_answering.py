@@ -13,19 +13,19 @@ from decoders import MODELS, make_decodable
 from packed_twin import stands_for
 from tiny_runs import LORA, lively, lively_model, save_model, train
 
-from qingtune import answering
-from qingtune.adapters.files import load_adapter, save_adapter
 from qingtune.adapters.lora import lora_layers, merge_lora
-from qingtune.adapters.targets import linear_layers
-from qingtune.answering import Decoder, ModulesDecoder, load_decoder
-from qingtune.command_config import MergeConfig
+from qingtune.adapters.peft_files import load_adapter, save_adapter
+from qingtune.answering import load
+from qingtune.answering.decoder import cache, cached
+from qingtune.answering.decoder.cached import CachedDecoder
+from qingtune.answering.decoder.packed import Int4Matrix, Int8Matrix, has_int4_kernels
+from qingtune.answering.generate import Decoding, generate, generate_many
+from qingtune.answering.load import Decoder, ModulesDecoder, load_decoder
+from qingtune.commands.merge import merge
+from qingtune.config.commands import MergeConfig
 from qingtune.errors import UserError
-from qingtune.generation import Decoding, generate, generate_many
-from qingtune.hardware import Hardware, has_int8_units
-from qingtune.kernels import answer_cache, cached_decoder
-from qingtune.kernels.cached_decoder import CachedDecoder
-from qingtune.kernels.packed import Int4Matrix, Int8Matrix, has_int4_kernels
-from qingtune.merge import merge
+from qingtune.kernels.device import Hardware, has_int8_units
+from qingtune.models.layers import linear_layers
 from qingtune.models.load import load_model
 
 FP32 = Hardware(torch.device("cpu"), torch.float32, "")
@@ -64,8 +64,8 @@ def apart(one: torch.Tensor, two: torch.Tensor) -> float:
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_transformers(name: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cached_decoder, "CHUNK", chunk)
-    monkeypatch.setattr(answer_cache, "CACHE_STEP", 8)  # grows within the sequence
+    monkeypatch.setattr(cached, "CHUNK", chunk)
+    monkeypatch.setattr(cache, "CACHE_STEP", 8)  # grows within the sequence
     model, folder = saved(tmp_path, name)
     wanted = logits_of(model, IDS)
     decoder = opened(folder)
@@ -119,7 +119,7 @@ NEEDS_INT4 = pytest.mark.skipif(not has_int4_kernels(), reason="needs PyTorch's 
 def test_packed_weights_give_the_logits_of_what_they_stand_for(
     name: str, bits: int, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering, "has_int8_units", lambda _: False)  # they take rounded activations
+    monkeypatch.setattr(load, "has_int8_units", lambda _: False)  # they take rounded activations
     model, folder = saved(tmp_path, name)
     decoder = opened(folder, bits=bits)
     assert isinstance(decoder.head, kind)

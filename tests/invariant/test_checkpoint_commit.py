@@ -15,7 +15,8 @@ from conftest import instruction_rows, write_jsonl
 from tiny_runs import LORA, assert_equal, metrics, save_model, train, weights
 
 from qingtune.errors import UserError
-from qingtune.files import why_not_whole, write_json, write_manifest
+from qingtune.files.digests import why_not_whole, write_manifest
+from qingtune.files.write import write_json
 from qingtune.training import checkpoint
 from qingtune.training.checkpoint import checkpoints
 

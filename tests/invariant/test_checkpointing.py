@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tiny_runs import LORA, QLORA4, QLORA8, assert_equal, metrics, save_model, train, weights
 
-from qingtune import engine
 from qingtune.kernels import attention as general
 from qingtune.kernels.blocks import AttentionBlock, MLPBlock
+from qingtune.training import engine
 
 STEPS, LAYERS = 3, 2
 OWN_DROPOUT = {"attn_pdrop": 0.2, "resid_pdrop": 0.2, "embd_pdrop": 0.2}

@@ -17,8 +17,8 @@ import pytest
 from tiny_runs import LORA, assert_equal, metrics, train, weights
 
 from qingtune.cli import main
-from qingtune.interrupt import Terminated, put_off, unwinding
-from qingtune.record import CURVE, read_record
+from qingtune.machine.signals import Terminated, put_off, unwinding
+from qingtune.runs.record import CURVE, read_record
 from qingtune.training import loop
 
 STEPS = 4
@@ -119,7 +119,7 @@ def test_training_in_a_notebook(
 def test_a_picture_that_cannot_be_drawn_costs_nothing(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qingtune.plots.font_for", lambda _: 1 / 0)
+    monkeypatch.setattr("qingtune.runs.plots.font_for", lambda _: 1 / 0)
     assert main(flags) == 0
     assert "Warning: loss_curve.png was not drawn: ZeroDivisionError" in capsys.readouterr().err
     assert read_record(tmp_path / "out")
@@ -184,15 +184,15 @@ def test_nohup_is_heeded(flags: list[str], tmp_path: Path, monkeypatch: pytest.M
 def test_a_signal_while_the_result_is_written_waits(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qingtune import finetune
+    from qingtune.commands import train as train_command
 
-    save = finetune.save_adapter
+    save = train_command.save_adapter
 
     def interrupted(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         save(*arguments)
 
-    monkeypatch.setattr(finetune, "save_adapter", interrupted)
+    monkeypatch.setattr(train_command, "save_adapter", interrupted)
     assert main(flags) == 0
     assert lost(tmp_path / "out") == []
 
@@ -212,7 +212,7 @@ def test_other_commands_unwind(
             cleaned.append("all of it")
         return 0
 
-    monkeypatch.setattr("qingtune.check.check", interrupted)
+    monkeypatch.setattr("qingtune.commands.check.check", interrupted)
     assert main(["check", "--data", str(data_file)]) == code
     assert cleaned == ["all of it"]
     assert f"ended by {name}" in capsys.readouterr().err
@@ -251,7 +251,7 @@ def test_a_message_of_a_signal_needs_no_stderr(monkeypatch: pytest.MonkeyPatch) 
     def closed(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("qingtune.interrupt.os.write", closed)
+    monkeypatch.setattr("qingtune.machine.signals.os.write", closed)
     with unwinding(), put_off("Wait.") as received:
         os.kill(os.getpid(), signal.SIGHUP)
     assert received == [signal.SIGHUP]

@@ -29,7 +29,7 @@ from qingtune.adapters.lora import member
 from qingtune.data.batch import Batch, collate
 from qingtune.kernels.blocks import AttentionBlock, MLPBlock
 from qingtune.kernels.decoder import Decoder
-from qingtune.machine import cpu_has_int8_units
+from qingtune.machine.resources import cpu_has_int8_units
 
 # Relative, on loss and gradients. Transformers takes norms and rotary tables in fp32 even in an fp64 model.
 # Measured: 3e-7 and 9e-6 in fp32, 2e-7 and 3e-6 in fp64.

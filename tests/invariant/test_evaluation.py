@@ -14,13 +14,14 @@ import torch
 from conftest import TEXTS, instruction_rows, make_tokenizer, write_jsonl
 from tiny_runs import LORA, lively_model, save_model, train
 
-from qingtune import evaluation, inference
-from qingtune.adapters.files import load_adapter
-from qingtune.command_config import EvaluateConfig
+from qingtune.adapters.peft_files import load_adapter
+from qingtune.answering import speaker
+from qingtune.answering.generate import Decoder
+from qingtune.commands import evaluate as evaluation
+from qingtune.commands.evaluate import evaluate
+from qingtune.config.commands import EvaluateConfig
 from qingtune.errors import UserError
-from qingtune.evaluation import evaluate
-from qingtune.generation import Decoder
-from qingtune.hardware import Hardware
+from qingtune.kernels.device import Hardware
 from qingtune.models.load import load_model
 
 FP32 = Hardware(torch.device("cpu"), torch.float32, "fp32")
@@ -35,7 +36,7 @@ ROWS = sorted(
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute in fp32, in which Transformers can be compared with."""
-    monkeypatch.setattr(inference, "choose_hardware", lambda: FP32)
+    monkeypatch.setattr(speaker, "choose_hardware", lambda: FP32)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -167,13 +168,13 @@ class Cut:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, most: Sequence[int]) -> list[Decoder]:
     """Have each model that is loaded stop after so many prompts; gives those that were loaded."""
-    load, loaded = inference.load_decoder, []
+    load, loaded = speaker.load_decoder, []
 
     def cut(*arguments: Any) -> Any:
         loaded.append(Cut(load(*arguments), most[len(loaded)]))
         return loaded[-1]
 
-    monkeypatch.setattr(inference, "load_decoder", cut)
+    monkeypatch.setattr(speaker, "load_decoder", cut)
     return loaded
 
 
@@ -224,7 +225,7 @@ def test_other_settings_do_not_go_on(adapter: Path, tmp_path: Path, monkeypatch:
 
 
 def test_one_model_is_in_memory_at_a_time(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load, alive = inference.load_decoder, weakref.WeakSet[Any]()
+    load, alive = speaker.load_decoder, weakref.WeakSet[Any]()
 
     def watched(*arguments: Any) -> Any:
         assert len(alive) == 0
@@ -232,7 +233,7 @@ def test_one_model_is_in_memory_at_a_time(adapter: Path, tmp_path: Path, monkeyp
         alive.add(decoder)
         return decoder
 
-    monkeypatch.setattr(inference, "load_decoder", watched)
+    monkeypatch.setattr(speaker, "load_decoder", watched)
     run(tmp_path, lora_model=str(adapter))
 
 

@@ -15,11 +15,11 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from tiny_runs import LORA, lively_model, logits_of, save_model, train
 
-from qingtune.command_config import ExportConfig
+from qingtune.commands.export import export
+from qingtune.config.commands import ExportConfig
 from qingtune.errors import UserError
-from qingtune.export import export
-from qingtune.models.gguf_layout import PlacedTensor
-from qingtune.result_folder import RESULT_FILES
+from qingtune.export.gguf_layout import PlacedTensor
+from qingtune.runs.result_folder import RESULT_FILES
 
 Trained = Callable[..., Path]
 

@@ -11,8 +11,8 @@ import pytest
 from conftest import instruction_rows, write_jsonl
 from tiny_runs import LORA, save_model, train
 
-from qingtune.config_load import load_train_config
-from qingtune.finished import is_surely_finished
+from qingtune.config.load import load_train_config
+from qingtune.training.finished import is_surely_finished
 
 
 @pytest.fixture(scope="module")

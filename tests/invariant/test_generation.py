@@ -10,9 +10,9 @@ import torch
 from conftest import make_tokenizer
 from tiny_runs import lively_model
 
-from qingtune.answering import ModulesDecoder
+from qingtune.answering.generate import Answer, Decoding, choose, generate
+from qingtune.answering.load import ModulesDecoder
 from qingtune.data.tokenize import Template, make_template
-from qingtune.generation import Answer, Decoding, choose, generate
 
 NEVER: frozenset[int] = frozenset()
 KINDS = ["qwen2", "qwen3", "llama", "gpt2", "mistral"]

@@ -17,13 +17,13 @@ import torch
 from conftest import make_tokenizer
 from tiny_runs import save_model
 
-from qingtune.answering import load_decoder
+from qingtune.answering.generate import Decoding
+from qingtune.answering.load import load_decoder
+from qingtune.answering.speaker import Speaker
 from qingtune.data.format import Message
 from qingtune.data.tokenize import make_template, prompt_ids
 from qingtune.errors import UserError
-from qingtune.generation import Decoding
-from qingtune.hardware import Hardware
-from qingtune.inference import Speaker
+from qingtune.kernels.device import Hardware
 from qingtune.models.load import load_model
 
 
@@ -90,11 +90,11 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         module = ModuleType(name)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "qingtune.harness", raising=False)
-    import qingtune.harness
+    monkeypatch.delitem(sys.modules, "qingtune.evaluation.harness", raising=False)
+    import qingtune.evaluation.harness
 
-    monkeypatch.delitem(sys.modules, "qingtune.harness")  # for others it is yet to be imported
-    return qingtune.harness
+    monkeypatch.delitem(sys.modules, "qingtune.evaluation.harness")  # for others it is yet to be imported
+    return qingtune.evaluation.harness
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from decoders import make_decodable, random_sample
 from qingtune.adapters.lora import member
 from qingtune.data.batch import collate
 from qingtune.kernels.decoder import Decoder
-from qingtune.memory import Arithmetic, Buffers, PassTokens, buffers
+from qingtune.kernels.footprint import Arithmetic, Buffers, PassTokens, buffers
 
 LENGTH, SAMPLES = 40, 2
 LONGER = 136  # the sample that is evaluated

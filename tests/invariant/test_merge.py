@@ -20,17 +20,17 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import LORA, lively_model, logits_of, move_adapters, save_model, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qingtune import merge as recipe
-from qingtune import merge_check
 from qingtune.adapters.lora import add_lora, lora_layers, merge_lora
-from qingtune.adapters.quantize import quantize_model
-from qingtune.adapters.stored import StoredAdapter, read_adapter
+from qingtune.adapters.merge_stored import StoredAdapter, read_adapter
 from qingtune.cli import main
-from qingtune.command_config import MergeConfig
+from qingtune.commands import merge as recipe
+from qingtune.config.commands import MergeConfig
 from qingtune.errors import UserError
-from qingtune.hardware import Hardware
-from qingtune.merge_check import measure_lost
+from qingtune.export import merge_check
+from qingtune.export.merge_check import measure_lost
+from qingtune.kernels.device import Hardware
 from qingtune.models import shards
+from qingtune.models.quantize import quantize_model
 
 Merge = Callable[..., None]
 FP32 = Hardware(torch.device("cpu"), torch.float32, "")

@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from tiny_runs import LORA, lively_model, logits_of, train
 from transformers import AutoModelForCausalLM
 
-from qingtune import merge as recipe
-from qingtune import merge_4bit
-from qingtune.adapters.stored import StoredAdapter, read_adapter
-from qingtune.answering import load_decoder
-from qingtune.command_config import MergeConfig
+from qingtune.adapters.merge_stored import StoredAdapter, read_adapter
+from qingtune.answering.decoder.cached import CachedDecoder
+from qingtune.answering.load import load_decoder
+from qingtune.commands import merge as recipe
+from qingtune.config.commands import MergeConfig
 from qingtune.errors import UserError
-from qingtune.hardware import Hardware
-from qingtune.kernels.cached_decoder import CachedDecoder
+from qingtune.export import merge_nf4
+from qingtune.export.merge_check import Comparison, Lost
+from qingtune.kernels.device import Hardware
 from qingtune.kernels.linear import NF4Linear
-from qingtune.merge_check import Comparison, Lost
 from qingtune.models import shards
 from qingtune.models.load import StoredWeights, load_model
 
@@ -148,12 +148,12 @@ FAULTS: dict[str, tuple[Any, str, Any, str]] = {
     "adapter left out": (StoredAdapter, "merged", unmerged, "merged in fp32, the logits differ"),
     "rows turned round": (NF4Linear, "pack", staticmethod(pack_wrongly), "is not what was merged"),
     "a norm changed": (
-        merge_4bit,
+        merge_nf4,
         "rounded",
         lambda name, tensor, dtype, _: tensor.to(dtype) * (1.01 if "norm" in name else 1),
         r"norm\.weight is not what was merged",
     ),
-    "beyond the bound": (merge_4bit, "MOST_MEAN_DIFFERENCE", 1e-6, "in 4 bits the model differs"),
+    "beyond the bound": (merge_nf4, "MOST_MEAN_DIFFERENCE", 1e-6, "in 4 bits the model differs"),
 }
 
 
@@ -189,7 +189,7 @@ def test_values_that_are_no_numbers_are_refused(trained: Trained, monkeypatch: p
 def test_bounds_are_those_that_are_stated(merging: float, result: float, passes: bool) -> None:
     lost = Lost(*(Comparison(10, share * 4, share * 4, 4.0, 0.5, 6, 3) for share in (merging, result)), 6, (2.0, 2.1))
     if passes:
-        assert "2.0000 -> 2.1000" in merge_4bit.judge(lost)
+        assert "2.0000 -> 2.1000" in merge_nf4.judge(lost)
     else:
         with pytest.raises(UserError, match="nothing was written"):
-            merge_4bit.judge(lost)
+            merge_nf4.judge(lost)

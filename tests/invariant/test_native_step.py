@@ -12,18 +12,18 @@ from conftest import make_model
 from native_twin import product, rounded, stands_for, upper_24_bits
 from tiny_runs import lively
 
-from qingtune import answering
-from qingtune.adapters.files import save_adapter
 from qingtune.adapters.lora import add_lora, lora_layers
-from qingtune.adapters.targets import linear_layers
-from qingtune.answering import ModulesDecoder, load_decoder
-from qingtune.generation import Decoding, generate
-from qingtune.hardware import Hardware
-from qingtune.kernels import answer_cache
-from qingtune.kernels.cached_decoder import CachedDecoder
-from qingtune.kernels.native.build import has_native_units, native_library
-from qingtune.kernels.native.matrices import FEW_ROWS, PackedBlocks, native_matrix
+from qingtune.adapters.peft_files import save_adapter
+from qingtune.answering import load
+from qingtune.answering.decoder import cache
+from qingtune.answering.decoder.cached import CachedDecoder
+from qingtune.answering.decoder.native.build import has_native_units, native_library
+from qingtune.answering.decoder.native.matrices import FEW_ROWS, PackedBlocks, native_matrix
+from qingtune.answering.generate import Decoding, generate
+from qingtune.answering.load import ModulesDecoder, load_decoder
+from qingtune.kernels.device import Hardware
 from qingtune.kernels.workspace import Workspace
+from qingtune.models.layers import linear_layers
 from qingtune.models.load import load_model
 
 CPU = torch.device("cpu")
@@ -202,7 +202,7 @@ def saved(tmp_path: Path, name: str, bits: int | None, dtype: torch.dtype = torc
 def test_steps_give_transformers_logits(
     name: str, bits: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answer_cache, "CACHE_STEP", 8)  # grows within the sequence
+    monkeypatch.setattr(cache, "CACHE_STEP", 8)  # grows within the sequence
     model, folder = saved(tmp_path, name, bits)
     decoder = opened(folder, bits)
     decoder.start(IDS[:1])
@@ -220,7 +220,7 @@ def test_steps_give_transformers_logits(
 def test_beside_fp32_answers_are_those_of_transformers_in_fp32(
     name: str, bits: int | None, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answer_cache, "CACHE_STEP", 8)
+    monkeypatch.setattr(cache, "CACHE_STEP", 8)
     model, folder = saved(tmp_path, name, bits, getattr(torch, stored))
     decoder = opened(folder, bits, hardware=FP32)
     assert decoder.start(IDS[:4]).dtype == torch.float32  # a prompt goes through C as well
@@ -272,11 +272,11 @@ def test_memory_is_asked_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.Mo
     """In fp32 without the kernels 4 bytes a weight, with them 2, and 3 where an adapter changes them."""
     _, folder = saved(tmp_path, "qwen2", None)
     asked: list[float | None] = []
-    monkeypatch.setattr(answering, "check_memory", lambda _folder, _dtype, bits, _device: asked.append(bits))
+    monkeypatch.setattr(load, "check_memory", lambda _folder, _dtype, bits, _device: asked.append(bits))
     opened(folder, None, hardware=FP32)
     opened(folder, 8, hardware=FP32)
     opened(folder, None)
-    monkeypatch.setattr(answering, "native_library", lambda: "there is no C compiler")
+    monkeypatch.setattr(load, "native_library", lambda: "there is no C compiler")
     load_decoder(folder, None, None, FP32, None, 1, lambda _: None)
     assert asked == [16, 8, None, None]
 
@@ -284,7 +284,7 @@ def test_memory_is_asked_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.Mo
 def test_without_a_compiler_pytorch_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, folder = saved(tmp_path, "llama", None)
     wanted = opened(folder, None).start(IDS)
-    monkeypatch.setattr(answering, "native_library", lambda: "there is no C compiler")
+    monkeypatch.setattr(load, "native_library", lambda: "there is no C compiler")
     said: list[str] = []
     decoder = load_decoder(folder, None, None, BF16, None, 1, said.append)
     assert said == ["PyTorch's kernels, slower: there is no C compiler."]

@@ -12,10 +12,10 @@ import torch
 from conftest import instruction_rows, write_jsonl
 from tiny_runs import LORA, METHODS, assert_close, losses, metrics, save_model, train, weights
 
-from qingtune import work
 from qingtune.data.batch import Batch
-from qingtune.engine import Engine
 from qingtune.errors import UserError
+from qingtune.training import setup
+from qingtune.training.engine import Engine
 
 ERRORS = {
     "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB"),
@@ -43,7 +43,7 @@ def start(tmp_path: Path) -> Runs:
 
 def limit(monkeypatch: pytest.MonkeyPatch, tokens: int, error: Exception) -> list[int]:
     """Let memory run out in every pass of more tokens, after its gradients were added; returns all passes' sizes."""
-    make_engine, tried = work.make_engine, list[int]()
+    make_engine, tried = setup.make_engine, list[int]()
 
     def make_limited(*args: Any, **more: Any) -> Engine:
         engine = make_engine(*args, **more)
@@ -64,7 +64,7 @@ def limit(monkeypatch: pytest.MonkeyPatch, tokens: int, error: Exception) -> lis
 
         return dataclasses.replace(engine, loss=loss, add_gradients=add_gradients)
 
-    monkeypatch.setattr(work, "make_engine", make_limited)
+    monkeypatch.setattr(setup, "make_engine", make_limited)
     return tried
 
 

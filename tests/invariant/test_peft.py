@@ -14,13 +14,13 @@ from peft.tuners.lora import LoraLayer
 from tiny_runs import LORA, lively_model, logits_of, move_adapters, save_model, train
 from transformers import AutoModelForCausalLM
 
-from qingtune.adapters.files import load_adapter, read_adapter_config, save_adapter
+from qingtune.adapters.base_of import find_base
 from qingtune.adapters.lora import add_lora, lora_layers
-from qingtune.adapters.stored import read_adapter
-from qingtune.command_config import ExportConfig, MergeConfig
+from qingtune.adapters.merge_stored import read_adapter
+from qingtune.adapters.peft_files import load_adapter, read_adapter_config, save_adapter
+from qingtune.commands.export import export
+from qingtune.config.commands import ExportConfig, MergeConfig
 from qingtune.errors import UserError
-from qingtune.export import export
-from qingtune.inference import find_base
 from qingtune.models.load import load_model
 
 BOUND = 1e-5  # of the logits' largest value, in fp32

@@ -12,12 +12,12 @@ from conftest import make_model
 from tiny_runs import assert_close, assert_equal, lively_model, make_samples, move_adapters
 
 from qingtune.adapters.lora import LoRALinear, add_lora, lora_layers
-from qingtune.adapters.quantize import quantize_model
-from qingtune.adapters.targets import linear_layers, replace_layer
 from qingtune.data.batch import Batch, collate
 from qingtune.kernels.attention import use_end_to_end
 from qingtune.kernels.linear import Int8Linear, NF4Linear, QuantizedLinear, quantize_layer
 from qingtune.kernels.loss import summed_loss
+from qingtune.models.layers import linear_layers, replace_layer
+from qingtune.models.quantize import quantize_model
 
 KINDS = [NF4Linear, Int8Linear]
 # Out and in features: whole blocks of 64, rows that end within a block, a weight smaller than a block, a single number.

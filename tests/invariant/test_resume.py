@@ -17,9 +17,9 @@ from conftest import instruction_rows, write_jsonl
 from safetensors.torch import load_file
 from tiny_runs import LORA, METHODS, QLORA4, QLORA8, assert_close, assert_equal, metrics, save_model, train, weights
 
-from qingtune import work
-from qingtune.engine import Engine
 from qingtune.errors import UserError
+from qingtune.training import setup
+from qingtune.training.engine import Engine
 from qingtune.training.optim import make_schedule
 
 STEPS = 6
@@ -55,7 +55,7 @@ def start(tmp_path: Path) -> Runs:
 def raise_at_call(monkeypatch: pytest.MonkeyPatch, number: int, signals: list[signal.Signals]) -> None:
     """Have signals come in the middle of the work: at this call of the engine, in training or evaluation."""
     calls: list[int] = []
-    make_engine = work.make_engine
+    make_engine = setup.make_engine
 
     def interrupted(compute: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
         calls.append(1)
@@ -69,7 +69,7 @@ def raise_at_call(monkeypatch: pytest.MonkeyPatch, number: int, signals: list[si
         loss, add_gradients = partial(interrupted, engine.loss), partial(interrupted, engine.add_gradients)
         return dataclasses.replace(engine, loss=loss, add_gradients=add_gradients)
 
-    monkeypatch.setattr(work, "make_engine", make_interrupted)
+    monkeypatch.setattr(setup, "make_engine", make_interrupted)
 
 
 def assert_same_run(one: Path, two: Path) -> None:

@@ -11,8 +11,8 @@ from conftest import instruction_rows, write_jsonl
 from page_text import Page
 from tiny_runs import LORA, train
 
-from qingtune.record import FACTS, PAGE, RECORD
-from qingtune.report import write_page
+from qingtune.runs.page.write import write_page
+from qingtune.runs.record import FACTS, PAGE, RECORD
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def test_a_run_writes_its_page(
 def test_a_run_that_breaks_off_has_a_page(
     tiny: Callable[..., Path], data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qingtune.report.MOST_OF_THE_TIME", float("inf"))
-    monkeypatch.setattr("qingtune.finetune.save_result", lambda *_: 1 / 0)
+    monkeypatch.setattr("qingtune.runs.page.write.MOST_OF_THE_TIME", float("inf"))
+    monkeypatch.setattr("qingtune.commands.train.save_result", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path / "out", tiny(), data_file, **LORA, max_steps=2)
     page = Page((tmp_path / "out" / PAGE).read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ def test_a_fault_of_the_page_costs_nothing_but_a_warning(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("qingtune.report.render", lambda _: 1 / 0)
+    monkeypatch.setattr("qingtune.runs.page.write.render", lambda _: 1 / 0)
     assert train(tmp_path / "out", tiny(), data_file, **LORA, max_steps=1)
     out, err = capsys.readouterr()
     assert err.count("Warning: report.html was not written: ZeroDivisionError: division by zero") == 1

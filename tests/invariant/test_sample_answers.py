@@ -12,11 +12,11 @@ import torch
 from conftest import instruction_rows, make_tokenizer, write_jsonl
 from tiny_runs import LORA, METHODS, assert_equal, metrics, other_model, save_model, train, weights
 
-from qingtune import sample_answers
-from qingtune.config_load import load_train_config
+from qingtune.config.load import load_train_config
 from qingtune.data.tokenize import Sample
 from qingtune.errors import UserError
-from qingtune.sample_answers import split_last_answer
+from qingtune.training import sample_answers
+from qingtune.training.sample_answers import split_last_answer
 
 COMMON: dict[str, Any] = {
     "max_steps": 4,

@@ -13,9 +13,9 @@ from conftest import instruction_rows, write_jsonl
 from tiny_runs import LORA, train
 
 from qingtune.cli import main
-from qingtune.config_load import load_train_config
+from qingtune.config.load import load_train_config
 from qingtune.errors import UserError
-from qingtune.record import RECORD, SETTINGS, changed_names, read_record, settings_to_compare, without_secrets
+from qingtune.runs.record import RECORD, SETTINGS, changed_names, read_record, settings_to_compare, without_secrets
 
 TOKEN = "hf_" + "a1B2c3D4e5" * 3
 

@@ -353,8 +353,8 @@ def test_no_setting_of_a_model_names_other_files_or_code(
 
 
 def test_a_gguf_file_does_not_bring_the_files_beside_it(tmp_path: Path, tiny: Callable[..., Path]) -> None:
+    from qingtune.models.find import find_model
     from qingtune.models.load import local_folder
-    from qingtune.models.source import find_model
 
     export = ["export", "--base_model", str(tiny("llama")), "--quantize", "f32", "--output_dir", str(tmp_path / "out")]
     assert main(export) == 0

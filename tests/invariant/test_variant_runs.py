@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 from tiny_runs import LORA, assert_same_logits, lively_model, logits_of, metrics, save_model, train
 
-from qingtune.adapters.files import load_adapter
-from qingtune.adapters.stored import read_adapter
-from qingtune.command_config import MergeConfig
-from qingtune.merge import merge
+from qingtune.adapters.merge_stored import read_adapter
+from qingtune.adapters.peft_files import load_adapter
+from qingtune.commands.merge import merge
+from qingtune.config.commands import MergeConfig
 
 RUNS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},

@@ -14,13 +14,13 @@ from conftest import make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_runs import BOUND, assert_close, assert_equal, assert_same_logits, lively, lively_model, logits_of
 
-from qingtune.adapters.files import load_adapter, save_adapter
+from qingtune.adapters.full_modules import find_modules, train_in_full, untie
 from qingtune.adapters.lora import add_lora, lora_layers, merge_lora, why_not_fast
-from qingtune.adapters.quantize import quantize_model
-from qingtune.adapters.stored import HEAD, read_adapter
+from qingtune.adapters.merge_stored import HEAD, read_adapter
+from qingtune.adapters.peft_files import load_adapter, save_adapter
 from qingtune.adapters.variants import Variant
-from qingtune.adapters.whole import find_modules, train_in_full, untie
 from qingtune.errors import UserError
+from qingtune.models.quantize import quantize_model
 
 RANK, ALPHA = 4, 6.0
 PATTERNS = {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 5}, "alpha_pattern": {"up_proj": 3.0}}

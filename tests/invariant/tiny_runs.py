@@ -13,9 +13,9 @@ from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 
 from qingtune.adapters.lora import DoRALinear, lora_layers
-from qingtune.config_load import load_train_config
+from qingtune.commands import train as train_command
+from qingtune.config.load import load_train_config
 from qingtune.data.tokenize import Sample
-from qingtune.finetune import finetune
 
 LORA = {"use_lora": True, "lora_r": 4, "lora_alpha": 8}
 QLORA4 = {**LORA, "use_qlora": True, "quantization_bit": 4}
@@ -117,7 +117,7 @@ def train(output: Path, model: Path, data: Path, **settings: Any) -> bool:
     file.write_text(json.dumps(values))
     no_gpu = [mock.patch(f"torch.{kind}.is_available", return_value=False) for kind in ("cuda", "backends.mps")]
     with no_gpu[0], no_gpu[1]:
-        return finetune(load_train_config(str(file), {}).config)
+        return train_command.train(load_train_config(str(file), {}).config)
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

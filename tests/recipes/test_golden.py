@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
-from qingtune import engine
-from qingtune.config_load import load_train_config
-from qingtune.finetune import finetune
+from qingtune.commands.train import train
+from qingtune.config.load import load_train_config
+from qingtune.training import engine
 
 LORA = {"use_lora": True, "lora_r": 4, "lora_dropout": 0.0, "learning_rate": 0.05}
 QLORA8 = {**LORA, "use_qlora": True, "quantization_bit": 8}
@@ -64,7 +64,7 @@ def test_losses_are_those_of_old(method: str, tmp_path: Path, data_file: Path, m
         **METHODS[method],
     }
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    assert finetune(load_train_config(str(tmp_path / "config.json"), {}).config)
+    assert train(load_train_config(str(tmp_path / "config.json"), {}).config)
     lines = (tmp_path / "output" / "metrics.jsonl").read_text().splitlines()
     losses = [round(json.loads(line)["loss"], 4) for line in lines]
     # Rounding activations to int8 makes whole steps of last bits, which differ from CPU to CPU and grow step by step.

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qingtune import work
-from qingtune.config_load import load_train_config
+from qingtune.commands.train import train
+from qingtune.config.load import load_train_config
 from qingtune.data.batch import Batch
-from qingtune.engine import Engine
 from qingtune.errors import UserError
-from qingtune.finetune import finetune
+from qingtune.training import setup
+from qingtune.training.engine import Engine
 
 Start = Callable[..., bool]
 
@@ -36,7 +36,7 @@ NOT_FINITE = {
 @pytest.fixture
 def start(tmp_path: Path, data_file: Path, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Start:
     """A function that runs eight steps of two micro-batches, in which some steps' second micro-batch is spoiled."""
-    make_engine = work.make_engine
+    make_engine = setup.make_engine
 
     def start_run(spoiled: set[int], kind: str = "loss", **settings: Any) -> bool:
         calls: list[int] = []
@@ -52,14 +52,14 @@ def start(tmp_path: Path, data_file: Path, tiny: Callable[..., Path], monkeypatc
 
             return dataclasses.replace(engine, add_gradients=add_gradients)
 
-        monkeypatch.setattr(work, "make_engine", make_spoiling)
+        monkeypatch.setattr(setup, "make_engine", make_spoiling)
         values = {
             "model_name_or_path": str(tiny()), "data_path": str(data_file), "output_dir": str(tmp_path / "output"),
             "max_steps": 8, "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "save_steps": 1,
             "learning_rate": 0.01, "logging_steps": 1, "bf16": False, "report_to": "none", **settings,
         }  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(values))
-        return finetune(load_train_config(str(tmp_path / "config.json"), {}).config)
+        return train(load_train_config(str(tmp_path / "config.json"), {}).config)
 
     return start_run
 

@@ -83,7 +83,7 @@ def largest_difference_to_peft(adapter: Path) -> float:
     import torch
     from peft import PeftModel
 
-    from qingtune.adapters.files import load_adapter
+    from qingtune.adapters.peft_files import load_adapter
     from qingtune.models.load import load_model
 
     base = next((CACHE / "gguf").glob("SmolLM2*"))

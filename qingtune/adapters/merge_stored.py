@@ -1,0 +1,118 @@
+"""An adapter's files read without a model, so that merging, exporting and answering can go through the base's weights
+one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qingtune.adapters.full_modules import modules_of
+from qingtune.adapters.peft_files import read_files
+from qingtune.adapters.variants import LowRank
+from qingtune.errors import UserError
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Names of modules that hold a model's embedding, by the conventions of Transformers.
+_EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "word_embeddings", "wte"})
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter by the full names of the parameters that it changes, such as `model.layers.0.mlp.up_proj.weight`.
+
+    Attributes:
+        folder: where its files lie.
+        layers: low-rank changes of weights.
+        whole: parameters that take the place of the base's.
+        transposed: whether the base holds weights as [in, out], as GPT-2 does.
+        keeps_tie: whether a head and an embedding that are one matrix stay so.
+    """
+
+    folder: Path
+    layers: dict[str, LowRank]
+    transposed: bool
+    whole: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    keeps_tie: bool = True
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that it changes; the head too where it stays as it is and the embedding, if tied, does not."""
+        return {*self.layers, *self.whole, *({HEAD} if self._parts_head() else ())}
+
+    def _parts_head(self) -> bool:
+        """Whether head and embedding can be one matrix no longer."""
+        modules = {module.rpartition(".")[2] for module in modules_of(self.whole)}
+        return not self.keeps_tie and (HEAD in self.whole or bool(modules & _EMBEDDINGS))
+
+    def check_names(self, stored: Collection[str]) -> None:
+        """Whether a base holds all that the adapter changes.
+
+        Raises:
+            UserError: it does not.
+        """
+        if unknown := sorted(self.names - set(stored) - {HEAD}):  # a tied head is not stored
+            raise UserError(
+                f"the adapter is for another model: this one has no {unknown[0]}",
+                where=str(self.folder),
+                fix="Name the base model that the adapter was trained on.",
+            )
+
+    def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A stored parameter with the adapter's change, in fp32; the parameter itself where there is none.
+
+        Args:
+            name: the parameter's.
+            weight: as the base stores it. The head's of a model whose head is its embedding is the embedding.
+
+        Raises:
+            UserError: their shapes do not fit.
+        """
+        if name in self.whole:
+            self._check(name, weight, self.whole[name].shape == weight.shape)
+            return self.whole[name].float()
+        layer = self.layers.get(name)
+        if layer is None:
+            return weight
+        dense = weight.t() if self.transposed else weight
+        self._check(name, weight, tuple(dense.shape) == (len(layer.b), layer.a.shape[1]))
+        merged = layer.merged(dense)
+        return merged.t() if self.transposed else merged
+
+    def unties(self, config: Mapping[str, Any]) -> bool:
+        """Whether head and embedding are one matrix in the base and no longer so in the merged model.
+
+        That model's config.json then says tie_word_embeddings false, and its weights hold the head as well:
+        `merged(HEAD, the base's embedding)`.
+
+        Args:
+            config: the base's config.json; a base that says nothing of tie_word_embeddings may have it either way.
+        """
+        return config.get("tie_word_embeddings") is not False and self._parts_head()
+
+    def _check(self, name: str, weight: torch.Tensor, fits: bool) -> None:
+        if not fits:
+            raise UserError(
+                f"the adapter does not fit: {name} is {list(weight.shape)} in the base",
+                where=str(self.folder),
+                fix="Name the base model that the adapter was trained on.",
+            )
+
+
+def read_adapter(folder: Path) -> StoredAdapter:
+    """Read an adapter's files.
+
+    Raises:
+        UserError: no adapter here, a broken one, or one of a kind that is not supported.
+    """
+    files = read_files(folder)
+    return StoredAdapter(
+        folder,
+        {f"{name}.weight": low for name, low in files.layers.items()},
+        files.transposed,
+        files.whole,
+        keeps_tie=bool(files.config.get("ensure_weight_tying")) or not files.config.get("modules_to_save"),
+    )

@@ -1,0 +1,371 @@
+"""Adapters as files that PEFT reads: adapter_config.json and adapter_model.safetensors, both ways."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
+
+from qingtune.adapters.full_modules import is_tied, modules_of, tied_modules, trained_in_full, untie
+from qingtune.adapters.lora import DoRALinear, LoRALinear, lora_layers, shape_of
+from qingtune.adapters.names import ends_with, pattern_value
+from qingtune.adapters.variants import TAKEN, LowRank, scaling_of
+from qingtune.config.patterns import PatternError, parse_pattern
+from qingtune.errors import UserError, shorten
+from qingtune.files.foreign import foreign_files
+from qingtune.files.json_files import (
+    FLAG,
+    TEXT,
+    check_fields,
+    either,
+    list_of,
+    number,
+    object_of,
+    read_object_if_there,
+    whole,
+)
+from qingtune.files.paths import refuse_odd_name
+from qingtune.files.weights_file import check_floats, read_header
+from qingtune.kernels.linear import QuantizedLinear
+from qingtune.models.layers import dense_weight, linear_layers, replace_layer
+
+WEIGHTS = "adapter_model.safetensors"
+MOST_RANK, MOST_ALPHA = 2**20, 1e9
+MOST_VALUE = 2.0**38  # so that a product of two, summed over any rank and scaled by any alpha, is finite in fp32
+_PREFIX = "base_model.model."
+_MAGNITUDE = ".lora_magnitude_vector"
+
+# Settings of PEFT that change what an adapter computes and that are not supported: each with the value that is.
+# Those that only say which layers are adapted (exclude_modules, layers_to_transform) are not among them: the tensors'
+# names tell the same.
+_UNSUPPORTED = {
+    "bias": "none",
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "lora_bias": False,
+    "layer_replication": None,
+    "megatron_config": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "velora_config": None,
+}
+
+_DEFAULTS = {"r": 8, "lora_alpha": 8}  # PEFT's
+_KINDS = {
+    **dict.fromkeys(("peft_type", "base_model_name_or_path"), TEXT),
+    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "ensure_weight_tying"), FLAG),
+    "r": whole(1, MOST_RANK),
+    "lora_alpha": number(above=0, most=MOST_ALPHA),
+    "rank_pattern": object_of(whole(1, MOST_RANK)),
+    "alpha_pattern": object_of(number(above=0, most=MOST_ALPHA)),
+    "modules_to_save": list_of(TEXT),
+    "init_lora_weights": either(FLAG, TEXT),
+}
+
+# Values of init_lora_weights that leave the base's weights alone.
+_LEAVE_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+# Values that take something out of them first, which can be found again from the base. What the others (corda, loftq,
+# lora_ga, pissa_niter_...) take is decided by data or drawn at random, and the adapter's file does not tell it.
+_FOUND_AGAIN = ("pissa", "olora")
+
+
+def save_adapter(model: Any, folder: Path, base_model: str, dropout: float) -> None:
+    """Write a model's adapters and what is trained beside them, for the base's weights as they were loaded.
+
+    Adapters that began as a part of these weights (PiSSA, OLoRA) become plain LoRA of twice the rank, so that every
+    tool that reads LoRA computes the same.
+
+    Args:
+        model: a model with LoRALinear layers.
+        folder: exists; the two files are written into it.
+        base_model: name of the base, kept in the configuration.
+        dropout: kept in the configuration.
+    """
+    from peft import LoraConfig
+
+    adapters = lora_layers(model)
+    first = next(iter(adapters.values()))
+    stored = {name: adapter.low_rank() for name, adapter in adapters.items()}
+    whole = trained_in_full(model)
+    tensors = {name: parameter.detach().float().cpu().clone() for name, parameter in whole.items()}
+    for name, low in stored.items():
+        tensors |= {f"{name}.lora_A.weight": low.a, f"{name}.lora_B.weight": low.b}
+        if low.magnitude is not None:
+            tensors[f"{name}{_MAGNITUDE}"] = low.magnitude
+    named = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
+    rank_stabilised = first.rank_stabilised and not first.taken
+    ranks = {name: len(low.a) for name, low in stored.items()}
+    alphas = {
+        name: _tidy(low.scaling * (math.sqrt(len(low.a)) if rank_stabilised else len(low.a)))
+        for name, low in stored.items()
+    }
+    r, alpha = _commonest(ranks), _commonest(alphas)
+    LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern={name: value for name, value in ranks.items() if value != r},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        lora_dropout=dropout,
+        target_modules=_shortest_names(model, adapters),
+        modules_to_save=modules_of(whole) or None,
+        use_dora=isinstance(first, DoRALinear),
+        use_rslora=rank_stabilised,
+        fan_in_fan_out=isinstance(first.base, Conv1D),
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+
+
+def _commonest(values: Mapping[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _tidy(value: float) -> Any:
+    """A number without the noise of multiplying what was divided; whole ones without a point."""
+    tidy = float(f"{value:.12g}")
+    return round(tidy) if tidy == round(tidy) else tidy
+
+
+def _shortest_names(model: Any, adapters: dict[str, LoRALinear]) -> list[str]:
+    """The last parts of the adapted layers' names, if they match no other layer; else the full names."""
+    last_parts = sorted({name.rsplit(".", 1)[-1] for name in adapters})
+    others = [name for name in linear_layers(model) if name.removesuffix(".base") not in adapters]
+    clash = any(ends_with(other, part) for other in others for part in last_parts)
+    return sorted(adapters) if clash else last_parts
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration.
+
+    Raises:
+        UserError: no adapter here, or one of a kind that is not supported.
+    """
+    refuse_odd_name(folder, "the adapter")
+    path = folder / "adapter_config.json"
+    config = read_object_if_there(path)
+    if config is None:
+        raise _no_adapter(folder)
+    check_fields(config, _KINDS, str(path))
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for key in config.get(setting) or ():
+            _check_pattern(setting, key, path)
+    if config.get("peft_type") != "LORA":
+        raise UserError(
+            f"an adapter of kind {shorten(repr(config.get('peft_type')))}; LoRA is supported", where=str(path)
+        )
+    used = [name for name, value in _UNSUPPORTED.items() if config.get(name, value) not in (value, None, [], {})]
+    if used:
+        raise UserError(f"the adapter uses {', '.join(used)}, which is not supported here", where=str(path))
+    start = config.get("init_lora_weights")
+    if start not in (*_LEAVE_BASE, *_FOUND_AGAIN):
+        raise UserError(
+            f"the adapter uses init_lora_weights {start!r}: it took a part out of the base's weights first, and its "
+            "files do not tell which",
+            where=str(path),
+            fix="Save it with path_initial_model_for_weight_conversion in PEFT, which makes it plain LoRA.",
+        )
+    if not (folder / WEIGHTS).exists():
+        pickled = (folder / "adapter_model.bin").exists()
+        raise UserError(
+            f"{WEIGHTS} is missing" + pickled * "; adapter_model.bin is a pickle, which can run code",
+            where=str(folder),
+            fix="Save it as safetensors." if pickled else "Is the folder complete?",
+        )
+    return config
+
+
+def _no_adapter(folder: Path) -> UserError:
+    if (folder / "config.json").exists() or (folder.suffix == ".gguf" and folder.is_file()):
+        fix = "Name it as --base_model; it needs no --lora_model."
+        return UserError("this is a whole model, not an adapter", where=str(folder), fix=fix)
+    what = "no adapter_config.json here, so this is no adapter folder"
+    return UserError(what, where=str(folder), fix="Check the path.")
+
+
+def _check_pattern(setting: str, key: str, path: Path) -> None:
+    try:
+        parse_pattern(key)
+    except PatternError as error:
+        raise UserError(f"{setting}: {shorten(key)!r} is not read here: {error}", where=str(path)) from None
+
+
+def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, by names of the model's such as `model.layers.0.mlp.up_proj.lora_A.weight`.
+
+    Raises:
+        UserError: the file is missing or broken, or holds values that cannot be computed with.
+    """
+    path = folder / WEIGHTS
+    check_floats(read_header(path)[0], path)
+    with foreign_files("the adapter cannot be loaded", path):
+        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
+    for name, tensor in tensors.items():
+        if not bool((tensor.float().abs() <= MOST_VALUE).all()):  # nor is NaN
+            what = f"{name} holds values that are no finite numbers" + ", or above 2^38" * bool(tensor.isfinite().all())
+            raise UserError(what, where=str(path), fix="Train it again.")
+    return tensors
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter's files hold.
+
+    Attributes:
+        config: adapter_config.json.
+        layers: the low-rank additions, by the full names of their layers.
+        whole: parameters trained in full, by their full names.
+        transposed: whether the base holds weights as [in, out], as GPT-2 does.
+    """
+
+    config: dict[str, Any]
+    layers: dict[str, LowRank]
+    whole: dict[str, torch.Tensor]
+    transposed: bool
+
+
+def read_files(folder: Path) -> AdapterFiles:
+    """Read an adapter's files.
+
+    Raises:
+        UserError: no adapter here, a broken one, or one of a kind that is not supported.
+    """
+    config = read_adapter_config(folder)
+    tensors = read_adapter_tensors(folder)
+    transposed, start = bool(config.get("fan_in_fan_out")), config.get("init_lora_weights")
+    if start == "olora" and transposed:
+        raise UserError("OLoRA on transposed weights (fan_in_fan_out) is not supported", where=str(folder))
+    layers: dict[str, LowRank] = {}
+    for name in sorted({name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}):
+        a, b = (tensors.pop(f"{name}.lora_{part}.weight", None) for part in "AB")
+        magnitude = tensors.pop(f"{name}{_MAGNITUDE}", None) if config.get("use_dora") else None
+        if strange := next((other for other in tensors if other.startswith(f"{name}.lora_")), None):
+            raise UserError(f"the adapter changes {strange}, which is not supported here", where=str(folder))
+        parts = {"lora_A": a, "lora_B": b} | ({"lora_magnitude_vector": magnitude} if config.get("use_dora") else {})
+        if missing := [part for part, tensor in parts.items() if tensor is None]:
+            raise UserError(f"the adapter is not whole: {name}.{missing[0]} is missing", where=str(folder))
+        assert a is not None
+        assert b is not None
+        if a.dim() != 2 or b.dim() != 2 or not len(a) == b.shape[1] > 0:
+            raise UserError(f"{name}: {list(a.shape)} and {list(b.shape)} are no pair of LoRA", where=str(folder))
+        if magnitude is not None and magnitude.shape != b.shape[:1]:
+            raise UserError(f"{name}: {list(magnitude.shape)} magnitudes for {len(b)} rows", where=str(folder))
+        layers[name] = LowRank(
+            a.float(),
+            b.float(),
+            _scaling(config, name, len(a), folder),
+            None if magnitude is None else magnitude.float(),
+            start if start in TAKEN else None,
+        )
+    if not layers and not tensors:
+        raise UserError("the adapter changes no layer", where=str(folder), fix="Is the folder complete?")
+    return AdapterFiles(config, layers, tensors, transposed)
+
+
+def _scaling(config: Mapping[str, Any], name: str, r: int, folder: Path) -> float:
+    """A layer's scaling by PEFT's rules; its rank is also that of its tensors, or PEFT could not have read them."""
+    of_all = {setting: config.get(setting) or _DEFAULTS[setting] for setting in _DEFAULTS}
+    rank = pattern_value(config.get("rank_pattern") or {}, name, of_all["r"])
+    alpha = float(pattern_value(config.get("alpha_pattern") or {}, name, of_all["lora_alpha"]))
+    if rank != r:
+        raise UserError(f"{name} has a rank of {r}, and {rank} by adapter_config.json", where=str(folder))
+    return scaling_of(alpha, r, rank_stabilised=bool(config.get("use_rslora")))
+
+
+def load_adapter(model: Any, folder: Path) -> dict[str, LoRALinear]:
+    """Put an adapter's layers on a model and load their weights; written here or by PEFT.
+
+    Raises:
+        UserError: the files are missing or broken, or do not fit this model.
+    """
+    files = read_files(folder)
+    layers = linear_layers(model)
+    _check_layers(model, files, layers, folder)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in files.whole.items():
+        _check_shape(name, tensor, tuple(parameters[name].shape), folder)
+    adapters = {name: _loaded(name, layers[name], low, folder) for name, low in files.layers.items()}
+    model.requires_grad_(False)
+    for name, adapter in adapters.items():
+        replace_layer(model, name, adapter)
+    _load_whole(model, files)
+    return adapters
+
+
+def _check_layers(model: Any, files: AdapterFiles, layers: Mapping[str, torch.nn.Module], folder: Path) -> None:
+    """Whether the model has what the adapter changes."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    unknown = [name for name in files.layers if name not in layers]
+    unknown += [name for name in files.whole if name not in parameters]
+    modules = dict(model.named_modules())
+    if other := [name for name in unknown if name.split(".base_layer")[0] in modules]:
+        raise UserError(
+            f"the adapter changes {other[0].split('.base_layer')[0]}, which is no layer that LoRA is put on here",
+            where=str(folder),
+        )
+    if unknown:
+        raise UserError(
+            f"the adapter is for another model: this one has no layer {unknown[0]}",
+            where=str(folder),
+            fix="Name the base model that the adapter was trained on.",
+        )
+    if quantized := [name for name in files.whole if isinstance(modules[name.rpartition(".")[0]], QuantizedLinear)]:
+        raise UserError(
+            f"the adapter brings {quantized[0]}, which this model holds in few bits",
+            where=str(folder),
+            fix="Load the base model without quantisation.",
+        )
+
+
+def _loaded(name: str, layer: torch.nn.Module, low: LowRank, folder: Path) -> LoRALinear:
+    """A layer wrapped in its adapter, which is one of an unchanged base."""
+    out_features, in_features = shape_of(layer)
+    _check_shape(f"{name}.lora_A", low.a, (len(low.a), in_features), folder)
+    _check_shape(f"{name}.lora_B", low.b, (out_features, len(low.a)), folder)
+    if low.start and isinstance(layer, QuantizedLinear):
+        raise UserError(
+            f"the adapter began as a part of the base's weights (init_lora_weights {low.start}), and this model holds "
+            "them in few bits, from which that part cannot be found",
+            where=str(folder),
+            fix="Load the base model without quantisation.",
+        )
+    plain = low.on_unchanged_base(dense_weight(layer).detach(), name) if low.start else low
+    if plain.magnitude is None:
+        return LoRALinear(layer, plain.a, plain.b, plain.scaling)
+    _check_shape(f"{name}{_MAGNITUDE}", plain.magnitude, (out_features,), folder)
+    return DoRALinear(layer, plain.a, plain.b, plain.scaling, magnitude=plain.magnitude)
+
+
+@torch.no_grad()
+def _load_whole(model: Any, files: AdapterFiles) -> None:
+    """Load what was trained in full.
+
+    Without ensure_weight_tying, PEFT trains a copy of each module of modules_to_save, so that a head and an embedding
+    that were one matrix are so no longer.
+    """
+    saved = modules_of(files.whole) if files.config.get("modules_to_save") else []
+    if not files.config.get("ensure_weight_tying") and is_tied(model) and tied_modules(model, saved):
+        untie(model)
+    for name, tensor in files.whole.items():
+        model.get_parameter(name).copy_(tensor)
+
+
+def _check_shape(name: str, tensor: torch.Tensor, wanted: tuple[int, ...], folder: Path) -> None:
+    if tuple(tensor.shape) != wanted:
+        raise UserError(
+            f"the adapter does not fit: {name} is {list(tensor.shape)}, {list(wanted)} is wanted",
+            where=str(folder),
+            fix="Name the base model that the adapter was trained on.",
+        )

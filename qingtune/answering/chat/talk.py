@@ -1,0 +1,181 @@
+"""The chat: takes messages, obeys commands, shows answers as they come, and loses nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from qingtune.answering.chat.commands import ChatState, find_command
+from qingtune.answering.chat.lines import Lines, PlainLines, TerminalKind, terminal_kind
+from qingtune.answering.chat.screen import AnswerView, Screen
+from qingtune.answering.chat.session import ChatSession
+from qingtune.answering.generate import Answer, Decoding
+from qingtune.answering.thinking import split_thinking
+from qingtune.data.format import Message
+from qingtune.data.templates import TemplateError
+from qingtune.errors import UserError, is_out_of_memory
+from qingtune.machine.signals import Interruptible
+
+AnswerFunction = Callable[[Sequence[int], Decoding], Answer]
+
+
+def chat(answer: AnswerFunction, session: ChatSession, decoding: Decoding) -> None:
+    """Talk until /exit or the end of input.
+
+    Args:
+        answer: starts an answer to a prompt's ids.
+        session: the turns; changed in place.
+        decoding: how answers are drawn, until /set says otherwise; each with a seed of its own.
+    """
+    kind = terminal_kind()
+    screen = Screen(live=kind == "full")
+    if kind != "none":
+        screen.note("Type a message, or /help.")
+    Chat(answer, ChatState(session, decoding), _lines(kind, screen), screen).talk()
+
+
+def _lines(kind: TerminalKind, screen: Screen) -> Lines:
+    if kind == "full":
+        from qingtune.answering.chat.editor import EditedLines  # prompt_toolkit, which nothing else needs
+
+        return EditedLines(screen.note)
+    return PlainLines(screen.note, prompted=kind == "plain")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat and what it runs on."""
+
+    answer: AnswerFunction
+    state: ChatState
+    lines: Lines
+    screen: Screen
+
+    def talk(self) -> None:
+        """Read and answer until the end."""
+        with self.lines.quiet():
+            while self._go_on():
+                pass
+
+    def _go_on(self) -> bool:
+        """Read a line and do what it says; returns whether the chat goes on."""
+        try:
+            line = self.lines.read(recorded=self.state.options.history == "on")
+            try:
+                return line is not None and self._take(line)
+            except UserError as error:
+                self.screen.note(str(error))
+        except KeyboardInterrupt:  # during a command
+            self.screen.note("[stopped]")
+        return True
+
+    def _take(self, line: str) -> bool:
+        """Send a message or obey a command; returns whether the chat goes on."""
+        try:
+            line.encode()
+        except UnicodeEncodeError:  # bytes that are no text come as halves of surrogate pairs
+            raise UserError("That was not UTF-8 text.") from None
+        if line.startswith("/") and not line.startswith("//"):
+            command, text = find_command(line)
+            if command.obey:
+                self.screen.note(command.obey(self.state, text))
+            elif command.name == "/retry":
+                self._retry()
+            return command.name != "/exit"
+        if line.strip():
+            self._ask(Message("user", line.removeprefix("/")), list(self.state.session.turns))
+        return True
+
+    def _retry(self) -> None:
+        before = list(self.state.session.turns)
+        question = self.state.unanswered or self.state.session.undo()
+        if question is None:
+            self.screen.note("[nothing to retry]")
+            return
+        if self.state.decoding.temperature == 0:
+            self.screen.note("[temperature is 0: the same prompt gives the same answer]")
+        self._ask(question, before)
+
+    def _ask(self, question: Message, before: list[Message]) -> None:
+        """Put a question, show its answer, keep both.
+
+        Args:
+            question: not among the turns.
+            before: the turns to go back to if there is no answer.
+        """
+        with Interruptible() as ctrl_c:
+            self._settle(question, before, ctrl_c)
+
+    def _settle(self, question: Message, before: list[Message], ctrl_c: Interruptible) -> None:
+        state, session = self.state, self.state.session
+        dropped, answer = session.dropped, ""
+        answered_before = any(turn is question for turn in before)
+        session.turns.append(question)
+        try:
+            answer, broken_off = self._answer(ctrl_c)
+        except TemplateError as error:
+            raise UserError(f"the model's chat template refuses this: {error}") from None
+        finally:
+            kept = bool(split_thinking(answer)[1].strip())
+            if kept:
+                session.turns.append(Message("assistant", answer))
+            else:
+                session.turns, session.dropped = before, dropped
+            state.unanswered = None if kept or answered_before else question
+        if broken_off or not kept:
+            lost = "no new answer, so the earlier one stays" if answered_before else "no answer yet; /retry asks again"
+            outcome = "the answer so far is kept" if kept else lost
+            self.screen.note(f"[{broken_off or 'the model ended its turn'}; {outcome}]")
+
+    def _answer(self, ctrl_c: Interruptible) -> tuple[str, str]:
+        """Show the answer to the session's turns; returns its text, and why it was broken off, if it was."""
+        session, decoding = self.state.session, self.state.decoding
+        turns = len(session.turns)
+        ids = session.prompt(decoding.max_new_tokens)
+        opening = session.opened_thinking(ids)
+        stream = self.answer(ids, replace(decoding, seed=decoding.seed + session.asked))
+        session.asked += 1
+        if dropped := turns - len(session.turns):
+            self.screen.note(f"[the context is full: the {dropped} oldest turns were dropped]")
+        view = AnswerView(self.screen, show_thinking=self.state.options.thinking == "show", opened=bool(opening))
+        clock = _Clock()
+        shown, broken_off = 0, ""
+        try:
+            for piece in ctrl_c.pieces(iter(stream)):
+                clock.tick(len(stream.tokens))
+                view.show(piece)
+                shown += len(piece)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            broken_off = "out of memory"
+        view.show(stream.text[shown:])  # a piece that Ctrl-C kept from coming
+        view.close()
+        if self.state.options.stats == "on":
+            self.screen.note(clock.tell(len(ids), len(stream.tokens)))
+        if ctrl_c.pressed and not stream.ended:
+            broken_off = "stopped"
+        elif not broken_off and not stream.ended:
+            full = len(stream.tokens) < decoding.max_new_tokens
+            broken_off = "the context is full" if full else "cut at max_new_tokens, which /set changes"
+        return opening + stream.text, broken_off
+
+
+class _Clock:
+    """Measures an answer from its making."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._first: tuple[float, int] | None = None
+
+    def tick(self, tokens: int) -> None:
+        """Say that text has come, and how many tokens there are so far."""
+        self._first = self._first or (time.perf_counter(), tokens)
+
+    def tell(self, prompt_tokens: int, tokens: int) -> str:
+        """A line on the speed: of the prompt by the time to the first text, of the rest by what came after that."""
+        now = time.perf_counter()
+        moment, at_first = self._first or (now, tokens)
+        rate = f", {(tokens - at_first) / (now - moment):.1f} tokens/s" if tokens > at_first else ""
+        return f"[{prompt_tokens:,} tokens in, first text after {moment - self._began:.2f} s; {tokens:,} out{rate}]"

@@ -1,0 +1,1 @@
+"""The decoder for answering: merged and packed weights, and a static cache of keys and values."""

@@ -1,0 +1,161 @@
+"""Qwen2, Qwen3 and Llama models for answering: weights merged and packed, keys and values kept in a static cache.
+
+A prompt goes through in chunks; in the last layer only its last row goes beyond keys and values, and the head sees only
+that row. What a slot of the cache holds already, another slot's beginning included, is not computed again: a chat's
+turns, or prompts that begin alike.
+
+Shapes: T new tokens, S slots that read one token each, D hidden size, d head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+
+from qingtune.answering.decoder.cache import AnswerCache, AnswerShape, Chunk, Joining, OneToken, TokenEach
+from qingtune.answering.decoder.layer import AnswerLayer, Norm
+from qingtune.answering.decoder.native.answer_step import AnswerStep
+from qingtune.answering.decoder.native.matrices import NativeMatrix
+from qingtune.answering.decoder.packed import Matrix
+
+CHUNK = 512  # tokens of a prompt computed at a time
+PLACES_AT_A_TIME = 128  # of a text whose logits are there at once: 39 MB in bf16 with Qwen's vocabulary
+
+
+class CachedDecoder:
+    """A model that reads token ids and gives the logits of the next one.
+
+    Args:
+        shape: of the attention.
+        embedding: [V, D].
+        layers: in order.
+        norm: the last one.
+        head: [V, D].
+        cos: [context_length, d / 2], likewise sin.
+        slots: sequences held at a time.
+        library: compiled kernels, where all matrices are native ones.
+    """
+
+    def __init__(
+        self,
+        shape: AnswerShape,
+        embedding: torch.Tensor,
+        layers: Sequence[AnswerLayer],
+        norm: Norm,
+        head: Matrix,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        slots: int = 1,
+        library: ctypes.CDLL | None = None,
+    ) -> None:
+        self.shape, self.embedding, self.layers, self.norm, self.head = shape, embedding, layers, norm, head
+        self.rotary = rotary
+        self.dtype, self.device = rotary[0].dtype, rotary[0].device
+        self.slots = slots
+        self._cache = AnswerCache(shape, slots, self.dtype, self.device)
+        self._step = None
+        if library is not None:
+            self._step = AnswerStep(library, shape, layers, norm, cast("NativeMatrix", head), rotary)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all matrices, which a new token reads once."""
+        parts = (part for layer in self.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        return self.head.held_bytes + sum(part.held_bytes for part in parts)
+
+    def slot_bytes(self, length: int) -> int:
+        """What a slot that holds a sequence of so many tokens takes."""
+        return self._cache.slot_bytes(length)
+
+    def make_slots(self, count: int, length: int) -> None:
+        """Have other slots, which hold nothing, with room for sequences of so many tokens, taken at once."""
+        self.slots = count
+        self._cache = AnswerCache(self.shape, count, self.dtype, self.device, length)
+
+    @torch.inference_mode()
+    def start(self, ids: Sequence[int], slot: int = 0) -> torch.Tensor:
+        """Let a slot hold these ids, at least one, and give the logits [V] of the next one."""
+        self._cache.reserve(len(ids))
+        last = None
+        for start in range(self._cache.keep_common(ids, slot), len(ids), CHUNK):
+            last = self._read_chunk(ids[start : start + CHUNK], slot)
+        assert last is not None
+        return self.head.multiply(self.norm.apply(last))[0]
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        """One more token for each of the first S slots; gives the logits [S, V] of the next ones."""
+        held = self._cache.ids[: len(tokens)]
+        self._cache.reserve(max(map(len, held)) + 1)
+        x = self._embedded(tokens)
+        logits = self._step.logits(x, self._cache) if self._step else self._logits_of_tokens(x)
+        for ids, token in zip(held, tokens, strict=True):
+            ids.append(token)
+        return logits
+
+    def _logits_of_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """A new token of each of the first slots, [S, D] -> [S, V]."""
+        joining = OneToken(self._cache, self.rotary) if len(x) == 1 else TokenEach(self._cache, self.rotary, len(x))
+        for number, layer in enumerate(self.layers):
+            x = self._through(number, layer, x, joining)
+        return self.head.multiply(self.norm.apply(x))
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int) -> None:
+        """Let a slot hold what another one holds."""
+        self._cache.move(source, target)
+
+    @torch.inference_mode()
+    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """What the head sees at every place of prompts, each [T, D], one slot a prompt; every layer is asked for once.
+
+        Nothing that the slots held stays, nor the memory that holds it.
+        """
+        self.make_slots(self.slots, max(map(len, prompts)))
+        joinings = [Chunk(self._cache, self.rotary, slot, len(ids)) for slot, ids in enumerate(prompts)]
+        states = [self._embedded(ids) for ids in prompts]
+        for number, layer in enumerate(self.layers):
+            states = [self._through(number, layer, x, joining) for x, joining in zip(states, joinings, strict=True)]
+        self.make_slots(self.slots, 0)
+        return [self.norm.apply(x) for x in states]
+
+    def logits_at(self, ids: Sequence[int], places: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Logits [n, V] that follow places of a text, some at a time; nothing that the slots held stays."""
+        with torch.inference_mode():
+            states = self.hidden_states([ids])[0][torch.tensor(list(places), device=self.device)]
+        for part in states.split(PLACES_AT_A_TIME):
+            with torch.inference_mode():
+                logits = self.head.multiply(part)
+            yield logits
+
+    def _read_chunk(self, ids: Sequence[int], slot: int) -> torch.Tensor:
+        """Put keys and values of more tokens into a slot; gives the last one's hidden state [1, D]."""
+        joining = Chunk(self._cache, self.rotary, slot, len(ids))
+        x = self._embedded(ids)
+        for number, layer in enumerate(self.layers):
+            x = self._through(number, layer, x, joining, only_last=number == len(self.layers) - 1)
+        self._cache.ids[slot] += ids
+        return x
+
+    def _embedded(self, ids: Sequence[int]) -> torch.Tensor:
+        return self.embedding[torch.tensor(ids, device=self.embedding.device)].to(self.device, self.dtype)
+
+    def _through(
+        self, number: int, layer: AnswerLayer, x: torch.Tensor, joining: Joining, *, only_last: bool = False
+    ) -> torch.Tensor:
+        """New rows [T, D] through one layer; with only_last the last one alone goes beyond keys and values."""
+        shape = self.shape
+        heads = layer.qkv.multiply(layer.input_norm.apply(x)).view(len(x), -1, shape.size)
+        asking = heads[:, : shape.queries + shape.keys]  # values have no positions
+        if layer.q_norm and layer.k_norm:
+            parts = asking.split([shape.queries, shape.keys], 1)
+            asking = torch.cat([layer.q_norm.apply(parts[0]), layer.k_norm.apply(parts[1])], 1)
+        q, k = joining.turn(asking).split([shape.queries, shape.keys], 1)
+        if only_last:
+            q, x = q[-1:], x[-1:]
+        x = layer.o.multiply(joining.attend(number, q, k, heads[:, shape.queries + shape.keys :]), x)
+        gate, up = layer.gate_up.multiply(layer.mlp_norm.apply(x)).chunk(2, dim=1)
+        return layer.down.multiply(F.silu(gate).mul_(up), x)

@@ -1,0 +1,117 @@
+"""One new token of each of several sequences, through a whole decoder in C."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from qingtune.answering.decoder.cache import AnswerCache, AnswerShape
+from qingtune.answering.decoder.layer import AnswerLayer, Norm
+from qingtune.answering.decoder.native.matrices import MatrixStruct, NativeMatrix
+
+Pointer = ctypes.c_void_p
+
+
+class _LayerStruct(ctypes.Structure):
+    _fields_ = [
+        *((name, MatrixStruct) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, Pointer) for name in ("input_norm", "q_norm", "k_norm", "mlp_norm")),
+    ]
+
+
+class _ModelStruct(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.POINTER(_LayerStruct)),
+        ("head", MatrixStruct),
+        *((name, Pointer) for name in ("norm", "cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("count", "hidden", "inner", "queries", "keys", "size")),
+        *((name, ctypes.c_float) for name in ("scale", "epsilon", "head_epsilon")),
+    ]
+
+
+class _CacheStruct(ctypes.Structure):
+    _fields_ = [
+        ("keys", Pointer),
+        ("values", Pointer),
+        ("wide", ctypes.c_int64),
+        ("slots", ctypes.c_int64),
+        ("capacity", ctypes.c_int64),
+        ("places", Pointer),
+    ]
+
+
+class AnswerStep:
+    """A model as answer_step.c reads it.
+
+    Args:
+        library: the compiled kernels.
+        shape: of the attention.
+        layers: whose matrices are all native ones; likewise the head.
+        norm: the last one.
+        head: [V, D].
+        rotary: cos and sin, [context, d / 2].
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        shape: AnswerShape,
+        layers: Sequence[AnswerLayer],
+        norm: Norm,
+        head: NativeMatrix,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        self._library = library
+        self._held: list[torch.Tensor] = []  # what pointers point to
+        self._layers = (_LayerStruct * len(layers))(*(self._layer(layer) for layer in layers))
+        self._vocabulary = head.struct().rows
+        first = layers[0]
+        self._model = _ModelStruct(
+            self._layers, head.struct(), *(self._wide(part) for part in (norm.weight, *rotary)),
+            len(layers), len(norm.weight), self._layers[0].down.columns, shape.queries, shape.keys, shape.size,
+            shape.scale, norm.epsilon, first.q_norm.epsilon if first.q_norm else 0.0,
+        )  # fmt: skip
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def logits(self, x: torch.Tensor, cache: AnswerCache) -> torch.Tensor:
+        """The logits [T, V] after one more token of each of the first T slots, from their embeddings [T, D]; fp32.
+
+        Keys and values go into the cache, in which there must be room for them; the caller notes their ids.
+        """
+        count = len(x)
+        assert count <= len(cache.ids)
+        assert max(map(len, cache.ids[:count])) < cache.keys.shape[3]
+        threads = torch.get_num_threads()
+        x = x.float().contiguous()
+        places = torch.tensor([len(ids) for ids in cache.ids[:count]])
+        held = _CacheStruct(
+            cache.keys.data_ptr(),
+            cache.values.data_ptr(),
+            cache.dtype == torch.float32,
+            cache.keys.shape[1],
+            cache.keys.shape[3],
+            places.data_ptr(),
+        )
+        model, inner = ctypes.byref(self._model), ctypes.byref(held)
+        numbers = ctypes.c_int64(count), ctypes.c_int64(threads)
+        needed = self._library.scratch_bytes(model, inner, *numbers)
+        if len(self._scratch) < needed:
+            self._scratch = torch.empty(needed, dtype=torch.uint8)
+        logits = torch.empty(count, self._vocabulary)
+        self._library.answer_step(
+            model, inner, Pointer(x.data_ptr()), *numbers, Pointer(self._scratch.data_ptr()), Pointer(logits.data_ptr())
+        )
+        return logits
+
+    def _layer(self, layer: AnswerLayer) -> _LayerStruct:
+        matrices = (cast("NativeMatrix", part).struct() for part in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        norms = (layer.input_norm, layer.q_norm, layer.k_norm, layer.mlp_norm)
+        return _LayerStruct(*matrices, *(self._wide(norm.weight) if norm else None for norm in norms))
+
+    def _wide(self, numbers: torch.Tensor) -> int:
+        """Where a copy in fp32 lies, which lives as long as this does."""
+        self._held.append(numbers.float().contiguous())
+        return self._held[-1].data_ptr()

@@ -1,0 +1,1 @@
+"""Commands, one a file: each reads its settings, has the rooms do the work, and reports the result."""

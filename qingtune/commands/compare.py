@@ -1,0 +1,284 @@
+"""`qingtune compare`: train setups on the same data in processes of their own -> a table of what was measured."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qingtune.config.commands import CompareConfig
+from qingtune.config.load import Loaded, read_json_object
+from qingtune.data.prepare import check_files_exist
+from qingtune.errors import UserError, raise_all
+from qingtune.evaluation.compare.run_trials import TRIALS, Bench, run_all, run_search
+from qingtune.evaluation.compare.search import Search, extremes, require_optuna
+from qingtune.evaluation.compare.setups import (
+    Setup,
+    about_full_training,
+    about_learning_rates,
+    check_varied,
+    grid_setups,
+    make_setup,
+    methods_to_compare,
+)
+from qingtune.evaluation.compare.summary import Comparison, compare_outcomes
+from qingtune.evaluation.compare.tables import as_console, as_json, as_markdown, ordered_otherwise, reference_name
+from qingtune.evaluation.compare.trial import interruption, is_trial_file, wait_for_left_behind
+from qingtune.files.digests import sha256_of
+from qingtune.files.write import refuse_links, write_json, write_text
+from qingtune.machine.describe import launched_processes
+from qingtune.output.console import say, show
+from qingtune.output.invocation import command_line
+from qingtune.output.redaction import redact, redact_values
+from qingtune.runs.folder import check_output_folder, is_run, only_run_in, ours_and_others
+from qingtune.runs.plots import plot_comparison, try_to_draw
+from qingtune.runs.record import FACTS, FEW_ROWS, WEIGHTS_REMOVED, changed_names, read_record, without_secrets
+from qingtune.runs.result_folder import shown
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+# What a comparison leaves in its folder; BEGUN is the first.
+BEGUN, JOURNAL = "compare_config.json", "search.journal"
+PAGE, NUMBERS, PICTURE = "comparison.md", "comparison.json", "comparison.png"
+ANEW = "Pass --overwrite_output_dir to begin anew, or choose another output_dir."
+
+
+def compare(loaded: Loaded[CompareConfig], command: str) -> int:
+    """Run the trials that are not finished yet, write the report and print its table.
+
+    Args:
+        command: by which the same comparison goes on.
+
+    Returns:
+        The exit code: 0, 1 if a trial failed, 130 if a signal ended it early; what is done is kept then.
+
+    Raises:
+        UserError: anything that the user can mend, before the first trial.
+    """
+    config, output_dir = loaded.config, Path(loaded.config.output_dir)
+    how_to_go_on = f"Stopped. To go on: {command}"
+    _check(config, loaded.given)
+    setups, notices = _search_checked(loaded) if config.space else _grid_checked(loaded)
+    check_output_folder(output_dir, overwrite=config.overwrite_output_dir, first_file=BEGUN, what="a comparison")
+    check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
+    with only_run_in(output_dir), interruption() as stopping:
+        refuse_links(output_dir, (BEGUN, JOURNAL, PAGE, NUMBERS, PICTURE))
+        wait_for_left_behind(output_dir / TRIALS, stopping, say)
+        if stopping.asked:
+            say(how_to_go_on)
+            return INTERRUPTED
+        _begin(config, output_dir)
+        for notice in notices:
+            say(notice)
+        bench = Bench(loaded, stopping)
+        if config.space:
+            run_search(bench, Search(config, output_dir / JOURNAL))
+        else:
+            run_all(bench, setups)
+        code = INTERRUPTED if stopping.asked else FAILED if bench.any_failed() else DONE
+        _report(bench)
+    if code == INTERRUPTED:
+        say(how_to_go_on)
+    return code
+
+
+# --- Before the first trial ------------------------------------------------------------------------------------------
+
+
+def _check(config: CompareConfig, given: Mapping[str, Any]) -> None:
+    """Refuse what cannot be compared.
+
+    Args:
+        given: the settings that the user gave.
+
+    Raises:
+        UserError: names every problem.
+    """
+    check_varied(config)
+    problems: list[UserError] = []
+    if not (config.eval_data_path or config.val_size):
+        problems.append(
+            UserError("a comparison needs evaluation data", fix="Give eval_data_path, or val_size, such as 0.1.")
+        )
+    elif config.eval_strategy == "no":
+        problems.append(UserError('eval_strategy is "no"', fix="Leave it out: a comparison needs evaluations."))
+    if config.pruner != "none" and not config.space:
+        problems.append(
+            UserError(f"pruner {config.pruner} without space has no meaning", fix="Give space, or leave it out.")
+        )
+    problems += [
+        UserError(f"{name} without space has no meaning", fix="Give space, or leave it out.")
+        for name in ("trials", "sampler")
+        if name in given and not config.space
+    ]
+    if config.dry_run:
+        problems.append(
+            UserError(
+                "dry_run has no meaning in a comparison",
+                fix=f"`{command_line('plan')}` tells the memory of every method.",
+            )
+        )
+    if config.resume_from_checkpoint not in ("auto", True):
+        problems.append(
+            UserError(
+                "resume_from_checkpoint has no meaning in a comparison", fix="Unfinished trials go on by themselves."
+            )
+        )
+    if launched_processes() > 1:
+        problems.append(UserError("a comparison starts its processes itself", fix="Start it without a launcher."))
+    raise_all(problems)
+
+
+def _grid_checked(loaded: Loaded[CompareConfig]) -> tuple[list[Setup], list[str]]:
+    """The grid's setups, and what the user should be told of them."""
+    setups = grid_setups(loaded)
+    about = [about_learning_rates(loaded.config, loaded.given), about_full_training(loaded.config)]
+    notices = [*filter(None, about), *(notice for setup in setups for notice in setup.notices)]
+    return setups, [*dict.fromkeys(notices)]
+
+
+def _search_checked(loaded: Loaded[CompareConfig]) -> tuple[list[Setup], list[str]]:
+    """No setups, as a search finds them; but what it may ask for is checked, and what is true of all is told."""
+    require_optuna()
+    assert loaded.config.space is not None
+    points = extremes(loaded.config.space)
+    setups = [make_setup(loaded, method, point) for method in methods_to_compare(loaded.config) for point in points]
+    about = about_learning_rates(loaded.config, loaded.given)
+    of_all = [notice for notice in setups[0].notices if all(notice in setup.notices for setup in setups)]
+    return [], [*([about] if about else []), *of_all]
+
+
+def _begin(config: CompareConfig, output_dir: Path) -> None:
+    """Remove an earlier comparison where that is asked for, else make sure that this is the same one; write it down.
+
+    Raises:
+        UserError: the data or the space is not what it was.
+    """
+    if config.overwrite_output_dir:
+        _remove_trials(output_dir / TRIALS)
+        for name in (BEGUN, JOURNAL, PAGE, NUMBERS, PICTURE):
+            (output_dir / name).unlink(missing_ok=True)
+    paths = [*(config.data_path or []), *(config.eval_data_path or [])]
+    space = config.model_dump(mode="json", include={"space"}).get("space")
+    now = {"data": {path: sha256_of(Path(path)) for path in paths}, "space": space}
+    if config.space:
+        now["methods"] = methods_to_compare(config)
+    if (output_dir / BEGUN).exists():
+        before = read_json_object(str(output_dir / BEGUN))
+        for name in changed_names(before, now):
+            if name in now:
+                raise UserError(
+                    f"the {name} of this comparison changed since it began", where=str(output_dir), fix=ANEW
+                )
+    settings = redact_values(config.model_dump(mode="json", exclude_defaults=True, exclude={"overwrite_output_dir"}))
+    write_json(output_dir / BEGUN, {**without_secrets(now), "settings": settings})
+
+
+def _remove_trials(folder: Path) -> None:
+    """Remove those of an earlier comparison; one that stayed would pass for a trial of this one.
+
+    Raises:
+        UserError: something else lies there, or they cannot be removed; nothing is removed then, or not all.
+    """
+    names = [path.stem for path in folder.glob("*.json") if is_trial_file(path)]
+    known = {folder / f"{name}{ending}" for name in names for ending in ("", ".json", ".log")}
+    around = sorted(folder.iterdir()) if folder.is_dir() else []
+    others = [path.name for path in around if path not in known or path.is_symlink()]
+    for run in [path for path in known if path.is_dir()]:
+        ours, not_ours = ours_and_others(run)
+        others += [f"{run.name}/{name}" for name in not_ours] if is_run(run) or not ours else [run.name]
+    if others:
+        raise UserError(
+            f"the trials of an earlier comparison cannot be removed: there are files of others: {shown(others)}",
+            where=str(folder),
+            fix="Move them away, or choose another output_dir.",
+        )
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot be removed ({error.strerror})",
+            where=str(error.filename or folder),
+            fix="Remove it, or choose another output_dir.",
+        ) from error
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+def _report(bench: Bench) -> None:
+    """Write the report, and print it."""
+    config, output_dir = bench.loaded.config, bench.output_dir
+    comparison = compare_outcomes([*bench.outcomes.values()])
+    trials = [bench.trial(setup, seed) for setup, of_seeds in bench.outcomes.values() for seed in of_seeds]
+    records = [record for trial in trials if (record := read_record(trial.folder))]
+    steps = sorted({record.results["steps"] for record in records})
+    rows = next((count for trial in trials if (count := rows_evaluated(trial.folder))), None)
+    about = _about(config, steps, rows, same_order=not ordered_otherwise(comparison))
+    write_text(output_dir / PAGE, redact(as_markdown(comparison, about)))
+    versions = records[0].versions if records else {}
+    write_json(output_dir / NUMBERS, redact_values({"about": about, "versions": versions, **as_json(comparison)}))
+    drawn = False
+    if comparison.best:
+        drawn = try_to_draw(lambda: _draw(comparison, output_dir / PICTURE), PICTURE, say)
+        if rows:
+            show(_rows_line(rows))
+        show(as_console(comparison, min(120, max(80, shutil.get_terminal_size().columns))))
+        best = bench.trial(comparison.best.setup, min(comparison.best.numbers))
+        show(f"Its settings: {best.config_file}; its result: {best.folder}")
+        if (note := best.folder / WEIGHTS_REMOVED).exists():  # it was not the best yet when another's were kept
+            show(f"Its weights were removed; how to have them again: {note}")
+    else:
+        show("No trial is finished.")
+    show(f"Report: {output_dir / PAGE}, {NUMBERS}" + f", {PICTURE}" * drawn)
+
+
+def rows_evaluated(folder: Path) -> int | None:
+    """Samples that a run was evaluated on, from its facts; None where they are missing."""
+    path = folder / FACTS
+    if not path.exists():
+        return None
+    evaluation = read_json_object(str(path)).get("data", {}).get("evaluation") or {}
+    return evaluation.get("summary", {}).get("samples")
+
+
+def _about(config: CompareConfig, steps: Sequence[int], rows: int | None, *, same_order: bool) -> list[str]:
+    """What was trained on what.
+
+    Args:
+        steps: of finished trials, each number once.
+        rows: samples of the evaluation data; None where unknown.
+        same_order: whether all setups train on the same samples in the same steps.
+    """
+    evaluated = ", ".join(config.eval_data_path or []) or f"{config.val_size:g} of it, held out"
+    data = ", ".join(config.data_path or [])
+    lines = [f"Model: {config.model_name_or_path}", f"Data: {data}; evaluated on {evaluated}"]
+    if rows:
+        lines.append(_rows_line(rows))
+    if steps and same_order:
+        samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        lines.append(f"{steps[0]:,} steps of {samples} samples; all setups get the same ones in the same order")
+    return lines
+
+
+def _rows_line(rows: int) -> str:
+    """On how many samples all losses rest, and that few of them prove little."""
+    few = " With so few, small differences may be chance." * (rows < FEW_ROWS)
+    return f"Evaluated on {rows:,} sample{'s' * (rows > 1)}.{few}"
+
+
+def _draw(comparison: Comparison, picture: Path) -> None:
+    """Quality over memory; eval_loss where there is no quality."""
+    rows = [row for row in comparison.rows if row.eval_loss and row.peak_bytes]
+    related = all(row.quality and row.quality.least >= 0 for row in rows)
+    points: list[tuple[str, tuple[float, float, float], tuple[float, float, float]]] = []
+    for row in rows:
+        across, up = row.peak_bytes, row.quality if related else row.eval_loss
+        assert across is not None
+        assert up is not None
+        sizes = (across.median / 1e9, across.least / 1e9, across.most / 1e9)
+        scale = 100 if related else 1
+        points.append((row.setup.name, sizes, (up.median * scale, up.least * scale, up.most * scale)))
+    standing = f"quality relative to {reference_name(comparison)} (%)" if related else "eval_loss (nats per token)"
+    plot_comparison(points, ("peak memory (GB)", standing), picture)

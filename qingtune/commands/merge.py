@@ -1,0 +1,183 @@
+"""The recipe of merging: an adapter goes into its base's weights, and the result is compared with the two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from qingtune.adapters.base_of import find_base
+from qingtune.adapters.lora import merge_lora
+from qingtune.adapters.merge_stored import EMBEDDING, HEAD, StoredAdapter, read_adapter
+from qingtune.adapters.peft_files import load_adapter, read_adapter_config
+from qingtune.config.commands import MergeConfig
+from qingtune.data.bundled import bundled_heldout, bundled_prompts
+from qingtune.data.format import read_conversations
+from qingtune.data.tokenize import Sample, Template, prompt_ids, tokenize
+from qingtune.errors import UserError
+from qingtune.export.merge_check import Lost, check_rounded_once, check_same, judge_merging, measure_lost
+from qingtune.export.merge_nf4 import check_weights, judge, write_in_4bit
+from qingtune.files.write import copy_file, disk_errors, write_json
+from qingtune.kernels.device import choose_hardware, memory_errors
+from qingtune.models.find import context_length, read_model_config, stored_in_4bit
+from qingtune.models.load import StoredWeights, load_model, load_template, save_model, stored_dtype
+from qingtune.models.shards import add_tensor, convert_changed, copy_changed, rounded
+from qingtune.output.console import say, show
+from qingtune.output.invocation import command_line
+from qingtune.output.quiet import quieten
+from qingtune.runs.record import write_record
+from qingtune.runs.result_folder import open_result_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPT_TOKENS = 160  # of each prompt that is compared, at most
+SAMPLE_TOKENS = 384  # of each sample whose answer's loss is compared, at most
+
+_SMALLER = "Close other programs, or merge on a machine with more memory."
+
+
+def merge(config: MergeConfig) -> None:
+    """Write the merged model to output_dir, load it and compare it with base and adapter.
+
+    Raises:
+        UserError: something is missing or does not fit, or the merged model differs by more than the bound.
+    """
+    quieten()
+    if config.save_in_4bit and config.save_dtype:
+        raise UserError("save_in_4bit and save_dtype are both given", fix="Choose one.")
+    folder, output_dir = Path(config.lora_model), Path(config.output_dir)
+    place = open_result_folder(output_dir, "merge", "a merged model", overwrite=config.overwrite_output_dir)
+    read_adapter_config(folder)
+    place.refuse_input("the adapter", folder)
+    base, record = find_base(config, folder)
+    place.refuse_input("the base model", base)
+    if stored_in_4bit(base):
+        raise UserError(
+            "the base is stored in 4 bits, and merging into these would round a second time",
+            where=str(base),
+            fix="Name the 16-bit model that it was made of: --base_model NAME --allow_other_base. "
+            "--save_in_4bit rounds the result, once.",
+        )
+    adapter = read_adapter(folder)
+    template = load_template(base, folder, record.stop_ids if record else None)
+    hardware = choose_hardware()
+    with place.staging() as half_done:
+        with disk_errors("the merged model", output_dir, "Make room on the disk, or choose another output_dir."):
+            with memory_errors("the adapter was merged", base, _SMALLER):
+                if config.save_in_4bit:
+                    write_in_4bit(half_done, base, adapter)
+                    say(check_weights(half_done, base, adapter))
+                    dtypes = set[torch.dtype]()
+                else:
+                    dtypes = _write(half_done, base, adapter, config.save_dtype and getattr(torch, config.save_dtype))
+            _write_rest(half_done, base, template.tokenizer)
+        prompts = _prompts(template, base)
+        with memory_errors("the merged model was compared", output_dir, _SMALLER):
+            samples = _samples(template, base) if config.save_in_4bit else []
+            lost = measure_lost(
+                base, adapter, half_done, prompts, samples, template.stop_ids, hardware,
+                rounded=dtypes != {torch.float32},
+            )  # fmt: skip
+            say(judge(lost) if config.save_in_4bit else _judge(lost, dtypes))
+        if record:
+            write_record(half_done, record)
+        with disk_errors("the merged model", output_dir, "Make room on the disk, or choose another output_dir."):
+            place.put(half_done)
+    show(f"Merged model: {output_dir}\nTalk to it: {command_line('chat', base_model=output_dir)}")
+
+
+def _write(folder: Path, base: Path, adapter: StoredAdapter, dtype: torch.dtype | None) -> set[torch.dtype]:
+    """Write the merged weights and their configuration, one tensor in memory at a time where names allow it.
+
+    Args:
+        dtype: of all weights; None for that in which the base keeps each.
+
+    Returns:
+        the dtypes in which the changed weights are stored, as read back.
+    """
+    if not adapter.names - {HEAD} <= set(StoredWeights(base).shapes):
+        say("Merging in whole: the base's tensors have other names in its files than in the model.")
+        return _write_whole(folder, base, adapter, dtype or stored_dtype(base))
+    settings = read_model_config(base)
+    if dtype is None:
+        copy_changed(base, folder, adapter.names, adapter.merged)
+    else:
+        convert_changed(base, folder, adapter.names, adapter.merged, dtype)
+        names = ("dtype", *(name for name in ("torch_dtype",) if name in settings))  # as older configurations call it
+        settings |= dict.fromkeys(names, str(dtype).removeprefix("torch."))
+    if adapter.unties(settings):
+        embedding = StoredWeights(base).read(EMBEDDING)
+        head = rounded(HEAD, adapter.merged(HEAD, embedding), dtype or embedding.dtype, base)
+        add_tensor(folder, HEAD, head)
+        settings["tie_word_embeddings"] = False
+    write_json(folder / "config.json", settings)
+    return check_rounded_once(folder, base, adapter)
+
+
+def _write_whole(folder: Path, base: Path, adapter: StoredAdapter, dtype: torch.dtype) -> set[torch.dtype]:
+    """The same by Transformers, which translates the names in the files while it loads and saves."""
+    model = load_model(base, torch.float32)
+    load_adapter(model, adapter.folder)
+    merge_lora(model)
+    for name, parameter in model.named_parameters():
+        parameter.data = rounded(name, parameter.data, dtype, base)
+    save_model(model, folder, dtype)
+    written = load_model(folder, dtype)
+    for (name, wanted), (_, found) in zip(model.named_parameters(), written.named_parameters(), strict=True):
+        check_same(name, found.data, wanted.data, folder)
+    return {dtype}
+
+
+def _write_rest(folder: Path, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    generation = base / "generation_config.json"
+    if generation.exists() and not (folder / generation.name).exists():
+        copy_file(generation, folder / generation.name)
+    tokenizer.save_pretrained(folder)
+
+
+def _prompts(template: Template, base: Path) -> list[list[int]]:
+    """Prompts of bundled samples in both languages, the beginning of long ones."""
+    most = min(PROMPT_TOKENS, (context_length(base) or PROMPT_TOKENS) // 2)
+    return [
+        prompt_ids(template, prompt)[:most]
+        for chinese in (True, False)
+        for _, prompt in bundled_prompts(chinese=chinese)
+    ]
+
+
+def _samples(template: Template, base: Path) -> list[Sample]:
+    """Bundled samples in both languages with their answers, the beginning of long ones."""
+    most = min(SAMPLE_TOKENS, context_length(base) or SAMPLE_TOKENS)
+    conversations = [
+        conversation
+        for chinese in (True, False)
+        for conversation in read_conversations([str(bundled_heldout(chinese=chinese))], None, "raise").conversations[:3]
+    ]
+    return tokenize(template, conversations, most, "truncate").samples
+
+
+def _judge(lost: Lost, dtypes: set[torch.dtype]) -> str:
+    """Where the difference from base + adapter comes from, for the user.
+
+    Args:
+        lost: merging in fp32 and the written model, each against base + adapter.
+        dtypes: in which the changed weights are stored.
+
+    Raises:
+        UserError: merging itself changed the logits.
+    """
+    merging, found = judge_merging(lost.merging), lost.result
+    agreed = (
+        f"the likeliest token agrees at {found.agree:.1%}. Greedy answers: {found.same_answers} of {found.answers} are "
+        "the same."
+    )
+    if dtypes <= {torch.float32}:
+        return f"{merging}\nStored in float32, and read back: nothing is rounded; {agreed}"
+    kinds = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return (
+        f"{merging}\nStored in {kinds}, and read back: each weight is the merged one rounded once. That alone moves "
+        f"logits by {found.largest:.4f} at most, {found.mean:.5f} on average, {found.mean / found.spread:.2%} of their "
+        f"spread; {agreed} --save_dtype float32 rounds nothing, at twice the size."
+    )

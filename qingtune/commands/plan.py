@@ -1,0 +1,166 @@
+"""`qingtune plan`: settings and a model's header -> memory and time of a run; no weights are read, and no torch."""
+
+from __future__ import annotations
+
+import glob
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qingtune.config.commands import PlanConfig
+from qingtune.config.load import Loaded
+from qingtune.data.format import Conversation, read_conversations
+from qingtune.data.prepare import check_files_exist
+from qingtune.data.rules import rules_of
+from qingtune.data.tokenizer_calls import panics_as_errors
+from qingtune.data.tokenizer_limits import check_tokenizer_file, has_foreign_patterns
+from qingtune.errors import UserError
+from qingtune.files.write import disk_errors
+from qingtune.kernels.footprint import PassTokens
+from qingtune.machine.resources import Machine, find_machine, supposed_gpu
+from qingtune.models.find import CONVERTED, cache_folder, find_header, read_model_config
+from qingtune.models.gguf_header import config_of_gguf
+from qingtune.models.shape import ModelShape, shape_of_config
+from qingtune.output.console import give, say
+from qingtune.planning.planner import Samples, fullest_group, most_tokens_of, training_batches
+from qingtune.planning.report import as_json, as_lines, make_report
+from qingtune.planning.speed import read_speeds
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# Tokens that a chat template puts around a message, and at a sample's beginning; ChatML takes 5 and a system message.
+TEMPLATE_A_MESSAGE, TEMPLATE_A_SAMPLE = 5, 24
+
+
+def plan(loaded: Loaded[PlanConfig], _command: str) -> None:
+    """Print the plan.
+
+    Raises:
+        UserError: the model, its header or the data cannot be read, or a setting names what the model has not.
+    """
+    config = loaded.config
+    check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
+    source = find_header(config.model_name_or_path, config.cache_dir, config.hub)
+    shape = read_shape(source.path)
+    if config.gpu_memory_gib is not None and config.calibrate:
+        raise UserError("calibrate measures this machine, and the plan is for another", fix="Leave one of them out.")
+    machine = find_machine(config.bf16, config.fp16)
+    if config.gpu_memory_gib is not None:
+        machine = supposed_gpu(config.gpu_memory_gib)
+    cache = cache_folder(config.cache_dir)
+    if config.calibrate:
+        from qingtune.planning.calibrate import calibrate
+
+        with disk_errors("the speed of this machine", cache, "Choose another cache_dir."):
+            calibrate(cache, machine, say)
+    samples = suppose_samples(config, shape, machine, source.path)
+    report = make_report(source.name, shape, config, machine, samples, read_speeds(cache))
+    if config.json_report:
+        give(json.dumps(as_json(report), ensure_ascii=False, indent=2))
+    else:
+        give("\n".join(as_lines(report)))
+
+
+def read_shape(path: Path) -> ModelShape:
+    """A model's shape from the config.json of its folder, or from its .gguf file's header.
+
+    Raises:
+        UserError: there is none, or it is broken.
+    """
+    if path.is_file():
+        return shape_of_config(config_of_gguf(path), str(path))
+    return shape_of_config(read_model_config(path), str(path / "config.json"))
+
+
+def suppose_samples(config: PlanConfig, shape: ModelShape, machine: Machine, model: Path) -> Samples:
+    """What the data will ask for: counted where a tokenizer is at hand, otherwise the most that it can be.
+
+    Args:
+        model: its folder or file.
+    """
+    limit = min(config.max_seq_length, shape.context or config.max_seq_length)
+    evaluates = bool(config.eval_data_path) or config.val_size > 0
+    if not config.data_path:
+        return Samples(limit, limit, 1.0, None, evaluates, "max_seq_length; no data named")
+    reading = read_conversations(config.data_path, config.system_prompt, "skip", rules_of(config))
+    path = tokenizer_file(model, cache_folder(config.cache_dir))
+    tokenizer = None if path is None else _open_tokenizer(path)
+    if tokenizer is not None:
+        answers, all_tokens = _count(reading.conversations, tokenizer)
+        share = min(1.0, sum(answers) / sum(all_tokens))
+        basis = "samples counted, their template guessed"
+    else:
+        share, all_tokens = 1.0, [_most_tokens(row) for row in reading.conversations]
+        basis = "samples, at most a token a byte, as there is no tokenizer to count with"
+    kept = [n for n in all_tokens if n <= limit or tokenizer is None or config.on_long == "truncate"]
+    if not kept:
+        raise UserError(
+            f"no sample is as short as {limit:,} tokens",
+            where=", ".join(config.data_path),
+            fix="Raise max_seq_length, or pass --on_long truncate.",
+        )
+    left_out = len(reading.faults) + len(all_tokens) - len(kept)
+    basis += f"; {left_out:,} row{'s' * (left_out > 1)} left out" * bool(left_out)
+    lengths = [min(n, limit) for n in kept]
+    group = fullest_group(lengths, training_batches(len(lengths), config), most_tokens_of(machine))
+    tokens = sum(lengths[number] for number in group)
+    return Samples(
+        longest=max(lengths),
+        mean=sum(lengths) / len(lengths),
+        trained_share=share,
+        count=len(lengths),
+        evaluates=evaluates,
+        basis=f"{len(lengths):,} {basis}",
+        lengths=tuple(lengths),
+        fullest=PassTokens(tokens, round(share * tokens), max(lengths[number] for number in group)),
+    )
+
+
+def tokenizer_file(model: Path, cache: Path) -> Path | None:
+    """The tokenizer of a model's folder, or of a .gguf file that an earlier run converted."""
+    folders = [model] if model.is_dir() else list((cache / CONVERTED).glob(f"{glob.escape(model.stem)}-*"))
+    found = [folder / "tokenizer.json" for folder in folders if (folder / "tokenizer.json").is_file()]
+    return found[0] if len(found) == 1 else None  # of several, it is not known which is this file's
+
+
+def _most_tokens(row: Conversation) -> int:
+    """Tokens that a row has at most: one a byte, in vocabularies made of bytes, and a template's."""
+    if row.text is not None:
+        return len(row.text.encode())
+    around = TEMPLATE_A_SAMPLE + TEMPLATE_A_MESSAGE * len(row.messages)
+    return around + sum(len(message.content.encode()) for message in row.messages)
+
+
+def _open_tokenizer(path: Path) -> Tokenizer | None:
+    """A tokenizer to count with; None where it is not known how long it takes.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        with panics_as_errors():
+            if has_foreign_patterns(check_tokenizer_file(path)):
+                return None
+            tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library's own class is Exception itself
+        raise UserError(f"the tokenizer cannot be read ({error})", where=str(path)) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _count(rows: list[Conversation], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Tokens of each row's answers, and of all of it with what a template adds."""
+
+    def counts(texts: list[str]) -> list[int]:
+        with panics_as_errors():
+            return [len(encoding) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    whole = counts([row.text if row.text is not None else "".join(m.content for m in row.messages) for row in rows])
+    answers = counts(["".join(m.content for m in row.messages if m.role == "assistant") for row in rows])
+    around = [0 if row.text is not None else TEMPLATE_A_SAMPLE + TEMPLATE_A_MESSAGE * len(row.messages) for row in rows]
+    trained = [n if row.text is not None else m for n, m, row in zip(whole, answers, rows, strict=True)]
+    return trained, [n + extra for n, extra in zip(whole, around, strict=True)]

@@ -1,0 +1,236 @@
+"""The recipe of publishing a folder: what would be done is shown first; nothing is uploaded without being asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from qingtune.config.commands import PushConfig
+from qingtune.errors import UserError, raise_all
+from qingtune.output.console import give, say, show
+from qingtune.output.redaction import find_secret, find_token, redact
+from qingtune.runs.folder import LOCK
+from qingtune.runs.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SETTINGS
+from qingtune.runs.result_folder import RESULT_FILES
+
+# What a model, adapter or export consists of; anything else is a person's to decide on.
+_PUBLISHED = re.compile(
+    r"README\.md|LICENSE(\.\w+)?|NOTICE|Modelfile|[\w.-]+\.gguf|[\w.-]+\.safetensors|[\w.-]+\.safetensors\.index\.json|"
+    r"config\.json|generation_config\.json|adapter_config\.json|tokenizer[\w.]*|special_tokens_map\.json|"
+    r"added_tokens\.json|chat_template\.jinja|vocab\.json|merges\.txt|" + re.escape(RECORD)
+)
+# What a run leaves that others have no use for.
+_LEFT_OUT = {
+    SETTINGS, METRICS, CURVE, LATEST, FACTS, PAGE, LOCK, RESULT_FILES, "demo_answers.json", "trackers", ".DS_Store",
+    "evaluation.json", "evaluation.md", "eval_samples.jsonl", "predictions_before.jsonl", "predictions_after.jsonl",
+}  # fmt: skip
+# Weights hold text at their beginning only; names of tokens are words, of which some look like paths or settings.
+_WEIGHTS = re.compile(r".*\.(gguf|safetensors)")
+_WORDS = re.compile(r"tokenizer\.(json|model)|vocab\.json|merges\.txt")
+_BEGINNING = 1 << 20  # bytes of weights that are looked at
+_WINDOW, _OVERLAP = 1 << 20, 1 << 14  # of a file, looked at in pieces; no secret is longer than what they share
+# A text that is an absolute path, and anywhere in a text the folders of people and of data.
+_ROOTS = (
+    r"home\d*|Users|root|u\d*|data\d*|datasets?|models?|mnt|media|srv|opt|scratch|work|workspace|projects?|storage|disk\d*|"
+    r"nfs|nas|gpfs|lustre|cluster|share|shared|export|Volumes|private|var|tmp|content|kaggle"
+)
+_PATHS = re.compile(
+    r"""(?<=["'`])/[\w.-]+/[\w./-]+|(?<![\w/:.~)\]}*-])(?:file://)?/(?:"""
+    + _ROOTS
+    + r""")/[\w.@~-]+|(?<!\w)[A-Za-z]:(?:\\+|/Users/)[\w.-]+"""
+)
+
+
+class Hub(Protocol):
+    """Where a folder can be published."""
+
+    def create(self, repo: str, *, private: bool) -> str:
+        """Make the repository if there is none yet; returns its address."""
+        ...
+
+    def upload(self, repo: str, folder: Path, files: Sequence[str]) -> None:
+        """Upload these files of a folder."""
+        ...
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A folder's files by what becomes of them, by name."""
+
+    published: dict[str, int]  # with their sizes in bytes
+    left_out: list[str]
+
+
+def push(config: PushConfig, hub: Hub | None = None) -> None:
+    """Show what would be uploaded, or, where that is confirmed, upload it.
+
+    Args:
+        config: the settings.
+        hub: where to publish; by default the one that the settings name.
+
+    Raises:
+        UserError: the folder holds what should not be published, or the hub refuses.
+    """
+    folder = Path(config.folder)
+    contents = look_through(folder)
+    where = {"hf": "Hugging Face", "modelscope": "ModelScope"}[config.to]
+    seen = "that only its owner sees (private)" if config.private else "that everybody sees (public)"
+    listing = [f"{folder} -> {where}, {config.repo}, a repository {seen} if it is made anew:"]
+    listing += [f"  {name}  {_size(size)}" for name, size in contents.published.items()]
+    total = sum(contents.published.values())
+    listing.append(f"{len(contents.published)} files, {_size(total)}.")
+    if contents.left_out:
+        listing.append(f"Left out: {', '.join(contents.left_out)}.")
+    if not config.confirm:
+        give("\n".join([*listing, "Nothing was uploaded. To do it, give the same command with --confirm."]))
+        return
+    show("\n".join(listing))
+    target = hub or (_HuggingFace() if config.to == "hf" else _modelscope())
+    address = target.create(config.repo, private=config.private)
+    say(f"Uploading to {address} ...")
+    target.upload(config.repo, folder, list(contents.published))
+    show(f"Published: {address}")
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e6:,.1f} MB" if number >= 100_000 else f"{number:,} bytes"
+
+
+# --- What may be published -------------------------------------------------------------------------------------------
+
+
+def look_through(folder: Path) -> Contents:
+    """Sort a folder's files.
+
+    Raises:
+        UserError: the folder holds no model, files that are unknown, or texts with secrets or paths in them; names all.
+    """
+    if not folder.is_dir():
+        raise UserError("there is no such folder", where=str(folder), fix="Check --folder.")
+    published: dict[str, int] = {}
+    left_out: list[str] = []
+    problems: list[UserError] = []
+    for path in sorted(folder.iterdir()):
+        if path.name in _LEFT_OUT:
+            left_out.append(path.name)
+            continue
+        problem = _why_not(path)
+        if problem and path.name == RECORD:
+            left_out.append(f"{path.name}, which {problem.what}")
+        elif problem:
+            problems.append(problem)
+        else:
+            published[path.name] = path.stat().st_size
+    if not problems and not any(name.endswith((".gguf", ".safetensors")) for name in published):
+        problems.append(UserError("no model or adapter here", where=str(folder), fix="Check --folder."))
+    raise_all(problems)
+    return Contents(published, left_out)
+
+
+def _why_not(path: Path) -> UserError | None:
+    """What speaks against publishing a file."""
+    if path.name.startswith("checkpoint-"):
+        return UserError(
+            "a checkpoint with the optimizer's state, which is not published",
+            where=str(path),
+            fix="Publish an export or a merged model, or move the checkpoints away.",
+        )
+    if path.is_symlink() or not path.is_file() or not _PUBLISHED.fullmatch(path.name):
+        return UserError("is no part of a model, so it is not published", where=str(path), fix="Move it elsewhere.")
+    find = find_secret if _is_prose(path) else find_token
+    for text in _windows(path):
+        if found := find(text):
+            return UserError(
+                f"holds what looks like a token or a password: {found}", where=str(path), fix="Take it out."
+            )
+        if _is_prose(path) and (place := _PATHS.search(text)):
+            what = f"names a path of this machine, {place[0]}"
+            return UserError(what, where=str(path), fix="Put a public name there.")
+    return None
+
+
+def _is_prose(path: Path) -> bool:
+    return not (_WEIGHTS.fullmatch(path.name) or _WORDS.fullmatch(path.name))
+
+
+def _windows(path: Path) -> Iterator[str]:
+    """A file's text in pieces that overlap; of weights the beginning."""
+    most = _BEGINNING if _WEIGHTS.fullmatch(path.name) else path.stat().st_size
+    kept = b""
+    with path.open("rb") as file:
+        while file.tell() < most and (piece := file.read(_WINDOW)):
+            yield (kept + piece).decode("utf-8", "replace")
+            kept = piece[-_OVERLAP:]
+
+
+# --- Hubs ------------------------------------------------------------------------------------------------------------
+
+
+class _HuggingFace:
+    """The hub behind HF_ENDPOINT; its token is that of HF_TOKEN or of `hf auth login`."""
+
+    def __init__(self) -> None:
+        import huggingface_hub
+
+        self._api = huggingface_hub.HfApi()
+
+    def create(self, repo: str, *, private: bool) -> str:
+        """Make the repository if there is none yet; returns its address."""
+        return str(_asked(lambda: self._api.create_repo(repo, private=private, exist_ok=True), "hf auth login"))
+
+    def upload(self, repo: str, folder: Path, files: Sequence[str]) -> None:
+        """Upload these files of a folder in one commit."""
+        _asked(
+            lambda: self._api.upload_folder(
+                repo_id=repo, folder_path=folder, allow_patterns=list(files), commit_message="Upload by qingtune"
+            ),
+            "hf auth login",
+        )
+
+
+def _modelscope() -> Hub:
+    try:
+        from modelscope.hub.api import HubApi  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("ModelScope's package is not installed", fix="pip install modelscope") from None
+    return _ModelScope(HubApi())
+
+
+class _ModelScope:
+    """ModelScope; its token is that of MODELSCOPE_API_TOKEN or of `modelscope login`."""
+
+    def __init__(self, api: Any) -> None:
+        self._api = api
+
+    def create(self, repo: str, *, private: bool) -> str:
+        """Make the repository if there is none yet; returns its address."""
+        visibility = "private" if private else "public"
+        _asked(
+            lambda: self._api.create_repo(repo, repo_type="model", visibility=visibility, exist_ok=True),
+            "modelscope login",
+        )
+        return f"{self._api.endpoint}/models/{repo}"
+
+    def upload(self, repo: str, folder: Path, files: Sequence[str]) -> None:
+        """Upload these files of a folder."""
+        _asked(
+            lambda: self._api.upload_folder(
+                repo_id=repo, folder_path=str(folder), allow_patterns=list(files), commit_message="Upload by qingtune"
+            ),
+            "modelscope login",
+        )
+
+
+def _asked(ask: Callable[[], Any], login: str) -> Any:
+    """What the hub answers; its errors, which have no common class, are the user's to mend."""
+    try:
+        return ask()
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise UserError(
+            f"the hub did not take it: {type(error).__name__}: {redact(reason[0])}",
+            fix=f"Log in with `{login}`, or check the token in the environment, and that the repository may be yours.",
+        ) from error

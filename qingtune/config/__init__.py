@@ -1,0 +1,1 @@
+"""Configuration: every setting defined once, and read from files and flags."""

@@ -1,0 +1,235 @@
+"""Kinds of values that settings take, with what is understood besides the plain form."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, WithJsonSchema
+
+from qingtune.config.patterns import PatternError, parse_pattern
+
+# Of sampling, in flags and in a model's own settings. Below the least temperature, logits divided by it could leave
+# fp32, and the likeliest token has all of the share long before: it is taken, as with 0.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-4, 1e4
+LEAST_PENALTY, MOST_PENALTY = 1e-2, 1e2
+
+
+def _characters(value: object) -> object:
+    """Refuse halves of surrogate pairs, for which Python takes bytes of an argument that are not UTF-8."""
+    try:
+        return value.encode().decode() if isinstance(value, str) else value
+    except UnicodeEncodeError:
+        raise ValueError("not UTF-8 text") from None
+
+
+def _number_not_bool(value: object) -> object:
+    """Refuse true and false where a number is asked for: pydantic would read them as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
+
+
+def whole_number(value: object) -> object:
+    """Let a flag's text "4" pass for the number 4 where the choices are numbers."""
+    return int(value) if isinstance(value, str) and value.strip().isdigit() else _number_not_bool(value)
+
+
+def _split_commas(value: object) -> object:
+    """Let "a,b" and ["a", "b"] mean the same; an empty text means nothing given."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    return None if value in ("", []) else value
+
+
+def _no_if_false(value: object) -> object:
+    """YAML-minded files write `no` as false; TrainingArguments calls it "no"."""
+    return "no" if value is False else value
+
+
+def auto_or_switch(value: object) -> object:
+    """resume_from_checkpoint is a switch, a word or a path; a flag's "true" is the switch, and null the default."""
+    return {"true": True, "false": False, "None": "auto"}.get(str(value), value)
+
+
+def _split_numbers(value: object) -> object:
+    """Let "0-3,7", 7 and [0, 1, 2, 3, 7] be lists of numbers; nothing given is null."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    if not isinstance(value, str):
+        return None if value == [] else value
+    numbers: list[int] = []
+    for part in filter(None, (part.strip() for part in value.split(","))):
+        if not (ends := re.fullmatch(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", part)):
+            raise ValueError("numbers and ranges are wanted, such as 0-3,7")
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if last < first:
+            raise ValueError(f"{part} ends before it begins")
+        numbers += range(first, last + 1)
+    return numbers or None
+
+
+def _pattern(value: object) -> object:
+    """Let q_proj=8,v_proj=16 and {"q_proj": 8, "v_proj": 16} mean the same; keys are to be regular expressions."""
+    if isinstance(value, str) and value.strip().startswith("{"):
+        value = json.loads(value)
+    elif isinstance(value, str):
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        value = {key.strip(): number.strip() for key, _, number in pairs}
+    for key in cast("dict[str, object]", value) if isinstance(value, dict) else ():
+        try:
+            parse_pattern(key)
+        except PatternError as error:
+            raise ValueError(f"{key!r} is no name and no regular expression that is read here: {error}") from None
+    return value or None
+
+
+def _owner_and_name(value: object) -> object:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(value)):
+        raise ValueError("should be OWNER/NAME, such as me/my-shop")
+    return value
+
+
+def _start(value: object) -> object:
+    """PEFT calls the default start true."""
+    return "default" if value is True or str(value).lower() == "true" else value
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Numbers from low to high, both among them; evenly or, with log, evenly by their logarithm.
+
+    Attributes:
+        whole: whole numbers only.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+
+def _interval(text: str) -> Interval:
+    """Let "8..64" be whole numbers and "1e-5..1e-3:log" numbers spread by their logarithm."""
+    ends = re.fullmatch(rf"({_NUMBER})\.\.({_NUMBER})(:log)?", text.strip())
+    if not ends:
+        raise ValueError(f"{text} is not LOW..HIGH, such as 1e-5..1e-3:log or 8..64")
+    low, high = float(ends[1]), float(ends[2])
+    if not math.isfinite(high - low):
+        raise ValueError(f"{text} has no end")
+    if low >= high:
+        raise ValueError(f"{text} ends before it begins")
+    if ends[3] and low <= 0:
+        raise ValueError(f"{text}: with :log both ends must be above 0")
+    return Interval(low, high, bool(ends[3]), all(re.fullmatch(r"[+-]?\d+", end) for end in ends.groups()[:2]))
+
+
+_NUMBER = r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
+
+
+def _settings_of_words(value: object) -> object:
+    """Let the words "a=1,2 b=3" mean {"a": "1,2", "b": "3"}."""
+    if not isinstance(value, str):
+        return value or None
+    pairs = [word.partition("=") for word in value.split()]
+    if wrong := [name for name, equals, text in pairs if not (name and equals and text)]:
+        raise ValueError(f"{wrong[0]} is not NAME=VALUE")
+    names = [name.replace("-", "_") for name, _, _ in pairs]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{repeated[0]} stands there twice")
+    return dict(zip(names, (text for _, _, text in pairs), strict=True)) or None
+
+
+def _alternatives(name: str, value: object) -> object:
+    """Let "8,16" and "q_proj,v_proj;all" be lists, and a value alone a list of it."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(";" if ";" in value else ",") if part.strip()]
+    if value == []:
+        raise ValueError(f"{name} has no value")
+    return cast("list[object]", value) if isinstance(value, list) else [value]
+
+
+def _alternatives_of_each(value: object) -> object:
+    value = _settings_of_words(value)
+    if not isinstance(value, dict):
+        return value
+    return {name: _alternatives(name, values) for name, values in cast("dict[str, object]", value).items()}
+
+
+def _alternatives_or_interval_of_each(value: object) -> object:
+    value = _settings_of_words(value)
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _interval(values) if isinstance(values, str) and ".." in values else _alternatives(name, values)
+        for name, values in cast("dict[str, object]", value).items()
+    }
+
+
+def _settings_of_methods(value: object) -> object:
+    """Let full.learning_rate=1e-5 and {"full": {"learning_rate": 1e-5}} mean the same."""
+    if not isinstance(value, str):
+        return value or None
+    settings: dict[str, dict[str, object]] = {}
+    for name, text in cast("dict[str, object]", _settings_of_words(value) or {}).items():
+        method, dot, setting = name.partition(".")
+        if not (method and dot and setting):
+            raise ValueError(f"{name} is not METHOD.SETTING, such as full.learning_rate")
+        settings.setdefault(method, {})[setting] = text
+    return settings or None
+
+
+def _no_repeats(values: list[Any]) -> list[Any]:
+    if repeated := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{repeated[0]} stands there twice")
+    return values
+
+
+Text = Annotated[str, BeforeValidator(_characters)]
+Integer = Annotated[int, BeforeValidator(_number_not_bool)]
+Number = Annotated[float, BeforeValidator(_number_not_bool)]
+_TEXT_OR_LIST = WithJsonSchema(
+    {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
+)
+
+
+def _any_of(*kinds: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [*kinds, {"type": "string"}, {"type": "null"}]})
+
+
+CommaList = Annotated[list[str] | None, BeforeValidator(_split_commas), _TEXT_OR_LIST]
+Quantizations = Annotated[list[Literal["f32", "f16", "bf16", "q8_0", "q4_0"]], BeforeValidator(_split_commas)]
+RepositoryName = Annotated[str, BeforeValidator(_owner_and_name)]
+Numbers = Annotated[
+    list[NonNegativeInt] | None,
+    BeforeValidator(_split_numbers),
+    _any_of({"type": "integer"}, {"type": "array", "items": {"type": "integer"}}),
+]
+_Rank = Annotated[int, BeforeValidator(_number_not_bool), Field(gt=0, le=65536)]
+_Alpha = Annotated[float, BeforeValidator(_number_not_bool), Field(gt=0, le=65536)]
+RankPattern = Annotated[
+    dict[str, _Rank] | None,
+    BeforeValidator(_pattern),
+    _any_of({"type": "object", "additionalProperties": {"type": "integer"}}),
+]
+AlphaPattern = Annotated[
+    dict[str, _Alpha] | None,
+    BeforeValidator(_pattern),
+    _any_of({"type": "object", "additionalProperties": {"type": "number"}}),
+]
+Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_no_if_false)]
+Start = Annotated[Literal["default", "gaussian", "pissa", "pissa_niter_16", "olora"], BeforeValidator(_start)]
+
+# What `qingtune compare` varies.
+TrainingMethod = Literal["full", "lora", "qlora4", "qlora8"]
+TrainingMethods = Annotated[list[TrainingMethod] | None, BeforeValidator(_split_commas)]
+_Alternatives = Annotated[list[Any], AfterValidator(_no_repeats)]
+Grid = Annotated[dict[str, _Alternatives] | None, BeforeValidator(_alternatives_of_each)]
+Space = Annotated[dict[str, Interval | _Alternatives] | None, BeforeValidator(_alternatives_or_interval_of_each)]
+SettingsOfMethods = Annotated[
+    dict[TrainingMethod, dict[str, Any]] | None,
+    BeforeValidator(_settings_of_methods),
+]

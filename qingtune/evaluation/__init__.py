@@ -1,0 +1,1 @@
+"""Evaluation: metrics of answers, their confidence intervals, and reports."""

@@ -1,0 +1,1 @@
+"""Comparison of training setups: trials, search, and tables of what was measured."""

@@ -1,0 +1,197 @@
+"""Trials one after another: methods and grids in turns of seeds, searches point by point; their outcomes collected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from qingtune.config.commands import CompareConfig
+from qingtune.config.load import Loaded
+from qingtune.evaluation.compare.search import Asked, Search
+from qingtune.evaluation.compare.setups import Setup, make_setup
+from qingtune.evaluation.compare.trial import (
+    Interruption,
+    Outcome,
+    State,
+    Trial,
+    check_same_settings,
+    check_same_work,
+    evaluations,
+    finished_outcome,
+    last_evaluation,
+    remove_checkpoints,
+    remove_model,
+    run_trial,
+)
+from qingtune.output.console import console, safe
+
+TRIALS = "trials"  # the folder of them
+Watch = Callable[[Sequence[dict[str, Any]]], bool]
+
+
+@dataclass
+class Bench:
+    """Where trials are run and their outcomes collected.
+
+    Attributes:
+        stopping: once it is asked for, no further trial begins.
+        outcomes: setup's name -> the setup, and seed -> how its trial ended.
+    """
+
+    loaded: Loaded[CompareConfig]
+    stopping: Interruption
+
+    def __post_init__(self) -> None:
+        self.output_dir = Path(self.loaded.config.output_dir)
+        first = self.loaded.config.seed
+        self.seeds = range(first, first + self.loaded.config.seeds)
+        self.outcomes: dict[str, tuple[Setup, dict[int, Outcome]]] = {}
+        self.console = console()
+
+    def trial(self, setup: Setup, seed: int) -> Trial:
+        """The trial in its place."""
+        return Trial(setup, seed, self.output_dir / TRIALS / f"{setup.slug}-seed{seed}")
+
+    def run(self, trial: Trial, of_all: str, watch: Watch) -> Outcome:
+        """Run a trial unless it is finished, and tell how it goes."""
+        name = f"{of_all} {trial.setup.name}, seed {trial.seed}"
+        outcome = finished_outcome(trial)
+        if outcome.state == "finished":
+            remove_checkpoints(trial.folder)  # it may have ended without us
+            self.console.print(safe(f"{name}: finished already"), markup=False)
+        elif self.stopping.asked:
+            outcome = Outcome("not run")
+        else:
+            self.console.print(safe(f"{name} ..."), markup=False)
+            with self.console.status("") as status:
+
+                def look(lines: Sequence[dict[str, Any]]) -> bool:
+                    status.update(_progress(lines))
+                    return watch(lines)
+
+                outcome = run_trial(trial, self.stopping, look)
+            self.console.print(safe(f"{name}: {_told(outcome)}"), markup=False)
+        self.keep(trial, outcome)
+        if self.loaded.config.keep_models == "best":
+            self._remove_models_but_the_best()
+        check_same_work([self.trial(setup, seed) for setup, of_seeds in self.outcomes.values() for seed in of_seeds])
+        return outcome
+
+    def _remove_models_but_the_best(self) -> None:
+        """Leave one whole model: a setup's first seed, as a comparison names that one as its result."""
+        finished = [
+            (seed != self.seeds[0], outcome.numbers.eval_loss, self.trial(setup, seed))
+            for setup, of_seeds in self.outcomes.values()
+            for seed, outcome in of_seeds.items()
+            if setup.method == "full" and outcome.numbers
+        ]
+        for _, _, trial in sorted(finished, key=itemgetter(0, 1))[1:]:
+            remove_model(trial)
+
+    def keep(self, trial: Trial, outcome: Outcome) -> None:
+        """Collect how a trial ended."""
+        self.outcomes.setdefault(trial.setup.name, (trial.setup, {}))[1][trial.seed] = outcome
+
+    def keep_pruned(self, setup: Setup) -> None:
+        """Keep that a setup's first trial was stopped in an earlier start."""
+        trial = self.trial(setup, self.seeds[0])
+        self.keep(trial, Outcome("pruned", last_evaluation(trial)))
+
+    def losses_of(self, setup: Setup) -> list[float]:
+        """Of its finished trials."""
+        _, outcomes = self.outcomes[setup.name]
+        return [outcome.numbers.eval_loss for outcome in outcomes.values() if outcome.numbers]
+
+    def end_of(self, setup: Setup) -> State:
+        """How the last of its trials ended."""
+        return [*self.outcomes[setup.name][1].values()][-1].state
+
+    def any_failed(self) -> bool:
+        """Whether a trial did."""
+        return any(o.state == "failed" for _, of_seeds in self.outcomes.values() for o in of_seeds.values())
+
+
+def run_all(bench: Bench, setups: Sequence[Setup]) -> None:
+    """All setups with the first seed, then with the next, so that a first comparison is there early."""
+    trials = [bench.trial(setup, seed) for seed in bench.seeds for setup in setups]
+    check_same_settings(trials)
+    for number, trial in enumerate(trials, 1):
+        bench.run(trial, f"[{number}/{len(trials)}]", lambda _: False)
+
+
+def run_search(bench: Bench, search: Search) -> None:
+    """One point after another, each with all seeds; whether one falls behind is judged by its first seed."""
+    told = [(make_setup(bench.loaded, point.method, point.varied), point.state) for point in search.told()]
+    check_same_settings([bench.trial(setup, seed) for setup, _ in told for seed in bench.seeds])
+    ends: dict[str, str] = {}
+    count = max(search.config.trials, len(told))
+    for number, (setup, state) in enumerate(told, 1):
+        ends[setup.name] = state
+        if state == "finished":  # there may be more seeds than before
+            _run_seeds(bench, setup, f"[{number}/{count}]", lambda _: False)
+        else:
+            bench.keep_pruned(setup)
+    while not bench.stopping.asked and (asked := search.ask()):
+        setup = make_setup(bench.loaded, asked.method, asked.varied)
+        watch = _Watch(search, asked, setup)
+        if setup.name not in ends:
+            losses = _run_seeds(bench, setup, f"[{asked.number}/{search.config.trials}]", watch)
+            ends[setup.name] = bench.end_of(setup)
+        else:  # drawn once more
+            losses = bench.losses_of(setup)
+        if ends[setup.name] in ("stopped", "not run"):  # asked again when the search goes on
+            return
+        search.tell(asked, ends[setup.name], losses)
+
+
+def _run_seeds(bench: Bench, setup: Setup, of_all: str, watch: Watch) -> list[float]:
+    """Train a setup with each seed as long as that succeeds; `watch` sees the first only. Returns the losses."""
+    for seed in bench.seeds:
+        outcome = bench.run(bench.trial(setup, seed), of_all, watch if seed == bench.seeds[0] else lambda _: False)
+        if outcome.state != "finished":
+            break
+    return bench.losses_of(setup)
+
+
+@dataclass
+class _Watch:
+    """Reports a trial's evaluations to the search, and says whether it falls behind; never at its last step."""
+
+    search: Search
+    asked: Asked
+    setup: Setup
+    heard: int = 0
+
+    def __call__(self, lines: Sequence[dict[str, Any]]) -> bool:
+        """Take all lines so far."""
+        found = evaluations(lines)
+        losses = [loss for _, loss in found]
+        behind = self.search.falls_behind(self.asked, losses, self.heard)
+        self.heard = len(losses)
+        return behind and not self._is_over(lines[-1])
+
+    def _is_over(self, line: dict[str, Any]) -> bool:
+        config = self.setup.config
+        return line["step"] >= config.max_steps if config.max_steps > 0 else line["epoch"] >= config.num_train_epochs
+
+
+def _progress(lines: Sequence[dict[str, Any]]) -> str:
+    """The last step and evaluation, for a line that changes."""
+    steps = [line for line in lines if "tokens" in line]
+    found = evaluations(lines)
+    told = f"step {steps[-1]['step']}, loss {steps[-1]['loss'] or math.nan:.4f}" if steps else "starting"
+    return told + (f", eval_loss {found[-1][1]:.4f}" if found else "")
+
+
+def _told(outcome: Outcome) -> str:
+    """How a trial ended, as a line."""
+    if outcome.numbers is None:
+        return f"{outcome.state}. {outcome.message}"
+    numbers = outcome.numbers
+    return (
+        f"eval_loss {numbers.eval_loss_before:.4f} -> {numbers.eval_loss:.4f}, {numbers.tokens_per_second:,.0f} tok/s"
+    )

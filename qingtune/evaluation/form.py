@@ -1,0 +1,120 @@
+"""The form that a row asks of its answer, as rules in the data: `"form": {"title": true, "tags": 3}`.
+
+A row without rules is not judged; nothing is guessed from its prompt or its reference.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from qingtune.config.training import Settings
+from qingtune.config.types import Integer
+from qingtune.errors import UserError
+
+COLUMN = "form"
+TITLE_COLUMNS = 80  # a title's width at most, a Chinese character counting 2
+
+# Unicode's emoji (emoji-data.txt of UTS #51): those drawn as pictures by themselves, and the pictographs that a phone
+# draws so. Not its text symbols: ★, ❶ and ✓; ©, ™, → and digits only where a variation selector or a keycap follows.
+_EMOJI = re.compile(
+    "[\ufe0f\u20e3"
+    "\u231a\u231b\u23e9-\u23ec\u23f0\u23f3\u25fd\u25fe\u2600-\u2604\u260e\u2611\u2614\u2615\u2618\u261d\u2620\u2622"
+    "\u2623\u2626\u262a\u262e\u262f\u2638-\u263a\u2640\u2642\u2648-\u2653\u265f\u2660\u2663\u2665\u2666\u2668\u267b"
+    "\u267e\u267f\u2692-\u2697\u2699\u269b\u269c\u26a0\u26a1\u26a7\u26aa\u26ab\u26b0\u26b1\u26bd\u26be\u26c4\u26c5"
+    "\u26c8\u26ce\u26cf\u26d1\u26d3\u26d4\u26e9\u26ea\u26f0-\u26f5\u26f7-\u26fa\u26fd\u2702\u2705\u2708-\u270d\u270f"
+    "\u2712\u2714\u2716\u271d\u2721\u2728\u2733\u2734\u2744\u2747\u274c\u274e\u2753-\u2755\u2757\u2763\u2764"
+    "\u2795-\u2797\u27a1\u27b0\u27bf\u2b1b\u2b1c\u2b50\u2b55"
+    "\U0001f004\U0001f0cf\U0001f18e\U0001f191-\U0001f19a\U0001f1e6-\U0001f1ff\U0001f201\U0001f21a\U0001f22f"
+    "\U0001f232-\U0001f23a\U0001f250\U0001f251\U0001f300-\U0001f64f\U0001f680-\U0001f6ff\U0001f7e0-\U0001f7eb"
+    "\U0001f7f0\U0001f900-\U0001f9ff\U0001fa70-\U0001faff]"
+)
+# A tag, with the # that closes it on Weibo; or a run of # that begins none, as of a heading or of C#.
+_TAG = re.compile(r"(?<![A-Za-z0-9_&/])([#＃](?=[^\s#＃]*[^\W\d_])[^\s#＃]+)[#＃]?|[#＃]+")
+_SomeText = Annotated[str, Field(min_length=1)]
+
+
+class Form(Settings):
+    """The rules of a row; those it does not give are not asked.
+
+    Attributes:
+        title: true: the first line is a title. It is not empty, at most 80 columns wide (40 Chinese characters), is
+            not made of hashtags alone, and more lines follow.
+        emoji: true: at least one emoji, be it a flag or a keycap; false: none. ©, digits and signs such as ★ are none.
+        tags: so many hashtags at least, such as `#bakery`, `#面包#` or `#面包[话题]#`. A # begins one at the start of
+            a word or after a Chinese character, and a letter has to be in it: `# A heading`, `C#` and `#1` are none.
+        min_characters: so many characters at least, white space not counted; likewise max_characters, at most.
+        contains: each of these texts stands in the answer, as it is written.
+        excludes: none of these texts does.
+    """
+
+    title: bool | None = None
+    emoji: bool | None = None
+    tags: Integer | None = Field(None, ge=0)
+    min_characters: Integer | None = Field(None, ge=0)
+    max_characters: Integer | None = Field(None, ge=0)
+    contains: list[_SomeText] | None = None
+    excludes: list[_SomeText] | None = None
+
+
+def form_of(values: dict[str, Any], origin: str) -> Form | None:
+    """A row's rules; None if it gives none.
+
+    Args:
+        values: the row; CSV files hold the rules as JSON text.
+        origin: of the row, for the message.
+
+    Raises:
+        UserError: the rules are not what they should be.
+    """
+    given = values.get(COLUMN)
+    if given is None or given == "":
+        return None
+    try:
+        form = Form.model_validate(json.loads(given) if isinstance(given, str) else given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in (COLUMN, *first["loc"]))
+        known = ", ".join(Form.model_fields)
+        raise UserError(f'"{place}": {first["msg"]}', where=origin, fix=f"The rules are {known}.") from None
+    except ValueError as error:
+        raise UserError(f'"{COLUMN}" is not JSON: {error}', where=origin) from None
+    return form if form.model_dump(exclude_none=True) else None
+
+
+def kept_rules(form: Form, answer: str) -> dict[str, bool]:
+    """Each rule that is given, and whether the answer keeps it."""
+    answer = answer.strip()
+    return {name: rule(answer, getattr(form, name)) for name, rule in _RULES.items() if getattr(form, name) is not None}
+
+
+def tags_in(text: str) -> list[str]:
+    """The hashtags of a text, without the # that closes them."""
+    return [tag for tag in _TAG.findall(text) if tag]
+
+
+def has_title(text: str) -> bool:
+    """Whether the first line can be taken for a title."""
+    first, _, rest = text.strip().partition("\n")
+    width = sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in first)
+    return bool(_TAG.sub("", first).strip()) and width <= TITLE_COLUMNS and bool(rest.strip())
+
+
+def _characters(text: str) -> int:
+    return len("".join(text.split()))
+
+
+_RULES: dict[str, Callable[[str, Any], bool]] = {
+    "title": lambda text, wanted: has_title(text) == wanted,
+    "emoji": lambda text, wanted: bool(_EMOJI.search(text)) == wanted,
+    "tags": lambda text, fewest: len(tags_in(text)) >= fewest,
+    "min_characters": lambda text, fewest: _characters(text) >= fewest,
+    "max_characters": lambda text, most: _characters(text) <= most,
+    "contains": lambda text, wanted: all(one in text for one in wanted),
+    "excludes": lambda text, unwanted: not any(one in text for one in unwanted),
+}

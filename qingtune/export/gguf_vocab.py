@@ -1,0 +1,183 @@
+"""A tokenizer as GGUF holds it, so that llama.cpp cuts text as it was cut in training; or why that cannot be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from gguf import TokenType
+
+from qingtune.errors import UserError
+from qingtune.export.gguf_layout import Value
+from qingtune.output.invocation import command_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
+
+# How text is cut before merges are applied -> llama.cpp's name for it, and whether a piece that is a token is then
+# taken as it is (tokenizers call that ignore_merges). llama.cpp has these rules built in; it reads none from a file.
+PRE_TOKENIZERS: dict[tuple[tuple[str, str], ...], tuple[str, bool]] = {
+    (("Split", _QWEN2), ("ByteLevel", "")): ("qwen2", False),
+    (("Split", _LLAMA3), ("ByteLevel", "")): ("llama-bpe", True),
+    (("ByteLevel", "regex"),): ("gpt-2", False),
+    (("Digits", "individual"), ("ByteLevel", "regex")): ("smollm", False),
+}
+MOST_ENDS = 3  # ids that end an answer: eos, eot, eom
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The ids at which llama.cpp is to stop, and those around a prompt.
+
+    Attributes:
+        end_of_turn: closes an answer; the file's eos.
+        others: at which generation stops too.
+        bos: the id that the model's texts begin with, if it has one.
+        add_bos: whether prompts begin with it.
+    """
+
+    end_of_turn: int
+    others: Sequence[int]
+    bos: int | None
+    add_bos: bool
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int, ending: Ending) -> dict[str, Value]:
+    """The metadata of a tokenizer, without a chat template.
+
+    Args:
+        tokenizer: as training used it.
+        rows: of the embedding; ids without a token are filled with unused ones.
+        ending: how answers end.
+
+    Raises:
+        UserError: llama.cpp has no such tokenizer.
+    """
+    content = _content(tokenizer)
+    tokens, types = _tokens(content, rows)
+    metadata: dict[str, Value] = {
+        "tokenizer.ggml.model": "gpt2",  # llama.cpp's name for byte-level BPE
+        "tokenizer.ggml.pre": _pre_tokenizer(content),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": _merges(content),
+        "tokenizer.ggml.eos_token_id": ending.end_of_turn,
+    }
+    for name, number in zip(("eot", "eom"), ending.others, strict=False):
+        metadata[f"tokenizer.ggml.{name}_token_id"] = number
+    special: list[tuple[str, Any]] = [
+        ("bos", ending.bos), ("padding", tokenizer.pad_token_id), ("unknown", tokenizer.unk_token_id)
+    ]  # fmt: skip
+    for name, number in special:
+        if number is not None and number < rows:
+            metadata[f"tokenizer.ggml.{name}_token_id"] = number
+    metadata["tokenizer.ggml.add_bos_token"] = ending.add_bos
+    metadata["tokenizer.ggml.add_eos_token"] = False  # a prompt is not over at its end
+    return metadata
+
+
+def normalizes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer brings text into Unicode's composed form (NFC) first, which llama.cpp does not do."""
+    return _content(tokenizer)["normalizer"] is not None
+
+
+def _content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What tokenizer.json holds, or would hold.
+
+    Raises:
+        UserError: the tokenizer is not byte-level BPE without peculiarities.
+    """
+    if not tokenizer.is_fast:
+        raise _refusal("it is written in Python and has no tokenizer.json")
+    content: dict[str, Any] = json.loads(cast("Any", tokenizer).backend_tokenizer.to_str())
+    model, normalizer, decoder = content["model"], content["normalizer"], content["decoder"] or {}
+    if model["type"] != "BPE" or model.get("byte_fallback") or decoder.get("type") != "ByteLevel":
+        kind = "SentencePiece" if model.get("byte_fallback") or model["type"] == "Unigram" else model["type"]
+        raise _refusal(f"it is of the kind {kind}; byte-level BPE (Qwen's, Llama 3's, GPT-2's) is supported")
+    if normalizer and normalizer["type"] != "NFC":
+        raise _refusal(f"it changes text first ({normalizer['type']}), which llama.cpp does not do")
+    odd = [name for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if model.get(name)]
+    odd += [
+        f"{name} of {token['content']}"
+        for token in content["added_tokens"]
+        for name in ("single_word", "lstrip", "rstrip")
+        if token[name]
+    ]
+    if odd:
+        raise _refusal(f"llama.cpp has no {', '.join(odd[:3])}")
+    return content
+
+
+def _refusal(reason: str) -> UserError:
+    return UserError(
+        f"llama.cpp would read text otherwise than this model's tokenizer: {reason}",
+        fix=f"Use another base model, or `{command_line('merge')}` and a program that reads Transformers' layout.",
+    )
+
+
+def _pre_tokenizer(content: dict[str, Any]) -> str:
+    """llama.cpp's name for the way text is cut first.
+
+    Raises:
+        UserError: it has none that is known to be the same.
+    """
+    outer: dict[str, Any] = content["pre_tokenizer"] or {"type": "Sequence", "pretokenizers": []}
+    parts: list[dict[str, Any]] = outer["pretokenizers"] if outer["type"] == "Sequence" else [outer]
+    steps = tuple((str(part["type"]), _detail(part)) for part in parts)
+    ignore_merges = bool(content["model"].get("ignore_merges"))
+    if steps not in PRE_TOKENIZERS:
+        raise _refusal(f"the way it cuts text first is none that is known here ({steps})")
+    name, wanted = PRE_TOKENIZERS[steps]
+    if ignore_merges != wanted:
+        raise _refusal(f"its ignore_merges is {ignore_merges}, and {wanted} in llama.cpp's {name}")
+    return name
+
+
+def _detail(part: dict[str, Any]) -> str:
+    """What sets a step of cutting apart from others of its type; never empty for one that is not understood."""
+    usual = {"Split": {"behavior": "Isolated", "invert": False}, "ByteLevel": {"add_prefix_space": False}, "Digits": {}}
+    wanted = usual.get(part["type"])
+    if wanted is None or any(part[name] != value for name, value in wanted.items()):
+        return json.dumps(part)
+    if part["type"] == "Split":
+        return part["pattern"].get("Regex") or json.dumps(part)
+    if part["type"] == "ByteLevel":
+        return "regex" if part["use_regex"] else ""
+    return "individual" if part["individual_digits"] else json.dumps(part)
+
+
+def _tokens(content: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    """Tokens by id and their types, one for each row of the embedding.
+
+    Raises:
+        UserError: there are more tokens than rows, or two of one text.
+    """
+    tokens, types = [f"[PAD{number}]" for number in range(rows)], [int(TokenType.UNUSED)] * rows
+    added = {token["id"]: token for token in content["added_tokens"]}
+    texts = {number: text for text, number in content["model"]["vocab"].items()}
+    texts |= {number: token["content"] for number, token in added.items()}
+    if max(texts) >= rows:
+        raise UserError(f"the tokenizer knows id {max(texts):,}, the model has embeddings for {rows:,} ids")
+    for number, text in texts.items():
+        if number in added:
+            types[number] = int(TokenType.CONTROL if added[number]["special"] else TokenType.USER_DEFINED)
+        elif text != tokens[number]:  # models that come from GGUF bring its unused tokens along
+            types[number] = int(TokenType.NORMAL)
+        tokens[number] = text
+    if len(set(tokens)) != rows:
+        raise _refusal("two of its ids have the same text")
+    return tokens, types
+
+
+def _merges(content: dict[str, Any]) -> list[str]:
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+    if any(merge.count(" ") != 1 for merge in merges):
+        raise _refusal("its merges hold spaces, which byte-level BPE writes as another sign")
+    return merges

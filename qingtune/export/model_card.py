@@ -1,0 +1,242 @@
+"""The model card of an export: what it was made of, how, what was measured, and what is not known."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qingtune import __version__
+from qingtune.config.load import default_settings
+from qingtune.files.json_files import open_plain
+from qingtune.files.write import write_text
+from qingtune.output.markdown import code, prose, table, value
+from qingtune.output.redaction import redact, redact_values
+from qingtune.runs.page.source import read_curves
+from qingtune.runs.record import METRICS, Record
+
+CARD = "README.md"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # OWNER/NAME
+# Told in lines of their own, or of no interest to others.
+_ELSEWHERE = {"model_name_or_path", "data_path", "eval_data_path", "system_prompt", "use_lora", "use_qlora"}
+_MOST_FRONT_MATTER = 1 << 20  # bytes of a base's card that are looked at for its licence
+_METHODS = {"full": "full training", "lora": "LoRA", "qlora": "QLoRA"}
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A GGUF file: its name, size, SHA-256, and the largest error of a tensor by the form in which it is kept."""
+
+    name: str
+    bytes: int
+    sha256: str
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an export was made of.
+
+    Attributes:
+        base_model: the base's name, as others know it.
+        fingerprint: of the base's weights.
+        base: its folder.
+        adapter: the folder of the adapter.
+        record: of the training run.
+    """
+
+    base_model: str
+    fingerprint: str
+    base: Path
+    adapter: Path | None
+    record: Record | None
+
+
+def shown_name(model: str) -> str:
+    """A model's name without the folders of this machine: a hub's OWNER/NAME stays, of a path the last part."""
+    on_hub = model.count("/") == 1 and model[0] not in "./~" and not os.path.exists(os.path.dirname(model))
+    return model if on_hub and "\\" not in model else _last_part(model)
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def write_card(path: Path, name: str, origin: Origin, files: Sequence[ExportedFile], limits: Sequence[str]) -> None:
+    """Write the card, without secrets or paths of this machine.
+
+    Args:
+        path: of the card.
+        name: of the model.
+        origin: what it was made of.
+        files: beside the card.
+        limits: what a user should know, a sentence each.
+    """
+    record = origin.record
+    lines = [
+        *_front_matter(origin),
+        f"# {name}",
+        "",
+        f"{_what(origin)}, exported as GGUF by qingtune {__version__}.",
+        "",
+        "## Training",
+        "",
+        *(_training(record, origin) if record else [_no_record(origin)]),
+        "",
+        "## Files",
+        "",
+        *_files(files),
+        "",
+        "## Use",
+        "",
+        "```bash",
+        f"llama-cli -m {files[0].name} --jinja",
+        f"ollama create {name} -f Modelfile && ollama run {name}",
+        "```",
+    ]
+    unknown = ["Nobody has judged the model's answers, unless it is said here by hand."]
+    if not _HUB_ID.fullmatch(origin.base_model):
+        unknown.append("The base model's name on a hub is not known here; add `base_model: OWNER/NAME` above.")
+    if _licence(origin.base) is None:
+        unknown.append("The licence is not known here: it follows from the base model's and the data's.")
+    lines += ["", "## What to know", "", *(f"- {sentence}" for sentence in [*map(prose, limits), *unknown])]
+    write_text(path, redact("\n".join(lines) + "\n"))
+
+
+def _what(origin: Origin) -> str:
+    if origin.record:
+        return f"{value(origin.base_model)} after {_METHODS.get(origin.record.method) or value(origin.record.method)}"
+    return value(origin.base_model) + " with an adapter merged in" * (origin.adapter is not None)
+
+
+def _front_matter(origin: Origin) -> list[str]:
+    method = origin.record.method if origin.record else None
+    tags = ["gguf", "qingtune", *([method] if method in ("lora", "qlora") else [])]
+    licence = _licence(origin.base)
+    return [
+        "---",
+        *([f"base_model: {origin.base_model}"] if _HUB_ID.fullmatch(origin.base_model) else []),
+        "library_name: gguf",
+        *([f"license: {licence}"] if licence else []),
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+        "",
+    ]
+
+
+def _licence(base: Path) -> str | None:
+    """The licence that the base's own card names."""
+    try:
+        with open_plain(base / "README.md") as card:
+            text = card.read(_MOST_FRONT_MATTER).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    head = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    found = re.search(r"(?m)^license:[ \t]*(\w[\w.-]*)[ \t]*$", head, re.ASCII)
+    return found[1] if found else None
+
+
+def _no_record(origin: Origin) -> str:
+    what = "the adapter" if origin.adapter else "the model"
+    return (
+        f"Not known: {what} brings no record of qingtune's. Fingerprint of the base's weights: `{origin.fingerprint}`."
+    )
+
+
+def _training(record: Record, origin: Origin) -> list[str]:
+    settings = record.settings
+    rows = {
+        "base model": f"{value(origin.base_model)} (fingerprint {code(record.base_fingerprint)})",
+        "method": _METHODS.get(record.method) or value(record.method),
+        "data": _data(settings.get("data_path")),
+        "fingerprint of the tokenised data": code(str(settings.get("data", "not known"))),
+        "evaluation data": _held_out(settings) or _data(settings.get("eval_data_path")),
+        "system prompt": code(record.system_prompt) if record.system_prompt else "none of its own",
+        **_results(record.results),
+        **_last_line(origin.adapter or origin.base),
+        "versions": ", ".join(value(f"{name} {version}") for name, version in record.versions.items()) or "not known",
+    }
+    return [
+        *table(("", ""), rows.items()),
+        "",
+        "Settings other than the defaults:",
+        "",
+        *table(("setting", "value"), _changed(settings).items()),
+    ]
+
+
+def _data(paths: Any) -> str:
+    names = [paths] if isinstance(paths, str) else list(paths or [])
+    return ", ".join(code(_last_part(str(name))) for name in names) or "none named"
+
+
+def _held_out(settings: Mapping[str, Any]) -> str | None:
+    """The rows that val_size took out of the training data, in words; None without it."""
+    size = settings.get("val_size") or 0
+    if not size:
+        return None
+    seed = settings.get("seed") if settings.get("val_seed") is None else settings["val_seed"]
+    what = f"{size:.3%}".rstrip("0%").rstrip(".") + " %" if size < 1 else f"{int(size):,}"
+    return f"{what} of the training rows, held out (seed {seed})"
+
+
+def _results(results: Mapping[str, Any]) -> dict[str, str]:
+    """Losses, duration and memory; what was not measured is told as such."""
+    losses = [("eval_loss_before", "before"), ("eval_loss", "after"), ("best_eval_loss", "best")]
+    told = [f"{word} {results[name]:.4f}" for name, word in losses if results.get(name) is not None]
+    rows = {"evaluation loss": ", ".join(told) or "not measured"}
+    if results.get("steps") is not None:
+        rows["optimizer steps"] = f"{results['steps']:,}"
+    if results.get("seconds") is not None:
+        rows["duration"] = f"{results['seconds']:,.0f} s"
+    if results.get("peak_bytes") is not None:
+        rows["peak memory"] = f"{results['peak_bytes'] / 1e9:.2f} GB"
+    return rows
+
+
+def _last_line(folder: Path) -> dict[str, str]:
+    """The last logged training loss and the run's speed, from metrics.jsonl."""
+    values = read_curves(folder / METRICS).values
+    if not values["loss"] or math.isnan(values["loss"][-1]):
+        return {"training loss": "not measured"}
+    rows = {"training loss": f"{values['loss'][-1]:.4f}, last logged"}
+    seconds = sum(values["seconds"])
+    if seconds > 0:
+        rows["speed"] = f"{sum(values['tokens']) / seconds:,.0f} tokens/s"
+    return rows
+
+
+def _changed(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings that are not the defaults, as text; paths without their folders."""
+    changed: dict[str, str] = {}
+    for name, default in default_settings(settings).items():
+        given = redact_values(settings.get(name, default))
+        if name in _ELSEWHERE or given == default:
+            continue
+        text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        changed[f"`{name}`"] = code(_last_part(text) if text and text[0] in "./~" else text)
+    changed["samples a step"] = value(str(settings.get("samples a step", "not known")))
+    return changed
+
+
+def _files(files: Sequence[ExportedFile]) -> list[str]:
+    rows = [
+        (
+            f"`{file.name}`",
+            f"{file.bytes / 1e6:,.0f} MB",
+            ", ".join(f"{kind} {error:.3%}" for kind, error in file.errors.items()),
+            f"`{file.sha256}`",
+        )
+        for file in files
+    ]
+    note = (
+        "Each file was read back and compared with the weights it was made of; the largest error of a tensor is shown."
+    )
+    return [*table(("file", "size", "error", "SHA-256"), rows), "", note]

@@ -1,0 +1,106 @@
+"""Folders made next to where they belong and moved into place when they are whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qingtune.files.write import LONGEST_NAME, flush
+
+
+@contextmanager
+def staging_folder(beside: Path) -> Generator[Path]:
+    """A new folder next to a path, on the same disk; whatever is left of it at the end is removed.
+
+    It is locked while its process lives; those that killed processes left next to this path are removed.
+    """
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_behind(beside)
+    folder, handle = _locked_folder(beside)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _locked_folder(beside: Path) -> tuple[Path, int | None]:
+    """A new staging folder with its lock."""
+    while True:
+        folder = beside.with_name(f"{_staging_prefix(beside)}{secrets.token_hex(8)}.unfinished")
+        folder.mkdir(mode=0o700)
+        handle = _lock(folder, wait=True)
+        if handle is None or folder.exists():  # else another process took it for a dead one's, just before the lock
+            return folder, handle
+        os.close(handle)
+
+
+def is_staged(beside: Path) -> bool:
+    """Whether a living process stages something next to this path."""
+    for folder in _staging_folders(beside):
+        handle = _lock(folder, wait=False)
+        if handle is None:
+            return True
+        os.close(handle)
+    return False
+
+
+def _remove_left_behind(beside: Path) -> None:
+    """Remove staging folders whose process is gone, however it ended."""
+    for folder in _staging_folders(beside):
+        handle = _lock(folder, wait=False)
+        if handle is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
+
+
+def _staging_folders(beside: Path) -> list[Path]:
+    name = re.compile(re.escape(_staging_prefix(beside)) + r"[0-9a-f]{16}\.unfinished")
+    around = beside.parent.iterdir() if beside.parent.is_dir() else ()
+    return [path for path in around if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+
+
+def _staging_prefix(beside: Path) -> str:
+    return f".{beside.name.encode(errors='replace')[:LONGEST_NAME].decode(errors='ignore')}-"
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """A handle that locks a folder until it is closed or the process ends; None if that cannot be had."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held by another; or of a disk that has no locks
+        os.close(handle)
+        return None
+    return handle
+
+
+def move_into_place(folder: Path, target: Path) -> None:
+    """Rename a staged folder to its place, which must not exist or be an empty folder, flushed to the disk and with the
+    usual permissions."""
+    for path in folder.rglob("*"):
+        usual_permissions(path)
+        flush(path)
+    usual_permissions(folder)
+    flush(folder)
+    if os.name == "nt" and target.is_dir():
+        target.rmdir()
+    os.rename(folder, target)
+    flush(target.parent)
+
+
+def usual_permissions(path: Path) -> None:
+    """What a file or folder made plainly would have; temporary ones are closed to others."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

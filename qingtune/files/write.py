@@ -1,0 +1,243 @@
+"""Writing so that a result is there whole or not at all, and reading so that it is known to be whole.
+
+This is the one module that opens files for writing. Folders of runs and models come from strangers: what lies in them
+may be a link to anywhere, so no link is written through, and no name that others could have laid out is written to.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+
+from qingtune.errors import UserError
+
+_BY_FOLDER = {os.open, os.stat, os.unlink, os.rename} <= os.supports_dir_fd  # not so on Windows
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+LONGEST_NAME = 100  # bytes of a name that a hidden one begins with; file systems take 255
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file in one move, flushed to the disk."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one move, flushed to the disk; if that fails, nothing of it is left.
+
+    Bytes of file names that are not UTF-8, which Python holds as lone surrogates, are written as `\\udcff`.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one move, flushed to the disk; if that fails, nothing of it is left."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file in one move."""
+    with source.open("rb") as content, replacing(target) as file:
+        shutil.copyfileobj(content, file, 1 << 20)
+
+
+@contextmanager
+def replacing(path: Path, mode: int = 0o666) -> Generator[BinaryIO]:
+    """A file to write to that takes the place of `path` at the end, flushed to the disk, or of which nothing is left.
+
+    It is made under a random name in the opened folder, so that nothing that lies there, a link above all, is written
+    to.
+
+    Args:
+        path: to write.
+        mode: permissions, less the umask.
+
+    Raises:
+        UserError: `path` is a link, or no file.
+    """
+    half_done = f".qingtune-{secrets.token_hex(8)}.tmp"
+    with _opened(path.parent) as folder, _named(path):
+        folder.refuse_link(path)
+        handle = folder.open(half_done, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            with open(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(handle)
+            folder.replace(half_done, path.name)
+        except BaseException:
+            folder.unlink(half_done)
+            raise
+    flush(path.parent)
+
+
+def open_in_place(path: Path, *, append: bool = False, mode: int = 0o666) -> io.FileIO:
+    """Open a file to read and write it where it is, made if need be; unbuffered.
+
+    Args:
+        path: of the file.
+        append: whether all that is written goes to its end, whoever else writes.
+        mode: permissions of a new file, less the umask.
+
+    Raises:
+        UserError: it is a link, or no file.
+    """
+    with _opened(path.parent) as folder, _named(path):
+        folder.refuse_link(path)
+        handle = folder.open(path.name, os.O_RDWR | os.O_CREAT | (os.O_APPEND if append else 0), mode)
+    file = io.FileIO(handle, "r+")
+    if not stat.S_ISREG(os.fstat(handle).st_mode):  # it came after the look at its name
+        file.close()
+        raise _no_file(path)
+    return file
+
+
+def open_device(path: Path) -> io.FileIO:
+    """Open for writing what is there and is no file, such as /dev/null or a pipe.
+
+    Raises:
+        UserError: it is a file after all.
+    """
+    file = io.FileIO(os.open(path, os.O_WRONLY), "w")
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise _no_file(path)
+    return file
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Look before the work begins for links where files are to be written.
+
+    Raises:
+        UserError: names the first one.
+    """
+    for name in names:
+        if (folder / name).is_symlink():
+            raise _no_file(folder / name)
+
+
+def _no_file(path: Path) -> UserError:
+    if path.is_symlink():
+        what = f"this is a link (to {os.readlink(path)}), and links are not written through"
+        return UserError(what, where=str(path), fix="Remove the link, or name what it leads to.")
+    what = "this is a folder, and a file is to be written" if path.is_dir() else "this is no ordinary file"
+    return UserError(what, where=str(path), fix="Remove it, or choose another place.")
+
+
+class _Folder:
+    """A folder that is open: names are looked up in it, whatever happens to its path meanwhile.
+
+    Args:
+        path: may lead there by links, as output folders on other disks do.
+        handle: None where the system cannot look names up in an open folder.
+    """
+
+    def __init__(self, path: Path, handle: int | None) -> None:
+        self._path, self._handle = path, handle
+
+    def refuse_link(self, path: Path) -> None:
+        """Let through what is missing or a file."""
+        try:
+            status = os.stat(self._in(path.name), dir_fd=self._handle, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISREG(status.st_mode):
+            raise _no_file(path)
+
+    def open(self, name: str, flags: int, mode: int) -> int:
+        """A handle of a file, which is no link."""
+        return os.open(self._in(name), flags | _NO_LINK, mode, dir_fd=self._handle)
+
+    def replace(self, name: str, target: str) -> None:
+        """Rename in the folder."""
+        os.replace(self._in(name), self._in(target), src_dir_fd=self._handle, dst_dir_fd=self._handle)
+
+    def unlink(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._in(name), dir_fd=self._handle)
+
+    def _in(self, name: str) -> str:
+        return name if self._handle is not None else str(self._path / name)
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[_Folder]:
+    if not _BY_FOLDER:
+        yield _Folder(path, None)
+        return
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield _Folder(path, handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _named(path: Path) -> Generator[None]:
+    """Have the system's errors name the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+# --- Folders ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def disk_errors(what: str, where: Path, fix: str) -> Generator[None]:
+    """Tell as a UserError what goes wrong with the disk; libraries in Rust wrap such errors in one of their own.
+
+    Args:
+        what: could not be written.
+        where: the folder in which it was to be.
+        fix: what the user can do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = _reason_of_disk(error)
+        if reason is None:
+            raise
+        raise UserError(f"{what} could not be written: {reason}", where=str(where), fix=fix) from error
+
+
+def _reason_of_disk(error: Exception) -> str | None:
+    """Why the disk did not take something; None for errors of other kinds."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # tokenizers raises an Exception of no class of its own: "No space left on device (os error 28)"
+    if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):
+        return str(error)
+    return None
+
+
+def flush(path: Path) -> None:
+    """Have a file or folder on the disk before going on."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- Manifests -------------------------------------------------------------------------------------------------------

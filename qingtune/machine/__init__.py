@@ -1,0 +1,1 @@
+"""The machine: its memory, processors and GPUs, and the signals it sends."""

@@ -1,0 +1,170 @@
+"""The base model as a run needs it: dense, or quantised while it is loaded and kept so for the next time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from qingtune.errors import UserError
+from qingtune.files.staging import move_into_place, staging_folder
+from qingtune.kernels.device import free_bytes, give_back_memory, memory_errors
+from qingtune.kernels.linear import QuantizedLinear, quantized_class
+from qingtune.models.find import cache_folder, fingerprint, stored_numbers
+from qingtune.models.load import StoredWeights, empty_model, load_model
+from qingtune.models.quantize import fill_quantized, quantize_model, shapes_to_read
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT = 2  # of the kept files; raise it when they or the quantisation change
+PACKED = "packed.safetensors"
+
+
+def load_base(
+    folder: Path,
+    dtype: torch.dtype,
+    bits: int | None,
+    device: torch.device,
+    cache_dir: str | None,
+    say: Callable[[str], None],
+) -> PreTrainedModel:
+    """Load a model on a device, its linear layers but the head in 4 or 8 bits if `bits` says so.
+
+    Quantised layers are kept in the cache, as making them takes seconds; a changed file of the model's makes them anew.
+
+    Raises:
+        UserError: the model cannot be loaded, or there is no memory for it.
+    """
+    check_memory(folder, dtype, bits, device)
+    with memory_errors("the model was loaded", folder, SMALLER):
+        return _load_base(folder, dtype, bits, device, cache_dir, say)
+
+
+SMALLER = "Choose a smaller model, or load it in fewer bits: use_qlora in training, load_in_4bit in answering."
+
+
+def check_memory(folder: Path, dtype: torch.dtype, bits: int | None, device: torch.device) -> None:
+    """Refuse what cannot fit; on a CPU, a process that tries all the same is killed without a word."""
+    numbers = stored_numbers(folder)
+    needed = numbers * (bits / 8 if bits else dtype.itemsize)
+    free = free_bytes(device, swap=True)
+    if free is not None and needed > free:
+        raise UserError(
+            f"its {numbers / 1e9:.2f} billion weights take {needed / 1e9:.2f} GB of memory, and {free / 1e9:.2f} GB "
+            "are free",
+            where=str(folder),
+            fix=SMALLER,
+        )
+
+
+def _load_base(
+    folder: Path,
+    dtype: torch.dtype,
+    bits: int | None,
+    device: torch.device,
+    cache_dir: str | None,
+    say: Callable[[str], None],
+) -> PreTrainedModel:
+    if bits is None:
+        return load_model(folder, dtype).to(device)  # pyright: ignore[reportArgumentType]
+    stored, model = StoredWeights(folder), empty_model(folder, dtype)
+    if not stored.fit(shapes_to_read(model)):  # broken, or of names that Transformers translates while it loads
+        return _quantize_whole(folder, dtype, bits, device)
+    if bits == 4 and stored.packed:
+
+        def as_stored(name: str, _: tuple[int, int], bias: torch.Tensor | None) -> QuantizedLinear | None:
+            weight = f"{name}.weight"
+            return stored.layer(weight, bias, device) if weight in stored.packed else None
+
+        fill_quantized(model, bits, device, stored.read, as_stored)
+        return model
+    kept = _kept_folder(folder, dtype, bits, cache_dir)
+    if _is_whole(kept, say):
+        with safe_open(kept / PACKED, "pt") as file:
+            parts = _by_layer(file.keys())
+
+            def as_kept(name: str, shape: tuple[int, int], bias: torch.Tensor | None) -> QuantizedLinear:
+                tensors = {part: file.get_tensor(f"{name}.{part}").clone().to(device) for part in parts[name]}
+                return quantized_class(bits).restore(shape, tensors, bias)
+
+            fill_quantized(model, bits, device, stored.read, as_kept)
+        return model
+    fill_quantized(model, bits, device, stored.read)
+    give_back_memory()  # quantising leaves holes in the heap: 0.25 GB beside a model of 135 million weights
+    _keep(model, kept, say)
+    return model
+
+
+def _is_whole(kept: Path, say: Callable[[str], None]) -> bool:
+    """Whether packed layers are kept and can be read; a broken folder is removed, to be made anew."""
+    if not (kept / PACKED).exists():
+        return False
+    try:
+        with safe_open(kept / PACKED, "pt"):
+            return True
+    except (OSError, SafetensorError) as error:
+        say(f"The kept quantised model is broken ({error}); it is made anew.")
+        shutil.rmtree(kept, ignore_errors=True)
+        return False
+
+
+def _quantize_whole(folder: Path, dtype: torch.dtype, bits: int, device: torch.device) -> PreTrainedModel:
+    model = load_model(folder, dtype)
+    quantize_model(model, bits, device)
+    return model
+
+
+def _kept_folder(folder: Path, dtype: torch.dtype, bits: int, cache_dir: str | None) -> Path:
+    """Where a model's packed layers are kept: by its weights and configuration, and how they are quantised.
+
+    The fingerprint knows weights again by a few bytes of each tensor, so its makers could have another model's. With
+    the paths and the time of any change to the files, which nobody can set, no model gets what was kept for another.
+    """
+    settings = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    pieces = [f"{FORMAT} {bits} {dtype} {fingerprint(folder)} {settings} {version('bitsandbytes')} {torch.__version__}"]
+    for path in sorted(folder.glob("*.safetensors")):
+        status = path.resolve().stat()
+        pieces.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
+    key = hashlib.sha256("\n".join(pieces).encode(errors="surrogateescape")).hexdigest()[:24]
+    return cache_folder(cache_dir) / "quantized" / f"{folder.name}-{bits}bit-{key}"
+
+
+def _keep(model: PreTrainedModel, kept: Path, say: Callable[[str], None]) -> None:
+    """Write the packed layers to the cache; without room there the run goes on."""
+    tensors = {
+        f"{name}.{part}": tensor.contiguous().cpu()
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantizedLinear)
+        for part, tensor in layer.packed_tensors().items()
+    }
+    try:
+        with staging_folder(kept) as half_done:
+            save_file(tensors, half_done / PACKED)
+            if not kept.exists():  # another process may have been faster
+                move_into_place(half_done, kept)
+    except (OSError, SafetensorError) as error:
+        say(f"The quantised model is not kept for the next time: {error}.")
+        return
+    size = os.path.getsize(kept / PACKED)
+    say(f"Quantised; kept for the next time ({size / 1e9:.2f} GB in {kept}).")
+
+
+def _by_layer(names: list[str]) -> dict[str, list[str]]:
+    """Full tensor names -> the parts of each layer; NF4's parts have dots in their own names."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        layer, dot, part = name.partition(".quant_state.")
+        part = f"quant_state.{part}" if dot else ""
+        if not dot:
+            layer, _, part = name.rpartition(".")
+        parts.setdefault(layer, []).append(part)
+    return parts

@@ -1,0 +1,343 @@
+"""Name | folder | .gguf file -> where the weights are. Looks at names and headers only, without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from qingtune.config.training import DEFAULT_MODEL
+from qingtune.errors import UserError
+from qingtune.files.digests import sha256_of
+from qingtune.files.paths import default_cache, refuse_odd_name
+from qingtune.files.weights_file import read_header, read_weights_header
+from qingtune.models.config_file import context_length as context_length
+from qingtune.models.config_file import read_model_config
+
+ANSWER_WITHIN_S = 4.0
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+# Ends the name of the tensor that says how a weight in 4 bits is packed; the weight's own name stands before it.
+NF4_MARK = ".quant_state.bitsandbytes__nf4"
+HEADERS = "headers"  # where config.json files without weights are kept, in the cache
+CONVERTED = "gguf"  # where converted .gguf files are kept, in the cache
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this machine: `path` is a folder of Transformers' layout or a .gguf file; `name` was asked for."""
+
+    name: str
+    path: Path
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights are in a .gguf file, to be converted before use."""
+        return self.path.is_file()
+
+
+def converted_folder(path: Path, cache_dir: str | None) -> Path:
+    """Where the converted copy of a .gguf file is kept, by the file's hash."""
+    return cache_folder(cache_dir) / CONVERTED / f"{path.stem}-{sha256_of(path)[:32]}"
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """The cache that a setting names, or the default one."""
+    return Path(os.path.expanduser(cache_dir)) if cache_dir else default_cache()
+
+
+def find_model(name: str, cache_dir: str | None, hub: str) -> ModelSource:
+    """Find a model: as a path, under models/ and the cache by its last part, then on a hub.
+
+    Args:
+        name: a folder, a .gguf file or `owner/model`.
+        cache_dir: the setting; None for the default cache.
+        hub: "auto", "hf" or "modelscope".
+
+    Raises:
+        UserError: nothing found (says what was tried and three ways on), or what was found cannot be used.
+    """
+    found, tried = _find_here(name, cache_dir)
+    if found is not None:
+        refuse_odd_name(found, "the model")
+        return _checked(ModelSource(name, found))
+    hubs: dict[str, Callable[[str, str | None], Path | str]] = {
+        "hf": _from_hugging_face,
+        "modelscope": _from_modelscope,
+    }
+    for hub_name in hubs if hub == "auto" else [hub]:
+        found = hubs[hub_name](name, cache_dir)
+        if isinstance(found, Path):
+            return _checked(ModelSource(name, found))
+        tried.append(found)
+    raise _not_found(name, tried)
+
+
+def find_header(name: str, cache_dir: str | None, hub: str) -> ModelSource:
+    """Find as much of a model as says its shape: a folder with a config.json, or a .gguf file; no weights are fetched.
+
+    Args:
+        name: a folder, a .gguf file or `owner/model`; likewise cache_dir and hub as in find_model.
+
+    Raises:
+        UserError: nothing found.
+    """
+    found, tried = _find_here(name, cache_dir)
+    if found is not None:
+        refuse_odd_name(found, "the model")
+        return ModelSource(name, found)
+    cache = cache_folder(cache_dir) / HEADERS
+    hubs: dict[str, Callable[[], Path | str]] = {
+        "hf": lambda: _header_from_hugging_face(name, cache_dir, cache),
+        "modelscope": lambda: _header_from_modelscope(name, cache),
+    }
+    for hub_name in hubs if hub == "auto" else [hub]:
+        answer = hubs[hub_name]()
+        if isinstance(answer, Path):
+            return ModelSource(name, answer)
+        tried.append(answer)
+    raise _not_found(name, tried)
+
+
+def _find_here(name: str, cache_dir: str | None) -> tuple[Path | None, list[str]]:
+    """The model on this machine, outside the hubs' caches; and the places looked at.
+
+    Raises:
+        UserError: there is something else in such a place, or the name is a path.
+    """
+    tried: list[str] = []
+    for place in _places(name, cache_dir):
+        if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
+            return place, tried
+        if place.is_file():
+            of_folder = place.name == "config.json"
+            fix = f"Name its folder, {place.parent}." if of_folder else None
+            raise UserError("a model is a folder or a .gguf file, not this", where=str(place), fix=fix)
+        tried.append(str(place))
+    if not _is_hub_name(name):
+        raise UserError(
+            f"no model folder or .gguf file here (nor at {tried[1]} or {tried[2]})",
+            where=name,
+            fix=f"Check the path. A name such as {DEFAULT_MODEL} is looked up on a hub.",
+        )
+    return None, tried
+
+
+def _places(name: str, cache_dir: str | None) -> tuple[Path, ...]:
+    last = Path(name).name
+    return Path(os.path.expanduser(name)), Path("models") / last, cache_folder(cache_dir) / last
+
+
+def is_here(name: str, cache_dir: str | None, hub: str) -> bool:
+    """Whether `find_model` finds a model without asking a hub."""
+    if any(place.exists() for place in _places(name, cache_dir)):
+        return True
+    asks = hub != "modelscope" and _is_hub_name(name)
+    return asks and _hugging_face_folder(name, cache_dir, _MODEL_FILES, local=True) is not None
+
+
+def _not_found(name: str, tried: list[str]) -> UserError:
+    listing = "".join(f"\n  {place}" for place in tried)
+    return UserError(
+        f"the model was not found. Tried:{listing}\n"
+        f"Three ways on: download it elsewhere and put the folder at models/{Path(name).name}; "
+        "pass a .gguf file or a folder as the model; or set HF_ENDPOINT to a mirror, or --hub modelscope.",
+        where=name,
+    )
+
+
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
+
+
+def _from_hugging_face(name: str, cache_dir: str | None) -> Path | str:
+    """The folder of the model, downloaded if need be; or a line on why it could not be had."""
+    local = _hugging_face_folder(name, cache_dir, _MODEL_FILES, local=True)
+    return local if isinstance(local, Path) else _ask_hugging_face(name, cache_dir, _MODEL_FILES)
+
+
+def _header_from_hugging_face(name: str, cache_dir: str | None, cache: Path) -> Path | str:
+    """The folder of the model if it is there, else one with its config.json alone, in a cache of its own.
+
+    In the common one, a later run would take it for the whole model.
+    """
+    for place in (cache_dir, str(cache)):
+        local = _hugging_face_folder(name, place, ("config.json",), local=True)
+        if isinstance(local, Path) and (local / "config.json").exists():
+            return local
+    return _ask_hugging_face(name, str(cache), ("config.json",))
+
+
+def _hugging_face_folder(name: str, cache_dir: str | None, files: tuple[str, ...], *, local: bool) -> Path | None:
+    """The folder with a model's files; None if it must be local and is not."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, cache_dir=cache_dir, allow_patterns=list(files), local_files_only=local
+            )
+        )
+    except (LocalEntryNotFoundError, FileNotFoundError, ValueError):
+        if not local:
+            raise
+        return None  # not downloaded before
+
+
+def _ask_hugging_face(name: str, cache_dir: str | None, files: tuple[str, ...]) -> Path | str:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    endpoint = os.environ.get("HF_ENDPOINT") or "Hugging Face"
+    if any(os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE") for variable in _OFFLINE):
+        return f"{endpoint}: not in its local cache, and HF_HUB_OFFLINE forbids to ask"
+    answer = _within(ANSWER_WITHIN_S, lambda: huggingface_hub.HfApi().model_info(name, timeout=ANSWER_WITHIN_S))
+    gated = f"{endpoint}: {name} needs you to accept its licence and log in (`hf auth login`)"
+    if isinstance(answer, GatedRepoError):
+        return gated
+    if isinstance(answer, RepositoryNotFoundError):
+        return f"{endpoint}: no model of this name, or it is private"
+    if isinstance(answer, Exception):
+        return f"{endpoint}: no answer ({type(answer).__name__})"
+    try:
+        fetched = _hugging_face_folder(name, cache_dir, files, local=False)
+        assert fetched is not None
+        return fetched
+    except GatedRepoError:  # the page of such a model is public, its files are not
+        return gated
+    except Exception as error:  # the transport's errors are of many kinds; each is told
+        return f"{endpoint}: the download broke off ({type(error).__name__})"
+
+
+def _header_from_modelscope(name: str, cache: Path) -> Path | str:
+    try:
+        import modelscope  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return "ModelScope: its package is not installed (`pip install modelscope`)"
+    answer = _within(
+        ANSWER_WITHIN_S,
+        lambda: modelscope.snapshot_download(name, cache_dir=str(cache), allow_patterns=["config.json"]),
+    )
+    if isinstance(answer, Exception):
+        return f"ModelScope: no answer or no such model ({type(answer).__name__})"
+    return Path(str(answer))
+
+
+def _from_modelscope(name: str, cache_dir: str | None) -> Path | str:
+    try:
+        import modelscope  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return "ModelScope: its package is not installed (`pip install modelscope`)"
+    answer = _within(ANSWER_WITHIN_S, lambda: modelscope.HubApi().get_model(name))
+    if isinstance(answer, Exception):
+        return f"ModelScope: no answer or no such model ({type(answer).__name__})"
+    try:
+        return Path(modelscope.snapshot_download(name, cache_dir=cache_dir))
+    except Exception as error:  # its errors have no common class
+        return f"ModelScope: the download broke off ({type(error).__name__})"
+
+
+def _within(seconds: float, ask: Callable[[], object]) -> object:
+    """What `ask` returns or raises; TimeoutError if it takes longer (name look-ups have no time limit of their own)."""
+    answer: list[object] = [TimeoutError()]
+
+    def run() -> None:
+        try:
+            answer[0] = ask()
+        except Exception as error:  # any failure of the network or the hub is an answer here, and is told to the user
+            answer[0] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answer[0]
+
+
+def _checked(source: ModelSource) -> ModelSource:
+    """Refuse what cannot be loaded safely, before anything heavy is done."""
+    if source.is_gguf:
+        with source.path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError("not a GGUF file", where=str(source.path), fix="Fetch it again.")
+        return source
+    folder = source.path
+    config = read_model_config(folder)
+    if not config.get("model_type"):
+        raise UserError("config.json names no model_type", where=str(folder))
+    if not any(folder.glob("*.safetensors")):
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        raise UserError(
+            "no .safetensors weights here" + pickled * "; .bin and .pt weights are pickles, which can run code",
+            where=str(folder),
+            fix="Use a safetensors version of the model." if pickled else "Is the download complete?",
+        )
+    _check_quantization(folder, config)
+    return source
+
+
+def _check_quantization(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse weights that are stored in a quantised form which is not read here."""
+    if "quantization_config" not in config or stored_in_4bit(folder):
+        return
+    stored: Any = config["quantization_config"]
+    settings = cast("dict[str, Any]", stored) if isinstance(stored, dict) else {}
+    method = str(settings.get("quant_method") or "a method that is not named")
+    if "bitsandbytes" in method:
+        kind, storage = settings.get("bnb_4bit_quant_type", "fp4"), settings.get("bnb_4bit_quant_storage", "uint8")
+        method += f" ({kind}, stored as {storage})" if settings.get("load_in_4bit") else " in 8 bits"
+    raise UserError(
+        f"the weights are stored quantised by {method}, which cannot be read here",
+        where=str(folder),
+        fix="Use the model in 16 bits, as a .gguf file, or in bitsandbytes' nf4, stored as uint8.",
+    )
+
+
+def stored_in_4bit(folder: Path) -> bool:
+    """Whether linear layers are stored in 4 bits as bitsandbytes and Transformers do (NF4)."""
+    settings: Any = read_model_config(folder).get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return False
+    nf4 = bool(settings.get("load_in_4bit")) and settings.get("bnb_4bit_quant_type") == "nf4"
+    return nf4 and settings.get("bnb_4bit_quant_storage", "uint8") == "uint8"
+
+
+def fingerprint(folder: Path) -> str:
+    """A short hash by which the weights are known again: every tensor's name, type, shape and 64 of its bytes.
+
+    It does not depend on how the tensors are spread over files. Reads a few kilobytes of each file.
+    """
+    pieces: list[bytes] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        header, start_of_data = read_header(path)
+        with path.open("rb") as file:
+            for name, entry in header.items():
+                middle = (entry.start + entry.end) // 2
+                file.seek(start_of_data + middle)
+                some = file.read(min(64, entry.end - middle))
+                pieces.append(f"{name} {entry.dtype} {list(entry.shape)} ".encode() + some)
+    return hashlib.sha256(b"\n".join(sorted(pieces))).hexdigest()[:16]
+
+
+def stored_numbers(folder: Path) -> int:
+    """How many numbers the model's weights are, from the files' headers; a head that is the embedding counts once.
+
+    A weight in 4 bits counts as what it stands for, without its scales and tables.
+    """
+    tied = bool(read_model_config(folder).get("tie_word_embeddings"))
+    shapes = {
+        name: entry.shape
+        for name, entry in read_weights_header(folder).items()
+        if not (tied and name == "lm_head.weight")
+    }
+    packed = {name.removesuffix(NF4_MARK) for name in shapes if name.endswith(NF4_MARK)}
+    return sum(
+        math.prod(shape) * (2 if name in packed else 1)
+        for name, shape in shapes.items()
+        if name.partition(".weight.")[0] + ".weight" not in packed or name in packed
+    )

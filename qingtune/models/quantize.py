@@ -1,0 +1,80 @@
+"""Put quantised layers in the place of a model's linear layers, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qingtune.kernels.linear import QuantizedLinear, quantize_layer
+from qingtune.models.layers import dense_weight, linear_layers, replace_layer
+
+# A layer's name, its out and in features, its bias on the device -> the layer; None for one that stays dense.
+Ready = Callable[[str, tuple[int, int], torch.Tensor | None], QuantizedLinear | None]
+
+
+def quantize_model(model: Any, bits: int, device: torch.device) -> None:
+    """Hold every linear layer but the head in 4 or 8 bits; then move the model to the device.
+
+    Each weight goes to the device by itself, so that the device never holds the 16-bit model.
+    """
+    layers = linear_layers(model)
+    for name in list(layers):
+        layer = layers.pop(name)  # so that its dense weight can go
+        replace_layer(model, name, _quantized(layer, dense_weight(layer).detach(), bits, device))
+    model.to(device)
+
+
+def fill_quantized(
+    model: Any,
+    bits: int,
+    device: torch.device,
+    read: Callable[[str], torch.Tensor],
+    ready: Ready | None = None,
+) -> None:
+    """Fill a model whose weights have no value yet, its linear layers but the head quantised, one tensor at a time.
+
+    Args:
+        model: as `models.load.empty_model` makes it.
+        bits: 4 or 8.
+        device: where the model is to live.
+        read: a parameter's name -> the tensor.
+        ready: gives layers whose packed tensors are at hand; None to quantise what `read` gives.
+    """
+    layers = linear_layers(model)
+    for name in list(layers):
+        layer: Any = layers.pop(name)
+        if layer.bias is not None:
+            layer.bias.data = read(f"{name}.bias").to(layer.bias.dtype)
+        if ready:
+            out_features, in_features = dense_weight(layer).shape
+            mine = ready(name, (out_features, in_features), _on(layer.bias, device))
+        else:
+            layer.weight.data = read(f"{name}.weight").to(layer.weight.dtype)
+            mine = _quantized(layer, dense_weight(layer).detach(), bits, device)
+        if mine is not None:
+            replace_layer(model, name, mine)
+    quantized = tuple(name for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
+    for name, tensor in [*model.named_parameters(), *_stored_buffers(model)]:
+        if name.rpartition(".")[0] not in quantized:
+            tensor.data = read(name).to(tensor.dtype)
+    model.to(device)
+
+
+def shapes_to_read(model: Any) -> dict[str, tuple[int, ...]]:
+    """What `fill_quantized` will read of a model without quantised layers."""
+    return {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *_stored_buffers(model)]}
+
+
+def _stored_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
+    state = model.state_dict()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in state]
+
+
+def _quantized(layer: Any, weight: torch.Tensor, bits: int, device: torch.device) -> QuantizedLinear:
+    return quantize_layer(weight.to(device), _on(layer.bias, device), bits)
+
+
+def _on(bias: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if bias is None else bias.detach().to(device)

@@ -1,0 +1,1 @@
+"""Output: what reaches the screen, and what must not leave the machine."""

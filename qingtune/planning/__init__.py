@@ -1,0 +1,1 @@
+"""Planning: memory and time of a run, worked out before it starts."""

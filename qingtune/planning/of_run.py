@@ -1,0 +1,144 @@
+"""The plan of a run whose data are at hand, and what it is held against at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from qingtune.config.training import TrainConfig
+from qingtune.data.batch import collate
+from qingtune.data.prepare import Data
+from qingtune.data.tokenize import Sample
+from qingtune.errors import UserError
+from qingtune.kernels.device import Hardware, free_bytes
+from qingtune.kernels.footprint import PassTokens
+from qingtune.kernels.layout import fill_up, lay_out
+from qingtune.machine.resources import Machine, cpu_has_int8_units, cpu_name, free_ram_bytes
+from qingtune.models.find import cache_folder, read_model_config
+from qingtune.models.shape import shape_of_config
+from qingtune.planning.planner import CONTEXT_ON_GPU, Planner, Samples, fullest_group, most_tokens_of, training_batches
+from qingtune.planning.report import Report, make_report
+from qingtune.planning.speed import Speed, flops_of, keep_speed, read_speeds
+
+# A rate is kept if it rests on at least so much, beyond the first logged line, which holds the warm-up.
+LEAST_SECONDS, LEAST_STEPS = 2.0, 5
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A report, and what it takes to keep this run's speed for later plans."""
+
+    report: Report
+    flops: float
+    cache: Path
+
+    def planned_bytes(self) -> dict[str, int]:
+        """Parts and total of the peak that a run measures; a GPU's context is not among what torch counts there."""
+        memory = self.report.own.memory
+        parts = dict(memory.parts)
+        if self.report.machine.kind == "cuda":
+            parts["runtime"] -= CONTEXT_ON_GPU
+        return {**parts, "total": sum(parts.values())}
+
+
+def plan_run(config: TrainConfig, folder: Path, hardware: Hardware, data: Data, processes: int) -> RunPlan:
+    """The plan, by the samples themselves.
+
+    Args:
+        folder: of the model.
+        processes: of the run; each has its share of the data.
+
+    Raises:
+        UserError: the model's shape is not known to planning, or a setting names what the model has not.
+    """
+    shape = shape_of_config(read_model_config(folder), str(folder / "config.json"))
+    machine, cache = machine_of(hardware), cache_folder(config.cache_dir)
+    planner = Planner(shape, config, machine)
+    samples = _samples(planner, data, processes)
+    report = make_report(config.model_name_or_path, shape, config, machine, samples, read_speeds(cache))
+    return RunPlan(report, flops_of(planner, report.own.memory.recompute, samples), cache)
+
+
+def machine_of(hardware: Hardware) -> Machine:
+    """The hardware that a run chose, as planning takes it; what this process holds already counts as free."""
+    kind: Any = hardware.device.type
+    itemsize, free = hardware.dtype.itemsize, free_bytes(hardware.device)
+    if kind == "cpu":
+        taken = psutil.Process().memory_info().rss
+        swap = free_ram_bytes(swap=True) + taken
+        total = psutil.virtual_memory().total
+        return Machine("cpu", cpu_name(), itemsize, (free or 0) + taken, total, swap, cpu_has_int8_units())
+    name = hardware.reason.partition(",")[0].removeprefix("GPU ")
+    return Machine(kind, name, itemsize, free, None)
+
+
+def _samples(planner: Planner, data: Data, processes: int) -> Samples:
+    config = planner.config
+    lengths = [len(sample.token_ids) for sample in data.train]
+    trained = sum(int(sample.trained.sum()) for sample in data.train)
+    most_tokens = most_tokens_of(planner.machine)
+    group = fullest_group(lengths, training_batches(len(lengths), config, processes), most_tokens)
+    shares = planner.fast and (planner.full or not config.lora_dropout)
+    evaluation = None
+    if data.evaluation:
+        size, numbers = config.per_device_eval_batch_size, range(len(data.evaluation))
+        batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+        chosen = fullest_group([len(sample.token_ids) for sample in data.evaluation], batches, most_tokens)
+        evaluation = _as_laid_out([data.evaluation[number] for number in chosen], share_prefix=planner.fast)
+    return Samples(
+        longest=max(lengths),
+        mean=sum(lengths) / len(lengths),
+        trained_share=trained / sum(lengths),
+        count=-(-len(lengths) // processes),
+        evaluates=bool(data.evaluation),
+        basis="the samples themselves",
+        lengths=tuple(lengths),
+        fullest=_as_laid_out([data.train[number] for number in group], share_prefix=shares),
+        evaluation=evaluation,
+    )
+
+
+def _as_laid_out(samples: Sequence[Sample], *, share_prefix: bool) -> PassTokens:
+    """A pass as the decoder lays it out, with a common beginning held once."""
+    batch = collate(samples)
+    layout = fill_up(lay_out(batch, share_prefix=share_prefix))
+    longest = max(segment.end - segment.start for segment in layout.segments)
+    return PassTokens(len(layout.token_ids), len(layout.targets), longest)
+
+
+def try_to_plan(make: Callable[[], RunPlan], say: Callable[[str], None]) -> RunPlan | None:
+    """The plan, or None where the model's shape is not known to planning, which keeps no run from training."""
+    try:
+        return make()
+    except UserError as error:
+        say(f"No plan of memory: {error}")
+        return None
+
+
+def keep_measured_speed(plan: RunPlan, metrics: Path, say: Callable[[str], None]) -> None:
+    """Keep a run's tokens a second for later plans, by its logged lines; a full disk keeps no run from its end."""
+    rate = measured_speed(metrics)
+    if rate is None:
+        return
+    report = plan.report
+    speed = Speed(report.machine.name, report.machine.dtype, report.chosen, plan.flops, rate)
+    try:
+        keep_speed(plan.cache, speed)
+    except OSError as error:
+        say(f"The speed of this run is not kept for later plans: {error.strerror}.")
+
+
+def measured_speed(metrics: Path) -> float | None:
+    """Tokens a second after the warm-up, from a run's metrics.jsonl; None where it was too short to tell."""
+    rows: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if "tokens" in row]
+    if len(steps) == 1 and steps[0]["step"] < LEAST_STEPS:
+        return None
+    steps = steps[1:] or steps
+    seconds = sum(row["seconds"] for row in steps)
+    return sum(row["tokens"] for row in steps) / seconds if seconds >= LEAST_SECONDS else None

@@ -1,0 +1,1 @@
+"""Runs: the folder of a run and the files in it."""

@@ -1,0 +1,291 @@
+"""A run's folder -> what its page shows. The only place that knows the files; each of them may be missing."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qingtune.errors import UserError
+from qingtune.files.json_files import (
+    INDEX_BYTES,
+    OBJECT,
+    TEXT,
+    check_fields,
+    list_of,
+    number,
+    open_plain,
+    parse_object,
+    read_object_if_there,
+    whole,
+)
+from qingtune.output.redaction import redact, redact_values
+from qingtune.runs.record import FACTS, METRICS, SAMPLES, SETTINGS, Record, read_record
+
+EVALUATION = "evaluation.json"
+PREDICTIONS = ("predictions_before.jsonl", "predictions_after.jsonl")
+MOST_SAMPLES = 12
+# What is drawn of each logged line, as training/events.py writes it; speed is tokens / seconds.
+LOGGED = ("loss", "learning_rate", "grad_norm", "tokens", "seconds", "peak_bytes")
+LARGEST_STEP = 2**63 - 1  # that a column of whole numbers holds
+_Read = TypeVar("_Read")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """metrics.jsonl as columns; numbers that are missing or not finite are NaN.
+
+    Attributes:
+        steps: of the logged lines, int [N].
+        values: by the names of LOGGED, float [N] each.
+        eval_steps: of the evaluations, int [M].
+        eval_losses: mean over the trained tokens, in nats, float [M].
+    """
+
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    values: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in LOGGED})
+    eval_steps: array[int] = field(default_factory=lambda: array("q"))
+    eval_losses: array[float] = field(default_factory=lambda: array("d"))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A prompt with the answers before and after training, and the one in the data; None where there is none."""
+
+    prompt: str
+    reference: str | None
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measure of answers.
+
+    Attributes:
+        before: None where there is no such model or value; likewise the others.
+        interval: the 95 % interval of the difference.
+        sure: whether that excludes zero.
+    """
+
+    name: str
+    before: float | None
+    after: float | None
+    difference: float | None
+    interval: tuple[float, float] | None
+    sure: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that the page shows, without secrets.
+
+    Attributes:
+        folder: of the run, as the user named it.
+        settings: train_config.json.
+        record: of a finished run; None while it is not.
+        facts: what the run knew when it started: data, machine, steps to do.
+        curves: what was measured.
+        answers: at most MOST_SAMPLES.
+        steps_of_answers: the steps before and after which they were given; None if the files do not say.
+        more_answers: how many there are besides.
+        metrics: of `qingtune evaluate`.
+        evaluated: how many rows it asked, and of which files; None where that is not said.
+    """
+
+    folder: str
+    settings: dict[str, Any]
+    record: Record | None
+    facts: dict[str, Any]
+    curves: Curves
+    answers: list[Answers]
+    steps_of_answers: tuple[int, int] | None
+    more_answers: int
+    metrics: list[Metric]
+    evaluated: tuple[int, list[str]] | None
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """Of the finished run; empty while it is not."""
+        return self.record.results if self.record else {}
+
+
+def read_run(folder: Path) -> Source:
+    """Read what a run has left so far.
+
+    Raises:
+        UserError: a file is broken.
+    """
+    answers, steps = _eval_samples(folder / SAMPLES)
+    if not answers:
+        answers = _predictions(folder)
+    record = read_record(folder)
+    return Source(
+        folder=redact(str(folder)),
+        settings=_settings(folder / SETTINGS),
+        record=Record(**redact_values(vars(record))) if record else None,
+        facts=_facts(folder / FACTS),
+        curves=read_curves(folder / METRICS),
+        answers=answers[:MOST_SAMPLES],
+        steps_of_answers=steps,
+        more_answers=max(0, len(answers) - MOST_SAMPLES),
+        metrics=_metrics(folder / EVALUATION),
+        evaluated=_evaluated(folder / EVALUATION),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object; empty if there is no such file."""
+    return redact_values(read_object_if_there(path, INDEX_BYTES, nan=True) or {})
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    settings = _json(path)
+    check_fields(settings, {"eval_data_path": list_of(TEXT)}, str(path))
+    return settings
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    facts = _json(path)
+    check_fields(facts, {"data": OBJECT, "machine": OBJECT, "versions": OBJECT, "total_steps": whole(0)}, str(path))
+    check_fields(facts.get("machine") or {}, {"memory_bytes": number(least=0)}, f"{path}: machine")
+    return facts
+
+
+def _lines(path: Path, read: Callable[[dict[str, Any]], _Read]) -> Iterator[_Read]:
+    """What `read` makes of each object in a file of JSON lines; a line that is still being written is left out."""
+    try:
+        opened = open_plain(path)
+    except FileNotFoundError:
+        return
+    with opened as file:  # as bytes, for such a line may end within a character
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                found = read(parse_object(line, f"{path}:{number}", nan=True))
+            except KeyError as error:
+                raise UserError(f"{error.args[0]} is missing in this line", where=f"{path}:{number}") from None
+            except (ValueError, TypeError, OverflowError) as error:
+                raise UserError(f"this line is broken ({error})", where=f"{path}:{number}") from None
+            yield found
+
+
+def read_curves(path: Path) -> Curves:
+    """What a run logged; nothing if there is no such file.
+
+    Raises:
+        UserError: it is broken.
+    """
+    curves = Curves()
+    for step, eval_loss, values in _lines(path, _measured):
+        if values is None:
+            curves.eval_steps.append(step)
+            curves.eval_losses.append(eval_loss)
+        else:
+            curves.steps.append(step)
+            for column, value in zip(curves.values.values(), values, strict=True):
+                column.append(value)
+    return curves
+
+
+def _measured(line: dict[str, Any]) -> tuple[int, float, list[float] | None]:
+    """The step of a line of metrics.jsonl with its evaluation's loss, or with None and its values, as in LOGGED."""
+    if "eval_loss" in line:
+        return _step(line), _number(line["eval_loss"]), None
+    return _step(line), math.nan, [_number(line.get(name)) for name in LOGGED]
+
+
+def _step(line: dict[str, Any]) -> int:
+    step = line["step"]
+    if not isinstance(step, int) or not 0 <= step <= LARGEST_STEP:
+        raise ValueError(f"step is {step!r}, where a whole number is wanted")
+    return step
+
+
+def _number(value: Any) -> float:
+    """NaN for null; a number that other tools wrote as text, such as "nan", is one too."""
+    return math.nan if value is None else float(value)
+
+
+def _eval_samples(path: Path) -> tuple[list[Answers], tuple[int, int] | None]:
+    """The answers of the first evaluation beside those of the last one."""
+    by_step: dict[int, dict[str, dict[str, Any]]] = {}
+    for step, line in _lines(path, _answered):
+        by_step.setdefault(step, {})[line["prompt"]] = line
+    if not by_step:
+        return [], None
+    first, last = min(by_step), max(by_step)
+    earlier = by_step[first] if first < last else {}
+    answers = [
+        Answers(row["prompt"], row.get("reference"), earlier.get(prompt, {}).get("answer"), row["answer"])
+        for prompt, row in by_step[last].items()
+    ]
+    return answers, (first, last)
+
+
+def _answered(line: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    for name in ("prompt", "answer"):
+        if not isinstance(line[name], str):
+            raise ValueError(f"{name} is no text")
+    return _step(line), redact_values(line)
+
+
+def _predictions(folder: Path) -> list[Answers]:
+    """The answers of `qingtune evaluate`: rows of the data, each with its answer, in the same order in both files."""
+    before, after = (list(_lines(folder / name, redact_values)) for name in PREDICTIONS)
+    answers: list[Answers] = []
+    for place in range(max(len(before), len(after))):
+        one, two = (rows[place] if place < len(rows) else {} for rows in (before, after))
+        if "answer" in one or "answer" in two:
+            prompt, reference = _asked(two or one)
+            answers.append(Answers(prompt, reference, one.get("answer"), two.get("answer")))
+    return answers
+
+
+def _asked(row: dict[str, Any]) -> tuple[str, str | None]:
+    """Prompt and answer of a row of data as text to read, whichever of the formats it has."""
+    turns = row.get("messages") or row.get("conversations")
+    if turns:
+        texts = [str(turn.get("content", turn.get("value", ""))) for turn in turns]
+        closed = turns[-1].get("role", turns[-1].get("from")) in ("assistant", "gpt")
+        return "\n\n".join(texts[:-1] if closed else texts), texts[-1] if closed else None
+    if "prompt" in row:
+        return _as_text(row["prompt"]) or "", _as_text(row.get("completion"))
+    parts = [str(row[name]) for name in ("system", "instruction", "input") if row.get(name)]
+    return "\n\n".join(parts), _as_text(row.get("output"))
+
+
+def _as_text(turns: Any) -> str | None:
+    if isinstance(turns, list):
+        return "\n\n".join(str(turn.get("content", "")) for turn in turns)
+    return None if turns is None else str(turns)
+
+
+def _metrics(path: Path) -> list[Metric]:
+    try:
+        return [_metric(name, about) for name, about in dict(_json(path).get("metrics", {})).items()]
+    except (AttributeError, TypeError, ValueError, LookupError) as error:
+        raise UserError(f"this is not as `qingtune evaluate` writes it ({error})", where=str(path)) from None
+
+
+def _metric(name: str, about: dict[str, Any]) -> Metric:
+    before, after, difference = (about[part] or {} for part in ("before", "after", "difference"))
+    ends = difference.get("interval")
+    interval = (float(ends[0]), float(ends[1])) if ends else None
+    sure = about["difference_excludes_zero"] is True
+    return Metric(name, _value(before), _value(after), _value(difference), interval, sure)
+
+
+def _value(estimate: dict[str, Any]) -> float | None:
+    value = estimate.get("value")
+    return None if value is None else float(value)
+
+
+def _evaluated(path: Path) -> tuple[int, list[str]] | None:
+    content = _json(path)
+    rows, data = content.get("rows"), content.get("data")
+    return (rows, list(data)) if isinstance(rows, int) and isinstance(data, dict) else None

@@ -1,0 +1,117 @@
+"""Pictures as PNG: the loss curve of a run, and the setups of a comparison.
+
+They are drawn into memory by Agg itself. pyplot, and with it MPLBACKEND, which names a notebook's or a missing
+library, is not asked.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qingtune.files.write import write_bytes
+from qingtune.runs.fonts import font_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def try_to_draw(draw: Callable[[], None], name: str, say: Callable[[str], None]) -> bool:
+    """Draw, and return whether that went well; a fault of a picture, whichever, is told and harms no run."""
+    try:
+        draw()
+    except Exception as error:
+        say(f"Warning: {name} was not drawn: {type(error).__name__}: {error}")
+        return False
+    return True
+
+
+def plot_losses(metrics: Path, picture: Path, title: str) -> None:
+    """Draw training and evaluation loss over the steps, from a metrics.jsonl; the title may be in any script."""
+    figure, axes = _figure(7, 4)
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    for key, label, marker in (("loss", "training", ""), ("eval_loss", "evaluation", "o")):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            few = len(points) < 3
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker or ("o" if few else ""), markersize=4)
+    lettering = font_for(title)
+    axes.set_title(lettering.text, family=lettering.families, fontsize="medium", parse_math=False)
+    axes.set(xlabel="step", ylabel="loss (nats per trained token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    _save(figure, picture)
+
+
+def plot_comparison(
+    points: Sequence[tuple[str, tuple[float, float, float], tuple[float, float, float]]],
+    labels: tuple[str, str],
+    picture: Path,
+) -> None:
+    """Draw setups as points with their spread.
+
+    Args:
+        points: name, then median, least and most of what lies across (from 0 on), and of what stands up.
+        labels: of the two axes.
+        picture: the file to write.
+    """
+    matplotlib = _matplotlib()
+    lettering = font_for("\n".join(name for name, _, _ in points))
+    names = lettering.text.split("\n")
+    with matplotlib.rc_context({"font.family": lettering.families, "axes.unicode_minus": False}):
+        figure, axes = _figure(8, 4.5)
+        for number, (name, (_, across, up)) in enumerate(zip(names, ((p[0], p[1], p[2]) for p in points), strict=True)):
+            axes.errorbar(
+                across[0], up[0], xerr=_errors(across), yerr=_errors(up), label=name, markersize=7, capsize=3,
+                fmt="osD^v<>pP*X"[number % 11], color=f"C{number % 10}",
+            )  # fmt: skip
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.margins(0.12)
+        axes.set_xlim(left=0)  # what hardly differs shall look so
+        axes.grid(alpha=0.3)
+        legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # patterns of modules hold dollar signs
+        _save(figure, picture, bbox_inches="tight")
+
+
+def _errors(spread: tuple[float, float, float]) -> list[list[float]]:
+    median, least, most = spread
+    return [[median - least], [most - median]]
+
+
+def _matplotlib() -> Any:
+    """The library; it refuses to be imported while MPLBACKEND names nothing that it knows."""
+    before = os.environ.get("MPLBACKEND")
+    if "matplotlib" not in sys.modules and before is not None:
+        del os.environ["MPLBACKEND"]
+    try:
+        import matplotlib
+    finally:
+        if before is not None:
+            os.environ["MPLBACKEND"] = before
+    return matplotlib
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty picture of so many inches."""
+    _matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120)
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Figure, picture: Path, **options: Any) -> None:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", **options)
+    write_bytes(picture, drawn.getvalue())

@@ -1,0 +1,222 @@
+"""Which code computes losses and gradients: our own kernels, or the model's modules where those do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from qingtune.adapters.lora import member, why_not_fast
+from qingtune.config.training import TrainConfig
+from qingtune.data.batch import Batch
+from qingtune.data.prepare import Say
+from qingtune.errors import UserError
+from qingtune.kernels.attention import use_end_to_end
+from qingtune.kernels.decoder import Decoder, why_not
+from qingtune.kernels.device import Hardware, free_bytes, has_int8_units
+from qingtune.kernels.footprint import (
+    BUFFERS_OF_FREE,
+    TOKENS_PER_PASS_ON_CPU,
+    layers_to_recompute,
+    optimizer_bytes,
+)
+from qingtune.kernels.loss import summed_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ALL = 2**31
+
+
+@dataclass
+class Engine:
+    """Losses and gradients of micro-batches.
+
+    Attributes:
+        loss: summed loss of a micro-batch, fp32 scalar without a graph.
+        add_gradients: micro-batch, scale -> summed loss; adds scale times its gradient to the parameters'.
+        most_tokens: to be given at a time; longer micro-batches are to be split between samples.
+        release: gives back what is held between passes, which will have no more than so many tokens from then on.
+        recompute_all: keeps nothing but inputs for the backward pass; False if that was so already.
+    """
+
+    loss: Callable[[Batch], torch.Tensor]
+    add_gradients: Callable[[Batch, torch.Tensor], torch.Tensor]
+    most_tokens: int
+    release: Callable[[int], None]
+    recompute_all: Callable[[], bool]
+
+    def shrink(self, batch: Batch) -> str:
+        """Make do with less after a pass ran out of memory: half of it at a time, then more computed again.
+
+        Args:
+            batch: the largest one tried.
+
+        Returns:
+            a line for the user.
+
+        Raises:
+            UserError: a single sample does not fit.
+        """
+        tokens, samples = len(batch.token_ids), len(batch.starts) - 1
+        self.release(tokens // 2 if samples > 1 else tokens)
+        if samples > 1:
+            self.most_tokens = tokens // 2
+            how = f"passes of at most {self.most_tokens:,} tokens from here on, and more of them a step"
+        elif self.recompute_all():
+            how = "all layers are computed again in the backward pass from here on"
+        else:
+            raise UserError(
+                f"out of memory with a single sample of {tokens:,} tokens",
+                where=batch.origins[0],
+                fix=f"Set max_seq_length to {tokens // 2:,} or less, or {LEANER}",
+            )
+        same = "Gradients are summed: but for what dropout draws, training is the same."
+        return f"Out of memory in a pass of {tokens:,} tokens: {how}. {same}"
+
+
+LEANER = "choose what takes less: LoRA or QLoRA, a smaller lora_r, optim adamw_8bit, a smaller model."
+
+
+def make_engine(
+    config: TrainConfig, model: PreTrainedModel, hardware: Hardware, longest: int, say: Say, *, evaluates: bool = False
+) -> Engine:
+    """The fastest engine that is right for the model.
+
+    Args:
+        longest: tokens of the longest sample.
+        evaluates: whether passes over evaluation data come between those of training.
+        say: is told the reason where it is not the fastest of all.
+    """
+    most_tokens = TOKENS_PER_PASS_ON_CPU if hardware.device.type == "cpu" else ALL
+    kind = hardware.device.type
+    reason = (
+        why_not(model)
+        or why_not_fast(model)
+        or (None if kind in ("cpu", "cuda") else f"ours have not been tried on {kind}")
+    )
+    if reason:
+        say(f"General kernels, slower and with more memory: {reason}.")
+        return _general_engine(config, model, hardware, most_tokens, say)
+    decoder = Decoder(
+        model,
+        hardware.dtype,
+        member,
+        dropout=0.0 if config.method == "full" else config.lora_dropout,
+        int8_units=has_int8_units(hardware.device),
+    )
+    tokens = max(longest, most_tokens if most_tokens < ALL else longest * config.per_device_train_batch_size)
+    evaluated = tokens if most_tokens < ALL else longest * config.per_device_eval_batch_size
+    decoder.recompute = _layers_to_recompute(
+        config, model, decoder, (tokens, longest), hardware.device, say, evaluated=evaluated if evaluates else 0
+    )
+    if hardware.device.type == "cpu":
+        tokens = _tokens_that_fit(config, model, decoder, longest, tokens, say)
+        most_tokens, decoder.most_tokens = min(most_tokens, tokens), tokens
+
+    def release(tokens: int) -> None:
+        decoder.workspace.clear()
+        decoder.most_tokens = min(decoder.most_tokens, tokens)
+
+    def recompute_all() -> bool:
+        before, decoder.recompute = decoder.recompute, len(decoder.mlp)
+        return before < decoder.recompute
+
+    return Engine(decoder.loss, decoder.add_gradients, most_tokens, release, recompute_all)
+
+
+def _tokens_that_fit(
+    config: TrainConfig, model: PreTrainedModel, decoder: Decoder, longest: int, tokens: int, say: Say
+) -> int:
+    """Tokens of a pass for which there is memory on a CPU, where asking too late means to be killed.
+
+    Raises:
+        UserError: the longest sample does not fit.
+    """
+    free = free_bytes(decoder.embedding.device, swap=True)
+    training = _training_bytes(config, model)
+    needed = decoder.pass_bytes(tokens, longest)
+    if free is None or needed <= free - training:
+        return tokens
+    fitting = int(tokens * max(0, free - training) / needed)
+    if fitting < longest:
+        raise UserError(
+            f"training needs more memory than the {free / 1e9:.2f} GB that are free: gradients and optimizer states "
+            f"{training / 1e9:.2f} GB, a pass of the longest sample ({longest:,} tokens) about "
+            f"{decoder.pass_bytes(longest, longest) / 1e9:.2f} GB",
+            fix=f"Set max_seq_length to {fitting:,} or less, or {LEANER}"
+            if fitting
+            else f"{LEANER[0].upper()}{LEANER[1:]}",
+        )
+    say(f"Memory: {free / 1e9:.2f} GB are free, so passes have at most {fitting:,} tokens instead of {tokens:,}.")
+    return fitting
+
+
+def _training_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
+    """Gradients and optimizer states, which are yet to be made."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    return gradients + optimizer_bytes(config.optim, sum(parameter.numel() for parameter in trained))
+
+
+def _layers_to_recompute(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    decoder: Decoder,
+    most: tuple[int, int],
+    device: torch.device,
+    say: Say,
+    *,
+    evaluated: int = 0,
+) -> int:
+    """All, none, or as many as the free memory demands beside gradients and optimizer states yet to be made.
+
+    Args:
+        most: tokens of a pass, and of the longest sample.
+        evaluated: tokens of a pass over evaluation data; 0 without.
+    """
+    layers, free = len(decoder.mlp), free_bytes(device)
+    room = None if free is None else BUFFERS_OF_FREE * (free - _training_bytes(config, model))
+
+    def held(recompute: int) -> int:
+        return decoder.pass_bytes(*most, recompute, evaluated)
+
+    recompute = layers_to_recompute(config.gradient_checkpointing, layers, held, room)
+    if free is None or not recompute or config.gradient_checkpointing is True:
+        return recompute
+    say(
+        f"Memory: {free / 1e9:.1f} GB are free; {recompute} of {layers} layers are recomputed in the backward pass, "
+        f"as keeping all of a pass of {most[0]:,} tokens would take {held(0) / 1e9:.1f} GB."
+    )
+    return recompute
+
+
+def _general_engine(
+    config: TrainConfig, model: PreTrainedModel, hardware: Hardware, most_tokens: int, say: Say
+) -> Engine:
+    """The model's own modules and autograd; fp32 weights that are trained in full multiply in the hardware's dtype."""
+    reason = use_end_to_end(model)
+    if reason:
+        say(f"Samples go through the model one by one: {reason}.")
+    if config.gradient_checkpointing is True:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    mixed = (config.method == "full" or bool(config.modules_to_save)) and hardware.dtype != torch.float32
+
+    def loss(batch: Batch) -> torch.Tensor:
+        with torch.autocast(hardware.device.type, hardware.dtype, enabled=mixed):
+            return summed_loss(model, batch, end_to_end=reason is None)
+
+    def add_gradients(batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+        total = loss(batch)
+        (total * scale).backward()
+        return total.detach()
+
+    def recompute_all() -> bool:
+        if model.is_gradient_checkpointing or not model.supports_gradient_checkpointing:
+            return False
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        return True
+
+    return Engine(torch.no_grad()(loss), add_gradients, most_tokens, lambda _: None, recompute_all)

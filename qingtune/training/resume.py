@@ -1,0 +1,181 @@
+"""What an earlier run in output_dir means for this one: finished, to be gone on with, or in the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qingtune.config.training import TrainConfig
+from qingtune.data.prepare import Say
+from qingtune.errors import UserError, shorten
+from qingtune.files.digests import why_not_whole
+from qingtune.runs.record import differences, read_record, versions
+from qingtune.training.checkpoint import Checkpoint, State, checkpoints, load_checkpoint, read_state, to_go_on_from
+from qingtune.training.finished import ANEW
+from qingtune.training.loop import Progress
+from qingtune.training.optim import make_schedule, warmup_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CHOOSE = ("auto", "last")
+LENGTH = ("max_steps", "num_train_epochs")  # settings by which a finished run may be extended
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The finished run that output_dir holds.
+
+    Attributes:
+        steps: that it made.
+        extended: how it was extended before, from its record.
+        eval_loss_before: training, as it measured it.
+        same_so_far: whether a run of the length asked for now would have had the same learning rates in these steps.
+    """
+
+    steps: int
+    extended: Sequence[Mapping[str, Any]]
+    eval_loss_before: float | None
+    same_so_far: bool
+
+    def results(self) -> dict[str, Any]:
+        """What the record of the longer run says of the shorter one."""
+        now = {"after_steps": self.steps, "as_if_never_stopped": self.same_so_far}
+        return {"extended": [*self.extended, now], "eval_loss_before": self.eval_loss_before}
+
+
+def finished_run(config: TrainConfig, settings: dict[str, Any], total_steps: int) -> Finished | None:
+    """The finished run in output_dir, of these settings or of a smaller number of steps; None if there is none.
+
+    Args:
+        settings: what decides the run's result, from record.settings_to_compare.
+        total_steps: that the settings ask for.
+
+    Raises:
+        UserError: it holds another run's result, which must not be replaced unasked.
+    """
+    output_dir = Path(config.output_dir)
+    record = None if config.overwrite_output_dir or not output_dir.is_dir() else read_record(output_dir)
+    if record is None:
+        return None
+    if config.resume_from_checkpoint is False:
+        raise UserError("output_dir holds a finished run", where=str(output_dir), fix=ANEW)
+    steps = int(record.results.get("steps") or 0)
+    _same_settings(output_dir, record.settings, settings, may_differ=LENGTH if 0 < steps <= total_steps else ())
+    return Finished(
+        steps,
+        record.results.get("extended") or [],
+        record.results.get("eval_loss_before"),
+        _same_rates(config, steps, total_steps),
+    )
+
+
+def _same_rates(config: TrainConfig, steps: int, total_steps: int) -> bool:
+    """Whether the learning rates of the first steps are the same in a run of these and of all steps."""
+    assert config.learning_rate is not None
+    shorter, longer = (
+        make_schedule(config.lr_scheduler_type, config.learning_rate, warmup_steps(config, total), total)
+        for total in (steps, total_steps)
+    )
+    return all(shorter(step) == longer(step) for step in range(steps))
+
+
+def say_extension(config: TrainConfig, finished: Finished, total_steps: int, say: Say) -> None:
+    """Tell that a finished run goes on to more steps, and what that means."""
+    say(f"The run in {config.output_dir} is finished after {finished.steps:,} steps; it goes on to {total_steps:,}.")
+    if not finished.same_so_far:
+        say(
+            f"Warning: its learning rate ({config.lr_scheduler_type}) was planned for {finished.steps:,} steps. From "
+            f"here on it is that of a run of {total_steps:,} steps, so the result is not that of one run of this "
+            "length; the record says so. lr_scheduler_type constant does not depend on the length."
+        )
+
+
+def check_checkpoint_exists(config: TrainConfig) -> None:
+    """Look for the checkpoint that the user names before anything is loaded.
+
+    Raises:
+        UserError: it is not there.
+    """
+    wish = config.resume_from_checkpoint
+    if isinstance(wish, str) and wish not in _CHOOSE and not os.path.isdir(wish):
+        raise UserError(
+            "there is no such checkpoint (resume_from_checkpoint)", where=shorten(wish), fix="Name a folder, or auto."
+        )
+
+
+def where_to_go_on(
+    config: TrainConfig, settings: dict[str, Any], say: Say, finished: Finished | None = None
+) -> Path | None:
+    """The checkpoint to go on from; None to start anew.
+
+    Args:
+        settings: what decides the run's result, from record.settings_to_compare.
+        finished: the run that is extended by more steps.
+
+    Raises:
+        UserError: the checkpoint is none, or of a run with other settings, or must not be passed over unasked.
+    """
+    wish = config.resume_from_checkpoint
+    if isinstance(wish, str) and wish not in _CHOOSE:
+        folder = Path(wish)
+        state = read_state(folder)
+    else:
+        found = [] if config.overwrite_output_dir else to_go_on_from(Path(config.output_dir))
+        if not found and finished:
+            raise UserError(
+                f"the run is finished after {finished.steps:,} steps, and without a checkpoint it cannot go on to more",
+                where=config.output_dir,
+                fix=f"{ANEW} save_strategy steps or epoch keeps a checkpoint of the last step.",
+            )
+        if not found:
+            return None
+        if wish is False:
+            raise UserError("output_dir holds a run that can go on", where=config.output_dir, fix=ANEW)
+        folder, state = _first_whole(found, say)
+    _same_settings(folder, state.settings, settings, may_differ=LENGTH if finished else ())
+    say(f"Going on from {folder}.")
+    if changed := differences(state.versions, versions()):
+        say(f"Warning: numbers may differ a little from here on: {'; '.join(changed)}.")
+    return folder
+
+
+def _first_whole(found: Sequence[Checkpoint], say: Say) -> tuple[Path, State]:
+    """The first checkpoint that is as it was written; those that are not are told and passed over."""
+    for checkpoint in found:
+        try:
+            return checkpoint.folder, read_state(checkpoint.folder)
+        except UserError as error:
+            say(f"Warning: passed over. {error.where}: {error.what}.")
+    raise UserError(
+        f"none of the {len(found)} checkpoints is whole, so the run cannot go on",
+        where=str(found[0].folder.parent),
+        fix=ANEW,
+    )
+
+
+def _same_settings(place: Path, before: dict[str, Any], now: dict[str, Any], may_differ: Collection[str] = ()) -> None:
+    # A setting that the version of then did not have was at its default.
+    newer = {name: field.default for name, field in TrainConfig.model_fields.items() if name in now}
+    passed_over = {name: now[name] for name in may_differ}
+    if changed := differences({**newer, **before, **passed_over}, now):
+        listing = "".join(f"\n  {line}" for line in changed)
+        raise UserError(f"this run was started with other settings:{listing}\n{ANEW}", where=str(place))
+
+
+def load_best(output_dir: Path, model: PreTrainedModel, progress: Progress, say: Say) -> None:
+    """Give the model the weights of its best evaluation; the loop saved them when they came."""
+    if progress.best_step in (None, progress.step):
+        return
+    best = next((checkpoint for checkpoint in checkpoints(output_dir) if checkpoint.step == progress.best_step), None)
+    if best is None:  # the run began without load_best_model_at_end
+        say(f"Step {progress.best_step} evaluated best but was not saved then; the result is the last step.")
+        return
+    if reason := why_not_whole(best.folder):
+        say(f"Warning: {best.folder}, the best evaluation, is broken ({reason}); the result is the last step.")
+        return
+    load_checkpoint(best.folder, {name: p for name, p in model.named_parameters() if p.requires_grad}, None)
+    say(f"The result is step {progress.best_step}, the best evaluation ({progress.best_loss:.4f}).")

@@ -1,0 +1,190 @@
+"""Reading settings from a file and flags: what is accepted, and what is told about it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qingtune.config.load import Loaded, load_train_config
+from qingtune.config.training import ALIASES, NO_EFFECT, TrainConfig
+from qingtune.errors import UserError
+
+DATA = {"data_path": "train.jsonl"}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "config.json"
+
+
+def load(file: Path, content: dict[str, Any], **flags: str) -> Loaded:
+    """Load a file of this content."""
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return load_train_config(str(file), flags)
+
+
+def silence(**values: Any) -> dict[str, Any]:
+    """Settings that leave nothing to tell."""
+    return {**DATA, "learning_rate": 1e-4, **values}
+
+
+# --- Files and flags -------------------------------------------------------------------------------------------------
+
+
+def test_flags_override_the_file(file: Path) -> None:
+    config = load(file, {**DATA, "lora_r": 8, "seed": 1}, lora_r="32", use_lora="true").config
+    assert (config.lora_r, config.seed, config.use_lora) == (32, 1, True)
+
+
+def test_guides_flags_give_what_the_same_file_gives(file: Path) -> None:
+    flags = {
+        "use_lora": "true",
+        "lora_r": "64",
+        "lora_alpha": "16",
+        "data_path": "data/store_xhs_sft_samples.jsonl",
+        "output_dir": "./output_lora",
+        "learning_rate": "1e-4",
+    }
+    same = {**flags, "use_lora": True, "lora_r": 64, "lora_alpha": 16, "learning_rate": 1e-4}
+    assert load_train_config(None, flags) == load(file, same)
+
+
+def test_comments_and_schema_are_passed_over(file: Path) -> None:
+    loaded = load(file, silence(_how="so", _lora_r="not a number", **{"$schema": "../docs/train_config.schema.json"}))
+    assert loaded == load(file, silence())
+
+
+def test_byte_order_mark_does_not_matter(file: Path) -> None:
+    plain = load(file, silence())
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_train_config(str(file), {}) == plain
+
+
+def test_chinese_values_are_read_as_they_are(file: Path) -> None:
+    config = load(file, {**DATA, "system_prompt": "你是店主。", "output_dir": "输出"}).config
+    assert (config.system_prompt, config.output_dir) == ("你是店主。", "输出")
+
+
+def test_typical_training_arguments_load(file: Path) -> None:
+    content = {
+        "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
+        "data_path": ["a.jsonl", "b.csv"],
+        "eval_data_path": "c.jsonl",
+        "output_dir": "./out",
+        "overwrite_output_dir": True,
+        "do_train": True,
+        "do_eval": False,
+        "evaluation_strategy": "steps",
+        "eval_steps": 50,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 8,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "num_train_epochs": 3,
+        "max_steps": -1,
+        "learning_rate": 2e-5,
+        "weight_decay": 0.01,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.03,
+        "optim": "adamw_torch",
+        "logging_dir": "./logs",
+        "logging_strategy": "steps",
+        "logging_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 50,
+        "save_total_limit": 2,
+        "save_safetensors": True,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "bf16": True,
+        "fp16": False,
+        "tf32": True,
+        "dataloader_num_workers": 4,
+        "dataloader_pin_memory": True,
+        "remove_unused_columns": False,
+        "group_by_length": True,
+        "ddp_find_unused_parameters": False,
+        "deepspeed": "ds_zero2.json",
+        "disable_tqdm": False,
+        "run_name": "first",
+        "report_to": ["tensorboard"],
+        "seed": 42,
+    }
+    loaded = load(file, content)
+    assert (loaded.config.eval_strategy, loaded.config.data_path) == ("steps", ["a.jsonl", "b.csv"])
+    told = {notice.split()[0] for notice in loaded.notices}
+    assert {"group_by_length", "deepspeed", "dataloader_num_workers"} <= told
+    assert told.isdisjoint({"do_eval", "disable_tqdm", "ddp_find_unused_parameters"})
+
+
+# --- Older names, and names without effect ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("older", "newer"), ALIASES.items())
+def test_older_names_are_understood(file: Path, older: str, newer: str) -> None:
+    value: Any = {"eval_strategy": "no", "gradient_checkpointing": True}.get(newer, 3)
+    assert load(file, silence(**{older: value})) == load(file, silence(**{newer: value}))
+    assert load(file, silence(), **{older: str(value).lower()}).config == load(file, silence(**{newer: value})).config
+
+
+@pytest.mark.parametrize("kind", ["evaluation_strategy", "eval_strategy"])
+def test_a_flag_overrides_the_file_under_either_name(file: Path, kind: str) -> None:
+    other = "eval_strategy" if kind == "evaluation_strategy" else "evaluation_strategy"
+    assert load(file, silence(val_size=5, **{kind: "no"}), **{other: "steps"}).config.eval_strategy == "steps"
+
+
+ASKED: dict[str, Any] = {"dataloader_num_workers": 2, "deepspeed": "ds.json"}
+
+
+@pytest.mark.parametrize("name", sorted(set(NO_EFFECT) - {"remove_unused_columns"}))
+def test_name_without_effect_is_told_in_one_line_if_it_asks_for_something(file: Path, name: str) -> None:
+    loaded = load(file, silence(**{name: ASKED.get(name, True)}))
+    assert loaded.notices == (f"{name} has no effect here: {NO_EFFECT[name]}.",)
+    unchanged = load(file, silence()).config.model_dump(exclude=set(ASKED))
+    assert loaded.config.model_dump(exclude=set(ASKED)) == unchanged
+
+
+@pytest.mark.parametrize("value", [None, False, 0, "", [], {}], ids=repr)
+def test_name_without_effect_is_silent_if_inert(file: Path, value: object) -> None:
+    # Those that are settings too have their values checked; the others take anything.
+    names = sorted(set(NO_EFFECT) - set(TrainConfig.model_fields))
+    assert load(file, silence(**dict.fromkeys(names, value))).notices == ()
+
+
+@pytest.mark.parametrize("typed", ["false", "0", ""])
+def test_flag_without_effect_is_silent_if_inert(file: Path, typed: str) -> None:
+    assert load(file, silence(), group_by_length=typed).notices == ()
+
+
+def test_default_values_of_names_without_effect_are_silent(file: Path) -> None:
+    inert = silence(dataloader_num_workers=0, deepspeed=None, remove_unused_columns=True)
+    assert load(file, inert).notices == ()
+    assert load(file, silence(), remove_unused_columns="true", dataloader_num_workers="0").notices == ()
+
+
+# --- resume_from_checkpoint: a switch and a path in one ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("typed", "value"), [("false", False), ("true", True), ("auto", "auto"), ("out/c", "out/c")])
+def test_resume_flag_is_read_as_the_help_says(typed: str, value: object) -> None:
+    assert load_train_config(None, DATA | {"resume_from_checkpoint": typed}).config.resume_from_checkpoint == value
+
+
+def test_resume_null_means_the_default_as_everywhere(file: Path) -> None:
+    assert load(file, silence(resume_from_checkpoint=None)) == load(file, silence())
+
+
+# --- names that would change a result --------------------------------------------------------------------------------
+
+
+def test_unsupported_names_pass_only_where_they_ask_for_nothing(file: Path) -> None:
+    assert load(file, silence(push_to_hub=False, hub_model_id=None, label_smoothing_factor=0.0)).notices == ()
+    with pytest.raises(UserError, match='"label_smoothing_factor" is not a setting'):
+        load(file, silence(label_smoothing_factor=0.1))

@@ -1,0 +1,224 @@
+"""Which kernels a model gets, with the reason told; how many layers are computed again for want of memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+
+from qingtune.adapters.lora import add_lora, member
+from qingtune.adapters.variants import Variant
+from qingtune.config.training import TrainConfig
+from qingtune.data.batch import collate
+from qingtune.data.tokenize import Sample
+from qingtune.errors import UserError
+from qingtune.kernels.attention import NAME, use_end_to_end
+from qingtune.kernels.decoder import Decoder, why_not
+from qingtune.kernels.device import Hardware
+from qingtune.training import engine
+from qingtune.training.engine import make_engine
+
+CPU = Hardware(torch.device("cpu"), torch.float32, "for tests")
+LAYERS, TOKENS = 4, 100
+
+
+def config_of(**settings: Any) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {"model_name_or_path": "model", "data_path": "data.jsonl", "output_dir": "output", **settings}
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("gpt2", {}, '"gpt2" is not one of the architectures with kernels of their own'),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            "this model has layers of other kinds than full attention (full_attention, sliding_attention)",
+        ),
+        ("llama", {"hidden_act": "gelu"}, "the activation is gelu, not silu"),
+        ("qwen3", {"attention_dropout": 0.1}, "the model drops attention weights"),
+    ],
+)
+def test_each_reason_for_general_kernels_is_told(kind: str, changes: dict[str, Any], reason: str) -> None:
+    model, told = make_model(kind, **changes), list[str]()
+    assert why_not(model) == reason
+    made = make_engine(config_of(), model, CPU, TOKENS, told.append)
+    assert told[0] == f"General kernels, slower and with more memory: {reason}."
+    assert not isinstance(getattr(made.add_gradients, "__self__", None), Decoder)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_dora_with_dropout_is_a_reason(dropout: float) -> None:
+    model, told = make_model("qwen2"), list[str]()
+    add_lora(model, None, 2, 4.0, dropout, variant=Variant(use_dora=True))
+    config = config_of(use_lora=True, use_dora=True, lora_dropout=dropout, gradient_checkpointing=False)
+    made = make_engine(config, model, CPU, TOKENS, told.append)
+    assert isinstance(getattr(made.add_gradients, "__self__", None), Decoder) is not bool(dropout)
+    assert any("General kernels, slower and with more memory: DoRA with lora_dropout" in line for line in told) is bool(
+        dropout
+    )
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "dynamic": {"factor": 2.0},
+    "linear": {"factor": 2.0},
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 128},
+    "llama3": {
+        "factor": 2.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_rotary_table_that_depends_on_the_longest_sample_is_a_reason(kind: str, rope: str) -> None:
+    model = make_model(kind, rope_parameters={"rope_type": rope, "rope_theta": 10_000.0, **ROPES[rope]})
+    reason = 'its rotary embedding ("dynamic") changes with the longest sample' if rope == "dynamic" else None
+    assert why_not(model) == reason
+    assert use_end_to_end(model) == reason
+    assert (model.config._attn_implementation == NAME) == (reason is None)
+
+
+def test_a_head_with_a_bias_is_a_reason() -> None:
+    model = make_model("llama")
+    model.set_output_embeddings(torch.nn.Linear(32, 320))
+    assert why_not(model) == "the head has a bias"
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_decoders_are_made_in_silence(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: 10**12)
+    told: list[str] = []
+    settings = {"use_lora": True, "lora_dropout": 0.25}
+    made = make_engine(config_of(**settings), make_model(kind), CPU, TOKENS, told.append)
+    decoder = getattr(made.add_gradients, "__self__", None)
+    assert isinstance(decoder, Decoder)
+    assert decoder.dropout == 0.25
+    assert decoder.recompute == 0
+    assert decoder.dtype == CPU.dtype
+    assert told == []
+
+
+def test_other_devices_than_cpu_and_cuda_take_the_general_kernels() -> None:
+    told: list[str] = []
+    apple = Hardware(torch.device("mps"), torch.float32, "")
+    made = make_engine(config_of(), make_model("qwen2"), apple, TOKENS, told.append)
+    assert not isinstance(getattr(made.add_gradients, "__self__", None), Decoder)
+    assert told[0] == "General kernels, slower and with more memory: ours have not been tried on mps."
+
+
+def test_dropout_of_adapters_is_not_full_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: None)
+    made = make_engine(config_of(lora_dropout=0.25), make_model("qwen2"), CPU, TOKENS, print)
+    assert getattr(made.add_gradients, "__self__").dropout == 0.0  # noqa: B009
+
+
+def recomputed(
+    monkeypatch: pytest.MonkeyPatch, free: int | None, choice: bool | str, *, trained: bool = False
+) -> tuple[int, str]:
+    """The number of layers computed again, and what was told, with so much memory free."""
+    model = make_model("qwen2", num_hidden_layers=LAYERS).requires_grad_(trained)
+    decoder, told = Decoder(model, torch.float32, member), list[str]()
+    monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: free)
+    config = config_of(gradient_checkpointing=choice)
+    count = engine._layers_to_recompute(config, model, decoder, (TOKENS, TOKENS), CPU.device, told.append)
+    return count, "\n".join(told)
+
+
+def free_for(recompute: int) -> int:
+    """Free memory of which the share for buffers holds a pass that recomputes so many layers, and no more."""
+    decoder = Decoder(make_model("qwen2", num_hidden_layers=LAYERS).requires_grad_(False), torch.float32, member)
+    return int(decoder.pass_bytes(TOKENS, TOKENS, recompute) / engine.BUFFERS_OF_FREE) + 1
+
+
+def test_the_bytes_of_a_pass_are_those_of_its_buffers() -> None:
+    decoder = Decoder(make_model("qwen2", num_hidden_layers=LAYERS), torch.float32, member)
+    sample = Sample(np.arange(3, 107, dtype=np.int32), np.ones(104, dtype=np.bool_), "row")
+    for decoder.recompute in (0, 2, LAYERS):
+        decoder.workspace.clear()
+        decoder.add_gradients(collate([sample]), torch.tensor(1.0))
+        assert decoder.workspace.held_bytes() == pytest.approx(decoder.pass_bytes(104, 104), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "less", "count"),
+    [(0, -(10**9), 0), (0, 0, 0), (0, 9, 2), (2, 0, 2), (2, 9, 3), (3, 0, 3), (3, 9, 4), (4, 0, 4), (4, 9, 4)],
+)
+def test_auto_recomputes_as_many_layers_as_memory_demands(
+    recompute: int, less: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, told = recomputed(monkeypatch, free_for(recompute) - less, "auto")
+    assert found == count
+    assert bool(told) is bool(count)
+    if count:
+        assert f"{count} of {LAYERS} layers are recomputed in the backward pass" in told
+        assert f"a pass of {TOKENS} tokens" in told
+
+
+def test_auto_leaves_room_for_gradients_and_optimizer_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = 4 * sum(p.numel() for p in make_model("qwen2", num_hidden_layers=LAYERS).parameters())
+    room = free_for(0) + weights  # training weights takes a few more buffers
+    assert recomputed(monkeypatch, room, "auto")[0] == 0
+    assert recomputed(monkeypatch, room, "auto", trained=True)[0] == LAYERS
+    assert recomputed(monkeypatch, room + 3 * weights, "auto", trained=True)[0] == 0
+
+
+@pytest.mark.parametrize("free", [0, 10**12, None])
+def test_true_is_all_layers_and_false_is_none_whatever_is_free(
+    free: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recomputed(monkeypatch, free, True) == (LAYERS, "")
+    assert recomputed(monkeypatch, free, False) == (0, "")
+
+
+def test_auto_computes_nothing_again_where_memory_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert recomputed(monkeypatch, None, "auto") == (0, "")
+    assert recomputed(monkeypatch, 0, "auto")[0] == LAYERS
+
+
+@pytest.mark.parametrize("checkpointing", [False, "auto"])
+def test_passes_are_made_as_small_as_the_memory_demands(
+    checkpointing: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, told = make_model("qwen2"), list[str]()
+    config = config_of(gradient_checkpointing=checkpointing, optim="sgd")
+    gradients = sum(parameter.numel() * 4 for parameter in model.parameters())
+    decoder = Decoder(model, torch.float32, member)
+    decoder.recompute = 0 if checkpointing is False else len(decoder.mlp)
+    needed = decoder.pass_bytes(engine.TOKENS_PER_PASS_ON_CPU, TOKENS)
+    monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: gradients + needed // 2)
+    made = make_engine(config, model, CPU, TOKENS, told.append)
+    assert made.most_tokens == engine.TOKENS_PER_PASS_ON_CPU // 2
+    assert f"so passes have at most {made.most_tokens:,} tokens instead of 768" in told[-1]
+    monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: gradients + needed // 10)
+    with pytest.raises(
+        UserError, match=r"a pass of the longest sample \(100 tokens\) about .* Set max_seq_length to 76 or"
+    ):
+        make_engine(config, model, CPU, TOKENS, told.append)
+    monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: gradients // 2)
+    with pytest.raises(UserError, match=r"training needs more memory .* Choose what takes less: LoRA"):
+        make_engine(config, model, CPU, TOKENS, told.append)
+
+
+def test_after_a_pass_that_did_not_fit_smaller_ones_are_planned_and_memory_is_given_back() -> None:
+    made = make_engine(config_of(gradient_checkpointing=False), make_model("qwen2"), CPU, TOKENS, print)
+    decoder: Any = made.loss.__self__  # pyright: ignore[reportFunctionMemberAccess]
+    samples = [Sample(np.arange(3, 60, dtype=np.int32), np.ones(57, dtype=np.bool_), f"row:{n}") for n in range(4)]
+    made.loss(collate(samples))
+    assert decoder.workspace.held_bytes() > 0
+    assert "passes of at most 114 tokens" in made.shrink(collate(samples))
+    assert (made.most_tokens, decoder.most_tokens, decoder.workspace.held_bytes()) == (114, 114, 0)
+    assert "all layers are computed again" in made.shrink(collate(samples[:1]))
+    assert decoder.recompute == len(decoder.mlp)
+    with pytest.raises(
+        UserError, match=r"row:0: out of memory with a single sample of 57 tokens\. Set max_seq_length to 28"
+    ):
+        made.shrink(collate(samples[:1]))

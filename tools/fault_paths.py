@@ -1,9 +1,0 @@
-"""Where the package and the helpers of its tests are; importing this makes both importable."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("", "invariant", "unit"))]
