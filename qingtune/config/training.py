@@ -1,6 +1,6 @@
-"""THE schema: every setting's name, default, help and check, once. Files, flags, docs and JSON Schema come from it.
+"""The schema: each setting's name, default, help text and check. Files, flags, docs and the JSON Schema come from it.
 
-This file holds those of training; command_config.py those of the other commands.
+This file holds the settings of training; commands.py holds those of the other commands.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ Method = Literal["full", "lora", "qlora"]
 
 
 class Settings(BaseModel):
-    """What all commands share: unknown names are refused, and a value cannot change once it is checked."""
+    """Base class of all settings: unknown names are errors, and checked values cannot change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_none(cls, values: Any) -> Any:
-        """Let the text null, as flags and grids give it, be None for every setting that may be None."""
+        """Read the text "null" from flags and grids as None, for settings that may be None."""
         if not isinstance(values, dict):
-            return values  # which the model refuses with a reason
+            return values  # the model refuses it with a reason
         given = cast("dict[str, Any]", values)
         nulls = {
             name: None
@@ -51,25 +51,25 @@ class Settings(BaseModel):
 def setting(
     default: Any, group: str, description: str, *, flag: str = "", words: str | None = None, **checks: Any
 ) -> Any:
-    """A field with its help text and the heading under which --help and the docs list it.
+    """A field with its help text and its heading in --help and the docs.
 
     Args:
-        flag: another name by which the command line knows it.
-        words: the form of a word in help, where the flag takes several words, up to the next flag.
+        flag: a second name of the flag.
+        words: how help shows one word of a flag that takes several words, up to the next flag.
     """
     extra: dict[str, Any] = {"group": group}
     extra |= {name: given for name, given in (("flag", flag), ("words", words)) if given}
     return Field(default, description=description, json_schema_extra=extra, **checks)
 
 
-# Of every command that reads rows.
+# Shared by every command that reads rows.
 IGNORE_FIELDS = (
-    "Fields of rows and turns to leave unread, comma-separated, where a row is otherwise refused because the field "
-    "would change what it teaches (such as label, tools, weight)."
+    "Fields of rows and turns to ignore, comma-separated. Without this, a field that would change what a row teaches "
+    "(such as label, tools, weight) is an error."
 )
-MAX_ROW_MB = "The largest row, in MB of the file; larger ones are faults."
-MAX_ROW_TURNS = "The most turns of a row; rows of more are faults."
-MAX_DATA_GB = "Memory that the rows may take, in GB (default: half of what is free)."
+MAX_ROW_MB = "Largest row, in MB; a larger row is an error."
+MAX_ROW_TURNS = "Most turns in a row; a row with more is an error."
+MAX_DATA_GB = "Memory limit for the rows, in GB (default: half of the free memory)."
 
 
 class TrainConfig(Settings):
@@ -81,112 +81,115 @@ class TrainConfig(Settings):
         DEFAULT_MODEL, "Model", "A model folder, a .gguf file, or a name on a model hub.", min_length=1
     )
     cache_dir: str | None = setting(
-        None, "Model", "Where downloaded and converted models are kept (default: ~/.cache/qingtune)."
+        None, "Model", "Cache of downloaded and converted models (default: ~/.cache/qingtune)."
     )
     hub: Literal["auto", "hf", "modelscope"] = setting(
-        "auto", "Model", "Where names are looked up: hf, modelscope, or auto (hf, then modelscope)."
+        "auto", "Model", "Hub to look names up on: hf, modelscope, or auto (hf, then modelscope)."
     )
 
     use_lora: bool = setting(False, "Method", "Train low-rank adapters on frozen weights (LoRA).")
     use_qlora: bool = setting(False, "Method", "LoRA on quantised weights (QLoRA); see quantization_bit.")
     quantization_bit: Annotated[Literal[4, 8], BeforeValidator(whole_number)] = setting(
-        4, "Method", "Bits a weight in QLoRA: 4 (NF4, double quantisation) or 8 (int8, a scale a row)."
+        4, "Method", "QLoRA bits per weight: 4 (NF4, double quantisation) or 8 (int8, one scale per row)."
     )
     lora_r: Integer = setting(16, "Method", "Rank of the adapters.", ge=1, le=65536)
     lora_alpha: Number | None = setting(
-        None, "Method", "Adapters are scaled by lora_alpha / lora_r (default: twice lora_r).", gt=0, le=65536
+        None, "Method", "The adapter scale is lora_alpha / lora_r (default: twice lora_r).", gt=0, le=65536
     )
-    lora_dropout: Number = setting(0.0, "Method", "Dropout on the adapters' input.", ge=0, lt=1)
+    lora_dropout: Number = setting(0.0, "Method", "Dropout on the input of the adapters.", ge=0, lt=1)
     lora_target_modules: CommaList = setting(
         None,
         "Method",
-        'Layers to adapt: a comma list of names; "all" or null finds every linear layer but the head.',
+        'Layers to adapt: comma-separated names. "all" or null: every linear layer except the output head.',
     )
 
     use_dora: bool = setting(
-        False, "Adapters", "DoRA: the size of each output of a layer is trained apart from its direction. Slower."
+        False, "Adapters", "DoRA: train the magnitude of each weight row separately from its direction. Slower."
     )
     use_rslora: bool = setting(
-        False, "Adapters", "rsLoRA: adapters are scaled by lora_alpha / sqrt(lora_r), for high ranks."
+        False, "Adapters", "rsLoRA: scale adapters by lora_alpha / sqrt(lora_r); for high ranks."
     )
     init_lora_weights: Start = setting(
         "default",
         "Adapters",
-        "How adapters start: default and gaussian at zero; pissa (from the largest singular values; pissa_niter_16: "
-        "nearly these, faster) and olora (from a QR decomposition) as a part of the weights.",
+        "Initial adapter weights. default and gaussian start with no change to the base. pissa starts from the largest "
+        "singular values (pissa_niter_16: approximately, and faster), olora from a QR decomposition.",
     )
     loraplus_lr_ratio: Number | None = setting(
         None,
         "Adapters",
-        "LoRA+: B matrices (and vectors, as in PEFT) learn at so many times the learning rate; the paper uses 16.",
+        "LoRA+: multiply the learning rate of the B matrices (and of vectors, as in PEFT) by this; the paper uses 16.",
         ge=1,
     )
     rank_pattern: RankPattern = setting(
-        None, "Adapters", "Ranks of single layers: a JSON object, or q_proj=8,layers.0.mlp.up_proj=32."
+        None, "Adapters", "Rank per layer: a JSON object, or q_proj=8,layers.0.mlp.up_proj=32."
     )
-    alpha_pattern: AlphaPattern = setting(None, "Adapters", "lora_alpha of single layers, in the same form.")
+    alpha_pattern: AlphaPattern = setting(None, "Adapters", "lora_alpha per layer, in the same form.")
     layers_to_transform: Numbers = setting(
-        None, "Adapters", "Numbers of the decoder layers to adapt, such as 0-3,7 (default: all)."
+        None, "Adapters", "Decoder layers to adapt, by number, such as 0-3,7 (default: all)."
     )
     modules_to_save: CommaList = setting(
         None,
         "Adapters",
-        "Modules trained and saved in full beside the adapters, such as lm_head,embed_tokens,norm; in fp32.",
+        "Modules to train and save in full (fp32) together with the adapters, such as lm_head,embed_tokens,norm.",
     )
 
     data_path: CommaList = setting(
         None, "Data", "Training data: one file or several, comma-separated (.jsonl .json .csv .parquet, also .gz)."
     )
-    eval_data_path: CommaList = setting(None, "Data", "Evaluation data, in the same forms.")
+    eval_data_path: CommaList = setting(None, "Data", "Evaluation data, in the same formats.")
     val_size: Number = setting(
-        0.0, "Data", "Without eval_data_path: the share (below 1) or number of rows held out for evaluation.", ge=0
+        0.0,
+        "Data",
+        "Rows to hold out for evaluation if eval_data_path is not set: a share (below 1) or a number.",
+        ge=0,
     )
     val_seed: Integer | None = setting(
-        None, "Data", "Seed by which val_size's rows are drawn (default: seed).", ge=0, lt=2**32
+        None, "Data", "Seed that selects the val_size rows (default: seed).", ge=0, lt=2**32
     )
-    max_seq_length: Integer = setting(2048, "Data", "The longest sample, in tokens.", ge=8)
+    max_seq_length: Integer = setting(2048, "Data", "Maximum sample length, in tokens.", ge=8)
     on_long: Literal["drop", "truncate", "raise"] = setting(
-        "drop", "Data", "What happens to longer samples: dropped, cut at the end, or an error."
+        "drop", "Data", "For longer samples: drop them, truncate their end, or raise an error."
     )
     on_bad_row: Literal["raise", "skip"] = setting(
-        "raise", "Data", "What happens to rows that cannot be used: an error, or left out and counted."
+        "raise", "Data", "For rows that cannot be used: raise an error, or skip and count them."
     )
     system_prompt: Text | None = setting(
-        None, "Data", "System message for rows that have none (default: what the model's template does)."
+        None, "Data", "System message for rows without one (default: that of the model's chat template)."
     )
     ignore_fields: CommaList = setting(None, "Data", IGNORE_FIELDS)
     max_row_mb: Number = setting(16, "Data", MAX_ROW_MB, gt=0)
     max_row_turns: Integer = setting(1000, "Data", MAX_ROW_TURNS, ge=1)
     max_data_gb: Number | None = setting(None, "Data", MAX_DATA_GB, gt=0)
 
-    output_dir: str = setting("./output", "Run", "Where the result is written.", min_length=1)
-    overwrite_output_dir: bool = setting(False, "Run", "Replace an earlier run's result in output_dir.")
-    dry_run: bool = setting(False, "Run", "Print the plan of memory and time, and stop before weights are loaded.")
+    output_dir: str = setting("./output", "Run", "Folder for the result.", min_length=1)
+    overwrite_output_dir: bool = setting(False, "Run", "Replace the result of an earlier run in output_dir.")
+    dry_run: bool = setting(False, "Run", "Print the plan (memory and time) and stop before weights are loaded.")
     resume_from_checkpoint: Annotated[bool | str, BeforeValidator(auto_or_switch)] = setting(
-        "auto", "Run", "auto: go on where output_dir's run stopped; false: start anew; or a checkpoint folder."
+        "auto", "Run", "auto: resume the run in output_dir, if there is one; false: start over; or a checkpoint folder."
     )
     seed: Integer = setting(42, "Run", "Seed of data order, adapter initialisation and dropout.", ge=0, lt=2**32)
 
-    per_device_train_batch_size: Integer = setting(8, "Batches", "Samples a device and micro-batch.", ge=1)
-    per_device_eval_batch_size: Integer = setting(8, "Batches", "The same in evaluation.", ge=1)
-    gradient_accumulation_steps: Integer = setting(1, "Batches", "Micro-batches an optimizer step.", ge=1)
+    per_device_train_batch_size: Integer = setting(8, "Batches", "Samples per micro-batch on each device.", ge=1)
+    per_device_eval_batch_size: Integer = setting(8, "Batches", "Samples per evaluation batch on each device.", ge=1)
+    gradient_accumulation_steps: Integer = setting(1, "Batches", "Micro-batches per optimizer step.", ge=1)
     num_train_epochs: Number = setting(3.0, "Batches", "Passes over the data.", gt=0, le=10_000)
     max_steps: Integer = setting(
-        -1, "Batches", "Optimizer steps; overrides num_train_epochs when above 0.", ge=-1, le=10**9
+        -1, "Batches", "Optimizer steps; if above 0, overrides num_train_epochs.", ge=-1, le=10**9
     )
 
     learning_rate: Number | None = setting(
         None, "Optimizer", "Peak learning rate (default: 2e-5 full, 2e-4 LoRA and QLoRA).", gt=0
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
-        setting("linear", "Optimizer", "How the learning rate falls after the warm-up.")
+        setting("linear", "Optimizer", "Learning-rate schedule after the warm-up.")
     )
     warmup_steps: Number = setting(0, "Optimizer", "Warm-up steps; below 1, a share of all steps.", ge=0)
     warmup_ratio: Number = setting(
-        0.0, "Optimizer", "Warm-up as a share of all steps, where warmup_steps is 0.", ge=0, le=1
+        0.0, "Optimizer", "Warm-up as a share of all steps, if warmup_steps is 0.", ge=0, le=1
     )
-    weight_decay: Number = setting(0.0, "Optimizer", "Decoupled weight decay (not on biases and norms).", ge=0, le=1)
-    max_grad_norm: Number = setting(1.0, "Optimizer", "Clip the gradient's norm to this; 0: do not clip.", ge=0)
+    weight_decay: Number = setting(0.0, "Optimizer", "Decoupled weight decay, except on biases and norms.", ge=0, le=1)
+    max_grad_norm: Number = setting(1.0, "Optimizer", "Clip the gradient norm to this; 0: no clipping.", ge=0)
     optim: Literal[
         "adamw_torch",
         "adamw_torch_fused",
@@ -198,14 +201,14 @@ class TrainConfig(Settings):
     ] = setting(
         "adamw_torch_fused",
         "Optimizer",
-        "Optimizer. 8-bit ones hold its states in 8 bits, and in full training on a CPU weights and gradients in 16. "
-        "Paging needs an NVIDIA GPU.",
+        "Optimizer. The 8-bit ones keep optimizer states in 8 bits and, in full training on a CPU, weights and "
+        "gradients in 16 bits. The paged ones need an NVIDIA GPU.",
     )
     adam_beta1: Number = setting(0.9, "Optimizer", "AdamW's first decay rate.", ge=0, lt=1)
     adam_beta2: Number = setting(0.999, "Optimizer", "AdamW's second decay rate.", ge=0, lt=1)
     adam_epsilon: Number = setting(1e-8, "Optimizer", "AdamW's epsilon.", gt=0, le=1)
 
-    logging_steps: Integer = setting(10, "Log, evaluate, save", "Steps from one logged line to the next.", ge=1)
+    logging_steps: Integer = setting(10, "Log, evaluate, save", "Steps between log lines.", ge=1)
     eval_strategy: Strategy | None = setting(
         None, "Log, evaluate, save", "When to evaluate (default: each epoch if there is evaluation data)."
     )
@@ -215,23 +218,23 @@ class TrainConfig(Settings):
     eval_samples: Integer = setting(
         0,
         "Log, evaluate, save",
-        "So many first evaluation rows are answered at each evaluation, greedily and in up to 256 tokens each, into "
+        "At each evaluation, answer this many rows (the first ones; greedy, up to 256 tokens) and write the answers to "
         "eval_samples.jsonl.",
         ge=0,
     )
     save_strategy: Strategy = setting("steps", "Log, evaluate, save", "When to save a checkpoint.")
     save_steps: Integer = setting(500, "Log, evaluate, save", "Steps between checkpoints.", ge=1)
     save_total_limit: Integer | None = setting(
-        None, "Log, evaluate, save", "Checkpoints to keep; the best one is kept besides.", ge=1
+        None, "Log, evaluate, save", "Checkpoints to keep, in addition to the best one.", ge=1
     )
     load_best_model_at_end: bool = setting(
-        False, "Log, evaluate, save", "Keep the weights of the best evaluation as the result."
+        False, "Log, evaluate, save", "The result is the weights with the best evaluation, not the last ones."
     )
     metric_for_best_model: Literal["eval_loss", "loss"] | None = setting(
-        None, "Log, evaluate, save", "What best means: eval_loss."
+        None, "Log, evaluate, save", "Metric that decides which evaluation is best: eval_loss."
     )
     greater_is_better: bool | None = setting(
-        None, "Log, evaluate, save", "Whether a greater metric is better; a loss is better when it is smaller."
+        None, "Log, evaluate, save", "Whether a greater metric is better; for a loss, false."
     )
     report_to: CommaList = setting(
         ["tensorboard"],
@@ -242,25 +245,25 @@ class TrainConfig(Settings):
     gradient_checkpointing: Annotated[bool | Literal["auto"], BeforeValidator(auto_or_switch)] = setting(
         "auto",
         "Hardware",
-        "Recompute activations in the backward pass (less memory, about 1.4 times the work): in all layers, in none, "
-        "or auto: in as many as the free memory demands.",
+        "Recompute activations in the backward pass: less memory, about 1.4 times the compute. true: in all layers; "
+        "false: in none; auto: in as many as the free memory requires.",
     )
-    bf16: bool | None = setting(None, "Hardware", "true: bfloat16; false: not (default: where the hardware has it).")
-    fp16: bool | None = setting(None, "Hardware", "true: float16, on GPUs only.")
+    bf16: bool | None = setting(None, "Hardware", "Train in bfloat16 (default: if the hardware supports it).")
+    fp16: bool | None = setting(None, "Hardware", "Train in float16; GPUs only.")
 
     dataloader_num_workers: Integer = setting(0, "No effect here", "Samples are tokenised before training.", ge=0)
     deepspeed: dict[str, Any] | str | None = setting(
-        None, "No effect here", "Several devices: start the command with `accelerate launch`."
+        None, "No effect here", "To use several devices, start the command with `torchrun`."
     )
-    remove_unused_columns: bool = setting(True, "No effect here", "Columns that a format does not use are left out.")
+    remove_unused_columns: bool = setting(True, "No effect here", "Columns that a format does not use are ignored.")
 
     @property
     def method(self) -> Method:
-        """full, lora or qlora; use_qlora wins over use_lora, as scripts set both."""
+        """full, lora or qlora; use_qlora takes precedence over use_lora, because scripts set both."""
         return "qlora" if self.use_qlora else "lora" if self.use_lora else "full"
 
 
-# Names by which older scripts call a setting.
+# Names of settings in older scripts.
 ALIASES = {
     "evaluation_strategy": "eval_strategy",
     "activation_checkpointing": "gradient_checkpointing",
@@ -268,20 +271,20 @@ ALIASES = {
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
 
-# TrainingArguments that cannot change a result here, each with the reason told to the user. Names that would change
-# a result (label_smoothing_factor, neftune_noise_alpha, ...) are not among them: they are refused like any unknown.
+# TrainingArguments that cannot change a result here, each with the reason that the user sees. Names that would change
+# a result (label_smoothing_factor, neftune_noise_alpha, ...) are not listed: they are errors, like any unknown name.
 _NO_EFFECT_GROUPS = {
-    "the command says what is done": "do_train do_eval do_predict prediction_loss_only",
+    "the command decides what is done": "do_train do_eval do_predict prediction_loss_only",
     "samples are tokenised before training, so no workers are needed": (
         "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
         "dataloader_multiprocessing_context dataloader_in_order"
     ),
     "a row's format decides which columns are used": "remove_unused_columns label_names length_column_name",
-    "to use several devices, start the command with `accelerate launch`": (
+    "to use several devices, start the command with `torchrun`": (
         "deepspeed fsdp fsdp_config accelerator_config parallelism_config local_rank ddp_find_unused_parameters "
         "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout"
     ),
-    "samples are laid end to end, so no padding has to be saved": "group_by_length train_sampling_strategy",
+    "samples are concatenated without padding": "group_by_length train_sampling_strategy",
     "the log goes to output_dir, one line every logging_steps": (
         "logging_dir logging_strategy logging_first_step log_level log_level_replica log_on_each_node run_name project "
         "logging_nan_inf_filter disable_tqdm include_num_input_tokens_seen skip_memory_metrics"
@@ -297,8 +300,8 @@ _NO_EFFECT_GROUPS = {
         "restore_callback_states_from_checkpoint"
     ),
 }
-# TrainingArguments that would change a result and are not supported: passed over where they ask for nothing, as in a
-# dump of all arguments, and refused like any unknown name where they ask for something.
+# TrainingArguments that would change a result and are not supported: ignored while they are switched off, as in a dump
+# of all arguments, and an error otherwise, like any unknown name.
 _ONLY_IDLE_NAMES = (
     "label_smoothing_factor neftune_noise_alpha push_to_hub push_to_hub_token push_to_hub_model_id hub_model_id "
     "no_cuda push_to_hub_organization hub_token hub_private_repo hub_always_push hub_revision use_cpu use_mps_device "
