@@ -15,6 +15,8 @@ from pathlib import Path
 
 from workload import model_folder
 
+from qingtune.runs.speed import tokens_per_second
+
 STEPS = 3
 TRAINED_SHARE = 0.6
 # Tokens a sample, samples a step, rank.
@@ -76,7 +78,7 @@ def measure(folder: Path, length: int, batch: int, rank: int) -> dict[str, float
         optimizer.zero_grad(set_to_none=False)
         seconds.append(time.perf_counter() - began)
     decoder = getattr(engine.add_gradients, "__self__")  # noqa: B009
-    rate = length * batch * (STEPS - 1) / sum(seconds[1:])
+    rate = tokens_per_second([length * batch] * STEPS, seconds)
     return {"rate": rate, "peak": peak_bytes(hardware.device), "recompute": decoder.recompute}
 
 

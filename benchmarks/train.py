@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -28,6 +29,8 @@ from typing import Any
 from peers.environments import make_environment
 from roofline import flops_per_token, shape_of
 from workload import DATA, MAX_LENGTH, SEED, SYSTEM_PROMPT, cache_folder, model_folder, write_rows
+
+from qingtune.runs.speed import tokens_per_second
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -95,7 +98,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
             if result is None:
                 continue
             rate = (rate + _gemm_rate()) / 2
-            speed = sum(result["tokens"][1:]) / sum(result["seconds"][1:])
+            speed = tokens_per_second(result["tokens"], result["seconds"]) or math.nan
             seen = [result[name] for name in ("first_step_after_s", "settings")]
             runs.append(Run(system, speed, rate, result["peak_bytes"], result["losses"][0], *seen))
             _say(

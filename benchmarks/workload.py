@@ -108,5 +108,5 @@ def write_rows(model: Path, path: Path, count: int, samples_per_step: int) -> di
     tokens = sum(len(sample.token_ids) for sample in chosen)
     return {
         "mean_length": tokens / len(chosen),
-        "trained_share": sum(int(sample.trained.sum()) for sample in chosen) / tokens,
+        "trained_share": sum(sample.trained_tokens for sample in chosen) / tokens,
     }

@@ -27,6 +27,7 @@ from qingtune.output import console as output
 from qingtune.output.invocation import command_line
 from qingtune.output.quiet import quieten
 from qingtune.output.redaction import redact, redact_values
+from qingtune.output.units import duration
 from qingtune.planning.of_run import keep_measured_speed, plan_run, try_to_plan
 from qingtune.planning.report import as_lines, short_lines
 from qingtune.runs.folder import (
@@ -37,6 +38,7 @@ from qingtune.runs.folder import (
     refuse_files_in_the_way,
     refuse_inputs,
 )
+from qingtune.runs.page.source import read_curves
 from qingtune.runs.page.write import PageOfRun
 from qingtune.runs.plots import plot_losses, try_to_draw
 from qingtune.runs.record import (
@@ -369,14 +371,18 @@ def _loss_line(config: TrainConfig, result: Result) -> list[str]:
     if loss is None:
         return []
     start = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f} -> "
-    kept = f", at step {result.best_step:,}, which was the best" * best
+    kept = f", at step {result.best_step:,}, which was the best" if best else ""
     return [f"eval_loss {start}{loss:.4f} on {result.eval_samples:,} samples{kept}"]
 
 
 def _summary(config: TrainConfig, result: Result) -> str:
     """The closing lines: what came out, and how to talk to it."""
     planned = f" (planned: {result.planned_bytes['total'] / 1e9:.2f})" if result.planned_bytes else ""
-    lines = [f"{result.steps} steps in {result.seconds:,.0f} s, peak memory {result.peak_bytes / 1e9:.2f} GB{planned}"]
+    speed = read_curves(Path(config.output_dir) / METRICS).tokens_per_second
+    lines = [
+        f"{result.steps} steps in {duration(result.seconds)}, {f'{speed:,.0f} tokens/s, ' if speed else ''}"
+        f"peak memory {result.peak_bytes / 1e9:.2f} GB{planned}"
+    ]
     lines += _loss_line(config, result)
     base, adapter = config.model_name_or_path, config.output_dir
     if config.method == "full":

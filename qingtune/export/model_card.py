@@ -17,6 +17,7 @@ from qingtune.files.json_files import open_plain
 from qingtune.files.write import write_text
 from qingtune.output.markdown import code, prose, table, value
 from qingtune.output.redaction import redact, redact_values
+from qingtune.output.units import duration
 from qingtune.runs.page.source import read_curves
 from qingtune.runs.record import METRICS, Record
 
@@ -195,7 +196,7 @@ def _results(results: Mapping[str, Any]) -> dict[str, str]:
     if results.get("steps") is not None:
         rows["optimizer steps"] = f"{results['steps']:,}"
     if results.get("seconds") is not None:
-        rows["duration"] = f"{results['seconds']:,.0f} s"
+        rows["duration"] = duration(results["seconds"])
     if results.get("peak_bytes") is not None:
         rows["peak memory"] = f"{results['peak_bytes'] / 1e9:.2f} GB"
     return rows
@@ -203,13 +204,13 @@ def _results(results: Mapping[str, Any]) -> dict[str, str]:
 
 def _last_line(folder: Path) -> dict[str, str]:
     """The last logged training loss and the run's speed, from metrics.jsonl."""
-    values = read_curves(folder / METRICS).values
-    if not values["loss"] or math.isnan(values["loss"][-1]):
+    curves = read_curves(folder / METRICS)
+    losses = curves.values["loss"]
+    if not losses or math.isnan(losses[-1]):
         return {"training loss": "not measured"}
-    rows = {"training loss": f"{values['loss'][-1]:.4f}, last logged"}
-    seconds = sum(values["seconds"])
-    if seconds > 0:
-        rows["speed"] = f"{sum(values['tokens']) / seconds:,.0f} tokens/s"
+    rows = {"training loss": f"{losses[-1]:.4f}, last logged"}
+    if speed := curves.tokens_per_second:
+        rows["speed"] = f"{speed:,.0f} tokens/s"
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,8 @@ from qingtune.models.shape import shape_of_config
 from qingtune.planning.planner import CONTEXT_ON_GPU, Planner, Samples, fullest_group, most_tokens_of, training_batches
 from qingtune.planning.report import Report, make_report
 from qingtune.planning.speed import Speed, flops_of, keep_speed, read_speeds
+from qingtune.runs.page.source import read_curves
+from qingtune.runs.speed import after_warm_up
 
 # A rate is kept if it rests on at least so much, beyond the first logged line, which holds the warm-up.
 LEAST_SECONDS, LEAST_STEPS = 2.0, 5
@@ -80,7 +81,7 @@ def machine_of(hardware: Hardware) -> Machine:
 def _samples(planner: Planner, data: Data, processes: int) -> Samples:
     config = planner.config
     lengths = [len(sample.token_ids) for sample in data.train]
-    trained = sum(int(sample.trained.sum()) for sample in data.train)
+    trained = sum(sample.trained_tokens for sample in data.train)
     most_tokens = most_tokens_of(planner.machine)
     group = fullest_group(lengths, training_batches(len(lengths), config, processes), most_tokens)
     shares = planner.fast and (planner.full or not config.lora_dropout)
@@ -135,10 +136,8 @@ def keep_measured_speed(plan: RunPlan, metrics: Path, say: Callable[[str], None]
 
 def measured_speed(metrics: Path) -> float | None:
     """Tokens a second after the warm-up, from a run's metrics.jsonl; None where it was too short to tell."""
-    rows: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    steps = [row for row in rows if "tokens" in row]
-    if len(steps) == 1 and steps[0]["step"] < LEAST_STEPS:
+    curves = read_curves(metrics)
+    too_few = len(curves.steps) == 1 and curves.steps[0] < LEAST_STEPS
+    if too_few or sum(after_warm_up(curves.values["seconds"])) < LEAST_SECONDS:
         return None
-    steps = steps[1:] or steps
-    seconds = sum(row["seconds"] for row in steps)
-    return sum(row["tokens"] for row in steps) / seconds if seconds >= LEAST_SECONDS else None
+    return curves.tokens_per_second

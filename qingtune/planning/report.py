@@ -12,6 +12,7 @@ from qingtune.config.training import TrainConfig
 from qingtune.machine.resources import Machine
 from qingtune.models.shape import ModelShape
 from qingtune.output.invocation import command_line
+from qingtune.output.units import duration
 from qingtune.planning.advice import Advice, advise
 from qingtune.planning.planner import (
     LARGEST_BATCH_TRIED,
@@ -249,13 +250,6 @@ def _epochs(report: Report) -> float:
         window = config.per_device_train_batch_size * config.gradient_accumulation_steps
         return config.max_steps / math.ceil(count / window)
     return config.num_train_epochs
-
-
-def duration(seconds: float) -> str:
-    """In the unit that suits."""
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def short_lines(report: Report) -> list[str]:

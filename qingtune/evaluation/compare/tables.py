@@ -10,6 +10,7 @@ from typing import Any
 
 from qingtune.evaluation.compare.summary import Comparison, Row, Spread
 from qingtune.evaluation.compare.trial import State
+from qingtune.output.units import duration
 
 LONGEST_MESSAGE = 300
 _STATES: dict[State, str] = {
@@ -283,13 +284,3 @@ def ratio(number: float) -> str:
 def whole(number: float) -> str:
     """A whole number."""
     return f"{number:,.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, in the units in which one speaks of them."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"

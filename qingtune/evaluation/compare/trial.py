@@ -26,6 +26,7 @@ from qingtune.files.write import open_in_place, write_json, write_text
 from qingtune.machine.signals import handled, heeded, tell_at_once
 from qingtune.output.invocation import command_line
 from qingtune.runs.folder import who_writes_to, why_no_checkpoint
+from qingtune.runs.page.source import read_curves
 from qingtune.runs.record import LATEST, METRICS, RECORD, WEIGHTS_REMOVED, differences, read_record, settings_to_compare
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -67,7 +68,7 @@ class Numbers:
     Attributes:
         peak_bytes: the most memory its process held.
         trained_parameters: of `parameters` in all.
-        tokens_per_second: over the logged steps, but the first such line, in which the machine warms up.
+        tokens_per_second: after the warm-up; see runs/speed.py.
         seconds: in steps and evaluations, over all starts of the trial.
         eval_loss_before: mean over the trained tokens of the evaluation data, in nats; before the first step.
         eval_loss: the same of the result.
@@ -282,18 +283,12 @@ def finished_outcome(trial: Trial) -> Outcome:
             peak_bytes=max(results["peak_bytes"], *(line.get("peak_bytes", 0) for line in lines)),
             trained_parameters=results["trained_parameters"],
             parameters=results["parameters"],
-            tokens_per_second=_tokens_per_second(lines),
+            tokens_per_second=read_curves(trial.folder / METRICS).tokens_per_second or math.nan,
             seconds=sum(line.get("seconds", 0.0) + line.get("eval_seconds", 0.0) for line in lines),
             eval_loss_before=before,
             eval_loss=after,
         ),
     )
-
-
-def _tokens_per_second(lines: Sequence[dict[str, Any]]) -> float:
-    steps = [line for line in lines if "tokens" in line]
-    steps = steps[1:] or steps
-    return sum(line["tokens"] for line in steps) / sum(line["seconds"] for line in steps)
 
 
 def check_same_settings(trials: Sequence[Trial]) -> None:

@@ -23,11 +23,11 @@ from qingtune.runs.page.words import (
     PARTS,
     Words,
     both,
-    duration,
     named,
     number,
     significant,
     size,
+    time_taken,
 )
 from qingtune.runs.record import FEW_ROWS
 
@@ -148,8 +148,8 @@ def _figures(source: Source) -> list[tuple[Words, str | Words]]:
         total = source.facts.get("total_steps")
         figures.append((Words("steps", "步数"), f"{steps:,}" + (f" / {total:,}" if total and total != steps else "")))
     if seconds := results.get("seconds") or sum(value for value in curves.values["seconds"] if math.isfinite(value)):
-        figures.append((Words("time", "用时"), duration(seconds)))
-    if speed := _speed(source):
+        figures.append((Words("time", "用时"), time_taken(seconds)))
+    if speed := curves.tokens_per_second:
         figures.append((Words("tokens/s", "token/秒"), number(speed, 0)))
     if peak := results.get("peak_bytes") or _highest(curves.values["peak_bytes"]):
         figures.append((Words("peak memory", "峰值内存"), size(peak)))
@@ -176,14 +176,6 @@ def _millions(count: int) -> str:
 
 def _highest(values: Sequence[float]) -> float | None:
     return max((value for value in values if math.isfinite(value)), default=None)
-
-
-def _speed(source: Source) -> float | None:
-    """Tokens a second over all logged lines."""
-    tokens, seconds = source.curves.values["tokens"], source.curves.values["seconds"]
-    pairs = [(many, took) for many, took in zip(tokens, seconds, strict=True) if math.isfinite(many + took)]
-    took = sum(took for _, took in pairs)
-    return sum(many for many, _ in pairs) / took if took else None
 
 
 def _sentence(source: Source) -> Words:

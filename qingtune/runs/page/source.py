@@ -24,6 +24,7 @@ from qingtune.files.json_files import (
 )
 from qingtune.output.redaction import redact, redact_values
 from qingtune.runs.record import FACTS, METRICS, SAMPLES, SETTINGS, Record, read_record
+from qingtune.runs.speed import tokens_per_second
 
 EVALUATION = "evaluation.json"
 PREDICTIONS = ("predictions_before.jsonl", "predictions_after.jsonl")
@@ -49,6 +50,11 @@ class Curves:
     values: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in LOGGED})
     eval_steps: array[int] = field(default_factory=lambda: array("q"))
     eval_losses: array[float] = field(default_factory=lambda: array("d"))
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the whole run; see runs/speed.py."""
+        return tokens_per_second(self.values["tokens"], self.values["seconds"])
 
 
 @dataclass(frozen=True)

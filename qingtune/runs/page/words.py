@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from qingtune.output.units import duration
+
 
 class Words(NamedTuple):
     """The same in English and Chinese."""
@@ -64,7 +66,7 @@ ENVIRONMENT = {
     "started": Words("started", "启动时间"),
 }
 
-_SECONDS_A_MINUTE, _SECONDS_AN_HOUR = 60, 3600
+_UNITS = {"s": "秒", "min": "分钟", "h": "小时"}
 
 
 def named(names: dict[str, Words], key: str) -> Words:
@@ -94,13 +96,8 @@ def size(count: float) -> str:
     return f"{number(count / 1e9, 2)} GB" if count >= 1e8 else f"{number(count / 1e6, 1)} MB"
 
 
-def duration(seconds: float) -> Words:
-    """Seconds as people say it."""
-    if seconds < 2 * _SECONDS_A_MINUTE:
-        few = seconds < 10
-        return Words(f"{seconds:.1f} s" if few else f"{seconds:.0f} s", f"{seconds:.{1 if few else 0}f} 秒")
-    minutes = round(seconds / _SECONDS_A_MINUTE)
-    if seconds < 2 * _SECONDS_AN_HOUR:
-        return Words(f"{minutes} min", f"{minutes} 分钟")
-    hours, rest = divmod(minutes, 60)
-    return Words(f"{hours:,} h {rest} min", f"{hours:,} 小时 {rest} 分钟")
+def time_taken(seconds: float) -> Words:
+    """A time in the unit that suits it."""
+    english = duration(seconds)
+    count, unit = english.split()
+    return Words(english, f"{count} {_UNITS[unit]}")

@@ -14,7 +14,7 @@ import pytest
 from qingtune.config.training import TrainConfig
 from qingtune.evaluation.compare.setups import Setup
 from qingtune.evaluation.compare.summary import Comparison, Row, Spread, compare_outcomes
-from qingtune.evaluation.compare.tables import as_console, as_json, as_markdown, duration
+from qingtune.evaluation.compare.tables import as_console, as_json, as_markdown
 from qingtune.evaluation.compare.trial import Numbers, Outcome
 from qingtune.runs.plots import plot_comparison
 
@@ -208,13 +208,6 @@ def test_json_has_no_infinities() -> None:
     found = as_json(compared(full=[finished(900.0, before=901.0)]))
     assert found["setups"][0]["perplexity"] == {"median": None, "least": None, "most": None}
     json.dumps(found, allow_nan=False)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0.4 s"), (99, "99 s"), (125, "2 min"), (5_400, "90 min"), (9_000, "2.5 h")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 # --- Picture ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from qingtune.planning.planner import (
     method_of,
     training_batches,
 )
-from qingtune.planning.report import as_json, as_lines, duration, make_report, short_lines
+from qingtune.planning.report import as_json, as_lines, make_report, short_lines
 from qingtune.planning.speed import Speed
 
 QWEN_05B = {
@@ -386,11 +386,6 @@ def test_the_json_is_whole() -> None:
     for plan in content["methods"].values():
         assert plan["seconds_per_epoch"] == pytest.approx(100 * 512 / plan["tokens_per_second"])
     assert content["fits"] is True
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (99, "99 s"), (120, "2 min"), (7200, "2.0 h")])
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_evaluation_in_larger_batches_takes_more() -> None:

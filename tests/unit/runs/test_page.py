@@ -21,7 +21,7 @@ from qingtune.config.commands import ReportConfig
 from qingtune.errors import UserError
 from qingtune.runs.page import write as report_module
 from qingtune.runs.page.source import EVALUATION, MOST_SAMPLES
-from qingtune.runs.page.words import Words, duration, significant, size
+from qingtune.runs.page.words import significant, size, time_taken
 from qingtune.runs.page.write import PageOfRun, write_page
 from qingtune.runs.record import FACTS, METRICS, PAGE, RECORD, SAMPLES, SETTINGS
 
@@ -403,7 +403,6 @@ def test_sizes_and_durations() -> None:
     assert [size(count) for count in (12_345_678, 99_999_999, 2.62e9, 1.5e12)] == [
         "12.3 MB", "100.0 MB", "2.62 GB", "1,500.00 GB",
     ]  # fmt: skip
-    assert duration(3.21) == Words("3.2 s", "3.2 秒")
-    assert duration(93.7).english == "94 s"
-    assert duration(4180).english == "70 min"
-    assert duration(13 * 3600 + 59 * 60 + 40) == Words("14 h 0 min", "14 小时 0 分钟")
+    assert [time_taken(seconds) for seconds in (3.21, 93.7, 4180, 50_380)] == [
+        ("3.2 s", "3.2 秒"), ("94 s", "94 秒"), ("70 min", "70 分钟"), ("14.0 h", "14.0 小时"),
+    ]  # fmt: skip
