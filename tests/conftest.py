@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -178,6 +180,38 @@ def load_tool(name: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+class _Lines(io.TextIOBase):
+    """A stream that appends each whole line to a list."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self._lines, self._begun = lines, ""
+
+    def write(self, text: str) -> int:
+        *whole, self._begun = (self._begun + text).split("\n")
+        self._lines += whole
+        return len(text)
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[list[str]]:
+    """The lines of progress that the block reports on stderr, as they come."""
+    lines: list[str] = []
+    with contextlib.redirect_stderr(_Lines(lines)):  # pyright: ignore[reportArgumentType]
+        yield lines
+
+
+@pytest.fixture
+def reported(capsys: pytest.CaptureFixture[str]) -> Callable[[], list[str]]:
+    """A function that returns the lines of progress that the test has reported on stderr so far."""
+    lines: list[str] = []
+
+    def so_far() -> list[str]:
+        lines.extend(capsys.readouterr().err.splitlines())
+        return lines
+
+    return so_far
 
 
 @pytest.fixture

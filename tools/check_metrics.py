@@ -196,10 +196,10 @@ def losses(model: str, data: Path, rows: Sequence[dict[str, Any]]) -> tuple[floa
     from qingtune.models.find import find_model
     from qingtune.models.load import load_model, load_tokenizer, local_folder, stop_ids
 
-    folder = local_folder(find_model(model, None, "auto"), None, print)
+    folder = local_folder(find_model(model, None, "auto"), None)
     hardware = Hardware(torch.device("cpu"), torch.float32, "fp32")
     template = make_template(load_tokenizer(folder), stop_ids(folder))
-    decoder = load_decoder(folder, None, None, hardware, None, 1, print)
+    decoder = load_decoder(folder, None, None, hardware, None, 1)
     conversations = read_conversations([str(data)], None, "raise").conversations
     scores = [score_sample(decoder, sample) for sample in tokenize(template, conversations, 2048, "raise").samples]
     ours = sum(score.loss for score in scores) / sum(score.tokens for score in scores)

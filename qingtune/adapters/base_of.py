@@ -31,7 +31,7 @@ def find_base(config: ModelSettings, adapter: Path | None) -> tuple[Path, Record
             raise
         what = f"its base model is not to be found: {error.where or name}: {error.what}"
         raise UserError(what, where=str(adapter), fix="Name it as --base_model.") from error
-    folder = local_folder(source, config.cache_dir, say)
+    folder = local_folder(source, config.cache_dir)
     if adapter is None:
         return folder, read_record(folder)
     if record is None:

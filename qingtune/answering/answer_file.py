@@ -16,7 +16,7 @@ from qingtune.data.tokenize import Template
 from qingtune.errors import UserError
 from qingtune.files.json_files import INDEX_BYTES, read_object
 from qingtune.files.write import open_device, open_in_place, write_bytes, write_json
-from qingtune.output.console import give
+from qingtune.output.console import give, say
 
 SLOTS = 16  # prompts of a file answered at a time
 # Rows that are sorted by length and answered together, for each slot; more would hold answers back longer.
@@ -73,7 +73,7 @@ class AnswerFile:
         assert self.path
         return _state_of(self.path)
 
-    def open(self, say: Callable[[str], None]) -> tuple[TextIO | None, int]:
+    def open(self) -> tuple[TextIO | None, int]:
         """The file to write to, None for stdout, and how many rows it holds already.
 
         Raises:
@@ -157,7 +157,6 @@ def answer_file(
     file: AnswerFile,
     count: int,
     rows_after: Callable[[int], Iterator[tuple[dict[str, Any], int]]],
-    say: Callable[[str], None],
 ) -> None:
     """Write every row that is not there yet, as soon as it comes. `finish` is left to the caller.
 
@@ -165,12 +164,11 @@ def answer_file(
         file: where they go.
         count: of all rows.
         rows_after: how many rows are there -> the others, in order, each with the tokens that it took.
-        say: is told the progress.
 
     Raises:
         UserError: the file cannot be written.
     """
-    stream, done = file.open(say)
+    stream, done = file.open()
     began, tokens_made = time.perf_counter(), 0
     try:
         for row, tokens in rows_after(done):

@@ -4,7 +4,7 @@ not fit."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from qingtune.kernels.workspace import Workspace
 from qingtune.models.base import SMALLER, check_memory, load_base
 from qingtune.models.load import StoredWeights, empty_model, stored_dtype
 from qingtune.models.quantize import shapes_to_read
+from qingtune.output.console import say
 
 
 class ModulesDecoder:
@@ -79,7 +80,6 @@ def load_decoder(
     hardware: Hardware,
     cache_dir: str | None,
     slots: int,
-    say: Callable[[str], None],
 ) -> Decoder:
     """The fastest decoder that is right for a model.
 
@@ -90,7 +90,6 @@ def load_decoder(
         hardware: where and in which dtype.
         cache_dir: the setting.
         slots: sequences to be read at a time, where the decoder can.
-        say: is told the reason where it is not the fastest of all.
 
     Raises:
         UserError: files are missing or broken, do not fit each other, or there is no memory for them.
@@ -108,7 +107,7 @@ def load_decoder(
                 say(f"PyTorch's kernels, slower: {assembly.library}.")
             return assembly.decoder(slots)
     say(f"General kernels, slower: {reason}.")
-    model = load_base(folder, hardware.dtype, bits, hardware.device, cache_dir, say)
+    model = load_base(folder, hardware.dtype, bits, hardware.device, cache_dir)
     if adapter:
         load_adapter(model, adapter)
     return ModulesDecoder(model.eval())

@@ -132,7 +132,7 @@ def prepare_speaker(config: InferConfig, slots: int = 1) -> Speaker:
     system = config.system_prompt if config.system_prompt is not None else record.system_prompt if record else None
     decoding = choose_decoding(config, base)
     return Speaker(
-        load=lambda: load_decoder(base, adapter, bits, hardware, config.cache_dir, slots, say),
+        load=lambda: load_decoder(base, adapter, bits, hardware, config.cache_dir, slots),
         template=template,
         decoding=decoding,
         system_prompt=system,

@@ -29,7 +29,7 @@ def check(config: CheckConfig) -> int:
     for name, paths in (("Training data", config.data), ("Evaluation data", config.eval_data)):
         if paths:
             reports[name], seen = check_data(
-                paths, config.system_prompt, template, limit, config.on_long, training, rules_of(config), say
+                paths, config.system_prompt, template, limit, config.on_long, training, rules_of(config)
             )
             training = training or seen
     if config.json_report:
@@ -51,7 +51,7 @@ def _template(config: CheckConfig) -> tuple[Template, int]:
     quieten()
     assert config.model_name_or_path is not None
     source = find_model(config.model_name_or_path, config.cache_dir, config.hub)
-    folder = local_folder(source, config.cache_dir, say)
+    folder = local_folder(source, config.cache_dir)
     template = load_template(folder)
     for notice in template.notices:
         say(notice)

@@ -63,7 +63,7 @@ def compare(loaded: Loaded[CompareConfig], command: str) -> int:
     check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
     with only_run_in(output_dir), interruption() as stopping:
         refuse_links(output_dir, (BEGUN, JOURNAL, PAGE, NUMBERS, PICTURE))
-        wait_for_left_behind(output_dir / TRIALS, stopping, say)
+        wait_for_left_behind(output_dir / TRIALS, stopping)
         if stopping.asked:
             say(how_to_go_on)
             return INTERRUPTED
@@ -221,7 +221,7 @@ def _report(bench: Bench) -> None:
     write_json(output_dir / NUMBERS, redact_values({"about": about, "versions": versions, **as_json(comparison)}))
     drawn = False
     if comparison.best:
-        drawn = try_to_draw(lambda: _draw(comparison, output_dir / PICTURE), PICTURE, say)
+        drawn = try_to_draw(lambda: _draw(comparison, output_dir / PICTURE), PICTURE)
         if rows:
             show(_rows_line(rows))
         show(as_console(comparison, min(120, max(80, shutil.get_terminal_size().columns))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from qingtune.kernels.device import give_back_memory
 from qingtune.machine.signals import Terminated
 from qingtune.models.find import find_model, fingerprint, is_here
 from qingtune.models.load import local_folder
-from qingtune.output.console import say, show
+from qingtune.output.console import labelled, say, show
 from qingtune.output.quiet import quieten
 from qingtune.runs.folder import only_run_in
 from qingtune.runs.page.write import write_page
@@ -190,7 +190,7 @@ def _base_of(config: EvaluateConfig, after: Speaker) -> str | None:
     if not is_here(record.base_model, config.cache_dir, config.hub):
         say(f"Compared with nothing: {record.base_model}, from which this was trained, is not here. {fix}")
         return None
-    base = local_folder(find_model(record.base_model, config.cache_dir, config.hub), config.cache_dir, say)
+    base = local_folder(find_model(record.base_model, config.cache_dir, config.hub), config.cache_dir)
     if fingerprint(base) != record.base_fingerprint:
         say(f"Compared with nothing: {base} has other weights than those from which this was trained. {fix}")
         return None
@@ -253,9 +253,9 @@ def _go_through(name: str, speaker: Speaker, rows: Sequence[Row], config: Evalua
     if rows:
         file = AnswerFile(path, identity, overwrite=False, setting="output_dir")
         if file.rows_there() < len(rows):
-            tell = _labelled(name)
             prepared = _prepare(speaker, rows, min(config.max_seq_length, speaker.context_length))
-            answer_file(file, len(rows), lambda done: _records(speaker, prepared[done:], config, tell), tell)
+            with labelled(name):
+                answer_file(file, len(rows), lambda done: _records(speaker, prepared[done:], config))
     harness = _run_harness(name, speaker, identity, config) if config.lm_eval else None
     lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if rows else []
     asks = not config.skip_generation
@@ -303,7 +303,7 @@ def _samples(template: Template, asked: Asked, longest: int) -> list[Sample]:
 
 
 def _records(
-    speaker: Speaker, rows: Sequence[Prepared], config: EvaluateConfig, say: Callable[[str], None]
+    speaker: Speaker, rows: Sequence[Prepared], config: EvaluateConfig
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """Each row with its loss and, unless it is plain text, the answer; and the tokens that were made."""
     window = ROWS_A_SLOT * speaker.decoder.slots
@@ -359,10 +359,7 @@ def _run_harness(name: str, speaker: Speaker, identity: dict[str, Any], config: 
     kept = read_object_if_there(path, INDEX_BYTES, nan=True)
     if kept and kept.get("made_by") == made_by:
         return kept["results"]
-    results = run_tasks(speaker, config.lm_eval, config.limit, _labelled(name))
+    with labelled(name):
+        results = run_tasks(speaker, config.lm_eval, config.limit)
     write_json(path, {"made_by": made_by, "results": results})
     return results
-
-
-def _labelled(name: str) -> Callable[[str], None]:
-    return lambda text: say(f"{name}: {text}")

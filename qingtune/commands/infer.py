@@ -118,7 +118,6 @@ def _answer_file(speaker: Speaker, rows: list[tuple[dict[str, Any], Any]], confi
         file,
         len(questions),
         lambda done: answer_questions(speaker.decoder, speaker.template, questions[done:]),
-        say,
     )
     file.finish()
 

@@ -21,7 +21,7 @@ from qingtune.machine.resources import Machine, find_machine, supposed_gpu
 from qingtune.models.find import CONVERTED, cache_folder, find_header, read_model_config
 from qingtune.models.gguf_header import config_of_gguf
 from qingtune.models.shape import ModelShape, shape_of_config
-from qingtune.output.console import give, say
+from qingtune.output.console import give
 from qingtune.planning.planner import Samples, fullest_group, most_tokens_of, training_batches
 from qingtune.planning.report import as_json, as_lines, make_report
 from qingtune.planning.speed import read_speeds
@@ -53,7 +53,7 @@ def plan(loaded: Loaded[PlanConfig], _command: str) -> None:
         from qingtune.planning.calibrate import calibrate
 
         with disk_errors("the speed of this machine", cache, "Choose another cache_dir."):
-            calibrate(cache, machine, say)
+            calibrate(cache, machine)
     samples = suppose_samples(config, shape, machine, source.path)
     report = make_report(source.name, shape, config, machine, samples, read_speeds(cache))
     if config.json_report:

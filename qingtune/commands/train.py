@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qingtune.adapters.peft_files import save_adapter
 from qingtune.config.training import TrainConfig
-from qingtune.data.prepare import Data, Say, check_files_exist, load_data
+from qingtune.data.prepare import Data, check_files_exist, load_data
 from qingtune.data.tokenize import Template
 from qingtune.errors import UserError
 from qingtune.files.staging import staging_folder
@@ -23,7 +23,7 @@ from qingtune.machine.describe import describe_machine
 from qingtune.machine.signals import put_off
 from qingtune.models.find import context_length, find_model, fingerprint, stored_in_4bit
 from qingtune.models.load import load_template, local_folder, save_model, stored_dtype
-from qingtune.output import console as output
+from qingtune.output.console import give, labelled, lost_output, say, show
 from qingtune.output.invocation import command_line
 from qingtune.output.quiet import quieten
 from qingtune.output.redaction import redact, redact_values
@@ -126,19 +126,19 @@ def train(config: TrainConfig, *, notices: Sequence[str] = (), command: str = ""
     )
     check_checkpoint_exists(config)
     processes = AcceleratedProcesses(config.report_to, output_dir)
-    say = output.say if processes.index == 0 else _say_nothing
-    for notice in notices:
-        say(notice)
-    with only_run_in(output_dir) if processes.index == 0 else nullcontext():
-        result = _run(config, processes, say)
+    first = processes.index == 0
+    with only_run_in(output_dir) if first else nullcontext(), nullcontext() if first else labelled(None):
+        for notice in notices:
+            say(notice)
+        result = _run(config, processes)
         if result is None:
             return True
         if not result.finished:
             again = command if command and processes.count == 1 else "run the same command again"
             say(f"Stopped and saved after step {result.steps}. To go on: {again}")
             return False
-        if processes.index == 0:
-            output.show(_summary(config, result))
+        if first:
+            show(_summary(config, result))
     processes.finish()
     return True
 
@@ -159,16 +159,16 @@ class Opened:
     data: Data
 
 
-def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Result | None:
+def _run(config: TrainConfig, processes: AcceleratedProcesses) -> Result | None:
     """Train and, unless a signal ended that early, write the result; None if it is there, or only planned for."""
-    output_dir, opened = Path(config.output_dir), _open(config, processes, say)
+    output_dir, opened = Path(config.output_dir), _open(config, processes)
     hardware, folder, data = opened.hardware, opened.folder, opened.data
     if config.dry_run:
         report = plan_run(config, folder, hardware, data, processes.count).report
         if processes.index == 0:
-            output.give("\n".join(as_lines(report)))
+            give("\n".join(as_lines(report)))
         return None
-    plan = try_to_plan(lambda: plan_run(config, folder, hardware, data, processes.count), say)
+    plan = try_to_plan(lambda: plan_run(config, folder, hardware, data, processes.count))
     settings = settings_to_compare(config, processes.count, data.hash, fingerprint(folder))
     total_steps = planned_steps(config, len(data.train), processes.count)
     finished = finished_run(config, settings, total_steps)
@@ -177,18 +177,18 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
         return None
     if finished:
         refuse_files_in_the_way(output_dir)
-        say_extension(config, finished, total_steps, say)
-    resume_from = where_to_go_on(config, settings, say, finished)
+        say_extension(config, finished, total_steps)
+    resume_from = where_to_go_on(config, settings, finished)
     settings = without_secrets(settings)  # from here on only written
     for line in short_lines(plan.report) if plan else ():
         say(line)
-    model = load_adapted_model(config, folder, hardware, say)
+    model = load_adapted_model(config, folder, hardware)
     if processes.index == 0:
         _begin_folder(config, resume_from)
     processes.wait()
 
-    work, limits, progress = make_work(config, model, data, hardware, processes, settings, resume_from, say)
-    page, answers = PageOfRun(output_dir, say), None
+    work, limits, progress = make_work(config, model, data, hardware, processes, settings, resume_from)
+    page, answers = PageOfRun(output_dir), None
     if processes.index == 0:
         write_json(output_dir / FACTS, redact_values(_facts(hardware, processes, data, limits)))
         answers = _sample_answers(config, opened, model, progress) if config.eval_samples else None
@@ -197,28 +197,28 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Resu
         result, planned_bytes=plan and plan.planned_bytes(), eval_samples=len(data.evaluation) if data.evaluation else 0
     )
     if plan and processes.count == 1:
-        keep_measured_speed(plan, output_dir / METRICS, say)
+        keep_measured_speed(plan, output_dir / METRICS)
     del work  # and with it the optimizer's states, before the result takes memory
     with put_off("Writing the result first. Once more to leave at once."):
         if result.finished and config.load_best_model_at_end:
-            load_best(output_dir, model, progress, say)
+            load_best(output_dir, model, progress)
         if processes.index == 0:
             if result.finished:
                 record = _record(config, opened, settings, result, finished)
                 save_result(config, model, opened.template, folder, record)
                 title = output_dir.resolve().name
-                try_to_draw(lambda: plot_losses(output_dir / METRICS, output_dir / CURVE, title), CURVE, say)
+                try_to_draw(lambda: plot_losses(output_dir / METRICS, output_dir / CURVE, title), CURVE)
             page.write()
     return result
 
 
-def _open(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Opened:
+def _open(config: TrainConfig, processes: AcceleratedProcesses) -> Opened:
     """Choose the hardware, find the model, read the data."""
     hardware = choose_hardware(config.bf16, config.fp16, processes.local_index)
     say(f"Device: {hardware.reason}.")
     with processes.main_first():
         source = find_model(config.model_name_or_path, config.cache_dir, config.hub)
-        folder = local_folder(source, config.cache_dir, say)
+        folder = local_folder(source, config.cache_dir)
     say(f"Model: {source.name} ({source.path}).")
     if config.method == "full" and stored_in_4bit(folder):
         raise UserError(
@@ -230,7 +230,7 @@ def _open(config: TrainConfig, processes: AcceleratedProcesses, say: Say) -> Ope
     for notice in template.notices:
         say(notice)
     inputs = digests_of_inputs(config, folder)
-    return Opened(hardware, folder, template, inputs, load_data(config, template, context_length(folder), say))
+    return Opened(hardware, folder, template, inputs, load_data(config, template, context_length(folder)))
 
 
 def _begin_folder(config: TrainConfig, resume_from: Path | None) -> None:
@@ -279,14 +279,10 @@ def _record(
             "evaluation_data": opened.data.evaluation_hash,
             "inputs": opened.inputs,
             **(finished.results() if finished else {}),
-            **({"lost_output": lost} if (lost := output.lost_output()) else {}),
+            **({"lost_output": lost} if (lost := lost_output()) else {}),
         },
         versions=versions(),
     )
-
-
-def _say_nothing(_text: str) -> None:
-    pass
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -390,7 +386,7 @@ def _summary(config: TrainConfig, result: Result) -> str:
     talk = command_line("chat", base_model=base, lora_model=adapter)
     if (Path(config.output_dir) / PAGE).exists():
         lines.append(f"Report: {Path(config.output_dir) / PAGE}")
-    lines += [f"Not all messages were shown ({lost})." for lost in output.lost_output()]
+    lines += [f"Not all messages were shown ({lost})." for lost in lost_output()]
     if config.method != "full" and _is_gguf(config):
         lines.append(
             "PEFT opens it by the converted copy of the .gguf file, which is on this machine alone. Before you publish "

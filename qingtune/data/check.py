@@ -11,7 +11,7 @@ import re
 import statistics
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from qingtune.data.read import SHOWN_PLACES, Fault, Places
 from qingtune.data.rules import Rules
 from qingtune.data.tokenize import Template, tokenize
 from qingtune.errors import UserError
+from qingtune.output.console import say
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,7 +88,6 @@ def check_data(
     on_long: str,
     training: Seen | None,
     rules: Rules,
-    say: Callable[[str], None],
 ) -> tuple[Report, Seen]:
     """Read files and report on them.
 
@@ -97,7 +97,6 @@ def check_data(
         on_long: "drop", "truncate" or "raise", for samples above the limit.
         training: what was seen in the training data, if this is the evaluation data.
         rules: which fields to leave unread, and how large rows may be.
-        say: is told how far the reading has come.
 
     Raises:
         UserError: a file is broken as a whole, or there are no rows.
@@ -107,7 +106,7 @@ def check_data(
     short: list[tuple[int, str]] = []
     by_script: dict[str, Places] = {}
     batch: list[Conversation] = []
-    for row in _rows(paths, system_prompt, rules, report, say):
+    for row in _rows(paths, system_prompt, rules, report):
         if isinstance(row, Fault):
             _refuse(report, row)
             continue
@@ -148,7 +147,7 @@ def _refuse(report: Report, fault: Fault) -> None:
 
 
 def _rows(
-    paths: Sequence[str], system_prompt: str | None, rules: Rules, report: Report, say: Callable[[str], None]
+    paths: Sequence[str], system_prompt: str | None, rules: Rules, report: Report
 ) -> Iterator[Conversation | Fault]:
     began = told = time.monotonic()
     for path in paths:

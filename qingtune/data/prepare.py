@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,9 +18,9 @@ from qingtune.data.rules import rules_of
 from qingtune.data.tokenize import SHOWN, Sample, Summary, Template, describe, show_example, summarize, tokenize
 from qingtune.errors import UserError, raise_all, shorten
 from qingtune.files.paths import refuse_odd_name
+from qingtune.output.console import say
 
 PromptStyle = Literal["chat", "plain"]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _why_no_file(name: str) -> str | None:
         return f"this is no path ({getattr(error, 'strerror', None) or error})"
 
 
-def load_data(config: TrainConfig, template: Template, context: int | None, say: Say) -> Data:
+def load_data(config: TrainConfig, template: Template, context: int | None) -> Data:
     """Read, check and tokenise the data, and tell what is trained.
 
     Args:
@@ -130,9 +130,9 @@ def load_data(config: TrainConfig, template: Template, context: int | None, say:
         say(f"max_seq_length = {context:,}: the model reads no more (the setting is {limit:,}).")
         limit = context
     assert config.data_path is not None
-    reading, of_evaluation = _read("Training data", config.data_path, config, say), Reading()
+    reading, of_evaluation = _read("Training data", config.data_path, config), Reading()
     if config.eval_data_path:
-        of_evaluation = _read("Evaluation data", config.eval_data_path, config, say)
+        of_evaluation = _read("Evaluation data", config.eval_data_path, config)
         conversations, evaluation = reading.conversations, of_evaluation.conversations
     else:
         seed = config.seed if config.val_seed is None else config.val_seed
@@ -140,10 +140,10 @@ def load_data(config: TrainConfig, template: Template, context: int | None, say:
     styles: set[PromptStyle] = {"chat" if c.text is None else "plain" for c in conversations}
     if not config.eval_data_path:
         reading.held_out = len(evaluation)
-    train_samples, training = _tokenize("Training data", config, template, conversations, limit, reading, say)
+    train_samples, training = _tokenize("Training data", config, template, conversations, limit, reading)
     eval_samples, evaluated = [], None
     if evaluation:
-        eval_samples, evaluated = _tokenize("Evaluation data", config, template, evaluation, limit, of_evaluation, say)
+        eval_samples, evaluated = _tokenize("Evaluation data", config, template, evaluation, limit, of_evaluation)
     twice = {s.token_ids.tobytes() for s in train_samples} & {s.token_ids.tobytes() for s in eval_samples}
     if twice:
         say(f"Warning: {len(twice):,} evaluation samples stand in the training data too; eval_loss is too good.")
@@ -154,7 +154,7 @@ def load_data(config: TrainConfig, template: Template, context: int | None, say:
     return Data(train_samples, eval_samples, "plain" if styles == {"plain"} else "chat", report)
 
 
-def _read(name: str, paths: Sequence[str], config: TrainConfig, say: Say) -> Reading:
+def _read(name: str, paths: Sequence[str], config: TrainConfig) -> Reading:
     reading = read_conversations(paths, config.system_prompt, config.on_bad_row, rules_of(config))
     for path, about in reading.files.items():
         say(f"{name}: {path} holds {about.described()}")
@@ -192,7 +192,6 @@ def _tokenize(
     conversations: Sequence[Conversation],
     limit: int,
     reading: Reading,
-    say: Say,
 ) -> tuple[list[Sample], SetReport]:
     tokenized = tokenize(template, conversations, limit, config.on_long)
     if tokenized.faults and config.on_bad_row == "raise":

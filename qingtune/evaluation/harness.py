@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from qingtune.answering.thinking import split_thinking
 from qingtune.data.format import Message
 from qingtune.data.tokenize import prompt_text
 from qingtune.errors import UserError
+from qingtune.output.console import say
 
 Tasks = dict[str, dict[str, dict[str, float | None]]]
-Say = Callable[[str], None]
 TELL_EVERY = 50  # requests
 
 
@@ -60,19 +60,18 @@ def find_tasks(names: Sequence[str]) -> list[str | dict[str, Any]]:
     return found
 
 
-def run_tasks(speaker: Speaker, names: Sequence[str], limit: int | None, say: Say) -> Tasks:
+def run_tasks(speaker: Speaker, names: Sequence[str], limit: int | None) -> Tasks:
     """Have the harness judge a model.
 
     Args:
         names: tasks, as `find_tasks` takes them.
         limit: rows of each task; None for all.
-        say: is told the progress.
 
     Returns:
         task -> metric -> {"value": ..., "error": standard error or None}.
     """
     report = simple_evaluate(
-        model=HarnessModel(speaker, say),
+        model=HarnessModel(speaker),
         tasks=find_tasks(names),
         limit=limit,
         apply_chat_template=not speaker.plain,
@@ -97,9 +96,9 @@ def _metrics(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
     """A speaker as the harness knows models."""
 
-    def __init__(self, speaker: Speaker, say: Say) -> None:
+    def __init__(self, speaker: Speaker) -> None:
         super().__init__()
-        self.speaker, self.say = speaker, say
+        self.speaker = speaker
         self.template, self.max_length = speaker.template, speaker.context_length
         self.tokenizer = speaker.template.tokenizer
 
@@ -164,7 +163,7 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
             of_it = score(self.speaker.decoder, ids, range(first - 1, len(ids) - 1))
             found.append((-of_it.loss, of_it.greedy))
             if number % TELL_EVERY == 0:
-                self.say(f"{number} texts scored")
+                say(f"{number} texts scored")
         return found
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
@@ -176,7 +175,7 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         for done, (number, tokens) in enumerate(generate_many(decoder, prompts, decodings, stop_ids), 1):
             found[number] = _cut(decode_answer(self.template, tokens), asked[number][2])
             if done % TELL_EVERY == 0:
-                self.say(f"{done} of {len(asked)} answers")
+                say(f"{done} of {len(asked)} answers")
         return found
 
     def _asked(self, context: str, settings: dict[str, Any]) -> tuple[list[int], Decoding, list[str]]:

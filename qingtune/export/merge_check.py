@@ -21,6 +21,7 @@ from qingtune.errors import UserError
 from qingtune.kernels.device import Hardware, give_back_memory
 from qingtune.models.find import read_model_config
 from qingtune.models.load import StoredWeights, load_model
+from qingtune.output.console import labelled
 
 ANSWER_TOKENS = 32
 ROWS_AT_A_TIME = 32  # places whose logits are there at once
@@ -208,7 +209,8 @@ def _answered(
     folder: Path, prompts: Sequence[Sequence[int]], stop_ids: frozenset[int], hardware: Hardware
 ) -> list[list[int]]:
     """Prompts with the greedy answers of the model as it answers for the user."""
-    decoder = load_decoder(folder, None, None, hardware, None, len(prompts), lambda _: None)
+    with labelled(None):
+        decoder = load_decoder(folder, None, None, hardware, None, len(prompts))
     greedy = Decoding(max_new_tokens=ANSWER_TOKENS, temperature=0)
     answers = dict(generate_many(decoder, prompts, [greedy] * len(prompts), stop_ids))
     del decoder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from qingtune.kernels.linear import QuantizedLinear, quantized_class
 from qingtune.models.find import cache_folder, fingerprint, stored_numbers
 from qingtune.models.load import StoredWeights, empty_model, load_model
 from qingtune.models.quantize import fill_quantized, quantize_model, shapes_to_read
+from qingtune.output.console import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,6 @@ def load_base(
     bits: int | None,
     device: torch.device,
     cache_dir: str | None,
-    say: Callable[[str], None],
 ) -> PreTrainedModel:
     """Load a model on a device, its linear layers but the head in 4 or 8 bits if `bits` says so.
 
@@ -46,7 +45,7 @@ def load_base(
     """
     check_memory(folder, dtype, bits, device)
     with memory_errors("the model was loaded", folder, SMALLER):
-        return _load_base(folder, dtype, bits, device, cache_dir, say)
+        return _load_base(folder, dtype, bits, device, cache_dir)
 
 
 SMALLER = "Choose a smaller model, or load it in fewer bits: use_qlora in training, load_in_4bit in answering."
@@ -72,7 +71,6 @@ def _load_base(
     bits: int | None,
     device: torch.device,
     cache_dir: str | None,
-    say: Callable[[str], None],
 ) -> PreTrainedModel:
     if bits is None:
         return load_model(folder, dtype).to(device)  # pyright: ignore[reportArgumentType]
@@ -88,7 +86,7 @@ def _load_base(
         fill_quantized(model, bits, device, stored.read, as_stored)
         return model
     kept = _kept_folder(folder, dtype, bits, cache_dir)
-    if _is_whole(kept, say):
+    if _is_whole(kept):
         with safe_open(kept / PACKED, "pt") as file:
             parts = _by_layer(file.keys())
 
@@ -100,11 +98,11 @@ def _load_base(
         return model
     fill_quantized(model, bits, device, stored.read)
     give_back_memory()  # quantising leaves holes in the heap: 0.25 GB beside a model of 135 million weights
-    _keep(model, kept, say)
+    _keep(model, kept)
     return model
 
 
-def _is_whole(kept: Path, say: Callable[[str], None]) -> bool:
+def _is_whole(kept: Path) -> bool:
     """Whether packed layers are kept and can be read; a broken folder is removed, to be made anew."""
     if not (kept / PACKED).exists():
         return False
@@ -138,7 +136,7 @@ def _kept_folder(folder: Path, dtype: torch.dtype, bits: int, cache_dir: str | N
     return cache_folder(cache_dir) / "quantized" / f"{folder.name}-{bits}bit-{key}"
 
 
-def _keep(model: PreTrainedModel, kept: Path, say: Callable[[str], None]) -> None:
+def _keep(model: PreTrainedModel, kept: Path) -> None:
     """Write the packed layers to the cache; without room there the run goes on."""
     tensors = {
         f"{name}.{part}": tensor.contiguous().cpu()

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +27,7 @@ from qingtune.models.config_file import stop_ids as stop_ids  # with the tokeniz
 from qingtune.models.find import NF4_MARK, ModelSource, converted_folder, stored_in_4bit, stored_numbers
 from qingtune.models.gguf_header import TIED_BELOW, check_gguf_header
 from qingtune.models.nf4 import Described, describe, layer_of, parts_of, unpack
+from qingtune.output.console import say
 from qingtune.output.quiet import quieten_transformers
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ IN_4BIT = (
 )
 
 
-def local_folder(source: ModelSource, cache_dir: str | None, say: Callable[[str], None]) -> Path:
+def local_folder(source: ModelSource, cache_dir: str | None) -> Path:
     """The folder with the model's safetensors; a .gguf file is converted once and kept by its hash.
 
     Raises:

@@ -42,8 +42,28 @@ def safe_piece(text: str) -> str:
     return safe(text.replace("\r", ""))
 
 
+_label: str | None = ""
+
+
+@contextmanager
+def labelled(label: str | None) -> Generator[None]:
+    """Put a label before each line of progress in the block; None: write no progress at all.
+
+    Where several processes train, each computes the same and one reports it.
+    """
+    global _label
+    before, _label = _label, label
+    try:
+        yield
+    finally:
+        _label = before
+
+
 def say(text: str, around: tuple[str, str] = ("", "")) -> None:
-    """Tell progress, on stderr; `around` are escape sequences of ours."""
+    """Report progress, on stderr; `around` are escape sequences of ours."""
+    if _label is None:
+        return
+    text = f"{_label}: {text}" if _label else text
     before, after = around
     _guarded(sys.stderr, "stderr").put(f"{before}{safe(redact(text))}{after}\n")
 

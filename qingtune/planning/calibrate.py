@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -11,6 +10,7 @@ import torch
 
 from qingtune.kernels.device import choose_hardware
 from qingtune.machine.resources import Machine
+from qingtune.output.console import say
 from qingtune.planning.speed import PRODUCTS, Speed, keep_speed
 
 ROWS = 1024  # tokens of a pass
@@ -19,7 +19,7 @@ SHAPES = ((4864, 896), (896, 4864), (896, 896))  # out and in features of a mode
 SHAPES_ON_GPU = ((18944, 3584), (3584, 18944), (3584, 3584))  # of one of 7B, as smaller ones leave a GPU idle
 
 
-def calibrate(cache: Path, machine: Machine, say: Callable[[str], None]) -> None:
+def calibrate(cache: Path, machine: Machine) -> None:
     """Measure, and keep the result in the cache.
 
     Raises:

@@ -20,6 +20,7 @@ from qingtune.kernels.layout import fill_up, lay_out
 from qingtune.machine.resources import Machine, cpu_has_int8_units, cpu_name, free_ram_bytes
 from qingtune.models.find import cache_folder, read_model_config
 from qingtune.models.shape import shape_of_config
+from qingtune.output.console import say
 from qingtune.planning.planner import CONTEXT_ON_GPU, Planner, Samples, fullest_group, most_tokens_of, training_batches
 from qingtune.planning.report import Report, make_report
 from qingtune.planning.speed import Speed, flops_of, keep_speed, read_speeds
@@ -112,7 +113,7 @@ def _as_laid_out(samples: Sequence[Sample], *, share_prefix: bool) -> PassTokens
     return PassTokens(len(layout.token_ids), len(layout.targets), longest)
 
 
-def try_to_plan(make: Callable[[], RunPlan], say: Callable[[str], None]) -> RunPlan | None:
+def try_to_plan(make: Callable[[], RunPlan]) -> RunPlan | None:
     """The plan, or None where the model's shape is not known to planning, which keeps no run from training."""
     try:
         return make()
@@ -121,7 +122,7 @@ def try_to_plan(make: Callable[[], RunPlan], say: Callable[[str], None]) -> RunP
         return None
 
 
-def keep_measured_speed(plan: RunPlan, metrics: Path, say: Callable[[str], None]) -> None:
+def keep_measured_speed(plan: RunPlan, metrics: Path) -> None:
     """Keep a run's tokens a second for later plans, by its logged lines; a full disk keeps no run from its end."""
     rate = measured_speed(metrics)
     if rate is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qingtune.files.write import write_bytes
+from qingtune.output.console import say
 from qingtune.runs.fonts import font_for
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def try_to_draw(draw: Callable[[], None], name: str, say: Callable[[str], None]) -> bool:
+def try_to_draw(draw: Callable[[], None], name: str) -> bool:
     """Draw, and return whether that went well; a fault of a picture, whichever, is told and harms no run."""
     try:
         draw()

@@ -11,7 +11,6 @@ import torch
 from qingtune.adapters.lora import member, why_not_fast
 from qingtune.config.training import TrainConfig
 from qingtune.data.batch import Batch
-from qingtune.data.prepare import Say
 from qingtune.errors import UserError
 from qingtune.kernels.attention import use_end_to_end
 from qingtune.kernels.decoder import Decoder, why_not
@@ -23,6 +22,7 @@ from qingtune.kernels.footprint import (
     optimizer_bytes,
 )
 from qingtune.kernels.loss import summed_loss
+from qingtune.output.console import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,14 +81,13 @@ LEANER = "choose what takes less: LoRA or QLoRA, a smaller lora_r, optim adamw_8
 
 
 def make_engine(
-    config: TrainConfig, model: PreTrainedModel, hardware: Hardware, longest: int, say: Say, *, evaluates: bool = False
+    config: TrainConfig, model: PreTrainedModel, hardware: Hardware, longest: int, *, evaluates: bool = False
 ) -> Engine:
     """The fastest engine that is right for the model.
 
     Args:
         longest: tokens of the longest sample.
         evaluates: whether passes over evaluation data come between those of training.
-        say: is told the reason where it is not the fastest of all.
     """
     most_tokens = TOKENS_PER_PASS_ON_CPU if hardware.device.type == "cpu" else ALL
     kind = hardware.device.type
@@ -99,7 +98,7 @@ def make_engine(
     )
     if reason:
         say(f"General kernels, slower and with more memory: {reason}.")
-        return _general_engine(config, model, hardware, most_tokens, say)
+        return _general_engine(config, model, hardware, most_tokens)
     decoder = Decoder(
         model,
         hardware.dtype,
@@ -110,10 +109,10 @@ def make_engine(
     tokens = max(longest, most_tokens if most_tokens < ALL else longest * config.per_device_train_batch_size)
     evaluated = tokens if most_tokens < ALL else longest * config.per_device_eval_batch_size
     decoder.recompute = _layers_to_recompute(
-        config, model, decoder, (tokens, longest), hardware.device, say, evaluated=evaluated if evaluates else 0
+        config, model, decoder, (tokens, longest), hardware.device, evaluated=evaluated if evaluates else 0
     )
     if hardware.device.type == "cpu":
-        tokens = _tokens_that_fit(config, model, decoder, longest, tokens, say)
+        tokens = _tokens_that_fit(config, model, decoder, longest, tokens)
         most_tokens, decoder.most_tokens = min(most_tokens, tokens), tokens
 
     def release(tokens: int) -> None:
@@ -127,9 +126,7 @@ def make_engine(
     return Engine(decoder.loss, decoder.add_gradients, most_tokens, release, recompute_all)
 
 
-def _tokens_that_fit(
-    config: TrainConfig, model: PreTrainedModel, decoder: Decoder, longest: int, tokens: int, say: Say
-) -> int:
+def _tokens_that_fit(config: TrainConfig, model: PreTrainedModel, decoder: Decoder, longest: int, tokens: int) -> int:
     """Tokens of a pass for which there is memory on a CPU, where asking too late means to be killed.
 
     Raises:
@@ -167,7 +164,6 @@ def _layers_to_recompute(
     decoder: Decoder,
     most: tuple[int, int],
     device: torch.device,
-    say: Say,
     *,
     evaluated: int = 0,
 ) -> int:
@@ -193,9 +189,7 @@ def _layers_to_recompute(
     return recompute
 
 
-def _general_engine(
-    config: TrainConfig, model: PreTrainedModel, hardware: Hardware, most_tokens: int, say: Say
-) -> Engine:
+def _general_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardware, most_tokens: int) -> Engine:
     """The model's own modules and autograd; fp32 weights that are trained in full multiply in the hardware's dtype."""
     reason = use_end_to_end(model)
     if reason:

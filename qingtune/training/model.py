@@ -11,18 +11,18 @@ from qingtune.adapters.full_modules import find_modules, train_in_full
 from qingtune.adapters.lora import LoRALinear, add_lora
 from qingtune.adapters.variants import TAKEN, Variant
 from qingtune.config.training import TrainConfig
-from qingtune.data.prepare import Say
 from qingtune.kernels.device import Hardware
 from qingtune.kernels.footprint import EIGHT_BITS
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models.base import load_base
 from qingtune.models.load import stored_dtype
+from qingtune.output.console import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware, say: Say) -> PreTrainedModel:
+def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware) -> PreTrainedModel:
     """The model on its device, quantised and with adapters as the method asks; the trained share is told.
 
     Adapters train in fp32 on weights in the hardware's dtype. Full training keeps the weights in fp32, as small steps
@@ -33,18 +33,18 @@ def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware, sa
     bits = config.quantization_bit if config.method == "qlora" else None
     narrow = config.optim in EIGHT_BITS and hardware.device.type == "cpu" and hardware.dtype == torch.bfloat16
     dtype = torch.float32 if full and not narrow else hardware.dtype
-    model = load_base(folder, dtype, bits, hardware.device, config.cache_dir, say)
+    model = load_base(folder, dtype, bits, hardware.device, config.cache_dir)
     if full and dtype == stored_dtype(folder):
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # what is loaded as it is stored may lie in the file's pages
     if not full:
-        _add_adapters(config, model, say)
+        _add_adapters(config, model)
     trained, everything = count_parameters(model)
     say(f"Trainable: {trained:,} of {everything:,} parameters ({trained / everything:.2%}).")
     return model
 
 
-def _add_adapters(config: TrainConfig, model: PreTrainedModel, say: Say) -> None:
+def _add_adapters(config: TrainConfig, model: PreTrainedModel) -> None:
     """Put adapters on a model, of the kind that the settings name, and let modules_to_save be trained."""
     assert config.lora_alpha is not None
     variant = Variant(

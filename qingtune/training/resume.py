@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qingtune.config.training import TrainConfig
-from qingtune.data.prepare import Say
 from qingtune.errors import UserError, shorten
 from qingtune.files.digests import why_not_whole
+from qingtune.output.console import say
 from qingtune.runs.record import differences, read_record, versions
 from qingtune.training.checkpoint import Checkpoint, State, checkpoints, load_checkpoint, read_state, to_go_on_from
 from qingtune.training.finished import ANEW
@@ -83,7 +83,7 @@ def _same_rates(config: TrainConfig, steps: int, total_steps: int) -> bool:
     return all(shorter(step) == longer(step) for step in range(steps))
 
 
-def say_extension(config: TrainConfig, finished: Finished, total_steps: int, say: Say) -> None:
+def say_extension(config: TrainConfig, finished: Finished, total_steps: int) -> None:
     """Tell that a finished run goes on to more steps, and what that means."""
     say(f"The run in {config.output_dir} is finished after {finished.steps:,} steps; it goes on to {total_steps:,}.")
     if not finished.same_so_far:
@@ -107,9 +107,7 @@ def check_checkpoint_exists(config: TrainConfig) -> None:
         )
 
 
-def where_to_go_on(
-    config: TrainConfig, settings: dict[str, Any], say: Say, finished: Finished | None = None
-) -> Path | None:
+def where_to_go_on(config: TrainConfig, settings: dict[str, Any], finished: Finished | None = None) -> Path | None:
     """The checkpoint to go on from; None to start anew.
 
     Args:
@@ -135,7 +133,7 @@ def where_to_go_on(
             return None
         if wish is False:
             raise UserError("output_dir holds a run that can go on", where=config.output_dir, fix=ANEW)
-        folder, state = _first_whole(found, say)
+        folder, state = _first_whole(found)
     _same_settings(folder, state.settings, settings, may_differ=LENGTH if finished else ())
     say(f"Going on from {folder}.")
     if changed := differences(state.versions, versions()):
@@ -143,7 +141,7 @@ def where_to_go_on(
     return folder
 
 
-def _first_whole(found: Sequence[Checkpoint], say: Say) -> tuple[Path, State]:
+def _first_whole(found: Sequence[Checkpoint]) -> tuple[Path, State]:
     """The first checkpoint that is as it was written; those that are not are told and passed over."""
     for checkpoint in found:
         try:
@@ -166,7 +164,7 @@ def _same_settings(place: Path, before: dict[str, Any], now: dict[str, Any], may
         raise UserError(f"this run was started with other settings:{listing}\n{ANEW}", where=str(place))
 
 
-def load_best(output_dir: Path, model: PreTrainedModel, progress: Progress, say: Say) -> None:
+def load_best(output_dir: Path, model: PreTrainedModel, progress: Progress) -> None:
     """Give the model the weights of its best evaluation; the loop saved them when they came."""
     if progress.best_step in (None, progress.step):
         return

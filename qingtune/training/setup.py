@@ -13,11 +13,12 @@ import torch
 from qingtune.config.training import TrainConfig
 from qingtune.data.batch import Batch, collate, split_evenly
 from qingtune.data.order import Plan
-from qingtune.data.prepare import Data, Say
+from qingtune.data.prepare import Data
 from qingtune.data.tokenize import Sample
 from qingtune.errors import UserError, is_out_of_memory
 from qingtune.kernels.device import Hardware, peak_bytes
 from qingtune.kernels.footprint import optimizer_bytes
+from qingtune.output.console import say
 from qingtune.runs.record import versions
 from qingtune.training.checkpoint import load_checkpoint, parse_state, prune, save_checkpoint
 from qingtune.training.engine import Engine, make_engine
@@ -36,7 +37,6 @@ def make_work(
     processes: Processes,
     settings: dict[str, Any],
     resume_from: Path | None,
-    say: Say,
 ) -> tuple[Work, Limits, Progress]:
     """Set a run up.
 
@@ -51,7 +51,7 @@ def make_work(
     if notice:
         say(notice)
     longest = max(len(sample.token_ids) for sample in [*data.train, *data.evaluation])
-    engine = make_engine(config, model, hardware, longest, say, evaluates=bool(data.evaluation))
+    engine = make_engine(config, model, hardware, longest, evaluates=bool(data.evaluation))
     progress = Progress()
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
     if resume_from:
@@ -69,7 +69,7 @@ def make_work(
         optimizer=optimizer,
         learning_rate=make_schedule(config.lr_scheduler_type, config.learning_rate, warmup_steps(config, total), total),
         evaluate=_evaluator(
-            data.evaluation, config.per_device_eval_batch_size, model, hardware.device, processes, engine, say
+            data.evaluation, config.per_device_eval_batch_size, model, hardware.device, processes, engine
         ),
         save=_saver(config, trained, optimizer, scaler, settings, processes),
         peak_bytes=lambda: peak_bytes(hardware.device),
@@ -77,7 +77,7 @@ def make_work(
     )
     if (warmup := warmup_steps(config, total)) >= total:
         say(f"Warning: the warm-up takes {warmup:,} steps of {total:,}, so the learning rate never reaches its peak.")
-    _check_room(config, list(trained.values()), limits, say)
+    _check_room(config, list(trained.values()), limits)
     say(
         f"Training: {total:,} steps of {plan.window_size} samples ({total / plan.steps_per_epoch:.3g} epochs), "
         f"{config.optim}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}."
@@ -85,7 +85,7 @@ def make_work(
     return work, limits, progress
 
 
-def _check_room(config: TrainConfig, trained: list[torch.nn.Parameter], limits: Limits, say: Say) -> None:
+def _check_room(config: TrainConfig, trained: list[torch.nn.Parameter], limits: Limits) -> None:
     """Look at the disk before hours of work.
 
     Raises:
@@ -186,7 +186,6 @@ def _evaluator(
     device: torch.device,
     processes: Processes,
     engine: Engine,
-    say: Say,
 ) -> Callable[[], tuple[float, int]]:
     """A function that gives the mean loss over the trained tokens of the evaluation data, and their number."""
     batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
@@ -196,7 +195,7 @@ def _evaluator(
         model.eval()
         sums = torch.zeros(2, dtype=dtype)
         for samples_of_batch in batches[processes.index :: processes.count]:
-            sums += torch.tensor(_sums_within_memory(samples_of_batch, engine, device, say), dtype=dtype)
+            sums += torch.tensor(_sums_within_memory(samples_of_batch, engine, device), dtype=dtype)
         model.train()
         total, tokens = processes.sum(sums).tolist()
         return total / tokens, int(tokens)
@@ -204,7 +203,7 @@ def _evaluator(
     return evaluate
 
 
-def _sums_within_memory(samples: list[Sample], engine: Engine, device: torch.device, say: Say) -> tuple[float, int]:
+def _sums_within_memory(samples: list[Sample], engine: Engine, device: torch.device) -> tuple[float, int]:
     """The summed loss and the trained tokens of samples, in smaller passes when memory runs out."""
     while True:
         batches = [collate(group).to(device) for group in split_evenly(samples, engine.most_tokens)]

@@ -116,7 +116,7 @@ def test_answers_are_those_of_the_cpu(kind: str, tiny: Callable[..., Path]) -> N
     found = []
     for device in ("cuda", "cpu"):
         hardware = Hardware(torch.device(device), torch.float32, "")
-        decoder = load_decoder(tiny(kind), None, None, hardware, None, 2, lambda _: None)
+        decoder = load_decoder(tiny(kind), None, None, hardware, None, 2)
         assert isinstance(decoder, CachedDecoder)
         found.append(dict(generate_many(decoder, prompts, greedy, frozenset())))
     assert found[0] == found[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,10 @@ IDS = [5, 17, 200, 3, 42, 42, 99, 310, 7, 11, 250]
 NEVER: frozenset[int] = frozenset()
 
 
-def silent(_: str) -> None:
-    return
-
-
 def opened(
     folder: Path, adapter: Path | None = None, bits: int | None = None, slots: int = 1, hardware: Hardware = FP32
 ) -> CachedDecoder:
-    decoder = load_decoder(folder, adapter, bits, hardware, None, slots, silent)
+    decoder = load_decoder(folder, adapter, bits, hardware, None, slots)
     assert isinstance(decoder, CachedDecoder)
     return decoder
 
@@ -206,13 +202,14 @@ def test_context_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("gpt2", None), ("mistral", None), ("mistral", 8), ("mistral", 4)])
-def test_other_models_are_answered_by_their_modules(kind: str, bits: int | None, tmp_path: Path) -> None:
+def test_other_models_are_answered_by_their_modules(
+    kind: str, bits: int | None, tmp_path: Path, reported: Callable[[], list[str]]
+) -> None:
     lively_model(kind).save_pretrained(tmp_path / "model")
-    said: list[str] = []
-    decoder: Decoder = load_decoder(tmp_path / "model", None, bits, FP32, str(tmp_path / "cache"), 4, said.append)
+    decoder: Decoder = load_decoder(tmp_path / "model", None, bits, FP32, str(tmp_path / "cache"), 4)
     assert isinstance(decoder, ModulesDecoder)
     assert decoder.slots == 1
-    assert kind in said[0]
+    assert kind in reported()[0]
     first = decoder.start(IDS[:5])
     assert apart(first, logits_of(decoder.model, IDS[:5])[-1]) < 1e-4
     decoder.step([IDS[5]])
@@ -227,7 +224,7 @@ def test_what_was_broken_off_is_read_anew(
 ) -> None:
     model = lively_model(kind)
     model.save_pretrained(tmp_path / "model")
-    decoder = load_decoder(tmp_path / "model", None, None, FP32, None, 1, silent)
+    decoder = load_decoder(tmp_path / "model", None, None, FP32, None, 1)
     decoder.start(IDS[:4])
     right = torch.nn.functional.scaled_dot_product_attention
     calls: list[int] = []

@@ -82,7 +82,7 @@ def test_transformers_reads_nf4_of_the_merged_weights(kind: str, trained: Traine
         assert torch.equal(weights[name], wanted), name
         assert torch.equal(ours.read(name), wanted), name
     dense = load_model(merged, torch.float32)
-    decoder = load_decoder(merged, None, None, FP32, None, 1, lambda _: None)
+    decoder = load_decoder(merged, None, None, FP32, None, 1)
     assert isinstance(decoder, CachedDecoder)
     with torch.inference_mode():  # not in evaluation, in which bitsandbytes may round to bf16 on a CPU
         theirs = model.train()(input_ids=torch.arange(3, 60)[None], use_cache=False).logits[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_a_weight_that_is_not_finite_stays_so(bits: int, kept: torch.dtype) -> N
 def opened(
     folder: Path, bits: int | None, slots: int = 1, hardware: Hardware = BF16, adapter: Path | None = None
 ) -> CachedDecoder:
-    decoder = load_decoder(folder, adapter, bits, hardware, None, slots, lambda _: None)
+    decoder = load_decoder(folder, adapter, bits, hardware, None, slots)
     assert isinstance(decoder, CachedDecoder)
     assert decoder._step is not None  # pyright: ignore[reportPrivateUsage]
     return decoder
@@ -277,15 +278,16 @@ def test_memory_is_asked_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.Mo
     opened(folder, 8, hardware=FP32)
     opened(folder, None)
     monkeypatch.setattr(load, "native_library", lambda: "there is no C compiler")
-    load_decoder(folder, None, None, FP32, None, 1, lambda _: None)
+    load_decoder(folder, None, None, FP32, None, 1)
     assert asked == [16, 8, None, None]
 
 
-def test_without_a_compiler_pytorch_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_pytorch_answers(
+    tmp_path: Path, reported: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, folder = saved(tmp_path, "llama", None)
     wanted = opened(folder, None).start(IDS)
     monkeypatch.setattr(load, "native_library", lambda: "there is no C compiler")
-    said: list[str] = []
-    decoder = load_decoder(folder, None, None, BF16, None, 1, said.append)
-    assert said == ["PyTorch's kernels, slower: there is no C compiler."]
+    decoder = load_decoder(folder, None, None, BF16, None, 1)
+    assert reported() == ["PyTorch's kernels, slower: there is no C compiler."]
     assert apart(decoder.start(IDS).float(), wanted.float()) < 0.02

@@ -360,7 +360,7 @@ def test_a_gguf_file_does_not_bring_the_files_beside_it(tmp_path: Path, tiny: Ca
     assert main(export) == 0
     (file,) = (tmp_path / "out").glob("*.gguf")
     (tmp_path / "out" / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/x"}', encoding="utf-8")
-    folder = local_folder(find_model(str(file), None, "auto"), str(tmp_path / "cache"), print)
+    folder = local_folder(find_model(str(file), None, "auto"), str(tmp_path / "cache"))
     assert (folder / WEIGHTS).exists()
 
 

@@ -24,6 +24,7 @@ from qingtune.evaluation.compare.setups import Setup
 from qingtune.files.json_files import read_object
 from qingtune.files.write import open_in_place, write_json, write_text
 from qingtune.machine.signals import handled, heeded, tell_at_once
+from qingtune.output.console import say
 from qingtune.output.invocation import command_line
 from qingtune.runs.folder import who_writes_to, why_no_checkpoint
 from qingtune.runs.page.source import read_curves
@@ -113,7 +114,7 @@ class Interruption:
             self.child.send_signal(number)
 
 
-def wait_for_left_behind(trials: Path, stopping: Interruption, say: Callable[[str], None]) -> None:
+def wait_for_left_behind(trials: Path, stopping: Interruption) -> None:
     """Wait for trials of an earlier start that was killed: they train on, and two at once would slow each other.
 
     Args:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from qingtune.errors import UserError
 from qingtune.files.write import disk_errors, write_text
+from qingtune.output.console import say
 from qingtune.output.invocation import command_line
 from qingtune.runs.page.render import render
 from qingtune.runs.page.source import read_run
@@ -32,8 +32,8 @@ def write_page(folder: Path) -> Path:
 class PageOfRun:
     """Keeps a run's page up to date while the run goes on; what is wrong with it is told, once, and harms no run."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self.folder, self.say = folder, say
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.rest_until = 0.0
         self.told: set[str] = set()
 
@@ -50,7 +50,7 @@ class PageOfRun:
         except Exception as error:  # a fault of the page, whichever, must not cost hours of training
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if reason not in self.told:
-                self.say(f"Warning: {PAGE} was not written: {reason}")
+                say(f"Warning: {PAGE} was not written: {reason}")
             self.told.add(reason)
             return False
         finally:

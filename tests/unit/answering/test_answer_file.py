@@ -91,7 +91,7 @@ def write(
 ) -> None:
     file = AnswerFile(path, identity or IDENTITY, overwrite=over)
     asked = questions(20)
-    answer_file(file, 20, lambda done: answer_questions(decoder, template, asked[done:]), lambda _: None)
+    answer_file(file, 20, lambda done: answer_questions(decoder, template, asked[done:]))
     file.finish()
 
 

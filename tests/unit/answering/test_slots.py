@@ -27,7 +27,7 @@ A_SLOT = 190 * A_TOKEN  # of the longest question
 
 def decoder_of(folder: Path, slots: int = 16) -> CachedDecoder:
     fp32 = Hardware(torch.device("cpu"), torch.float32, "")
-    decoder = load_decoder(folder, None, None, fp32, None, slots, lambda _: None)
+    decoder = load_decoder(folder, None, None, fp32, None, slots)
     assert isinstance(decoder, CachedDecoder)
     return decoder
 

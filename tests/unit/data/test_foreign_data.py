@@ -10,7 +10,7 @@ from typing import Any
 
 import foreign_rows as foreign
 import pytest
-from conftest import make_tokenizer, write_jsonl
+from conftest import make_tokenizer, reporting, write_jsonl
 
 from qingtune.cli import main
 from qingtune.config.training import TrainConfig
@@ -87,9 +87,9 @@ def check(rows: foreign.Rows, *flags: str) -> dict[str, Any]:
 def prepare(rows: foreign.Rows, **settings: Any) -> tuple[Data, list[str]]:
     """What training makes of rows, and the lines it shows."""
     write_jsonl(Path("t.jsonl"), rows)
-    lines: list[str] = []
     config = TrainConfig.model_validate({"data_path": "t.jsonl", **settings})
-    return load_data(config, make_template(make_tokenizer(), [2]), None, lines.append), lines
+    with reporting() as lines:
+        return load_data(config, make_template(make_tokenizer(), [2]), None), lines
 
 
 # --- Kinds of data ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from qingtune.data.tokenize import make_template
 
 def prepared(data_file: Path, **settings: Any) -> Data:
     config = TrainConfig.model_validate({"data_path": str(data_file), **settings})
-    return load_data(config, make_template(make_tokenizer(), [2]), None, lambda _: None)
+    return load_data(config, make_template(make_tokenizer(), [2]), None)
 
 
 def test_held_out_rows_go_by_val_seed_and_without_it_by_seed(data_file: Path) -> None:

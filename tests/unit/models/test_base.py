@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, reporting
 from safetensors.torch import load_file, save_file
 
 from qingtune.errors import UserError
@@ -47,8 +47,8 @@ def copy(tiny: Tiny, tmp_path: Path) -> Path:
 
 def load(folder: Path, bits: int | None, cache: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, list[str]]:
     """The model and what was said."""
-    said: list[str] = []
-    return load_base(folder, dtype, bits, CPU, str(cache), said.append), said
+    with reporting() as said:
+        return load_base(folder, dtype, bits, CPU, str(cache)), said
 
 
 def usual(folder: Path, bits: int | None, dtype: torch.dtype = torch.float32) -> Any:
@@ -198,10 +198,9 @@ def test_nothing_but_the_packed_layers_is_kept(tiny: Tiny, tmp_path: Path) -> No
     assert parts == {"packed", "scale"}
 
 
-def test_without_a_setting_it_is_kept_in_the_default_cache(tiny: Tiny) -> None:
-    said: list[str] = []
-    load_base(tiny("llama", 7), torch.float32, 8, CPU, None, said.append)
-    assert str(default_cache() / "quantized" / tiny("llama", 7).name) in said[0]
+def test_without_a_setting_it_is_kept_in_the_default_cache(tiny: Tiny, reported: Callable[[], list[str]]) -> None:
+    load_base(tiny("llama", 7), torch.float32, 8, CPU, None)
+    assert str(default_cache() / "quantized" / tiny("llama", 7).name) in reported()[0]
 
 
 def test_a_cache_that_cannot_be_written_is_told_and_the_run_goes_on(tiny: Tiny, tmp_path: Path) -> None:

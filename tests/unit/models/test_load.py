@@ -171,7 +171,7 @@ def test_architectures_that_cannot_be_had(values: dict[str, Any], told: str | No
     (copy / "code.py").write_text("raise SystemExit('the code of a model was run')", encoding="utf-8")
 
     def loaded() -> Any:
-        return load_model(local_folder(find_model(str(copy), None, "auto"), None, print), torch.float32)
+        return load_model(local_folder(find_model(str(copy), None, "auto"), None), torch.float32)
 
     if told is None:
         assert type(loaded()).__name__ == "LlamaForCausalLM"
@@ -279,12 +279,13 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return path, model
 
 
-def test_a_gguf_file_is_converted_once_and_answers_as_its_source(gguf_file: tuple[Path, Any], tmp_path: Path) -> None:
+def test_a_gguf_file_is_converted_once_and_answers_as_its_source(
+    gguf_file: tuple[Path, Any], tmp_path: Path, reported: Callable[[], list[str]]
+) -> None:
     path, model = gguf_file
-    said: list[str] = []
-    folder = local_folder(find_model(str(path), None, "auto"), str(tmp_path), said.append)
+    folder = local_folder(find_model(str(path), None, "auto"), str(tmp_path))
     assert folder.parent == tmp_path / "gguf"
-    assert len(said) == 1
+    assert len([line for line in reported() if line.startswith("Converting")]) == 1
     torch.testing.assert_close(logits_of(load_model(folder, torch.float32)), logits_of(model), rtol=0, atol=1e-6)
     assert stop_ids(folder) == [2]
     assert context_length(folder) == 256
@@ -294,15 +295,15 @@ def test_a_gguf_file_is_converted_once_and_answers_as_its_source(gguf_file: tupl
         assert tokenizer(text)["input_ids"] == source(text)["input_ids"]
     written = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     moved = shutil.copy(path, tmp_path / "tiny.gguf")
-    assert local_folder(ModelSource("tiny", Path(moved)), str(tmp_path), said.append) == folder
-    assert len(said) == 1
+    assert local_folder(ModelSource("tiny", Path(moved)), str(tmp_path)) == folder
+    assert len([line for line in reported() if line.startswith("Converting")]) == 1
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == written
 
 
 def test_a_cache_that_cannot_be_written_is_told(gguf_file: tuple[Path, Any], tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=r"the converted model could not be written: .*--cache_dir"):
-        local_folder(ModelSource("tiny", gguf_file[0]), str(tmp_path / "cache"), lambda _: None)
+        local_folder(ModelSource("tiny", gguf_file[0]), str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("size", [4, 20, 1000, 20_000, 60_000])
@@ -310,5 +311,5 @@ def test_a_broken_gguf_file_is_told_and_leaves_nothing(size: int, gguf_file: tup
     path = tmp_path / "cut.gguf"
     path.write_bytes(gguf_file[0].read_bytes()[:size])
     with pytest.raises(UserError, match=r"cut\.gguf: "):
-        local_folder(find_model(str(path), None, "auto"), str(tmp_path / "cache"), print)
+        local_folder(find_model(str(path), None, "auto"), str(tmp_path / "cache"))
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "cut.gguf"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_training_in_4_bits_takes_the_codes_as_they_are(
     dtype: torch.dtype, library: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     folder, weights = library
-    model: Any = load_base(folder, dtype, 4, CPU, str(tmp_path), print)
+    model: Any = load_base(folder, dtype, 4, CPU, str(tmp_path))
     files = load_file(folder / "model.safetensors")
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     assert len(layers) == 13
@@ -96,7 +97,7 @@ def test_training_in_4_bits_takes_the_codes_as_they_are(
 def test_in_8_bits_it_is_what_the_unpacked_model_would_be(library: tuple[Path, Any], tmp_path: Path) -> None:
     from qingtune.models.quantize import quantize_model
 
-    model: Any = load_base(library[0], torch.float32, 8, CPU, str(tmp_path), print)
+    model: Any = load_base(library[0], torch.float32, 8, CPU, str(tmp_path))
     usual: Any = load_model(library[0], torch.float32)
     quantize_model(usual, 8, CPU)
     with torch.inference_mode():
@@ -110,11 +111,10 @@ def test_an_unpacked_model_is_a_plain_one(library: tuple[Path, Any], tmp_path: P
     assert not StoredWeights(tmp_path).packed
 
 
-def test_reading_says_that_it_is_in_4_bits(library: tuple[Path, Any]) -> None:
-    said: list[str] = []
-    local_folder(find_model(str(library[0]), None, "auto"), None, said.append)
-    assert len(said) == 1
-    assert "4 bits (NF4)" in said[0]
+def test_reading_says_that_it_is_in_4_bits(library: tuple[Path, Any], reported: Callable[[], list[str]]) -> None:
+    local_folder(find_model(str(library[0]), None, "auto"), None)
+    assert len(reported()) == 1
+    assert "4 bits (NF4)" in reported()[0]
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (32, 32), (48, 96), (3, 7), (5, 24), (2, 1), (1, 2), (7, 1000)])
@@ -179,7 +179,7 @@ def test_broken_weights_are_told(name: str, bits: int | None, copy: Path, tmp_pa
     BROKEN[name](tensors)
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=rf"{UP} is in 4 bits.*Fetch it again"):
-        load_base(copy, torch.float32, bits, CPU, str(tmp_path), print)
+        load_base(copy, torch.float32, bits, CPU, str(tmp_path))
 
 
 def test_layers_under_other_names_are_told(copy: Path, tmp_path: Path) -> None:
@@ -188,4 +188,4 @@ def test_layers_under_other_names_are_told(copy: Path, tmp_path: Path) -> None:
     save_file(renamed, copy / "model.safetensors", {"format": "pt"})
     for bits in (None, 4):
         with pytest.raises(UserError, match=r"up_proj\.weight is not stored in the shape and under the name"):
-            load_base(copy, torch.float32, bits, CPU, str(tmp_path), print)
+            load_base(copy, torch.float32, bits, CPU, str(tmp_path))

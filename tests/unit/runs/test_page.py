@@ -355,20 +355,19 @@ def _no_room(*_: object) -> None:
 
 
 def test_a_page_that_cannot_be_made_is_told_once_and_ends_nothing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, reported: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    page = PageOfRun(folder, said.append)
+    page = PageOfRun(folder)
     monkeypatch.setattr(report_module, "render", lambda _: 1 / 0)
     assert [page.write(), page.write()] == [False, False]
-    assert said == ["Warning: report.html was not written: ZeroDivisionError: division by zero"]
+    assert reported() == ["Warning: report.html was not written: ZeroDivisionError: division by zero"]
     monkeypatch.undo()
     monkeypatch.setattr(report_module, "write_text", _no_room)
     assert not page.write()
-    assert "No space left on device" in said[1]
+    assert "No space left on device" in reported()[1]
     monkeypatch.undo()
     assert page.write()
-    assert len(said) == 2
+    assert len(reported()) == 2
 
 
 def test_a_page_takes_little_of_the_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +379,7 @@ def test_a_page_takes_little_of_the_time(folder: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(report_module, "write_page", write_slowly)
     monkeypatch.setattr("time.perf_counter", lambda: now)
-    page = PageOfRun(folder, lambda _: None)
+    page = PageOfRun(folder)
     for _ in range(1000):
         page(object())
         now += 1.0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, reporting
 
 from qingtune.adapters.lora import add_lora, member
 from qingtune.adapters.variants import Variant
@@ -44,24 +45,25 @@ def config_of(**settings: Any) -> TrainConfig:
         ("qwen3", {"attention_dropout": 0.1}, "the model drops attention weights"),
     ],
 )
-def test_each_reason_for_general_kernels_is_told(kind: str, changes: dict[str, Any], reason: str) -> None:
-    model, told = make_model(kind, **changes), list[str]()
+def test_each_reason_for_general_kernels_is_told(
+    kind: str, changes: dict[str, Any], reason: str, reported: Callable[[], list[str]]
+) -> None:
+    model = make_model(kind, **changes)
     assert why_not(model) == reason
-    made = make_engine(config_of(), model, CPU, TOKENS, told.append)
-    assert told[0] == f"General kernels, slower and with more memory: {reason}."
+    made = make_engine(config_of(), model, CPU, TOKENS)
+    assert reported()[0] == f"General kernels, slower and with more memory: {reason}."
     assert not isinstance(getattr(made.add_gradients, "__self__", None), Decoder)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_dora_with_dropout_is_a_reason(dropout: float) -> None:
-    model, told = make_model("qwen2"), list[str]()
+def test_dora_with_dropout_is_a_reason(dropout: float, reported: Callable[[], list[str]]) -> None:
+    model = make_model("qwen2")
     add_lora(model, None, 2, 4.0, dropout, variant=Variant(use_dora=True))
     config = config_of(use_lora=True, use_dora=True, lora_dropout=dropout, gradient_checkpointing=False)
-    made = make_engine(config, model, CPU, TOKENS, told.append)
+    made = make_engine(config, model, CPU, TOKENS)
     assert isinstance(getattr(made.add_gradients, "__self__", None), Decoder) is not bool(dropout)
-    assert any("General kernels, slower and with more memory: DoRA with lora_dropout" in line for line in told) is bool(
-        dropout
-    )
+    reason = "General kernels, slower and with more memory: DoRA with lora_dropout"
+    assert any(reason in line for line in reported()) is bool(dropout)
 
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -94,30 +96,30 @@ def test_a_head_with_a_bias_is_a_reason() -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
-def test_decoders_are_made_in_silence(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoders_are_made_in_silence(
+    kind: str, reported: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: 10**12)
-    told: list[str] = []
     settings = {"use_lora": True, "lora_dropout": 0.25}
-    made = make_engine(config_of(**settings), make_model(kind), CPU, TOKENS, told.append)
+    made = make_engine(config_of(**settings), make_model(kind), CPU, TOKENS)
     decoder = getattr(made.add_gradients, "__self__", None)
     assert isinstance(decoder, Decoder)
     assert decoder.dropout == 0.25
     assert decoder.recompute == 0
     assert decoder.dtype == CPU.dtype
-    assert told == []
+    assert reported() == []
 
 
-def test_other_devices_than_cpu_and_cuda_take_the_general_kernels() -> None:
-    told: list[str] = []
+def test_other_devices_than_cpu_and_cuda_take_the_general_kernels(reported: Callable[[], list[str]]) -> None:
     apple = Hardware(torch.device("mps"), torch.float32, "")
-    made = make_engine(config_of(), make_model("qwen2"), apple, TOKENS, told.append)
+    made = make_engine(config_of(), make_model("qwen2"), apple, TOKENS)
     assert not isinstance(getattr(made.add_gradients, "__self__", None), Decoder)
-    assert told[0] == "General kernels, slower and with more memory: ours have not been tried on mps."
+    assert reported()[0] == "General kernels, slower and with more memory: ours have not been tried on mps."
 
 
 def test_dropout_of_adapters_is_not_full_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: None)
-    made = make_engine(config_of(lora_dropout=0.25), make_model("qwen2"), CPU, TOKENS, print)
+    made = make_engine(config_of(lora_dropout=0.25), make_model("qwen2"), CPU, TOKENS)
     assert getattr(made.add_gradients, "__self__").dropout == 0.0  # noqa: B009
 
 
@@ -126,10 +128,11 @@ def recomputed(
 ) -> tuple[int, str]:
     """The number of layers computed again, and what was told, with so much memory free."""
     model = make_model("qwen2", num_hidden_layers=LAYERS).requires_grad_(trained)
-    decoder, told = Decoder(model, torch.float32, member), list[str]()
+    decoder = Decoder(model, torch.float32, member)
     monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: free)
     config = config_of(gradient_checkpointing=choice)
-    count = engine._layers_to_recompute(config, model, decoder, (TOKENS, TOKENS), CPU.device, told.append)
+    with reporting() as told:
+        count = engine._layers_to_recompute(config, model, decoder, (TOKENS, TOKENS), CPU.device)
     return count, "\n".join(told)
 
 
@@ -186,30 +189,30 @@ def test_auto_computes_nothing_again_where_memory_cannot_be_told(monkeypatch: py
 
 @pytest.mark.parametrize("checkpointing", [False, "auto"])
 def test_passes_are_made_as_small_as_the_memory_demands(
-    checkpointing: bool | str, monkeypatch: pytest.MonkeyPatch
+    checkpointing: bool | str, reported: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, told = make_model("qwen2"), list[str]()
+    model = make_model("qwen2")
     config = config_of(gradient_checkpointing=checkpointing, optim="sgd")
     gradients = sum(parameter.numel() * 4 for parameter in model.parameters())
     decoder = Decoder(model, torch.float32, member)
     decoder.recompute = 0 if checkpointing is False else len(decoder.mlp)
     needed = decoder.pass_bytes(engine.TOKENS_PER_PASS_ON_CPU, TOKENS)
     monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: gradients + needed // 2)
-    made = make_engine(config, model, CPU, TOKENS, told.append)
+    made = make_engine(config, model, CPU, TOKENS)
     assert made.most_tokens == engine.TOKENS_PER_PASS_ON_CPU // 2
-    assert f"so passes have at most {made.most_tokens:,} tokens instead of 768" in told[-1]
+    assert f"so passes have at most {made.most_tokens:,} tokens instead of 768" in reported()[-1]
     monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: gradients + needed // 10)
     with pytest.raises(
         UserError, match=r"a pass of the longest sample \(100 tokens\) about .* Set max_seq_length to 76 or"
     ):
-        make_engine(config, model, CPU, TOKENS, told.append)
+        make_engine(config, model, CPU, TOKENS)
     monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: gradients // 2)
     with pytest.raises(UserError, match=r"training needs more memory .* Choose what takes less: LoRA"):
-        make_engine(config, model, CPU, TOKENS, told.append)
+        make_engine(config, model, CPU, TOKENS)
 
 
 def test_after_a_pass_that_did_not_fit_smaller_ones_are_planned_and_memory_is_given_back() -> None:
-    made = make_engine(config_of(gradient_checkpointing=False), make_model("qwen2"), CPU, TOKENS, print)
+    made = make_engine(config_of(gradient_checkpointing=False), make_model("qwen2"), CPU, TOKENS)
     decoder: Any = made.loss.__self__  # pyright: ignore[reportFunctionMemberAccess]
     samples = [Sample(np.arange(3, 60, dtype=np.int32), np.ones(57, dtype=np.bool_), f"row:{n}") for n in range(4)]
     made.loss(collate(samples))
