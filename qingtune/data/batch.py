@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -36,6 +36,20 @@ class Batch:
         """The same on a device."""
         tensors = (self.token_ids, self.positions, self.starts, self.predicting, self.targets)
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), origins=self.origins)
+
+    def trained_samples(self) -> Iterator[Batch]:
+        """Each sample that trains a token, as a micro-batch of its own."""
+        for number, (start, end) in enumerate(pairwise(self.starts.tolist())):
+            mine = (self.predicting >= start) & (self.predicting < end)
+            if bool(mine.any()):
+                yield Batch(
+                    token_ids=self.token_ids[start:end],
+                    positions=self.positions[start:end],
+                    starts=self.starts[number : number + 2] - start,
+                    predicting=self.predicting[mine] - start,
+                    targets=self.targets[mine],
+                    origins=self.origins[number : number + 1],
+                )
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -1,12 +1,13 @@
 """Summed cross-entropy over the trained tokens of a micro-batch.
 
-The head runs only on rows that predict a trained token, a few hundred at a time, and each chunk's gradient is formed
-right after its logits: neither the logits of a whole batch nor an fp32 copy of the head are ever held.
+The head runs only on rows that predict a trained token. Where it is a matrix and nothing else, it runs on a few hundred
+rows at a time, and each chunk's gradient is formed right after its logits: neither the logits of a whole batch nor an
+fp32 copy of the head are ever held.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+import inspect
 from typing import Any, cast
 
 import torch
@@ -26,7 +27,8 @@ def summed_loss(model: Any, batch: Batch, *, end_to_end: bool) -> torch.Tensor:
         end_to_end: whether the model's attention keeps samples apart; otherwise they are computed one by one.
     """
     if not end_to_end:
-        return _one_by_one(model, batch)
+        losses = (_sample_loss(model, sample) for sample in batch.trained_samples())
+        return sum(losses, torch.zeros((), device=batch.token_ids.device))
     hidden = model.base_model(
         input_ids=batch.token_ids[None],
         position_ids=batch.positions[None],
@@ -166,14 +168,14 @@ class _HeadLoss(torch.autograd.Function):
         )
 
 
-def _one_by_one(model: Any, batch: Batch) -> torch.Tensor:
-    """The general path, right for any architecture: a forward pass for each sample, with all its logits."""
-    total = torch.zeros((), device=batch.token_ids.device)
-    for start, end in pairwise(batch.starts.tolist()):
-        mine = (batch.predicting >= start) & (batch.predicting < end)
-        if not bool(mine.any()):
-            continue
-        logits = model(input_ids=batch.token_ids[None, start:end], use_cache=False).logits[0]
-        rows = logits[batch.predicting[mine] - start]
-        total = total + F.cross_entropy(rows.float(), batch.targets[mine], reduction="sum")
-    return total
+def _sample_loss(model: Any, sample: Batch) -> torch.Tensor:
+    """The loss of a single sample by the model's own forward, which applies what follows its head: soft caps, scales.
+
+    The head runs on the predicting rows alone where the forward takes their indices; a few old architectures' do not.
+    """
+    inputs = {"input_ids": sample.token_ids[None], "use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits = model(**inputs, logits_to_keep=sample.predicting).logits[0]
+    else:
+        logits = model(**inputs).logits[0, sample.predicting]
+    return F.cross_entropy(logits.float(), sample.targets, reduction="sum")

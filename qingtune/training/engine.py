@@ -203,9 +203,12 @@ def _general_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardw
             return summed_loss(model, batch, end_to_end=reason is None)
 
     def add_gradients(batch: Batch, scale: torch.Tensor) -> torch.Tensor:
-        total = loss(batch)
-        (total * scale).backward()
-        return total.detach()
+        total = torch.zeros((), device=batch.token_ids.device)
+        for part in [batch] if reason is None else batch.trained_samples():  # one graph at a time
+            part_loss = loss(part)
+            (part_loss * scale).backward()
+            total += part_loss.detach()
+        return total
 
     def recompute_all() -> bool:
         if model.is_gradient_checkpointing or not model.supports_gradient_checkpointing:

@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from conftest import make_model
 from tiny_runs import assert_close, lively, lively_model, make_samples
 
+from qingtune.config.training import TrainConfig
 from qingtune.data.batch import collate
 from qingtune.data.tokenize import Sample
 from qingtune.kernels import loss
 from qingtune.kernels.attention import use_end_to_end
+from qingtune.kernels.device import Hardware
 from qingtune.kernels.loss import summed_loss
+from qingtune.training.engine import Engine, make_engine
 
 
 def plain_loss(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
@@ -97,3 +100,56 @@ def test_switching_leaves_ordinary_use_as_it_was(kind: str) -> None:
         before = model(input_ids=ids).logits
         use_end_to_end(model)
         assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
+
+
+# --- The engine for general architectures ----------------------------------------------------------------------------
+
+
+def general_engine(model: Any, **settings: Any) -> Engine:
+    values = {"model_name_or_path": "model", "data_path": "data.jsonl", "output_dir": "output", **settings}
+    hardware = Hardware(torch.device("cpu"), torch.float32, "for tests")
+    return make_engine(TrainConfig.model_validate(values), model, hardware, 17, lambda _: None)
+
+
+def test_a_general_model_holds_the_graph_of_one_sample_and_the_logits_of_its_predicting_rows() -> None:
+    model, events = lively_model("gemma2"), list[str]()
+    assert model.config.final_logit_softcapping == 30.0
+    batch = collate(make_samples())
+
+    def note_logits(_module: Any, _inputs: Any, logits: torch.Tensor) -> None:
+        events.append(f"{logits.shape[1]} rows")
+        logits.register_hook(lambda _: events.append("backward"))
+
+    model.lm_head.register_forward_hook(note_logits)
+    general_engine(model).add_gradients(batch, torch.tensor(0.25))
+    assert events == ["5 rows", "backward", "16 rows", "backward", "2 rows", "backward", "1 rows", "backward"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_gradients_of_a_general_model_are_those_of_the_padded_batch(kind: str, checkpointing: bool) -> None:
+    model, samples = lively_model(kind), make_samples()
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("eager")
+    wanted = plain_loss(plain, samples)
+    (wanted * 0.25).backward()
+    engine = general_engine(model.train(), gradient_checkpointing=checkpointing)
+    found = engine.add_gradients(collate(samples), torch.tensor(0.25))
+    assert float(found) == pytest.approx(wanted.item(), rel=1e-6)
+    assert float(engine.loss(collate(samples))) == pytest.approx(wanted.item(), rel=1e-6)
+    assert_close(gradients(model), gradients(plain), share=1e-4)
+
+
+def test_a_model_whose_forward_takes_no_rows_gives_all_logits() -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            return self.inner(input_ids=input_ids, use_cache=use_cache)
+
+    model, batch = lively_model("gemma2"), collate(make_samples())
+    with torch.no_grad():
+        losses = [float(summed_loss(one, batch, end_to_end=False)) for one in (model, Plain(model))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
