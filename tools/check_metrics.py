@@ -94,7 +94,9 @@ class OneByOne:
         found: list[str] = []
         word = ""
         for character in f"{text.lower()} ":
-            chinese = "CJK UNIFIED" in _name(character)
+            chinese = any(
+                part in _name(character) for part in ("CJK UNIFIED", "IDEOGRAPHIC NUMBER ZERO", "IDEOGRAPHIC ITERATION")
+            )
             if character.isalnum() and not chinese:
                 word += character
                 continue

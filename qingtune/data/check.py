@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import regex
 
 from qingtune.data.faults import add_reason, sum_of_rows
 from qingtune.data.format import Conversation, FileFacts, conversations_of, placeholder_in
@@ -228,7 +229,7 @@ def _look_at_answer(
 ) -> None:
     answer = row.messages[-1].content if row.text is None else row.text
     total = len(_LETTER_OR_DIGIT.findall(answer))
-    letters = {kind: len(pattern.findall(answer)) for kind, pattern in _SCRIPTS.items()}
+    letters = {kind: sum(map(len, pattern.findall(answer))) for kind, pattern in _SCRIPTS.items()}
     letters["other"] = total - sum(letters.values()) - len(_DIGIT.findall(answer))
     sizes.append(total)
     if total < NEAR_EMPTY:
@@ -243,14 +244,14 @@ def _look_at_answer(
         by_script.setdefault(main, Places()).add(row.origin)
 
 
-# Letters of each script, coarsely.
+# Runs of letters of each script.
 _SCRIPTS = {
-    "Latin": re.compile("[A-Za-z\u00c0-\u024f\u1e00-\u1eff]"),
-    "Han": re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]"),
-    "kana": re.compile("[\u3040-\u30ff]"),
-    "Hangul": re.compile("[\u1100-\u11ff\uac00-\ud7af]"),
-    "Cyrillic": re.compile("[\u0400-\u052f]"),
-    "Arabic": re.compile("[\u0600-\u06ff\u0750-\u077f]"),
+    "Latin": regex.compile(r"\p{Latin}+"),
+    "Han": regex.compile(r"\p{Han}+"),
+    "kana": regex.compile(r"[\p{Hiragana}\p{Katakana}]+"),
+    "Hangul": regex.compile(r"\p{Hangul}+"),
+    "Cyrillic": regex.compile(r"\p{Cyrillic}+"),
+    "Arabic": regex.compile(r"\p{Arabic}+"),
 }
 _LETTER_OR_DIGIT, _DIGIT = re.compile(r"[^\W_]"), re.compile(r"\d")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
-_NAME = r"[A-Za-z_\u4e00-\u9fff][\w.\- \u4e00-\u9fff]{0,39}"
-_PLACEHOLDER = re.compile(
+import regex
+
+_NAME = r"[A-Za-z_\p{Han}][\w.\- ]{0,39}"
+_PLACEHOLDER = regex.compile(
     rf"(?<![\\}}A-Za-z0-9_^$]){{{{\s*{_NAME}\s*}}}}(?!}})"  # {{name}}
     rf"|\$\{{{_NAME}\}}"  # ${name}
     r"|\{%-? *[a-z][^%\n]{0,80}%\}"  # {% if name %}

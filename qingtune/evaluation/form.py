@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import regex
 from pydantic import Field, ValidationError
 
 from qingtune.config.training import Settings
@@ -20,19 +21,13 @@ from qingtune.errors import UserError
 COLUMN = "form"
 TITLE_COLUMNS = 80  # a title's width at most, a Chinese character counting 2
 
-# Unicode's emoji (emoji-data.txt of UTS #51): those drawn as pictures by themselves, and the pictographs that a phone
-# draws so. Not its text symbols: ★, ❶ and ✓; ©, ™, → and digits only where a variation selector or a keycap follows.
-_EMOJI = re.compile(
-    "[\ufe0f\u20e3"
-    "\u231a\u231b\u23e9-\u23ec\u23f0\u23f3\u25fd\u25fe\u2600-\u2604\u260e\u2611\u2614\u2615\u2618\u261d\u2620\u2622"
-    "\u2623\u2626\u262a\u262e\u262f\u2638-\u263a\u2640\u2642\u2648-\u2653\u265f\u2660\u2663\u2665\u2666\u2668\u267b"
-    "\u267e\u267f\u2692-\u2697\u2699\u269b\u269c\u26a0\u26a1\u26a7\u26aa\u26ab\u26b0\u26b1\u26bd\u26be\u26c4\u26c5"
-    "\u26c8\u26ce\u26cf\u26d1\u26d3\u26d4\u26e9\u26ea\u26f0-\u26f5\u26f7-\u26fa\u26fd\u2702\u2705\u2708-\u270d\u270f"
-    "\u2712\u2714\u2716\u271d\u2721\u2728\u2733\u2734\u2744\u2747\u274c\u274e\u2753-\u2755\u2757\u2763\u2764"
-    "\u2795-\u2797\u27a1\u27b0\u27bf\u2b1b\u2b1c\u2b50\u2b55"
-    "\U0001f004\U0001f0cf\U0001f18e\U0001f191-\U0001f19a\U0001f1e6-\U0001f1ff\U0001f201\U0001f21a\U0001f22f"
-    "\U0001f232-\U0001f23a\U0001f250\U0001f251\U0001f300-\U0001f64f\U0001f680-\U0001f6ff\U0001f7e0-\U0001f7eb"
-    "\U0001f7f0\U0001f900-\U0001f9ff\U0001fa70-\U0001faff]"
+# Emoji that are drawn as pictures by themselves, and the pictographs that a phone draws so, such as ❤ and ✈. Not text
+# symbols: ★, ❶ and ✓; ©, ™, → and digits only where a variation selector or a keycap follows.
+_EMOJI = regex.compile(
+    r"[\p{Emoji_Presentation}\uFE0F\u20E3[\p{Emoji}&&[\p{InMiscellaneous_Symbols}\p{InDingbats}"
+    r"\p{InMiscellaneous_Symbols_and_Pictographs}\p{InTransport_and_Map_Symbols}"
+    r"\p{InEnclosed_Ideographic_Supplement}]]]",
+    regex.V1,
 )
 # A tag, with the # that closes it on Weibo; or a run of # that begins none, as of a heading or of C#.
 _TAG = re.compile(r"(?<![A-Za-z0-9_&/])([#＃](?=[^\s#＃]*[^\W\d_])[^\s#＃]+)[#＃]?|[#＃]+")

@@ -7,23 +7,22 @@ Metrics of text see an answer without its thinking (`<think>...</think>` at its 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import regex
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 # From this share of Chinese characters on, BLEU's usual tokenizer would leave whole sentences as one token.
 CHINESE_FROM = 0.1
 
-_HAN = re.compile(f"[{HAN}]")
-_TOKEN = re.compile(rf"[{HAN}]|[^\W_{HAN}]+")
+_HAN = regex.compile(r"\p{Han}")
+_TOKEN = regex.compile(r"\p{Han}|[[\p{Letter}\p{Number}]--\p{Han}]+", regex.V1)
 Tokens = Sequence[str]
 
 

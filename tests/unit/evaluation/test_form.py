@@ -76,12 +76,16 @@ def test_wrong_rules_are_told_with_their_row(rules: object, told: str) -> None:
     assert str(caught.value).startswith(f"rows.jsonl:7: {told}")
 
 
-@pytest.mark.parametrize("text", ["🇨🇳", "👍🏽", "👩‍🍳", "1️⃣", "1⃣", "❤", "❤️", "☕", "✨", "🀄", "©️", "🈶"])
+@pytest.mark.parametrize(
+    "text", ["🇨🇳", "👍🏽", "👩‍🍳", "1️⃣", "1⃣", "❤", "❤️", "☕", "✨", "🀄", "©️", "🈶", "🈷", "✈", "🌶"]
+)
 def test_emoji_of_every_kind(text: str) -> None:
     assert keeps({"emoji": True}, f"早餐{text}7点") == {"emoji": True}
 
 
-@pytest.mark.parametrize("text", ["©", "®", "™", "7", "#", "！，。《》【】", "★☆", "❶", "①", "✓", "→", "♪", "🄰", "🁢"])
+@pytest.mark.parametrize(
+    "text", ["©", "®", "™", "7", "#", "！，。《》【】", "★☆", "❶", "①", "✓", "→", "♪", "🄰", "🁢", "🖹", "🕱"]
+)
 def test_signs_that_are_no_emoji(text: str) -> None:
     assert keeps({"emoji": False}, f"早餐{text}7点") == {"emoji": True}
 

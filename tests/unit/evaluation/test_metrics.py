@@ -71,6 +71,15 @@ def test_a_chinese_character_is_a_token_and_so_is_a_word() -> None:
     assert tokens_of("人均28元，It's 𠮷野家!\n#标签_A") == [
         "人", "均", "28", "元", "it", "s", "𠮷", "野", "家", "标", "签", "a",
     ]  # fmt: skip
+    assert tokens_of("二〇〇八年，人々") == [
+        "二",
+        "〇",
+        "〇",
+        "八",
+        "年",
+        "人",
+        "々",
+    ]  # of the Han script, outside its blocks
 
 
 @given(st.text("abc", max_size=70), st.text("abc", max_size=70))
