@@ -16,26 +16,39 @@ HIDDEN = "***"
 
 def redact(text: str) -> str:
     """The text with three stars for each secret: values of such environment variables, and what looks like one."""
-    for value in sorted(_secrets_of_environment(), key=len, reverse=True):
+    return _without(text, _longest_first())
+
+
+def redact_values(value: Any) -> Any:
+    """The same for every text in a JSON value, keys of objects included."""
+    return _values_without(value, _longest_first())
+
+
+def _longest_first() -> list[str]:
+    """The values of secret variables, each before those that are a part of it."""
+    return sorted(_secrets_of_environment(), key=len, reverse=True)
+
+
+def _without(text: str, secrets: list[str]) -> str:
+    for value in secrets:
         text = text.replace(value, HIDDEN)
     for pattern in (*TOKENS.values(), *NAMED.values()):
         text = pattern.sub(_hide, text)
     return text
 
 
-def redact_values(value: Any) -> Any:
-    """The same for every text in a JSON value, keys of objects included."""
+def _values_without(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, str):
-        return redact(value)
+        return _without(value, secrets)
     if isinstance(value, dict):
         hidden: dict[Any, Any] = {}
         for key, item in value.items():
-            shown = redact(key) if isinstance(key, str) else key
+            shown = _without(key, secrets) if isinstance(key, str) else key
             while shown != key and shown in hidden:  # two keys must not become one
                 shown += HIDDEN
-            hidden[shown] = redact_values(item)
+            hidden[shown] = _values_without(item, secrets)
         return hidden
-    return [redact_values(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return [_values_without(item, secrets) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def find_token(text: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -143,7 +144,10 @@ def read_record(folder: Path) -> Record | None:
 def versions() -> dict[str, str]:
     """This tool's and those of the libraries that it computes with."""
     libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
-    return {"qingtune": __version__, **{name: importlib.metadata.version(name) for name in libraries}}
+    return {"qingtune": __version__, **{name: _version_of(name) for name in libraries}}
+
+
+_version_of = functools.cache(importlib.metadata.version)
 
 
 def settings_to_compare(config: TrainConfig, processes: int, data_hash: str, base_fingerprint: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -102,7 +104,10 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 def train(output: Path, model: Path, data: Path, **settings: Any) -> bool:
-    """Run the recipe from a configuration file; returns whether it came to its end."""
+    """Run the recipe from a configuration file; returns whether it came to its end.
+
+    Its picture is empty: drawing takes as long as a tiny model's training, and has tests of its own.
+    """
     values = {
         "model_name_or_path": str(model),
         "data_path": str(data),
@@ -115,9 +120,16 @@ def train(output: Path, model: Path, data: Path, **settings: Any) -> bool:
     }
     file = output.with_name(f"{output.name}.config.json")
     file.write_text(json.dumps(values))
+    with without_gpu(), mock.patch.object(train_command, "plot_losses", lambda _, picture, *__: picture.touch()):
+        return train_command.train(load_train_config(str(file), {}).config)
+
+
+@contextlib.contextmanager
+def without_gpu() -> Iterator[None]:
+    """Have torch find no GPU."""
     no_gpu = [mock.patch(f"torch.{kind}.is_available", return_value=False) for kind in ("cuda", "backends.mps")]
     with no_gpu[0], no_gpu[1]:
-        return train_command.train(load_train_config(str(file), {}).config)
+        yield
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
