@@ -74,13 +74,13 @@ def _run(path: str, folder: Path, steps: int) -> dict[str, Any]:
     hardware = choose_hardware()
     samples = _samples(folder)
     dtype = torch.float32 if path == "fp32" else torch.bfloat16
-    model = load_base(folder, dtype, {"int8": 8, "nf4": 4}.get(path), hardware.device, None, _say)
+    model = load_base(folder, dtype, {"int8": 8, "nf4": 4}.get(path), hardware.device, None)
     torch.manual_seed(SEED)
     add_lora(model, None, r=RANK, alpha=ALPHA, dropout=0.0)
     if path in ("plain", "fp32"):
         loss, add_gradients = _plain(model)
     else:
-        engine = make_engine(TrainConfig(use_lora=True, lora_r=RANK), model, hardware, MAX_LENGTH, _say)
+        engine = make_engine(TrainConfig(use_lora=True, lora_r=RANK), model, hardware, MAX_LENGTH)
         loss, add_gradients = engine.loss, engine.add_gradients
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)

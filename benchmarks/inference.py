@@ -153,7 +153,7 @@ def measure(system: str, model: Path) -> dict[str, Any]:
 
         bits, slots = OURS[system]
         began = time.perf_counter()
-        decoder = load_decoder(model, None, bits, choose_hardware(), None, slots, _say)
+        decoder = load_decoder(model, None, bits, choose_hardware(), None, slots)
         load_s = time.perf_counter() - began
         if slots > 1:
             return {"load_s": load_s, **_many(decoder, model), "peak_bytes": _peak()}

@@ -60,9 +60,9 @@ def measure(folder: Path, length: int, batch: int, rank: int) -> dict[str, float
     from qingtune.training.engine import make_engine
 
     hardware = choose_hardware()
-    model = load_base(folder, hardware.dtype, None, hardware.device, None, print)
+    model = load_base(folder, hardware.dtype, None, hardware.device, None)
     add_lora(model, None, r=rank, alpha=16, dropout=0.0)
-    engine = make_engine(TrainConfig(use_lora=True, lora_r=rank), model, hardware, length, print)
+    engine = make_engine(TrainConfig(use_lora=True, lora_r=rank), model, hardware, length)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     random = np.random.default_rng(0)

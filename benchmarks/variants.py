@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="where differences are kept, as JSON")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     arguments = parser.parse_args()
-    folder = local_folder(find_model(arguments.model, None, "auto"), None, _say)
+    folder = local_folder(find_model(arguments.model, None, "auto"), None)
     found = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
     samples = _samples(folder)
     for kind in arguments.kinds:
@@ -124,7 +124,7 @@ def _train_here(model: Any, settings: dict[str, Any], samples: list[Sample]) -> 
     train_in_full(model, whole)
     hardware = Hardware(torch.device("cpu"), torch.float32, "")
     longest = max(len(sample.token_ids) for sample in samples)
-    engine = make_engine(TrainConfig(use_lora=True), model, hardware, longest, _say)
+    engine = make_engine(TrainConfig(use_lora=True), model, hardware, longest)
     optimizer = _optimizer(model)
     for sample in samples[1 : 1 + STEPS]:
         batch = collate([sample])

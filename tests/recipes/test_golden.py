@@ -12,6 +12,7 @@ from conftest import make_model, make_tokenizer
 
 from qingtune.commands.train import train
 from qingtune.config.load import load_train_config
+from qingtune.machine.resources import cpu_has_int8_units
 from qingtune.training import engine
 
 LORA = {"use_lora": True, "lora_r": 4, "lora_dropout": 0.0, "learning_rate": 0.05}
@@ -44,7 +45,10 @@ GOLDEN = {
 def test_losses_are_those_of_old(method: str, tmp_path: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for place in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(place, "is_available", lambda: False)
-    monkeypatch.setattr(engine, "has_int8_units", lambda _: method.endswith("int8 units"))  # whatever this CPU has
+    in_int8 = method.endswith("int8 units")
+    if in_int8 and not cpu_has_int8_units():
+        pytest.skip("needs int8 units: PyTorch's products without them saturate")
+    monkeypatch.setattr(engine, "has_int8_units", lambda _: in_int8)
     # Weights ten times larger than a fresh model's, so that attention and positions show in the loss.
     make_model("qwen2", initializer_range=0.2).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
@@ -68,7 +72,7 @@ def test_losses_are_those_of_old(method: str, tmp_path: Path, data_file: Path, m
     lines = (tmp_path / "output" / "metrics.jsonl").read_text().splitlines()
     losses = [round(json.loads(line)["loss"], 4) for line in lines]
     # Rounding activations to int8 makes whole steps of last bits, which differ from CPU to CPU and grow step by step.
-    assert losses == pytest.approx(GOLDEN[method], abs=2e-2 if method.endswith("int8 units") else 2e-3)
+    assert losses == pytest.approx(GOLDEN[method], abs=2e-2 if in_int8 else 2e-3)
     if "dropout" in method:
         assert losses[-1] == min(losses)
         assert losses != pytest.approx(GOLDEN[method.removesuffix(" dropout")], abs=2e-3)
