@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qingtune.data.format import Message, Role
+from qingtune.config.roles import Role
+from qingtune.data.format import Message
 from qingtune.data.templates import TemplateError
 
 if TYPE_CHECKING:

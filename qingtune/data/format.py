@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from qingtune.config.roles import ROLES, Role
 from qingtune.data.faults import fault_lines, faulty_rows
 from qingtune.data.fields import Refusal, is_empty, kind_of_file, lost_in_turn, lost_meaning
 from qingtune.data.placeholders import first_placeholder
@@ -14,7 +15,6 @@ from qingtune.data.read import Fault, Places, Row, read_rows
 from qingtune.data.rules import MemoryBound, Rules
 from qingtune.errors import UserError, shorten
 
-Role = Literal["system", "user", "assistant", "tool"]
 MOST_UNKNOWN = 1000  # rows read in the hope that one of them tells the format
 SHOWN_FIELDS = 20
 MOST_FIELDS = 1000  # that are not used, counted apart
@@ -300,19 +300,6 @@ def _instruction(row: Row) -> Conversation:
         messages += [Message("user", question), Message("assistant", answer)]
     messages += [Message("user", prompt), Message("assistant", _text_of(values, "output"))]
     return Conversation(tuple(messages), row.origin)
-
-
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
 
 
 def _turns(turns: object, column: str, role_key: str, content_key: str) -> tuple[Message, ...]:

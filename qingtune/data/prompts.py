@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qingtune.config.roles import is_answer
 from qingtune.data.fields import ANSWER_FIELDS, lost_meaning
 from qingtune.data.format import (
     FORMATS,
     OF_EVALUATION,
-    ROLES,
     Conversation,
     FileFacts,
     Message,
@@ -153,5 +153,5 @@ def _has_answer(values: dict[str, Any]) -> bool:
     answer = values.get(_ANSWERS.get(name, name))
     if name in ("messages", "sharegpt"):
         last = answer[-1] if isinstance(answer, list) and answer else None
-        return isinstance(last, dict) and ROLES.get(str(last.get("role", last.get("from")))) == "assistant"
+        return isinstance(last, dict) and is_answer(last)
     return answer is not None

@@ -13,7 +13,8 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qingtune.data.format import Message, Role
+from qingtune.config.roles import Role
+from qingtune.data.format import Message
 from qingtune.data.templates import TemplateError
 
 Render = Callable[[Sequence[Message], bool], str]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qingtune.config.roles import is_answer
 from qingtune.errors import UserError
 from qingtune.files.json_files import (
     INDEX_BYTES,
@@ -257,7 +258,7 @@ def _asked(row: dict[str, Any]) -> tuple[str, str | None]:
     turns = row.get("messages") or row.get("conversations")
     if turns:
         texts = [str(turn.get("content", turn.get("value", ""))) for turn in turns]
-        closed = turns[-1].get("role", turns[-1].get("from")) in ("assistant", "gpt")
+        closed = is_answer(turns[-1])
         return "\n\n".join(texts[:-1] if closed else texts), texts[-1] if closed else None
     if "prompt" in row:
         return _as_text(row["prompt"]) or "", _as_text(row.get("completion"))

@@ -14,9 +14,10 @@ from tokenizer_kinds import KINDS, with_chatml
 from qingtune.answering.chat.session import ChatSession
 from qingtune.answering.generate import Decoding
 from qingtune.answering.speaker import Speaker
+from qingtune.config.roles import Role
 from qingtune.data.control_tokens import ControlTokens, find_control_tokens
 from qingtune.data.encoder import Encoder
-from qingtune.data.format import Conversation, Message, Role
+from qingtune.data.format import Conversation, Message
 from qingtune.data.tokenize import Template, make_template, prompt_ids, prompt_text, tokenize
 from qingtune.errors import UserError
 

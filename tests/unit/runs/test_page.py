@@ -18,6 +18,7 @@ from page_text import Page
 
 from qingtune.commands.report import report
 from qingtune.config.commands import ReportConfig
+from qingtune.config.roles import ROLES
 from qingtune.errors import UserError
 from qingtune.runs.page import write as report_module
 from qingtune.runs.page.source import EVALUATION, MOST_SAMPLES
@@ -213,6 +214,11 @@ def test_many_and_long_answers_are_cut_and_counted(folder: Path) -> None:
             "ref",
         ),
         ({"conversations": [{"from": "human", "value": "Write."}]}, "Write.", None),
+        *(
+            ({"conversations": [{"from": "human", "value": "Write."}, {"from": name, "value": "ref"}]}, "Write.", "ref")
+            for name, role in ROLES.items()
+            if role == "assistant"
+        ),
         ({"prompt": [{"role": "user", "content": "Write."}]}, "Write.", None),
     ],
 )
