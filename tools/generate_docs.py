@@ -11,7 +11,8 @@ sys.path.insert(0, str(ROOT))
 
 from qingtune import cli  # noqa: E402
 from qingtune.config.flags import default_of, group_of, other_flag_of, value_of  # noqa: E402
-from qingtune.config.training import ALIASES, NO_EFFECT, Settings, TrainConfig  # noqa: E402
+from qingtune.config.no_effect import NO_EFFECT  # noqa: E402
+from qingtune.config.training import ALIASES, Settings, TrainConfig  # noqa: E402
 
 # The scripts that the guide names.
 SCRIPTS = {"train": " (fine_tune_qwen.py)", "chat": " (inference_lora.py)"}

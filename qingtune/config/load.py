@@ -11,13 +11,12 @@ from typing import Any, Generic, TypeVar, cast
 
 from pydantic import ValidationError
 
-from qingtune.config.training import ALIASES, NO_EFFECT, ONLY_IDLE, Method, Settings, TrainConfig
+from qingtune.config.methods import REFUSED_WITHOUT_ADAPTERS, Method
+from qingtune.config.no_effect import NO_EFFECT, ONLY_IDLE, asks_nothing, idle_names, notice_of, without_effect
+from qingtune.config.training import ALIASES, Settings, TrainConfig
 from qingtune.errors import UserError, raise_all, shorten
 from qingtune.files.json_files import MOST_BYTES, read_bytes
 from qingtune.output.redaction import HIDDEN, find_secret, find_token
-
-# Values of these names that ask for nothing, so that nothing needs saying.
-_INERT = ("none", "", "false", "0", "0.0", "no")
 
 # Near the best of those tried on Qwen2.5-Coder-0.5B, half or less of what a smaller one wanted (docs/measurements.md).
 _LEARNING_RATES: dict[Method, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
@@ -91,7 +90,7 @@ def _check(
 ) -> Loaded[Training]:
     """Check, resolve and raise what is wrong; `elsewhere` is where settings that are not given are missing."""
     given = dict(values)
-    notices = _take_out_idle(values)
+    _take_out_idle(values)
     config, faulty = _validate(schema, values, origin, problems)
     if config is not None:
         for names, what, fix in _conflicts(config):
@@ -105,7 +104,9 @@ def _check(
     raise_all(problems)
     assert config is not None
     resolved, reasons = _resolve(config)
-    return Loaded(resolved, (*notices, *reasons, *_about_secrets(resolved)), given)
+    # A plan or a comparison trains by other methods as well, in which settings of adapters have their effect.
+    idle = without_effect(resolved, given) if schema is TrainConfig else idle_names(given)
+    return Loaded(resolved, (*notice_of(idle), *reasons, *_about_secrets(resolved)), given)
 
 
 def _about_secrets(config: TrainConfig) -> list[str]:
@@ -169,21 +170,12 @@ def _without_older_names(given: Mapping[str, Any], where: str, problems: list[Us
     return settings
 
 
-def _take_out_idle(values: dict[str, Any]) -> list[str]:
-    """Take out names without effect, in place; returns a line for each that asks for something."""
-    notices: list[str] = []
+def _take_out_idle(values: dict[str, Any]) -> None:
+    """Take out the names of other tools' settings that are no settings here and have no effect, in place."""
     for name, value in list(values.items()):
-        idle = _asks_nothing(name, value)
-        if name in NO_EFFECT and not idle:
-            notices.append(f"{name} has no effect here: {NO_EFFECT[name]}.")
-        if (name in NO_EFFECT and name not in TrainConfig.model_fields) or (name in ONLY_IDLE and idle):
+        no_setting = name in NO_EFFECT and name not in TrainConfig.model_fields
+        if no_setting or (name in ONLY_IDLE and asks_nothing(name, value)):
             del values[name]
-    return notices
-
-
-def _asks_nothing(name: str, value: object) -> bool:
-    text = str(value).lower()  # flags are text
-    return value in ([], {}) or text in _INERT or (name == "remove_unused_columns" and text == "true")
 
 
 Checked = TypeVar("Checked", bound=Settings)
@@ -324,7 +316,7 @@ def _evaluation_conflicts(config: TrainConfig) -> list[tuple[bool, tuple[str, ..
 def _adapter_conflicts(config: TrainConfig) -> list[tuple[bool, tuple[str, ...], str, str]]:
     """What is wrong in the settings of kinds of adapters."""
     fields = TrainConfig.model_fields
-    given = [name for name in _OF_ADAPTERS if getattr(config, name) != fields[name].default]
+    given = [name for name in REFUSED_WITHOUT_ADAPTERS if getattr(config, name) != fields[name].default]
     return [
         (
             config.method == "full" and bool(given),
@@ -342,10 +334,6 @@ def _adapter_conflicts(config: TrainConfig) -> list[tuple[bool, tuple[str, ...],
     ]
 
 
-_OF_ADAPTERS = (
-    "use_dora", "use_rslora", "init_lora_weights", "loraplus_lr_ratio", "rank_pattern", "alpha_pattern",
-    "layers_to_transform", "modules_to_save",
-)  # fmt: skip
 _TAKEN_OUT = ("pissa", "pissa_niter_16", "olora")
 
 

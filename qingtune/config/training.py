@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from qingtune.config.methods import Method, method_of
 from qingtune.config.types import (
     AlphaPattern,
     CommaList,
@@ -25,7 +26,6 @@ from qingtune.config.types import (
 )
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
-Method = Literal["full", "lora", "qlora"]
 
 
 class Settings(BaseModel):
@@ -246,7 +246,8 @@ class TrainConfig(Settings):
         "auto",
         "Hardware",
         "Recompute activations in the backward pass: less memory, about 1.4 times the compute. true: in all layers; "
-        "false: in none; auto: in as many as the free memory requires.",
+        "false: in none; auto: in as many as the free memory requires (with general kernels: in none, and in all once "
+        "memory runs out).",
     )
     bf16: bool | None = setting(None, "Hardware", "Train in bfloat16 (default: if the hardware supports it).")
     fp16: bool | None = setting(None, "Hardware", "Train in float16; GPUs only.")
@@ -260,7 +261,7 @@ class TrainConfig(Settings):
     @property
     def method(self) -> Method:
         """full, lora or qlora; use_qlora takes precedence over use_lora, because scripts set both."""
-        return "qlora" if self.use_qlora else "lora" if self.use_lora else "full"
+        return method_of(self.use_lora, self.use_qlora)
 
 
 # Names of settings in older scripts.
@@ -270,43 +271,3 @@ ALIASES = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
-
-# TrainingArguments that cannot change a result here, each with the reason that the user sees. Names that would change
-# a result (label_smoothing_factor, neftune_noise_alpha, ...) are not listed: they are errors, like any unknown name.
-_NO_EFFECT_GROUPS = {
-    "the command decides what is done": "do_train do_eval do_predict prediction_loss_only",
-    "samples are tokenised before training, so no workers are needed": (
-        "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
-        "dataloader_multiprocessing_context dataloader_in_order"
-    ),
-    "a row's format decides which columns are used": "remove_unused_columns label_names length_column_name",
-    "to use several devices, start the command with `torchrun`": (
-        "deepspeed fsdp fsdp_config accelerator_config parallelism_config local_rank ddp_find_unused_parameters "
-        "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout"
-    ),
-    "samples are concatenated without padding": "group_by_length train_sampling_strategy",
-    "the log goes to output_dir, one line every logging_steps": (
-        "logging_dir logging_strategy logging_first_step log_level log_level_replica log_on_each_node run_name project "
-        "logging_nan_inf_filter disable_tqdm include_num_input_tokens_seen skip_memory_metrics"
-    ),
-    "checkpoints are safetensors, written by one process": (
-        "save_safetensors save_on_each_node save_only_model enable_jit_checkpoint"
-    ),
-    "the training loop decides this itself": (
-        "gradient_checkpointing_kwargs activation_checkpointing_kwargs use_cache use_liger_kernel liger_kernel_config "
-        "torch_compile torch_compile_backend torch_compile_mode tf32 torch_empty_cache_steps auto_find_batch_size "
-        "average_tokens_across_devices bf16_full_eval fp16_full_eval fp16_opt_level eval_accumulation_steps "
-        "eval_do_concat_batches eval_use_gather_object batch_eval_metrics include_for_metrics ignore_data_skip debug "
-        "restore_callback_states_from_checkpoint"
-    ),
-}
-# TrainingArguments that would change a result and are not supported: ignored while they are switched off, as in a dump
-# of all arguments, and an error otherwise, like any unknown name.
-_ONLY_IDLE_NAMES = (
-    "label_smoothing_factor neftune_noise_alpha push_to_hub push_to_hub_token push_to_hub_model_id hub_model_id "
-    "no_cuda push_to_hub_organization hub_token hub_private_repo hub_always_push hub_revision use_cpu use_mps_device "
-    "data_seed dataloader_drop_last eval_delay eval_on_start lr_scheduler_kwargs optim_args optim_target_modules "
-    "adafactor full_determinism jit_mode_eval use_ipex past_index sharded_ddp mp_parameters torchdynamo ray_scope"
-)
-ONLY_IDLE = frozenset(_ONLY_IDLE_NAMES.split())
-NO_EFFECT = {name: reason for reason, names in _NO_EFFECT_GROUPS.items() for name in names.split()}

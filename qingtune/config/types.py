@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, WithJsonSchema
 
+from qingtune.config.methods import TrainingMethod
 from qingtune.config.patterns import PatternError, parse_pattern
 
 # Of sampling, in flags and in a model's own settings. Below the least temperature, logits divided by it could leave
@@ -224,7 +225,6 @@ Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_no_if_fal
 Start = Annotated[Literal["default", "gaussian", "pissa", "pissa_niter_16", "olora"], BeforeValidator(_start)]
 
 # What `qingtune compare` varies.
-TrainingMethod = Literal["full", "lora", "qlora4", "qlora8"]
 TrainingMethods = Annotated[list[TrainingMethod] | None, BeforeValidator(_split_commas)]
 _Alternatives = Annotated[list[Any], AfterValidator(_no_repeats)]
 Grid = Annotated[dict[str, _Alternatives] | None, BeforeValidator(_alternatives_of_each)]

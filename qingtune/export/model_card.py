@@ -13,6 +13,7 @@ from typing import Any
 
 from qingtune import __version__
 from qingtune.config.load import default_settings
+from qingtune.config.methods import METHOD_NAMES
 from qingtune.files.json_files import open_plain
 from qingtune.files.write import write_text
 from qingtune.output.markdown import code, prose, table, value
@@ -26,7 +27,6 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # OWNER/NAME
 # Told in lines of their own, or of no interest to others.
 _ELSEWHERE = {"model_name_or_path", "data_path", "eval_data_path", "system_prompt", "use_lora", "use_qlora"}
 _MOST_FRONT_MATTER = 1 << 20  # bytes of a base's card that are looked at for its licence
-_METHODS = {"full": "full training", "lora": "LoRA", "qlora": "QLoRA"}
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,13 @@ def write_card(path: Path, name: str, origin: Origin, files: Sequence[ExportedFi
 
 def _what(origin: Origin) -> str:
     if origin.record:
-        return f"{value(origin.base_model)} after {_METHODS.get(origin.record.method) or value(origin.record.method)}"
+        return f"{value(origin.base_model)} after {_method(origin.record)}"
     return value(origin.base_model) + " with an adapter merged in" * (origin.adapter is not None)
+
+
+def _method(record: Record) -> str:
+    names: dict[str, str] = {**METHOD_NAMES}
+    return names.get(record.method) or value(record.method)
 
 
 def _front_matter(origin: Origin) -> list[str]:
@@ -155,7 +160,7 @@ def _training(record: Record, origin: Origin) -> list[str]:
     settings = record.settings
     rows = {
         "base model": f"{value(origin.base_model)} (fingerprint {code(record.base_fingerprint)})",
-        "method": _METHODS.get(record.method) or value(record.method),
+        "method": _method(record),
         "data": _data(settings.get("data_path")),
         "fingerprint of the tokenised data": code(str(settings.get("data", "not known"))),
         "evaluation data": _held_out(settings) or _data(settings.get("eval_data_path")),

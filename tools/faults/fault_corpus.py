@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from qingtune.cli import WRONG_USAGE, main  # noqa: E402
-from qingtune.config.training import ALIASES, ONLY_IDLE, TrainConfig  # noqa: E402
+from qingtune.config.no_effect import ONLY_IDLE  # noqa: E402
+from qingtune.config.training import ALIASES, TrainConfig  # noqa: E402
 
 MODEL = "./no-such-model"
 CONFIG_FILE = "train.json"

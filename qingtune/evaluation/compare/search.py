@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qingtune.config.commands import CompareConfig
-from qingtune.config.types import Interval, TrainingMethod
+from qingtune.config.methods import TrainingMethod
+from qingtune.config.types import Interval
 from qingtune.errors import UserError
 from qingtune.evaluation.compare.setups import methods_to_compare
 from qingtune.files.write import refuse_links

@@ -11,21 +11,11 @@ from typing import Any, cast
 
 from qingtune.config.commands import CompareConfig
 from qingtune.config.load import Loaded, check_settings, not_a_setting
-from qingtune.config.training import Method, TrainConfig
-from qingtune.config.types import TrainingMethod
+from qingtune.config.methods import ADAPTER_SETTINGS, METHOD_SETTINGS, Method, TrainingMethod
+from qingtune.config.training import TrainConfig
 from qingtune.errors import UserError, raise_all
 
-METHODS: dict[TrainingMethod, dict[str, Any]] = {
-    "full": {},
-    "lora": {"use_lora": True},
-    "qlora4": {"use_qlora": True, "quantization_bit": 4},
-    "qlora8": {"use_qlora": True, "quantization_bit": 8},
-}
 _CHOOSE_METHOD = ("use_lora", "use_qlora", "quantization_bit")
-_OF_ADAPTERS = (
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora", "init_lora_weights",
-    "loraplus_lr_ratio", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save",
-)  # fmt: skip
 _OF_A_TRIAL = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed")
 # What must be the same in all trials for their losses to be there and comparable.
 _OF_THE_DATA = (
@@ -72,7 +62,7 @@ def own_method(config: TrainConfig) -> TrainingMethod:
 
 def methods_to_compare(config: CompareConfig) -> list[TrainingMethod]:
     """Those asked for; by themselves all, or where settings are varied, the one that the settings name."""
-    return config.methods or ([own_method(config)] if config.grid or config.space else [*METHODS])
+    return config.methods or ([own_method(config)] if config.grid or config.space else [*METHOD_SETTINGS])
 
 
 def grid_setups(loaded: Loaded[CompareConfig]) -> list[Setup]:
@@ -146,10 +136,10 @@ def make_setup(loaded: Loaded[CompareConfig], method: TrainingMethod, varied: Ma
     if kind != loaded.config.method:
         left_out.add("learning_rate")
     if kind == "full":
-        left_out.update(_OF_ADAPTERS)
-    chosen = {name: value for name, value in varied.items() if kind != "full" or name not in _OF_ADAPTERS}
+        left_out.update(ADAPTER_SETTINGS)
+    chosen = {name: value for name, value in varied.items() if kind != "full" or name not in ADAPTER_SETTINGS}
     values = {name: value for name, value in loaded.given.items() if name not in left_out}
-    values |= METHODS[method] | (loaded.config.per_method or {}).get(method, {}) | chosen
+    values |= METHOD_SETTINGS[method] | (loaded.config.per_method or {}).get(method, {}) | chosen
     values = {name: value for name, value in values.items() if name not in chosen or value not in (None, "default")}
     where = _words([method, *(f"{k}={_short(v)}" for k, v in chosen.items())])
     checked = check_settings(TrainConfig, values, where)
@@ -181,7 +171,7 @@ def _short(value: Any) -> str:
 
 def about_full_training(config: CompareConfig) -> str | None:
     """A line for the user on settings of the grid that full training does not have; None where there are none."""
-    without = [name for name in config.grid or {} if name in _OF_ADAPTERS]
+    without = [name for name in config.grid or {} if name in ADAPTER_SETTINGS]
     if not without or "full" not in methods_to_compare(config):
         return None
     return f"{', '.join(without)}: without effect on full training, which is not varied by it."

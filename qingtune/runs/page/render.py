@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from qingtune.config.methods import Method, method_of
 from qingtune.config.training import TrainConfig
 from qingtune.runs.page.charts import Chart, Column, make_chart, smooth
 from qingtune.runs.page.source import Answers, Source
@@ -102,13 +103,15 @@ def _template() -> jinja2.Template:
 
 def _method(source: Source) -> Words:
     settings = source.settings
-    method = "qlora" if settings.get("use_qlora") else "lora" if settings.get("use_lora") else "full"
-    if source.record:
-        method = source.record.method
+    method = source.record.method if source.record else _chosen(settings)
     words = named(METHODS, method)
     if method == "qlora" and (bits := settings.get("quantization_bit")):
         return Words(f"{words.english}, {bits} bits", f"{words.chinese}（{bits} bit）")
     return words
+
+
+def _chosen(settings: Mapping[str, Any]) -> Method:
+    return method_of(settings.get("use_lora"), settings.get("use_qlora"))
 
 
 def _base_model(source: Source) -> str:
@@ -223,12 +226,8 @@ def _rows_evaluated(source: Source) -> Words:
     )
 
 
-def _is_full(source: Source) -> bool:
-    return not (source.settings.get("use_lora") or source.settings.get("use_qlora"))
-
-
 def _model_flags(source: Source) -> list[str]:
-    if _is_full(source):
+    if _chosen(source.settings) == "full":
         return ["--base_model", source.folder]
     return ["--base_model", _base_model(source), "--lora_model", source.folder]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from qingtune.config.methods import METHOD_NAMES
 from qingtune.output.units import duration
 
 
@@ -20,11 +21,8 @@ def both(text: str) -> Words:
     return Words(text, text)
 
 
-METHODS = {
-    "full": Words("full training", "全参数微调"),
-    "lora": Words("LoRA", "LoRA"),
-    "qlora": Words("QLoRA", "QLoRA"),
-}
+METHODS = {name: both(english) for name, english in METHOD_NAMES.items()}
+METHODS["full"] = Words(METHOD_NAMES["full"], "全参数微调")
 
 # The plan's parts.
 PARTS = {

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from qingtune.config.commands import CompareConfig, ExportConfig, InferConfig, MergeConfig, PushConfig
 from qingtune.config.flags import group_of
 from qingtune.config.load import load_train_config
-from qingtune.config.training import ALIASES, NO_EFFECT, Settings, TrainConfig
+from qingtune.config.no_effect import NO_EFFECT
+from qingtune.config.training import ALIASES, Settings, TrainConfig
 from qingtune.errors import UserError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
@@ -38,7 +39,7 @@ def test_shipped_config_loads_and_speaks_for_itself(path: Path) -> None:
     assert f"python fine_tune_qwen.py --config_file configs/{path.name}" in content["_how"]
     assert content["_memory"].strip()
     loaded = load_train_config(str(path), {})
-    assert [notice for notice in loaded.notices if "no effect" in notice] == []
+    assert [notice for notice in loaded.notices if "no effect" in notice.lower()] == []
     for data_file in [*(loaded.config.data_path or []), *(loaded.config.eval_data_path or [])]:
         assert (ROOT / data_file).is_file(), data_file
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from qingtune.config.load import Loaded, load_train_config
-from qingtune.config.training import ALIASES, NO_EFFECT, TrainConfig
+from qingtune.config.no_effect import NO_EFFECT
+from qingtune.config.training import ALIASES, TrainConfig
 from qingtune.errors import UserError
 
 DATA = {"data_path": "train.jsonl"}
@@ -119,9 +120,9 @@ def test_typical_training_arguments_load(file: Path) -> None:
     }
     loaded = load(file, content)
     assert (loaded.config.eval_strategy, loaded.config.data_path) == ("steps", ["a.jsonl", "b.csv"])
-    told = {notice.split()[0] for notice in loaded.notices}
-    assert {"group_by_length", "deepspeed", "dataloader_num_workers"} <= told
-    assert told.isdisjoint({"do_eval", "disable_tqdm", "ddp_find_unused_parameters"})
+    (told,) = (notice for notice in loaded.notices if notice.startswith("No effect here: "))
+    assert all(name in told for name in ("group_by_length", "deepspeed", "dataloader_num_workers"))
+    assert not any(name in told for name in ("do_eval", "disable_tqdm", "ddp_find_unused_parameters"))
 
 
 # --- Older names, and names without effect ---------------------------------------------------------------------------
@@ -146,7 +147,7 @@ ASKED: dict[str, Any] = {"dataloader_num_workers": 2, "deepspeed": "ds.json"}
 @pytest.mark.parametrize("name", sorted(set(NO_EFFECT) - {"remove_unused_columns"}))
 def test_name_without_effect_is_told_in_one_line_if_it_asks_for_something(file: Path, name: str) -> None:
     loaded = load(file, silence(**{name: ASKED.get(name, True)}))
-    assert loaded.notices == (f"{name} has no effect here: {NO_EFFECT[name]}.",)
+    assert loaded.notices == (f"No effect here: {name} ({NO_EFFECT[name]}).",)
     unchanged = load(file, silence()).config.model_dump(exclude=set(ASKED))
     assert loaded.config.model_dump(exclude=set(ASKED)) == unchanged
 
@@ -167,6 +168,63 @@ def test_default_values_of_names_without_effect_are_silent(file: Path) -> None:
     inert = silence(dataloader_num_workers=0, deepspeed=None, remove_unused_columns=True)
     assert load(file, inert).notices == ()
     assert load(file, silence(), remove_unused_columns="true", dataloader_num_workers="0").notices == ()
+
+
+EVALUATED: dict[str, Any] = {"val_size": 5}
+SWITCHED_OFF: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": "q_proj"}, {},
+     "lora_r, lora_alpha, lora_dropout, lora_target_modules (full training has no adapters)"),
+    ({"quantization_bit": 8}, {}, "quantization_bit (only QLoRA quantises the weights)"),
+    ({"quantization_bit": 8}, {"use_lora": True, "lora_alpha": 32},
+     "quantization_bit (only QLoRA quantises the weights)"),
+    ({"val_seed": 1}, {"eval_data_path": "b.jsonl"}, "val_seed (val_size is 0)"),
+    ({"eval_steps": 5, "per_device_eval_batch_size": 2}, {},
+     "eval_steps, per_device_eval_batch_size (there is no evaluation data)"),
+    ({"eval_steps": 5}, EVALUATED, 'eval_steps (eval_strategy is "epoch")'),
+    ({"eval_steps": 5, "per_device_eval_batch_size": 2}, {**EVALUATED, "eval_strategy": "no"},
+     'eval_steps, per_device_eval_batch_size (eval_strategy is "no")'),
+    ({"save_steps": 5}, {"save_strategy": "epoch"}, 'save_steps (save_strategy is "epoch")'),
+    ({"metric_for_best_model": "loss"}, EVALUATED, "metric_for_best_model (load_best_model_at_end is false)"),
+    ({"num_train_epochs": 1}, {"max_steps": 9}, "num_train_epochs (max_steps is 9)"),
+    ({"warmup_ratio": 0.1}, {"warmup_steps": 5}, "warmup_ratio (warmup_steps is 5)"),
+    ({"warmup_ratio": 0.1}, {"lr_scheduler_type": "constant"}, "warmup_ratio (lr_scheduler_type is constant)"),
+    ({"adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-6}, {"optim": "sgd"},
+     "adam_beta1, adam_beta2, adam_epsilon (optim is sgd)"),
+]  # fmt: skip
+SWITCHED_ON: dict[str, Any] = {
+    "use_qlora": True, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "lora_target_modules": "q_proj",
+    "quantization_bit": 8, "val_size": 5, "val_seed": 1, "eval_strategy": "steps", "eval_steps": 5,
+    "per_device_eval_batch_size": 2, "save_steps": 5, "load_best_model_at_end": True, "metric_for_best_model": "loss",
+    "num_train_epochs": 1, "warmup_ratio": 0.1, "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("idle", "others", "told"), SWITCHED_OFF)
+def test_settings_that_others_switch_off_are_named(
+    file: Path, idle: dict[str, Any], others: dict[str, Any], told: str
+) -> None:
+    assert load(file, silence(**others)).notices == ()
+    assert load(file, silence(**idle, **others)).notices == (f"No effect here: {told}.",)
+    defaults = {name: TrainConfig.model_fields[name].default for name in idle}
+    assert load(file, silence(**defaults, **others)).notices == ()
+
+
+def test_settings_with_effect_are_not_named(file: Path) -> None:
+    assert set().union(*(idle for idle, _, _ in SWITCHED_OFF)) <= set(SWITCHED_ON)
+    assert load(file, silence(**SWITCHED_ON)).notices == ()
+
+
+def test_one_notice_names_all(file: Path) -> None:
+    (notice,) = load(file, silence(lora_r=8, fsdp="full_shard", eval_steps=5)).notices
+    assert notice == (
+        f"No effect here: fsdp ({NO_EFFECT['fsdp']}); eval_steps (there is no evaluation data); "
+        "lora_r (full training has no adapters)."
+    )
+
+
+def test_the_settings_that_a_run_writes_down_say_nothing(file: Path) -> None:
+    written = load(file, silence(**EVALUATED)).config.model_dump(mode="json")
+    assert load(file, written).notices == ()
 
 
 # --- resume_from_checkpoint: a switch and a path in one ---------------------------------------------------------------
