@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSOR, MODEL_TENSORS, TENSOR_NAMES
+from gguf.tensor_mapping import get_tensor_name_map
 
 from qingtune.errors import UserError
 from qingtune.models.config_file import read_model_config
@@ -21,37 +23,13 @@ if TYPE_CHECKING:
 # model_type of Transformers -> architecture of llama.cpp. The names agree; what lies behind them differs in places.
 ARCHITECTURES = ("qwen2", "qwen3", "llama")
 
-# Parts of a tensor's name, there and here. Layers are `model.layers.N.X` and `blk.N.Y`.
-_OUTSIDE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_IN_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_WEIGHTS = {
-    f"{part}.weight"
-    for part in ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
-}
+_ARCHITECTURES = {name: kind for kind, name in MODEL_ARCH_NAMES.items() if name in ARCHITECTURES}
+# Tensors of a layer in gguf's tables that dense models do not have.
+_NOT_IN_DENSE = (MODEL_TENSOR.ATTN_ROT_EMBD, MODEL_TENSOR.FFN_GATE_INP, MODEL_TENSOR.FFN_GATE_EXP,
+                 MODEL_TENSOR.FFN_DOWN_EXP, MODEL_TENSOR.FFN_UP_EXP)  # fmt: skip
+# Biases that llama.cpp loads; it would leave any other out silently.
 _QKV_BIASES = {"attn_q.bias", "attn_k.bias", "attn_v.bias"}
-# What llama.cpp wants of each layer, and what it loads besides; anything else it would leave out in silence.
-_MUST_HAVE = {
-    "qwen2": _WEIGHTS,
-    "qwen3": _WEIGHTS | {"attn_q_norm.weight", "attn_k_norm.weight"},
-    "llama": _WEIGHTS,
-}
-_MAY_HAVE = {
+_BIASES = {
     "qwen2": _QKV_BIASES,
     "qwen3": _QKV_BIASES,
     "llama": _QKV_BIASES | {"attn_output.bias", "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"},
@@ -180,34 +158,33 @@ def _place(config: Any, kind: str, folder: Path, shapes: Mapping[str, tuple[int,
     if not tied and "lm_head.weight" not in shapes:
         raise UserError("the head (lm_head.weight) is missing", where=str(folder), fix="Fetch the model again.")
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if kind == "llama" else {}
+    names = get_tensor_name_map(_ARCHITECTURES[kind], config.num_hidden_layers)
+    layers = [f"blk.{layer}." for layer in range(config.num_hidden_layers)]
+    wanted = [layer + part for layer in layers for part in _weights_of_layer(kind)]
+    wanted = ["token_embd.weight", "output_norm.weight", *wanted]
+    known = {*wanted, "output.weight", *(layer + bias for layer in layers for bias in _BIASES[kind])}
     placed: dict[str, PlacedTensor] = {}
     for source, shape in shapes.items():
         if source == "lm_head.weight" and tied:
             continue  # llama.cpp takes the embedding where there is no head
         if source.endswith("rotary_emb.inv_freq"):
             continue  # old folders hold this; it follows from the settings
-        name = _name_in_gguf(source, kind)
-        if name is None:
+        name = names.get_name(source, (".weight", ".bias")) or ""
+        # gguf's map knows the names of other libraries as well, whose tensors may be arranged in another way.
+        if not source.startswith(("model.", "lm_head.")) or name not in known or name in placed:
             raise UserError(f"{source} has no place in llama.cpp's {kind}", where=str(folder))
-        part = name.split(".")[2] if name.startswith("blk.") else ""
-        placed[name] = PlacedTensor(name, source, shape, heads.get(part, 0))
-    wanted = [f"blk.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in sorted(_MUST_HAVE[kind])]
-    if missing := [name for name in ("token_embd.weight", "output_norm.weight", *wanted) if name not in placed]:
+        placed[name] = PlacedTensor(name, source, shape, heads.get(name.rpartition(".")[0].rpartition(".")[2], 0))
+    if missing := [name for name in wanted if name not in placed]:
         raise UserError(
             f"{len(missing)} weights are missing, for example {missing[0]}", where=str(folder), fix="Fetch it again."
         )
     return sorted(placed.values(), key=lambda tensor: _order(tensor.name))
 
 
-def _name_in_gguf(source: str, kind: str) -> str | None:
-    if source in _OUTSIDE:
-        return _OUTSIDE[source]
-    if not source.startswith("model.layers."):
-        return None
-    number, _, rest = source.removeprefix("model.layers.").partition(".")
-    part, _, last = rest.rpartition(".")
-    name = f"{_IN_LAYER.get(part)}.{last}"
-    return f"blk.{number}.{name}" if name in _MUST_HAVE[kind] | _MAY_HAVE[kind] else None
+def _weights_of_layer(kind: str) -> list[str]:
+    """What llama.cpp needs of each layer, such as attn_q.weight, in order."""
+    names = [TENSOR_NAMES[tensor] for tensor in MODEL_TENSORS[_ARCHITECTURES[kind]] if tensor not in _NOT_IN_DENSE]
+    return sorted(f"{name.removeprefix('blk.{bid}.')}.weight" for name in names if name.startswith("blk."))
 
 
 def _order(name: str) -> tuple[int, int, str]:
