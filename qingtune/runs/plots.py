@@ -11,16 +11,23 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qingtune.files.write import write_bytes
 from qingtune.output.console import say
-from qingtune.runs.fonts import font_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontEntry
+
+# Chinese fonts made for reading, which are preferred to any other that has the characters.
+_PREFERRED = (
+    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "PingFang SC", "Hiragino Sans GB",
+    "Microsoft YaHei", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
+)  # fmt: skip
 
 
 def try_to_draw(draw: Callable[[], None], name: str) -> bool:
@@ -42,8 +49,8 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> None:
         if points:
             few = len(points) < 3
             axes.plot(*zip(*points, strict=True), label=label, marker=marker or ("o" if few else ""), markersize=4)
-    lettering = font_for(title)
-    axes.set_title(lettering.text, family=lettering.families, fontsize="medium", parse_math=False)
+    families, title = lettering(title)
+    axes.set_title(title, family=families, fontsize="medium", parse_math=False)
     axes.set(xlabel="step", ylabel="loss (nats per trained token)")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -64,11 +71,10 @@ def plot_comparison(
         picture: the file to write.
     """
     matplotlib = _matplotlib()
-    lettering = font_for("\n".join(name for name, _, _ in points))
-    names = lettering.text.split("\n")
-    with matplotlib.rc_context({"font.family": lettering.families, "axes.unicode_minus": False}):
+    families, names = lettering("\n".join(name for name, _, _ in points))
+    with matplotlib.rc_context({"font.family": families, "axes.unicode_minus": False}):
         figure, axes = _figure(8, 4.5)
-        for number, (name, (_, across, up)) in enumerate(zip(names, ((p[0], p[1], p[2]) for p in points), strict=True)):
+        for number, (name, (_, across, up)) in enumerate(zip(names.split("\n"), points, strict=True)):
             axes.errorbar(
                 across[0], up[0], xerr=_errors(across), yerr=_errors(up), label=name, markersize=7, capsize=3,
                 fmt="osD^v<>pP*X"[number % 11], color=f"C{number % 10}",
@@ -81,6 +87,51 @@ def plot_comparison(
         for text in legend.get_texts():
             text.set_parse_math(False)  # patterns of modules hold dollar signs
         _save(figure, picture, bbox_inches="tight")
+
+
+def lettering(text: str) -> tuple[list[str], str]:
+    """The font families with which matplotlib can write a text: its own, then installed ones that have what is missing.
+
+    Returns:
+        The families, and the text; a character that no font has is written as its number, such as \\u5e97, where
+        matplotlib would draw an empty box.
+    """
+    matplotlib = _matplotlib()
+    from matplotlib.font_manager import findfont
+
+    families = [str(matplotlib.rcParams["font.sans-serif"][0])]
+    missing = {ord(letter) for letter in text if not letter.isspace()} - _characters(findfont(families[0]))
+    for font in _installed_fonts() if missing else ():
+        if found := missing & _characters(font.fname):
+            families.append(font.name)
+            missing -= found
+        if not missing:
+            break
+    letters = (letter.encode("unicode_escape").decode() if ord(letter) in missing else letter for letter in text)
+    return families, "".join(letters)
+
+
+def _installed_fonts() -> list[FontEntry]:
+    """Upright fonts of ordinary weight, those installed since matplotlib last looked among them."""
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
+    for path in sorted(set(findSystemFonts()) - {font.fname for font in fontManager.ttflist}):
+        with suppress(OSError, RuntimeError):  # a format that it does not read
+            fontManager.addfont(path)
+    upright = [font for font in fontManager.ttflist if font.style == "normal"]
+    plain = [font for font in upright if font.weight in (400, "normal", "regular", "book")]
+    return sorted(plain, key=lambda font: (font.name not in _PREFERRED, font.name))
+
+
+def _characters(path: str) -> set[int]:
+    """The code points for which a font has a glyph that scales."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        font = FT2Font(path)
+    except (OSError, RuntimeError):  # removed since matplotlib listed it, or a format that it does not read
+        return set()
+    return set(font.get_charmap()) if font.scalable else set()
 
 
 def _errors(spread: tuple[float, float, float]) -> list[list[float]]:
