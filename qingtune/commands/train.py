@@ -38,6 +38,7 @@ from qingtune.runs.folder import (
     refuse_files_in_the_way,
     refuse_inputs,
 )
+from qingtune.runs.losses import loss_of_result
 from qingtune.runs.page.source import read_curves
 from qingtune.runs.page.write import PageOfRun
 from qingtune.runs.plots import plot_losses, try_to_draw
@@ -362,12 +363,12 @@ def _is_gguf(config: TrainConfig) -> bool:
 
 def _loss_line(config: TrainConfig, result: Result) -> list[str]:
     """What training did to eval_loss: of the weights that were kept, and on how many samples; nothing without it."""
-    best = result.best_step is not None and config.load_best_model_at_end
-    loss = result.best_eval_loss if best else result.eval_loss
+    loss = loss_of_result(vars(result), best_kept=config.load_best_model_at_end)
     if loss is None:
         return []
     start = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f} -> "
-    kept = f", at step {result.best_step:,}, which was the best" if best else ""
+    best = result.best_step if config.load_best_model_at_end else None
+    kept = "" if best is None else f", at step {best:,}, which was the best"
     return [f"eval_loss {start}{loss:.4f} on {result.eval_samples:,} samples{kept}"]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qingtune.evaluation.compare.setups import Setup
 from qingtune.evaluation.compare.trial import Numbers, Outcome
+from qingtune.runs.losses import perplexity
 
 # In nats: a quality is a share of what the reference learnt, and 16-bit losses of the same weights differ by 0.002.
 LEAST_GAIN = 0.05
@@ -128,14 +128,6 @@ def _measured(setup: Setup, outcomes: Mapping[int, Outcome]) -> Row:
         perplexity_before=over_seeds(lambda n: perplexity(n.eval_loss_before)),
         perplexity=over_seeds(lambda n: perplexity(n.eval_loss)),
     )
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss); infinite where that is beyond a float."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 def _relative(row: Row, reference: Row) -> Row:

@@ -27,6 +27,7 @@ from qingtune.machine.signals import handled, heeded, tell_at_once
 from qingtune.output.console import say
 from qingtune.output.invocation import command_line
 from qingtune.runs.folder import who_writes_to, why_no_checkpoint
+from qingtune.runs.losses import loss_of_result
 from qingtune.runs.page.source import read_curves
 from qingtune.runs.record import LATEST, METRICS, RECORD, WEIGHTS_REMOVED, differences, read_record, settings_to_compare
 
@@ -275,8 +276,8 @@ def finished_outcome(trial: Trial) -> Outcome:
         return Outcome("not run")
     results, lines = record.results, read_metrics(trial.folder)
     before = next(line["eval_loss"] for line in lines if "eval_loss" in line and line["step"] == 0)
-    after = results["best_eval_loss" if trial.config.load_best_model_at_end else "eval_loss"]
-    if before is None or not math.isfinite(after):
+    after = loss_of_result(results, best_kept=trial.config.load_best_model_at_end)
+    if before is None or after is None or not math.isfinite(after):
         return Outcome("failed", "eval_loss is not finite")
     return Outcome(
         "finished",

@@ -15,6 +15,7 @@ import jinja2
 
 from qingtune.config.methods import Method, method_of
 from qingtune.config.training import TrainConfig
+from qingtune.runs.losses import loss_of_result, perplexity
 from qingtune.runs.page.charts import Chart, Column, make_chart, smooth
 from qingtune.runs.page.source import Answers, Source
 from qingtune.runs.page.words import (
@@ -124,8 +125,7 @@ def _losses(source: Source) -> tuple[float | None, float | None]:
     before = results.get("eval_loss_before")
     if before is None and curves.eval_steps and curves.eval_steps[0] == 0:
         before = curves.eval_losses[0]
-    kept_best = bool(source.settings.get("load_best_model_at_end")) and results.get("best_eval_loss") is not None
-    after = results.get("best_eval_loss" if kept_best else "eval_loss")
+    after = loss_of_result(results, best_kept=bool(source.settings.get("load_best_model_at_end")))
     if after is None and curves.eval_steps and curves.eval_steps[-1] > 0:
         after = curves.eval_losses[-1]
     return _finite(before), _finite(after)
@@ -143,7 +143,10 @@ def _figures(source: Source) -> list[tuple[Words, str | Words]]:
     if after is not None:
         figures += [
             (Words("evaluation loss", "评估损失"), _from_to(before, after, 3)),
-            (Words("perplexity", "困惑度"), _from_to(_exp(before), _exp(after), 2)),
+            (
+                Words("perplexity", "困惑度"),
+                _from_to(None if before is None else perplexity(before), perplexity(after), 2),
+            ),
         ]
     elif losses := [loss for loss in curves.values["loss"] if math.isfinite(loss)]:
         figures.append((Words("last training loss", "最后的训练损失"), number(losses[-1], 4)))
@@ -162,10 +165,6 @@ def _figures(source: Source) -> list[tuple[Words, str | Words]]:
             (Words("trained parameters", "可训练参数"), _millions(trained) + (f" ({share:.2%})" if share else ""))
         )
     return figures
-
-
-def _exp(loss: float | None) -> float | None:
-    return None if loss is None else math.exp(min(loss, 700.0))
 
 
 def _from_to(before: float | None, after: float | None, decimals: int) -> str:

@@ -165,6 +165,9 @@ def test_loss_that_is_no_number_is_a_failure(make: Callable[..., Trial]) -> None
     trial = make("")
     finish(trial, eval_loss=float("nan"))
     assert trials.finished_outcome(trial) == Outcome("failed", "eval_loss is not finite")
+    best = make("", name="best", load_best_model_at_end=True)
+    finish(best, eval_loss=float("nan"), best_eval_loss=None)
+    assert trials.finished_outcome(best) == Outcome("failed", "eval_loss is not finite")
 
 
 def test_finished_trials_must_have_done_the_same_work(make: Callable[..., Trial]) -> None:
