@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +19,7 @@ from qingtune.errors import UserError
 from qingtune.files.staging import staging_folder
 from qingtune.files.write import copy_file, disk_errors, write_json
 from qingtune.kernels.device import Hardware, choose_hardware
-from qingtune.machine.describe import describe_machine
+from qingtune.machine.describe import describe_machine, describe_processes
 from qingtune.machine.signals import put_off
 from qingtune.models.find import context_length, find_model, fingerprint, stored_in_4bit
 from qingtune.models.load import load_template, local_folder, save_model, stored_dtype
@@ -28,14 +28,13 @@ from qingtune.output.invocation import command_line
 from qingtune.output.quiet import quieten
 from qingtune.output.redaction import redact, redact_values
 from qingtune.output.units import duration
-from qingtune.planning.of_run import keep_measured_speed, plan_run, try_to_plan
+from qingtune.planning.of_run import RunPlan, keep_measured_speed, plan_run, try_to_plan
 from qingtune.planning.report import as_lines, short_lines
 from qingtune.runs.folder import (
     check_output_folder,
     only_run_in,
     prepare_output_folder,
     put_result,
-    refuse_files_in_the_way,
     refuse_inputs,
 )
 from qingtune.runs.losses import loss_of_result
@@ -62,15 +61,14 @@ from qingtune.training.loop import train as run_loop
 from qingtune.training.model import count_parameters, load_adapted_model
 from qingtune.training.processes import AcceleratedProcesses
 from qingtune.training.resume import (
-    Finished,
+    Start,
     check_checkpoint_exists,
-    finished_run,
+    check_start,
+    choose_start,
     load_best,
-    say_extension,
-    where_to_go_on,
 )
 from qingtune.training.sample_answers import SampleAnswers
-from qingtune.training.setup import make_work, planned_steps
+from qingtune.training.setup import check_room, limits_of, make_trained, make_work, resume, say_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,20 +114,17 @@ def train(config: TrainConfig, *, notices: Sequence[str] = (), command: str = ""
     """
     quieten()
     output_dir = Path(config.output_dir)
-    check_output_folder(output_dir, overwrite=config.overwrite_output_dir)
-    check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
-    refuse_inputs(
-        output_dir,
-        {
-            "the data": map(Path, [*(config.data_path or []), *(config.eval_data_path or [])]),
-            "the model": [Path(config.model_name_or_path)] if os.path.exists(config.model_name_or_path) else [],
-        },
-    )
-    check_checkpoint_exists(config)
     processes = AcceleratedProcesses(config.report_to, output_dir)
     first = processes.index == 0
-    with only_run_in(output_dir) if first else nullcontext(), nullcontext() if first else labelled(None):
-        for notice in notices:
+    with ExitStack() as stack:
+        if not first:
+            stack.enter_context(labelled(None))
+        processes.by_first(lambda: _check_output(config))
+        processes.by_all(
+            lambda: check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
+        )
+        processes.by_first(lambda: stack.enter_context(only_run_in(output_dir)))
+        for notice in [*notices, *filter(None, [describe_processes(processes.count)])]:
             say(notice)
         result = _run(config, processes)
         if result is None:
@@ -142,6 +137,24 @@ def train(config: TrainConfig, *, notices: Sequence[str] = (), command: str = ""
             show(_summary(config, result))
     processes.finish()
     return True
+
+
+def _check_output(config: TrainConfig) -> None:
+    """Make sure before anything is loaded that output_dir can take the result, and that a named checkpoint is there.
+
+    Raises:
+        UserError: it cannot, or is not.
+    """
+    output_dir = Path(config.output_dir)
+    check_output_folder(output_dir, overwrite=config.overwrite_output_dir)
+    refuse_inputs(
+        output_dir,
+        {
+            "the data": map(Path, [*(config.data_path or []), *(config.eval_data_path or [])]),
+            "the model": [Path(config.model_name_or_path)] if os.path.exists(config.model_name_or_path) else [],
+        },
+    )
+    check_checkpoint_exists(config)
 
 
 @dataclass(frozen=True)
@@ -163,54 +176,44 @@ class Opened:
 def _run(config: TrainConfig, processes: AcceleratedProcesses) -> Result | None:
     """Train and, unless a signal ended that early, write the result; None if it is there, or only planned for."""
     output_dir, opened = Path(config.output_dir), _open(config, processes)
-    hardware, folder, data = opened.hardware, opened.folder, opened.data
     if config.dry_run:
-        report = plan_run(config, folder, hardware, data, processes.count).report
+        report = _plan(config, opened, processes).report
         if processes.index == 0:
             give("\n".join(as_lines(report)))
         return None
-    plan = try_to_plan(lambda: plan_run(config, folder, hardware, data, processes.count))
-    settings = settings_to_compare(config, processes.count, data.hash, fingerprint(folder))
-    total_steps = planned_steps(config, len(data.train), processes.count)
-    finished = finished_run(config, settings, total_steps)
-    if finished and finished.steps in (0, total_steps):
+    plan = try_to_plan(lambda: _plan(config, opened, processes))
+    start = _agree_on_start(config, opened, processes)
+    if start.done:
         say(already_finished(output_dir))
         return None
-    if finished:
-        refuse_files_in_the_way(output_dir)
-        say_extension(config, finished, total_steps)
-    resume_from = where_to_go_on(config, settings, finished)
-    settings = without_secrets(settings)  # from here on only written
     for line in short_lines(plan.report) if plan else ():
         say(line)
-    model = load_adapted_model(config, folder, hardware)
-    if processes.index == 0:
-        _begin_folder(config, resume_from)
-    processes.wait()
-
-    work, limits, progress = make_work(config, model, data, hardware, processes, settings, resume_from)
-    page, answers = PageOfRun(output_dir), None
-    if processes.index == 0:
-        write_json(output_dir / FACTS, redact_values(_facts(hardware, processes, data, limits)))
-        answers = _sample_answers(config, opened, model, progress) if config.eval_samples else None
-    result = _train(config, work, limits, progress, processes, page, answers, count_parameters(model))
-    result = replace(
-        result, planned_bytes=plan and plan.planned_bytes(), eval_samples=len(data.evaluation) if data.evaluation else 0
-    )
+    model = processes.by_all(lambda: load_adapted_model(config, opened.folder, opened.hardware))
+    processes.by_first(lambda: _begin_folder(config, start.checkpoint))
+    page = PageOfRun(output_dir)
+    result = _train(config, opened, model, start, processes, page)
+    result = replace(result, planned_bytes=plan and plan.planned_bytes(), eval_samples=len(opened.data.evaluation))
     if plan and processes.count == 1:
         keep_measured_speed(plan, output_dir / METRICS)
-    del work  # and with it the optimizer's states, before the result takes memory
-    with put_off("Writing the result first. Once more to leave at once."):
-        if result.finished and config.load_best_model_at_end:
-            load_best(output_dir, model, progress)
-        if processes.index == 0:
+    if processes.index == 0:
+        with put_off("Writing the result first. Once more to leave at once."):
             if result.finished:
-                record = _record(config, opened, settings, result, finished)
-                save_result(config, model, opened.template, folder, record)
-                title = output_dir.resolve().name
-                try_to_draw(lambda: plot_losses(output_dir / METRICS, output_dir / CURVE, title), CURVE)
+                _write(config, opened, model, start, result)
             page.write()
     return result
+
+
+def _plan(config: TrainConfig, opened: Opened, processes: AcceleratedProcesses) -> RunPlan:
+    return plan_run(config, opened.folder, opened.hardware, opened.data, processes.count)
+
+
+def _agree_on_start(config: TrainConfig, opened: Opened, processes: AcceleratedProcesses) -> Start:
+    """How the run starts: chosen by the first process from its disk, and possible in all of them."""
+    settings = settings_to_compare(config, processes.count, opened.data.hash, fingerprint(opened.folder))
+    steps = limits_of(config, len(opened.data.train), processes.count).total_steps
+    start = processes.by_first(lambda: choose_start(config, settings, steps))
+    processes.by_all(lambda: check_start(start, settings) if processes.index else None)
+    return start
 
 
 def _open(config: TrainConfig, processes: AcceleratedProcesses) -> Opened:
@@ -243,30 +246,20 @@ def _begin_folder(config: TrainConfig, resume_from: Path | None) -> None:
         copy_file(resume_from / METRICS, output_dir / METRICS)
 
 
-def _sample_answers(config: TrainConfig, opened: Opened, model: PreTrainedModel, progress: Progress) -> SampleAnswers:
-    """What writes answers to the first rows of the evaluation data."""
-    file = LinesFile(Path(config.output_dir) / SAMPLES, progress.step)
-    mixed = opened.hardware.dtype if config.method == "full" or config.modules_to_save else None
-    asked = opened.data.evaluation[: config.eval_samples]
-    return SampleAnswers(file, model, opened.template, asked, context_length(opened.folder), mixed)
-
-
-def _facts(hardware: Hardware, processes: AcceleratedProcesses, data: Data, limits: Limits) -> dict[str, Any]:
+def _facts(opened: Opened, processes: AcceleratedProcesses, limits: Limits) -> dict[str, Any]:
     """What the run knows of itself when it starts, for its page."""
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    machine = {"device": hardware.reason, "processes": processes.count, **describe_machine(), "started": started}
+    machine = {"device": opened.hardware.reason, "processes": processes.count, **describe_machine(), "started": started}
     return {
-        "data": asdict(data.report),
+        "data": asdict(opened.data.report),
         "machine": machine,
         "versions": versions(),
         "total_steps": limits.total_steps,
     }
 
 
-def _record(
-    config: TrainConfig, opened: Opened, settings: dict[str, Any], result: Result, finished: Finished | None
-) -> Record:
-    """What the run says of itself; `finished` is the shorter run that it extended."""
+def _record(config: TrainConfig, opened: Opened, start: Start, result: Result) -> Record:
+    """What the run says of itself."""
     return Record(
         method=config.method,
         base_model=config.model_name_or_path,
@@ -274,12 +267,12 @@ def _record(
         system_prompt=config.system_prompt,
         prompt_style=opened.data.style,
         stop_ids=sorted(opened.template.stop_ids),
-        settings=settings,
+        settings=without_secrets(start.settings),
         results={
             **asdict(result),
             "evaluation_data": opened.data.evaluation_hash,
             "inputs": opened.inputs,
-            **(finished.results() if finished else {}),
+            **(start.extends.results() if start.extends else {}),
             **({"lost_output": lost} if (lost := lost_output()) else {}),
         },
         versions=versions(),
@@ -291,31 +284,24 @@ def _record(
 
 def _train(
     config: TrainConfig,
-    work: Work,
-    limits: Limits,
-    progress: Progress,
+    opened: Opened,
+    model: PreTrainedModel,
+    start: Start,
     processes: AcceleratedProcesses,
     page: PageOfRun,
-    answers: SampleAnswers | None,
-    counts: tuple[int, int],
 ) -> Result:
-    """Run the loop with its sinks, evaluating before the first step too, so that what training gained can be told.
-
-    Args:
-        counts: trained parameters, and all of them.
-    """
-    output_dir = Path(config.output_dir)
+    """Train from where the run starts, evaluating before the first step too, so that the gain can be reported."""
+    limits = limits_of(config, len(opened.data.train), processes.count)
+    work, progress = _set_up(config, opened, model, start, limits, processes)
     evaluations: list[Evaluated] = []
     began = time.perf_counter()
     with ExitStack() as stack:
         sinks: list[Sink] = [lambda event: evaluations.append(event) if isinstance(event, Evaluated) else None]
         if processes.index == 0:
-            console = stack.enter_context(ConsoleSink(limits.total_steps, progress.step))
-            metrics = stack.enter_context(MetricsFile(output_dir / METRICS, progress.step))
-            logged = to_all([metrics, processes.track, console.log, page])
-            sinks += [console, EverySteps(config.logging_steps, limits.total_steps, logged, progress.unlogged)]
-        if answers:
-            sinks.append(stack.enter_context(answers))
+            write_json(Path(config.output_dir) / FACTS, redact_values(_facts(opened, processes, limits)))
+            sinks += _observers(stack, config, limits, progress, [processes.track, page])
+            if config.eval_samples:
+                sinks.append(stack.enter_context(_sample_answers(config, opened, model, progress)))
         emit = to_all(sinks)
         if limits.evaluate_every and not progress.step:
             loss, tokens = work.evaluate()
@@ -323,14 +309,15 @@ def _train(
         finished = run_loop(work, limits, processes, emit, progress)
     before = [event.eval_loss for event in evaluations if event.step == 0]
     after = [event.eval_loss for event in evaluations if event.step > 0]
+    trained, parameters = count_parameters(model)
     return Result(
         finished=finished,
         steps=progress.step,
         seconds=round(time.perf_counter() - began, 1),
         peak_bytes=work.peak_bytes(),
         planned_bytes=None,
-        trained_parameters=counts[0],
-        parameters=counts[1],
+        trained_parameters=trained,
+        parameters=parameters,
         eval_loss_before=before[0] if before else None,
         eval_loss=after[-1] if after else None,
         best_eval_loss=progress.best_loss if progress.best_step else None,
@@ -338,7 +325,57 @@ def _train(
     )
 
 
+def _set_up(
+    config: TrainConfig,
+    opened: Opened,
+    model: PreTrainedModel,
+    start: Start,
+    limits: Limits,
+    processes: AcceleratedProcesses,
+) -> tuple[Work, Progress]:
+    """What the loop works with, where the run stands; all processes end where one of them cannot train."""
+    data, hardware, settings = opened.data, opened.hardware, without_secrets(start.settings)
+    trained = make_trained(config, model, hardware)
+    work = processes.by_all(lambda: make_work(config, model, trained, data, hardware, processes, settings))
+    progress = processes.by_all(lambda: resume(trained, start.checkpoint))
+    processes.by_first(lambda: check_room(config, work.parameters, limits))
+    say_length(config, len(data.train), processes.count)
+    return work, progress
+
+
+def _observers(
+    stack: ExitStack, config: TrainConfig, limits: Limits, progress: Progress, others: Sequence[Sink]
+) -> list[Sink]:
+    """The console and the log of measurements, both open as long as the stack.
+
+    Args:
+        others: who get the logged measurements too.
+    """
+    console = stack.enter_context(ConsoleSink(limits.total_steps, progress.step))
+    metrics = stack.enter_context(MetricsFile(Path(config.output_dir) / METRICS, progress.step))
+    logged = to_all([metrics, console.log, *others])
+    return [console, EverySteps(config.logging_steps, limits.total_steps, logged, progress.unlogged)]
+
+
+def _sample_answers(config: TrainConfig, opened: Opened, model: PreTrainedModel, progress: Progress) -> SampleAnswers:
+    """What writes answers to the first rows of the evaluation data."""
+    file = LinesFile(Path(config.output_dir) / SAMPLES, progress.step)
+    mixed = opened.hardware.dtype if config.method == "full" or config.modules_to_save else None
+    asked = opened.data.evaluation[: config.eval_samples]
+    return SampleAnswers(file, model, opened.template, asked, context_length(opened.folder), mixed)
+
+
 # --- The result ------------------------------------------------------------------------------------------------------
+
+
+def _write(config: TrainConfig, opened: Opened, model: PreTrainedModel, start: Start, result: Result) -> None:
+    """Write what the run came to: the best weights where these are wanted, its record and its curves."""
+    output_dir = Path(config.output_dir)
+    if config.load_best_model_at_end and result.best_step not in (None, result.steps):
+        load_best(output_dir, model, result.best_step, result.best_eval_loss)
+    save_result(config, model, opened.template, opened.folder, _record(config, opened, start, result))
+    title = output_dir.resolve().name
+    try_to_draw(lambda: plot_losses(output_dir / METRICS, output_dir / CURVE, title), CURVE)
 
 
 def save_result(config: TrainConfig, model: Any, template: Template, base_folder: Path, record: Record) -> None:

@@ -40,9 +40,9 @@ def digests_of_inputs(config: TrainConfig, folder: Path) -> dict[str, str]:
 def is_surely_finished(config: TrainConfig) -> bool:
     """Whether output_dir holds the result of this very run; False where it does not, or where that takes longer."""
     output_dir = Path(config.output_dir)
-    if config.overwrite_output_dir or config.dry_run or config.resume_from_checkpoint not in ("auto", True):
-        return False
     if launched_processes() > 1:
+        return False
+    if config.overwrite_output_dir or config.dry_run or config.resume_from_checkpoint not in ("auto", True):
         return False
     try:
         record = read_record(output_dir) if output_dir.is_dir() else None

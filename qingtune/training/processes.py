@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.utils import broadcast_object_list, gather_object
 
-from qingtune.errors import UserError
+from qingtune.errors import UserError, reason_of
 from qingtune.machine.describe import launched_processes
 from qingtune.training.events import Event, Noted, as_metrics
+
+T = TypeVar("T")
 
 
 class AcceleratedProcesses:
@@ -24,7 +27,7 @@ class AcceleratedProcesses:
         """Join the other processes.
 
         Raises:
-            UserError: a tracker is unknown or not installed, or a launcher's variable is no whole number.
+            UserError: a tracker is unknown or not installed, or a launcher's variables cannot be used.
         """
         launched_processes()
         names = _check_trackers(trackers or [])
@@ -54,6 +57,40 @@ class AcceleratedProcesses:
         """Wait for all processes."""
         self._accelerator.wait_for_everyone()
 
+    def by_first(self, action: Callable[[], T]) -> T:
+        """What an action returns in the first process, in every process: only the first one runs it.
+
+        Raises:
+            UserError: it failed in the first process, so that all end; that one raises the error itself.
+        """
+        if self.count == 1:
+            return action()
+        result, error = _attempt(action) if self.index == 0 else (None, None)
+        shared: list[Any] = [result, error and reason_of(error)]
+        broadcast_object_list(shared)
+        if error:
+            raise error
+        result, reason = shared
+        if reason:
+            raise UserError(f"process 0 failed: {reason}")
+        return cast("T", result)
+
+    def by_all(self, action: Callable[[], T]) -> T:
+        """What an action returns in this process, once it has succeeded in all of them.
+
+        Raises:
+            UserError: it failed in another process, so that all end; one where it failed raises the error itself.
+        """
+        if self.count == 1:
+            return action()
+        result, error = _attempt(action)
+        failures = gather_object([(self.index, reason_of(error))] if error else [])
+        if error:
+            raise error
+        for index, reason in failures:
+            raise UserError(f"process {index} failed: {reason}")
+        return cast("T", result)
+
     def track(self, event: Event) -> None:
         """Send a measurement to the trackers, which are started with the first one."""
         if isinstance(event, Noted) or not self._wanted:
@@ -68,6 +105,14 @@ class AcceleratedProcesses:
     def finish(self) -> None:
         """Close the trackers and leave the process group."""
         self._accelerator.end_training()
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What an action returns, or the error that ends this process once the others know of it."""
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
 
 
 def _check_trackers(names: Sequence[str]) -> list[str]:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from qingtune.config.training import TrainConfig
 from qingtune.errors import UserError, shorten
-from qingtune.files.digests import why_not_whole
+from qingtune.files.digests import MANIFEST, sha256_of, why_not_whole
 from qingtune.output.console import say
+from qingtune.runs.folder import refuse_files_in_the_way
 from qingtune.runs.record import differences, read_record, versions
 from qingtune.training.checkpoint import Checkpoint, State, checkpoints, load_checkpoint, read_state, to_go_on_from
 from qingtune.training.finished import ANEW
-from qingtune.training.loop import Progress
 from qingtune.training.optim import make_schedule, warmup_steps
 
 if TYPE_CHECKING:
@@ -45,6 +45,70 @@ class Finished:
         """What the record of the longer run says of the shorter one."""
         now = {"after_steps": self.steps, "as_if_never_stopped": self.same_so_far}
         return {"extended": [*self.extended, now], "eval_loss_before": self.eval_loss_before}
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run starts.
+
+    Attributes:
+        settings: what decides its result, from record.settings_to_compare.
+        done: output_dir holds its result already.
+        checkpoint: to resume from; None to start at the first step.
+        manifest: SHA-256 of the checkpoint's manifest.
+        extends: the finished run that is extended by more steps.
+    """
+
+    settings: dict[str, Any]
+    done: bool = False
+    checkpoint: Path | None = None
+    manifest: str | None = None
+    extends: Finished | None = None
+
+
+def choose_start(config: TrainConfig, settings: dict[str, Any], total_steps: int) -> Start:
+    """How this run starts, by what output_dir holds on this process's disk.
+
+    Args:
+        settings: what decides the run's result, from record.settings_to_compare.
+        total_steps: that the settings ask for.
+
+    Raises:
+        UserError: what output_dir holds is in the way, or cannot be resumed.
+    """
+    finished = finished_run(config, settings, total_steps)
+    if finished and finished.steps in (0, total_steps):
+        return Start(settings, done=True)
+    if finished:
+        refuse_files_in_the_way(Path(config.output_dir))
+        _say_extension(config, finished, total_steps)
+    folder = where_to_go_on(config, settings, finished)
+    manifest = sha256_of(folder / MANIFEST) if folder else None
+    return Start(settings, checkpoint=folder, manifest=manifest, extends=finished)
+
+
+def check_start(start: Start, settings: dict[str, Any]) -> None:
+    """Make sure that this process can start as the first one chose.
+
+    Args:
+        settings: of this process.
+
+    Raises:
+        UserError: it has other data, another model or other settings, or it cannot read the checkpoint.
+    """
+    if changed := differences(start.settings, settings):
+        raise UserError(f"process 0 trains on something else: {'; '.join(changed)}", fix="Give all the same files.")
+    folder = start.checkpoint
+    if folder is None:
+        return
+    fix = "Put output_dir on a disk that all processes share, or copy the checkpoint there."
+    try:
+        read_state(folder)
+    except UserError as error:
+        what = f"process 0 resumes from this checkpoint, but this process cannot read it ({error.what})"
+        raise UserError(what, where=str(folder), fix=fix) from error
+    if sha256_of(folder / MANIFEST) != start.manifest:
+        raise UserError("process 0 resumes from another checkpoint of this name", where=str(folder), fix=fix)
 
 
 def finished_run(config: TrainConfig, settings: dict[str, Any], total_steps: int) -> Finished | None:
@@ -83,7 +147,7 @@ def _same_rates(config: TrainConfig, steps: int, total_steps: int) -> bool:
     return all(shorter(step) == longer(step) for step in range(steps))
 
 
-def say_extension(config: TrainConfig, finished: Finished, total_steps: int) -> None:
+def _say_extension(config: TrainConfig, finished: Finished, total_steps: int) -> None:
     """Tell that a finished run goes on to more steps, and what that means."""
     say(f"The run in {config.output_dir} is finished after {finished.steps:,} steps; it goes on to {total_steps:,}.")
     if not finished.same_so_far:
@@ -164,16 +228,14 @@ def _same_settings(place: Path, before: dict[str, Any], now: dict[str, Any], may
         raise UserError(f"this run was started with other settings:{listing}\n{ANEW}", where=str(place))
 
 
-def load_best(output_dir: Path, model: PreTrainedModel, progress: Progress) -> None:
-    """Give the model the weights of its best evaluation; the loop saved them when they came."""
-    if progress.best_step in (None, progress.step):
-        return
-    best = next((checkpoint for checkpoint in checkpoints(output_dir) if checkpoint.step == progress.best_step), None)
+def load_best(output_dir: Path, model: PreTrainedModel, step: int, eval_loss: float | None) -> None:
+    """Give the model the weights of its best evaluation, which came after this step; the loop saved them then."""
+    best = next((checkpoint for checkpoint in checkpoints(output_dir) if checkpoint.step == step), None)
     if best is None:  # the run began without load_best_model_at_end
-        say(f"Step {progress.best_step} evaluated best but was not saved then; the result is the last step.")
+        say(f"Step {step} evaluated best but was not saved then; the result is the last step.")
         return
     if reason := why_not_whole(best.folder):
         say(f"Warning: {best.folder}, the best evaluation, is broken ({reason}); the result is the last step.")
         return
     load_checkpoint(best.folder, {name: p for name, p in model.named_parameters() if p.requires_grad}, None)
-    say(f"The result is step {progress.best_step}, the best evaluation ({progress.best_loss:.4f}).")
+    say(f"The result is step {step}, the best evaluation ({eval_loss:.4f}).")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,63 +30,94 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a run trains, by name, and what updates it."""
+
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+def make_trained(config: TrainConfig, model: PreTrainedModel, hardware: Hardware) -> Trained:
+    """The trained parameters of a model with a new optimizer and a new loss scale."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer, notice = make_optimizer(config, parameters.items(), hardware.device)
+    if notice:
+        say(notice)
+    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
+    return Trained(parameters, optimizer, scaler)
+
+
+def resume(trained: Trained, checkpoint: Path | None) -> Progress:
+    """Load a checkpoint into what is trained.
+
+    Args:
+        checkpoint: of a run with the same settings; None leaves all at its start.
+
+    Returns:
+        where the run stands.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded.
+    """
+    if checkpoint is None:
+        return Progress()
+    load_checkpoint(checkpoint, trained.parameters, trained.optimizer, trained.scaler)
+    return parse_state(checkpoint).progress
+
+
 def make_work(
     config: TrainConfig,
     model: PreTrainedModel,
+    trained: Trained,
     data: Data,
     hardware: Hardware,
     processes: Processes,
     settings: dict[str, Any],
-    resume_from: Path | None,
-) -> tuple[Work, Limits, Progress]:
-    """Set a run up.
+) -> Work:
+    """What the loop calls: gradients, batches, updates, evaluations and checkpoints.
 
     Args:
-        settings: kept in each checkpoint, so that a later run can tell whether it may go on.
-        resume_from: a checkpoint of a run with the same settings; None to start anew.
+        settings: kept in each checkpoint, so that a later run can tell whether it may resume.
+
+    Raises:
+        UserError: there is no memory for the longest sample.
     """
-    plan = _order(config, len(data.train), processes.count)
-    limits = _limits(config, plan)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer, notice = make_optimizer(config, trained.items(), hardware.device)
-    if notice:
-        say(notice)
+    assert config.learning_rate is not None
+    device = hardware.device
     longest = max(len(sample.token_ids) for sample in [*data.train, *data.evaluation])
     engine = make_engine(config, model, hardware, longest, evaluates=bool(data.evaluation))
-    progress = Progress()
-    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
-    if resume_from:
-        load_checkpoint(resume_from, trained, optimizer, scaler)
-        progress = parse_state(resume_from).progress
+    plan = _order(config, len(data.train), processes.count)
+    total = _limits(config, plan).total_steps
     model.train()
-
-    assert config.learning_rate is not None
-    total = limits.total_steps
-    work = Work(
-        parameters=list(trained.values()),
+    return Work(
+        parameters=list(trained.parameters.values()),
         add_gradients=engine.add_gradients,
-        fetch=_fetcher(data.train, plan, hardware.device, processes, engine),
+        fetch=_fetcher(data.train, plan, device, processes, engine),
         shrink=engine.shrink,
-        optimizer=optimizer,
+        optimizer=trained.optimizer,
         learning_rate=make_schedule(config.lr_scheduler_type, config.learning_rate, warmup_steps(config, total), total),
-        evaluate=_evaluator(
-            data.evaluation, config.per_device_eval_batch_size, model, hardware.device, processes, engine
-        ),
-        save=_saver(config, trained, optimizer, scaler, settings, processes),
-        peak_bytes=lambda: peak_bytes(hardware.device),
-        scaler=scaler,
+        evaluate=_evaluator(data.evaluation, config.per_device_eval_batch_size, model, device, processes, engine),
+        save=_saver(config, trained, settings, processes),
+        peak_bytes=lambda: peak_bytes(device),
+        scaler=trained.scaler,
     )
+
+
+def say_length(config: TrainConfig, samples: int, processes: int) -> None:
+    """Report how long the run is and how it learns."""
+    plan = _order(config, samples, processes)
+    total = _limits(config, plan).total_steps
     if (warmup := warmup_steps(config, total)) >= total:
         say(f"Warning: the warm-up takes {warmup:,} steps of {total:,}, so the learning rate never reaches its peak.")
-    _check_room(config, list(trained.values()), limits)
     say(
         f"Training: {total:,} steps of {plan.window_size} samples ({total / plan.steps_per_epoch:.3g} epochs), "
         f"{config.optim}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}."
     )
-    return work, limits, progress
 
 
-def _check_room(config: TrainConfig, trained: list[torch.nn.Parameter], limits: Limits) -> None:
+def check_room(config: TrainConfig, trained: Sequence[torch.nn.Parameter], limits: Limits) -> None:
     """Look at the disk before hours of work.
 
     Raises:
@@ -111,12 +143,7 @@ def _check_room(config: TrainConfig, trained: list[torch.nn.Parameter], limits: 
 
 
 def _saver(
-    config: TrainConfig,
-    trained: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    settings: dict[str, Any],
-    processes: Processes,
+    config: TrainConfig, trained: Trained, settings: dict[str, Any], processes: Processes
 ) -> Callable[[Progress], None]:
     """Writes a checkpoint, from one process, and removes those that are too many."""
     output_dir = Path(config.output_dir)
@@ -124,7 +151,9 @@ def _saver(
     def save(now: Progress) -> None:
         try:
             if processes.index == 0:
-                save_checkpoint(output_dir, trained, optimizer, now, settings, versions(), scaler)
+                save_checkpoint(
+                    output_dir, trained.parameters, trained.optimizer, now, settings, versions(), trained.scaler
+                )
                 prune(output_dir, config.save_total_limit, now)
         finally:
             processes.wait()
@@ -132,9 +161,9 @@ def _saver(
     return save
 
 
-def planned_steps(config: TrainConfig, samples: int, processes: int) -> int:
-    """Optimizer steps of a whole run over so many samples."""
-    return _limits(config, _order(config, samples, processes)).total_steps
+def limits_of(config: TrainConfig, samples: int, processes: int) -> Limits:
+    """When things happen in a run over so many samples."""
+    return _limits(config, _order(config, samples, processes))
 
 
 def _order(config: TrainConfig, samples: int, processes: int) -> Plan:

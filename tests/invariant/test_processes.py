@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable
@@ -21,13 +23,19 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def free_port() -> str:
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def torchrun() -> list[str]:
+    """What `torchrun --nproc_per_node 2` runs, on a port of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+        port = str(probe.getsockname()[1])
+    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
 
 
-def test_two_processes_equal_one(tmp_path: Path, run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_two_processes_equal_one(tmp_path: Path, run: Run) -> None:
     model = save_model(tmp_path / "model")
     rows = instruction_rows(25)
     data = write_jsonl(tmp_path / "rows.jsonl", rows[:18])
@@ -41,8 +49,7 @@ def test_two_processes_equal_one(tmp_path: Path, run: Callable[..., subprocess.C
     }  # fmt: skip
     flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     before = set(tmp_path.iterdir())
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    ended = run(*launcher, "fine_tune_qwen.py", *flags, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    ended = run(*torchrun(), "-m", "qingtune", "train", *flags, **ENVIRONMENT)
     assert ended.returncode == 0, ended.stderr
 
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
@@ -55,5 +62,59 @@ def test_two_processes_equal_one(tmp_path: Path, run: Callable[..., subprocess.C
         {path.relative_to(folder) for path in folder.rglob("*")} for folder in (tmp_path / "one", tmp_path / "two")
     ]
     assert folders[0] == folders[1]
+    assert ended.stderr.count("Processes: 2. Each holds the whole model") == 1
     assert ended.stderr.count("Device: ") == 1  # the second process says nothing
     assert ended.stdout.count("Talk to it") == 1
+
+
+def test_accelerate_launch_that_starts_one_process_of_two_is_reported(tmp_path: Path, run: Run) -> None:
+    model, data = save_model(tmp_path / "model"), write_jsonl(tmp_path / "rows.jsonl", instruction_rows(6))
+    flags = ["--model_name_or_path", model, "--data_path", data, "--output_dir", tmp_path / "output"]
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
+    ended = run(*launcher, "fine_tune_qwen.py", *flags, "--dry_run", **ENVIRONMENT)
+    assert ended.returncode == 0, ended.stderr
+    assert "Warning: accelerate launch was asked for several processes, but started one" in ended.stderr
+    assert "Use torchrun --nproc_per_node 2 -m qingtune train" in ended.stderr
+
+
+# --- Two processes with disks of their own ---------------------------------------------------------------------------
+
+ON_OWN_DISK = """
+import os, sys
+os.chdir(os.path.join(sys.argv[1], os.environ["RANK"]))
+from qingtune.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def extend_on_two_disks(tmp_path: Path, run: Run, *, shared: bool) -> subprocess.CompletedProcess[str]:
+    """Extend a finished run of two steps to four with two processes, the second of which has the checkpoint or not."""
+    model, data = save_model(tmp_path / "model"), write_jsonl(tmp_path / "rows.jsonl", instruction_rows(18))
+    settings = LORA | {"optim": "sgd", "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    for place in ("0", "1"):
+        (tmp_path / place).mkdir()
+    one = settings | {"per_device_train_batch_size": 4}
+    train(tmp_path / "0" / "run", model, data, max_steps=2, **one)
+    train(tmp_path / "whole", model, data, max_steps=4, **one)
+    if shared:
+        shutil.copytree(tmp_path / "0" / "run" / "checkpoint-2", tmp_path / "1" / "run" / "checkpoint-2")
+    values = json.loads((tmp_path / "0" / "run.config.json").read_text())
+    values |= {"output_dir": "run", "max_steps": 4, "per_device_train_batch_size": 2}
+    (tmp_path / "two.json").write_text(json.dumps(values))
+    (tmp_path / "on_own_disk.py").write_text(ON_OWN_DISK)
+    command = [tmp_path / "on_own_disk.py", tmp_path, "train", "--config_file", tmp_path / "two.json"]
+    return run(*torchrun(), *command, **ENVIRONMENT)
+
+
+def test_the_first_process_decides_where_all_resume(tmp_path: Path, run: Run) -> None:
+    ended = extend_on_two_disks(tmp_path, run, shared=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("is finished after 2 steps; it goes on to 4") == 1
+    assert_close(weights(tmp_path / "0" / "run"), weights(tmp_path / "whole"), share=1e-4)
+
+
+def test_a_process_without_the_chosen_checkpoint_ends_all(tmp_path: Path, run: Run) -> None:
+    ended = extend_on_two_disks(tmp_path, run, shared=False)
+    assert ended.returncode != 0
+    assert "process 0 resumes from this checkpoint, but this process cannot read it" in ended.stderr
+    assert "process 1 failed: " in ended.stderr
