@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 from peers.environments import make_environment
-from roofline import shape_of
+from roofline import work_of
 from workload import DATA, cache_folder, model_folder
 
 HERE = Path(__file__).parent
@@ -242,7 +242,7 @@ def _peak() -> int:
 
 def table(runs: dict[str, list[dict[str, Any]]], model: Path) -> str:
     """Medians as Markdown."""
-    shape = shape_of(model, 0)
+    shape = work_of(model, 0)
     work = 2 * shape.body + shape.layers * 4 * shape.attention_width * PROMPT / 2  # of a token of the prompt
     lines = [
         "| system | new tokens/s | of the bound | prompt tokens/s | of the bound | peak memory | loading |",

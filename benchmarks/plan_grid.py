@@ -22,8 +22,7 @@ from workload import ROOT  # which also lets a clone be imported as it is
 
 from qingtune.config.training import TrainConfig
 from qingtune.machine.resources import Machine, find_machine
-from qingtune.models.find import read_model_config
-from qingtune.models.shape import ModelShape, shape_of_config
+from qingtune.planning.blueprint import Blueprint, read_blueprint
 from qingtune.planning.planner import METHODS as PLANNED_METHODS
 from qingtune.planning.planner import Planner, Samples, as_method
 
@@ -60,7 +59,7 @@ class Point:
             "--gradient_checkpointing", str(self.checkpointing).lower(),
         ]  # fmt: skip
 
-    def plan(self, shape: ModelShape, machine: Machine) -> int:
+    def plan(self, blueprint: Blueprint, machine: Machine) -> int:
         """Planned bytes of such a run: two steps of samples of one length, no evaluation."""
         method = next(key for key, name in PLANNED_METHODS.items() if name == self.method)
         config = TrainConfig(
@@ -70,7 +69,7 @@ class Point:
             max_seq_length=self.length,
         )
         samples = Samples(self.length, self.length, 1.0, STEPS * self.batch, False, "")
-        return Planner(shape, as_method(config, method), machine).plan_for(samples).total
+        return Planner(blueprint, as_method(config, method), machine).plan_for(samples).total
 
 
 LARGER = [
@@ -123,7 +122,7 @@ def main() -> None:
 
 def table(points: list[Point], measured: dict[str, int], model: Path) -> str:
     """Plan and measured peak of each point as Markdown, and the largest errors."""
-    shape = shape_of_config(read_model_config(model), str(model))
+    blueprint = read_blueprint(model)
     machine = find_machine()
     lines = [
         f"{machine.name}, {machine.dtype}; {model.name}",
@@ -133,7 +132,7 @@ def table(points: list[Point], measured: dict[str, int], model: Path) -> str:
     ]
     errors: list[tuple[float, int, Point]] = []
     for point in (point for point in points if point.key in measured):
-        planned, peak = point.plan(shape, machine), measured[point.key]
+        planned, peak = point.plan(blueprint, machine), measured[point.key]
         errors.append((abs(planned / peak - 1), abs(planned - peak), point))
         cells = (
             point.method, f"{point.length:,}", point.batch, point.rank or "-", "all" if point.checkpointing else "none",

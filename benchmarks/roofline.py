@@ -11,23 +11,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a clone is used as it is, without being installed
 
-from qingtune.models.find import read_model_config
-from qingtune.models.shape import shape_of_config
+from qingtune.config.training import TrainConfig
+from qingtune.machine.resources import Machine
+from qingtune.planning.blueprint import read_blueprint
 from qingtune.planning.speed import TokenWork, flops_per_token
 
-__all__ = ["flops_per_token", "gemm_rate", "shape_of"]
+__all__ = ["flops_per_token", "gemm_rate", "work_of"]
 SECONDS = 3.0
 
 
-def shape_of(folder: Path, rank: int) -> TokenWork:
-    """The work of a token in a model with adapters on all linear layers."""
-    shape = shape_of_config(read_model_config(folder), str(folder))
+def work_of(folder: Path, rank: int) -> TokenWork:
+    """The work of a token in a model with adapters of this rank on all linear layers; 0 for none."""
+    blueprint, machine = read_blueprint(folder), Machine("cpu", "", 2, None, None)
+    config = TrainConfig(use_lora=rank > 0, lora_r=rank or 1)
     return TokenWork(
-        body=sum(module.shape[0] * module.shape[1] for module in shape.linear),
-        head=shape.hidden * shape.vocabulary,
-        adapters=rank * sum(sum(module.shape) for module in shape.linear),
-        attention_width=shape.heads * shape.head_size,
-        layers=shape.layers,
+        body=blueprint.active_body,
+        head=blueprint.hidden * blueprint.vocabulary,
+        adapters=blueprint.built(config, machine).low_rank,
+        attention_width=blueprint.attention_width,
+        layers=blueprint.layers,
     )
 
 

@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 from peers.environments import make_environment
-from roofline import flops_per_token, shape_of
+from roofline import flops_per_token, work_of
 from workload import DATA, MAX_LENGTH, SEED, SYSTEM_PROMPT, cache_folder, model_folder, write_rows
 
 from qingtune.runs.speed import tokens_per_second
@@ -107,7 +107,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
             )
             if arguments.output:
                 _write(Path(arguments.output), runs, facts)
-    print(table(runs, shape_of(model, RANK), facts))
+    print(table(runs, work_of(model, RANK), facts))
 
 
 def _arguments() -> argparse.Namespace:

@@ -16,6 +16,7 @@ from qingtune.adapters.names import is_within
 from qingtune.adapters.targets import match_layers
 from qingtune.adapters.variants import DRAWN, TAKEN, LowRank, Pair, Variant, merge_weight, row_norms, take
 from qingtune.errors import UserError
+from qingtune.kernels.decoder import why_not
 from qingtune.kernels.dropout import dropout
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.kernels.projection import Adapter, Member
@@ -45,7 +46,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.r, self.scaling = len(a), scaling
-        device = next(base.parameters(), next(base.buffers(), torch.empty(0))).device
+        device = _device_of(base)
         # Contiguous, as optimizers take a parameter and its states, which checkpoints bring back so, as flat memory.
         self.lora_A = nn.Parameter(a.float().to(device).contiguous())
         self.lora_B = nn.Parameter(b.float().to(device).contiguous())
@@ -190,18 +191,37 @@ def _adapter(
 ) -> LoRALinear:
     """A new adapter, around its layer; what it starts with is taken out of the layer if its start is such."""
     start, taken = variant.init_lora_weights, None
+    out_features, in_features = shape_of(layer)
+    if start in TAKEN and isinstance(layer, QuantizedLinear):
+        raise TypeError(f"{name} is quantised")  # refused when settings are checked
+    if _device_of(layer).type == "meta":
+        return _on_meta(layer, r, scaling, dropout, variant)
     if start in TAKEN:
-        if isinstance(layer, QuantizedLinear):
-            raise TypeError(f"{name} is quantised")  # refused when settings are checked
         taken = take(start, dense_weight(layer).detach(), r, scaling, name)
         _take_out(layer, taken, scaling)
-    out_features, in_features = shape_of(layer)
     # Drawn on the CPU, so that every device starts alike; B is zero, so that training begins at the base model.
     a, b = taken or (DRAWN[start](r, in_features, generator), torch.zeros(out_features, r))
     adapter = (DoRALinear if variant.use_dora else LoRALinear)(layer, a, b, scaling, dropout)
     adapter.taken = (a.cpu().clone(), b.cpu().clone()) if taken else None
     adapter.rank_stabilised = variant.use_rslora
     return adapter
+
+
+def _on_meta(layer: nn.Module, r: int, scaling: float, dropout: float, variant: Variant) -> LoRALinear:
+    """An adapter of a layer without numbers, likewise without."""
+    out_features, in_features = shape_of(layer)
+    with torch.device("meta"):
+        a, b, magnitude = torch.empty(r, in_features), torch.empty(out_features, r), torch.empty(out_features)
+    if variant.use_dora:
+        adapter: LoRALinear = DoRALinear(layer, a, b, scaling, dropout, magnitude)
+    else:
+        adapter = LoRALinear(layer, a, b, scaling, dropout)
+    adapter.taken = (a, b) if variant.init_lora_weights in TAKEN else None
+    return adapter
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    return next(layer.parameters(), next(layer.buffers(), torch.empty(0))).device
 
 
 def _take_out(layer: Any, pair: Pair, scaling: float) -> None:
@@ -238,6 +258,16 @@ def why_not_fast(model: Any) -> str | None:
     if any(isinstance(layer, DoRALinear) and layer.dropout_probability for layer in lora_layers(model).values()):
         return "DoRA with lora_dropout multiplies by each weight twice, which the fast ones do not"
     return None
+
+
+def why_general(model: Any, device_type: str) -> str | None:
+    """The reason why a run needs the model's own modules and autograd; None if the fast kernels compute it.
+
+    Args:
+        device_type: cpu, cuda or mps.
+    """
+    untried = None if device_type in ("cpu", "cuda") else f"ours have not been tried on {device_type}"
+    return why_not(model) or why_not_fast(model) or untried
 
 
 def member(layer: nn.Module) -> Member:

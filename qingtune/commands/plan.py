@@ -1,4 +1,4 @@
-"""`qingtune plan`: settings and a model's header -> memory and time of a run; no weights are read, and no torch."""
+"""`qingtune plan`: settings and a model's header -> memory and time of a run; no weights are read."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from qingtune.errors import UserError
 from qingtune.files.write import disk_errors
 from qingtune.kernels.footprint import PassTokens
 from qingtune.machine.resources import Machine, find_machine, supposed_gpu
-from qingtune.models.find import CONVERTED, cache_folder, find_header, read_model_config
-from qingtune.models.gguf_header import config_of_gguf
-from qingtune.models.shape import ModelShape, shape_of_config
+from qingtune.models.find import CONVERTED, cache_folder, find_header
 from qingtune.output.console import give
+from qingtune.planning.blueprint import read_blueprint
 from qingtune.planning.planner import Samples, fullest_group, most_tokens_of, training_batches
 from qingtune.planning.report import as_json, as_lines, make_report
 from qingtune.planning.speed import read_speeds
@@ -42,7 +41,7 @@ def plan(loaded: Loaded[PlanConfig], _command: str) -> None:
     config = loaded.config
     check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
     source = find_header(config.model_name_or_path, config.cache_dir, config.hub)
-    shape = read_shape(source.path)
+    blueprint = read_blueprint(source.path)
     if config.gpu_memory_gib is not None and config.calibrate:
         raise UserError("calibrate measures this machine, and the plan is for another", fix="Leave one of them out.")
     machine = find_machine(config.bf16, config.fp16)
@@ -54,32 +53,22 @@ def plan(loaded: Loaded[PlanConfig], _command: str) -> None:
 
         with disk_errors("the speed of this machine", cache, "Choose another cache_dir."):
             calibrate(cache, machine)
-    samples = suppose_samples(config, shape, machine, source.path)
-    report = make_report(source.name, shape, config, machine, samples, read_speeds(cache))
+    samples = suppose_samples(config, blueprint.context, machine, source.path)
+    report = make_report(source.name, blueprint, config, machine, samples, read_speeds(cache))
     if config.json_report:
         give(json.dumps(as_json(report), ensure_ascii=False, indent=2))
     else:
         give("\n".join(as_lines(report)))
 
 
-def read_shape(path: Path) -> ModelShape:
-    """A model's shape from the config.json of its folder, or from its .gguf file's header.
-
-    Raises:
-        UserError: there is none, or it is broken.
-    """
-    if path.is_file():
-        return shape_of_config(config_of_gguf(path), str(path))
-    return shape_of_config(read_model_config(path), str(path / "config.json"))
-
-
-def suppose_samples(config: PlanConfig, shape: ModelShape, machine: Machine, model: Path) -> Samples:
+def suppose_samples(config: PlanConfig, context: int | None, machine: Machine, model: Path) -> Samples:
     """What the data will ask for: counted where a tokenizer is at hand, otherwise the most that it can be.
 
     Args:
+        context: tokens that the model knows positions for; None if unknown.
         model: its folder or file.
     """
-    limit = min(config.max_seq_length, shape.context or config.max_seq_length)
+    limit = min(config.max_seq_length, context or config.max_seq_length)
     evaluates = bool(config.eval_data_path) or config.val_size > 0
     if not config.data_path:
         return Samples(limit, limit, 1.0, None, evaluates, "max_seq_length; no data named")

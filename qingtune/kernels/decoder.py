@@ -24,18 +24,21 @@ from qingtune.kernels import flash_attention
 from qingtune.kernels.attention import why_samples_would_mix
 from qingtune.kernels.blocks import AttentionBlock, MLPBlock, Norm, Pass
 from qingtune.kernels.dropout import new_seed
-from qingtune.kernels.footprint import FAST_MODEL_TYPES, Arithmetic, LayerSizes, PassTokens, Ranks, buffer_bytes
+from qingtune.kernels.footprint import Arithmetic, LayerSizes, PassTokens, Ranks, buffer_bytes
 from qingtune.kernels.layout import Layout, fill_up, lay_out
 from qingtune.kernels.linear import Int8Linear, QuantizedLinear
 from qingtune.kernels.loss import chunked_head_loss
 from qingtune.kernels.projection import Member, Projection, gradient
 from qingtune.kernels.workspace import Workspace
 
+# Architectures checked (tests/invariant) to give here what Transformers gives.
+MODEL_TYPES = frozenset({"qwen2", "qwen3", "llama"})
+
 
 def why_not(model: Any) -> str | None:
     """The reason why a model cannot be computed here; None if it can."""
     config = model.config
-    if config.model_type not in FAST_MODEL_TYPES:
+    if config.model_type not in MODEL_TYPES:
         return f'"{config.model_type}" is not one of the architectures with kernels of their own'
     if reason := why_samples_would_mix(config):
         return reason

@@ -9,6 +9,7 @@ w = max(4, b) bytes of the one that sums are held in.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -22,11 +23,7 @@ INT8_TILE = 128  # rows quantised at a time, so that their fp32 copy stays in th
 TOKENS_PER_PASS_ON_CPU = 768
 # Share of the free memory that the buffers of a pass may take; the rest is for what a step needs for a moment.
 BUFFERS_OF_FREE = 0.9
-# Architectures checked (tests/invariant) to give on the fast kernels what Transformers gives.
-FAST_MODEL_TYPES = frozenset({"qwen2", "qwen3", "llama"})
 EIGHT_BITS = frozenset({"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"})
-# A weight in 4 bits with a scale in 8 bits for each 64 and one in 32 for each 256 of these; in 8 bits, a scale a row.
-NF4_BYTES_A_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Moments in 8 bits, with the largest value of each block of 256 in fp32.
 BYTES_A_8BIT_STATE = 2 + 2 * 4 / 256
 
@@ -163,7 +160,7 @@ def layers_to_recompute(choice: bool | str, layers: int, pass_bytes: Callable[[i
     if room is None or pass_bytes(0) <= room:
         return 0
     # Recomputed layers share one layer's buffers, so that a single one saves nothing.
-    return next((count for count in range(2, layers) if pass_bytes(count) <= room), layers)
+    return bisect_left(range(layers), True, 2, key=lambda count: pass_bytes(count) <= room)
 
 
 def optimizer_bytes(optim: str, numbers: int) -> int:
@@ -358,7 +355,9 @@ def _products(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _A
 # --- The model's own modules -----------------------------------------------------------------------------------------
 
 
-def autograd_bytes(sizes: LayerSizes, work: PassTokens, itemsize: int, adapters: int, recompute: int) -> int:
+def autograd_bytes(
+    sizes: LayerSizes, work: PassTokens, itemsize: int, adapters: int, width: int, recompute: int
+) -> int:
     """About what autograd keeps of a pass through Transformers' modules, logits not counted.
 
     A layer keeps of each token: two norms' inputs in fp32 and outputs, queries, keys and values, what attention gives
@@ -367,11 +366,12 @@ def autograd_bytes(sizes: LayerSizes, work: PassTokens, itemsize: int, adapters:
 
     Args:
         adapters: numbers of all adapters.
+        width: sum of the ranks of a layer's adapters.
         recompute: layers that are computed again.
     """
     wide = max(4, itemsize)
     a_layer = 2 * sizes.hidden * (wide + itemsize) + itemsize * (3 * sizes.queries + 2 * sizes.keys + 4 * sizes.inner)
-    a_layer += itemsize * sum(sizes.ranks.groups)
+    a_layer += itemsize * width
     inputs = sizes.hidden * itemsize
     kept = (sizes.layers - recompute) * a_layer + recompute * inputs + (recompute > 0) * a_layer
     moment = 2 * itemsize * sizes.inner + wide * sizes.hidden  # gradients that pass through at any time

@@ -21,7 +21,7 @@ from torch import nn
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-BLOCK_SIZE = 64
+BLOCK_SIZE, BLOCK_OF_SCALES = 64, 256
 # What bitsandbytes calls below functional.dequantize_4bit on a CPU; its version is pinned, and a test compares the two.
 _CPU_KERNELS = {
     torch.float32: "cdequantize_blockwise_cpu_nf4_fp32",
@@ -75,10 +75,14 @@ class QuantizedLinear(nn.Module):
     bits: int
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        out_features, in_features = weight.shape
+        self._begin((out_features, in_features), bias)
         self._hold(self.pack(weight.detach()))
+
+    def _begin(self, shape: tuple[int, int], bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
     def restore(cls, shape: tuple[int, int], packed: dict[str, torch.Tensor], bias: torch.Tensor | None) -> Self:
@@ -90,11 +94,28 @@ class QuantizedLinear(nn.Module):
             bias: [out] or None.
         """
         layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.out_features, layer.in_features = shape
-        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        layer._begin(shape, bias)
         layer._hold(packed)
         return layer
+
+    @classmethod
+    def on_meta(cls, shape: tuple[int, int], bias: torch.Tensor | None) -> Self:
+        """The layer without its numbers: its buffers, on the meta device, have the sizes of `packed_tensors`.
+
+        Args:
+            shape: out and in features.
+            bias: [out] or None.
+        """
+        layer = cls.__new__(cls)
+        layer._begin(shape, bias)
+        for name, (size, dtype) in cls.packed_sizes(*shape).items():
+            layer.register_buffer(name, torch.empty(size, dtype=dtype, device="meta"), persistent=False)
+        return layer
+
+    @staticmethod
+    def packed_sizes(out_features: int, in_features: int) -> dict[str, tuple[int, torch.dtype]]:
+        """Count and dtype of the numbers that stand for a weight, by tensor, without the few bytes that describe it."""
+        raise NotImplementedError
 
     @staticmethod
     def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -131,6 +152,19 @@ class NF4Linear(QuantizedLinear):
     """NF4 in blocks of 64, the blocks' scales quantised to 8 bits in turn: about 4.13 bits a weight."""
 
     bits = 4
+
+    @staticmethod
+    def packed_sizes(out_features: int, in_features: int) -> dict[str, tuple[int, torch.dtype]]:
+        """Two codes a byte; a scale in 8 bits a block, one in 32 for each block of these; two tables."""
+        numbers = out_features * in_features
+        blocks = -(-numbers // BLOCK_SIZE)
+        return {
+            "packed": (-(-numbers // 2), torch.uint8),
+            "absmax": (blocks, torch.uint8),
+            "nested_absmax": (-(-blocks // BLOCK_OF_SCALES), torch.float32),
+            "quant_map": (2**4, torch.float32),
+            "nested_quant_map": (2**8, torch.float32),
+        }
 
     @staticmethod
     def pack(weight: torch.Tensor, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -199,6 +233,11 @@ class Int8Linear(QuantizedLinear):
     """int8 with an fp32 scale a row."""
 
     bits = 8
+
+    @staticmethod
+    def packed_sizes(out_features: int, in_features: int) -> dict[str, tuple[int, torch.dtype]]:
+        """A byte a weight, and a scale a row."""
+        return {"packed": (out_features * in_features, torch.int8), "scale": (out_features, torch.float32)}
 
     @staticmethod
     def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:

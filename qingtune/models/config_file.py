@@ -86,9 +86,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             where=str(folder),
             fix="Move one of them to a folder of its own.",
         )
-    _check(content, str(path))
-    if isinstance(content.get("text_config"), dict):
-        _check(content["text_config"], f"{path}, text_config")
+    check_config(content, str(path))
     return _without_choices(content)
 
 
@@ -100,6 +98,17 @@ def _no_config(folder: Path, adapter: bool) -> UserError:
         where=str(folder),
         fix="Name its base model here and the adapter as --lora_model." if adapter else "Check the path.",
     )
+
+
+def check_config(content: dict[str, Any], where: str) -> None:
+    """See that sizes and choices are of their kinds, and no larger than any model's.
+
+    Raises:
+        UserError: one of them is not.
+    """
+    _check(content, where)
+    if isinstance(content.get("text_config"), dict):
+        _check(content["text_config"], f"{where}, text_config")
 
 
 def _check(content: dict[str, Any], where: str) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,7 +48,7 @@ def local_folder(source: ModelSource, cache_dir: str | None) -> Path:
         UserError: the model's architecture is unknown, or its code would have to be run.
     """
     if not source.is_gguf:
-        _check_architecture(source.path)
+        check_architecture(read_model_config(source.path), str(source.path))
         _check_weights(source.path)
         if stored_in_4bit(source.path):
             say(IN_4BIT)
@@ -60,22 +60,28 @@ def local_folder(source: ModelSource, cache_dir: str | None) -> Path:
     return folder
 
 
-def _check_architecture(folder: Path) -> None:
+def check_architecture(content: Mapping[str, Any], where: str) -> None:
+    """See that Transformers has the causal language model that a config.json describes.
+
+    Raises:
+        UserError: it has not, or the model needs code of its own.
+    """
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = read_model_config(folder)
-    kind = config["model_type"]
+    kind = content.get("model_type")
+    if kind is None:
+        raise UserError("config.json names no model_type", where=where)
     if kind in CONFIG_MAPPING and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return
-    if "auto_map" in config:
+    if "auto_map" in content:
         raise UserError(
             f"this model ({kind}) needs code of its own (auto_map), which is never run here: it could do anything",
-            where=str(folder),
+            where=where,
             fix="Use a model whose architecture is part of Transformers.",
         )
     reason = "has no causal language model in" if kind in CONFIG_MAPPING else "is not known to"
-    raise UserError(f'the architecture "{kind}" {reason} the installed Transformers', where=str(folder))
+    raise UserError(f'the architecture "{kind}" {reason} the installed Transformers', where=where)
 
 
 def _check_weights(folder: Path) -> None:
@@ -324,13 +330,31 @@ class StoredWeights:
 
 def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the CPU with weights of no value, for which memory is reserved but not yet taken."""
+    config = config_of(folder)
+    _check_fit(config, folder)
+    return _build(config, dtype, folder / CONFIG)
+
+
+def model_on_meta(config: PretrainedConfig, dtype: torch.dtype | None, where: Path) -> PreTrainedModel:
+    """The model on the meta device: all of its modules and shapes, and no memory for their numbers.
+
+    Args:
+        dtype: of its parameters; None for that of the configuration.
+        where: the configuration's file, for messages.
+
+    Raises:
+        UserError: Transformers refuses the configuration.
+    """
+    with torch.device("meta"):
+        return _build(config, dtype, where)
+
+
+def _build(config: PretrainedConfig, dtype: torch.dtype | None, where: Path) -> PreTrainedModel:
     import transformers
     from transformers.initialization import no_init_weights
 
     quieten_transformers()
-    config = config_of(folder)
-    _check_fit(config, folder)
-    with foreign_files("no model can be made of its configuration", folder / CONFIG), no_init_weights():
+    with foreign_files("no model can be made of its configuration", where), no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=_attention(config), trust_remote_code=False
         )
@@ -344,23 +368,32 @@ def config_of(folder: Path) -> PretrainedConfig:
     Raises:
         UserError: Transformers refuses it.
     """
-    import transformers
-
-    content = read_model_config(folder)
-    for name in (
-        "auto_map",
-        "quantization_config",
-    ):  # what is made here is of Transformers' own code, and not quantised
-        content.pop(name, None)
-    with tempfile.TemporaryDirectory() as clean, foreign_files("this configuration cannot be used", folder / CONFIG):
-        (Path(clean) / CONFIG).write_text(json.dumps(content), encoding="utf-8")
-        config = transformers.AutoConfig.from_pretrained(clean, trust_remote_code=False)
-    _check_layer_types(config, folder)
+    config = make_config(read_model_config(folder), folder / CONFIG)
     config.name_or_path = str(folder)
     return config
 
 
-def _check_layer_types(config: PretrainedConfig, folder: Path) -> None:
+def make_config(content: Mapping[str, Any], where: Path) -> PretrainedConfig:
+    """The configuration that a checked config.json describes.
+
+    Args:
+        where: its file, for messages.
+
+    Raises:
+        UserError: Transformers refuses it.
+    """
+    import transformers
+
+    # What is made here is of Transformers' own code, and not quantised.
+    kept = {name: value for name, value in content.items() if name not in ("auto_map", "quantization_config")}
+    with tempfile.TemporaryDirectory() as clean, foreign_files("this configuration cannot be used", where):
+        (Path(clean) / CONFIG).write_text(json.dumps(kept), encoding="utf-8")
+        config = transformers.AutoConfig.from_pretrained(clean, trust_remote_code=False)
+    _check_layer_types(config, where)
+    return config
+
+
+def _check_layer_types(config: PretrainedConfig, where: Path) -> None:
     """Refuse layers of a kind whose size is missing, at whose first tokens Transformers would fail.
 
     Raises:
@@ -369,9 +402,7 @@ def _check_layer_types(config: PretrainedConfig, folder: Path) -> None:
     text: Any = config.get_text_config(decoder=True)
     for kind, size in _SIZES_OF_LAYERS.items():
         if kind in (getattr(text, "layer_types", None) or ()) and getattr(text, size, None) is None:
-            raise UserError(
-                f'"layer_types" names {kind}, and "{size}" is not set or switched off', where=str(folder / CONFIG)
-            )
+            raise UserError(f'"layer_types" names {kind}, and "{size}" is not set or switched off', where=str(where))
 
 
 def _attention(config: PretrainedConfig) -> str:
@@ -388,19 +419,7 @@ def _check_fit(config: PretrainedConfig, folder: Path) -> None:
     Raises:
         UserError: the model would have other weights than are stored.
     """
-    import transformers
-    from transformers.initialization import no_init_weights
-
-    with (
-        foreign_files("no model can be made of its configuration", folder / CONFIG),
-        no_init_weights(),
-        torch.device("meta"),
-    ):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation=_attention(config), trust_remote_code=False
-        )
-        model.tie_weights()
-    wanted = dict(model.named_parameters())
+    wanted = dict(model_on_meta(config, None, folder / CONFIG).named_parameters())
     if not stored_in_4bit(folder):
         stored = {name: tensor.shape for name, tensor in read_weights_header(folder).items()}
         wrong = [

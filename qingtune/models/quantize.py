@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qingtune.kernels.linear import QuantizedLinear, quantize_layer
+from qingtune.kernels.linear import QuantizedLinear, quantize_layer, quantized_class
 from qingtune.models.layers import dense_weight, linear_layers, replace_layer
 
 # A layer's name, its out and in features, its bias on the device -> the layer; None for one that stays dense.
@@ -24,6 +24,14 @@ def quantize_model(model: Any, bits: int, device: torch.device) -> None:
         layer = layers.pop(name)  # so that its dense weight can go
         replace_layer(model, name, _quantized(layer, dense_weight(layer).detach(), bits, device))
     model.to(device)
+
+
+def quantize_on_meta(model: Any, bits: int) -> None:
+    """Replace the linear layers that a run would quantise in a model on the meta device."""
+    for name, layer in linear_layers(model).items():
+        out_features, in_features = dense_weight(layer).shape
+        bias: Any = layer.bias
+        replace_layer(model, name, quantized_class(bits).on_meta((out_features, in_features), bias))
 
 
 def fill_quantized(

@@ -145,6 +145,8 @@ def _methods(planner: Planner, samples: Samples) -> list[_Change]:
     changes: list[_Change] = []
     for method in order[order.index(own) + 1 :]:
         other = as_method(planner.config, method)
+        if not replace(planner, config=other).possible:
+            continue
         names = ("optim",) if method == "full8" else ("use_lora", "use_qlora", "quantization_bit")
         update = {name: getattr(other, name) for name in names}
         changes.append(_Change(texts[method], update, samples, _PRICES[method]))

@@ -18,9 +18,9 @@ from qingtune.kernels.device import Hardware, free_bytes
 from qingtune.kernels.footprint import PassTokens
 from qingtune.kernels.layout import fill_up, lay_out
 from qingtune.machine.resources import Machine, cpu_has_int8_units, cpu_name, free_ram_bytes
-from qingtune.models.find import cache_folder, read_model_config
-from qingtune.models.shape import shape_of_config
+from qingtune.models.find import cache_folder
 from qingtune.output.console import say
+from qingtune.planning.blueprint import read_blueprint
 from qingtune.planning.planner import CONTEXT_ON_GPU, Planner, Samples, fullest_group, most_tokens_of, training_batches
 from qingtune.planning.report import Report, make_report
 from qingtune.planning.speed import Speed, flops_of, keep_speed, read_speeds
@@ -58,11 +58,11 @@ def plan_run(config: TrainConfig, folder: Path, hardware: Hardware, data: Data, 
     Raises:
         UserError: the model's shape is not known to planning, or a setting names what the model has not.
     """
-    shape = shape_of_config(read_model_config(folder), str(folder / "config.json"))
+    blueprint = read_blueprint(folder)
     machine, cache = machine_of(hardware), cache_folder(config.cache_dir)
-    planner = Planner(shape, config, machine)
+    planner = Planner(blueprint, config, machine)
     samples = _samples(planner, data, processes)
-    report = make_report(config.model_name_or_path, shape, config, machine, samples, read_speeds(cache))
+    report = make_report(config.model_name_or_path, blueprint, config, machine, samples, read_speeds(cache))
     return RunPlan(report, flops_of(planner, report.own.memory.recompute, samples), cache)
 
 

@@ -1,4 +1,4 @@
-"""Shape, settings, machine and data -> what a run would take, by each method; which settings would take less."""
+"""Blueprint, settings, machine and data -> what a run would take, by each method."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+from qingtune.adapters.variants import TAKEN
 from qingtune.config.training import TrainConfig
 from qingtune.data.order import Plan, sizes_of_groups
+from qingtune.errors import UserError
 from qingtune.kernels.footprint import (
     BUFFERS_OF_FREE,
     EIGHT_BITS,
-    FAST_MODEL_TYPES,
-    NF4_BYTES_A_WEIGHT,
     ROWS_MULTIPLE,
     TOKENS_PER_PASS_ON_CPU,
-    Arithmetic,
-    LayerSizes,
     PassTokens,
     autograd_bytes,
     autograd_logit_bytes,
@@ -27,8 +25,7 @@ from qingtune.kernels.footprint import (
     optimizer_bytes,
 )
 from qingtune.machine.resources import Machine
-from qingtune.models.shape import ModelShape
-from qingtune.planning.trained_numbers import Trained, find_trained
+from qingtune.planning.blueprint import Blueprint, Built
 
 # Resident memory of a run beside all that is counted: Python, torch, Transformers and what they allocate, measured on
 # Linux (benchmarks/plan_grid.py) at two vocabularies; a tokenizer in memory grows with its own.
@@ -39,7 +36,6 @@ RUNTIME_AFTER_LOADING = 80_000_000  # of it, what is allocated only when the mod
 CONTEXT_ON_GPU = 500_000_000
 STEPS_TO_LOOK_AT = 200  # for the fullest pass
 LONGEST_TRIED, LARGEST_BATCH_TRIED = 2**20, 1024
-_TAKEN = ("pissa", "pissa_niter_16", "olora")
 
 PARTS = {
     "weights": "weights",
@@ -146,7 +142,7 @@ def as_method(config: TrainConfig, method: str) -> TrainConfig:
 class Planner:
     """Plans of one method on one machine, for any length and batch."""
 
-    shape: ModelShape
+    blueprint: Blueprint
     config: TrainConfig
     machine: Machine
 
@@ -161,66 +157,37 @@ class Planner:
         return self.config.method == "full"
 
     @cached_property
-    def trained(self) -> Trained:
-        """What is trained."""
-        return Trained() if self.full else find_trained(self.shape, self.config)
+    def built(self) -> Built:
+        """What the run holds before its first pass."""
+        return self.blueprint.built(self.config, self.machine)
 
     @property
-    def trainable(self) -> int:
-        """Trained numbers."""
-        return self.shape.parameters if self.full else self.trained.numbers
+    def possible(self) -> bool:
+        """Whether the method can train this model with the other settings as they are."""
+        if self.config.method == "qlora" and self.config.init_lora_weights in TAKEN:
+            return False  # as config.load has it
+        try:
+            return bool(self.built)
+        except UserError:
+            return False
 
-    @cached_property
+    @property
     def fast(self) -> bool:
-        """Whether kernels of our own compute it (engine.make_engine decides it so, with the model at hand)."""
-        both = self.config.use_dora and self.config.lora_dropout > 0 and not self.full
-        known = self.shape.model_type in FAST_MODEL_TYPES and self.shape.plain
-        return known and not both and self.machine.kind != "mps"
-
-    @cached_property
-    def sizes(self) -> LayerSizes:
-        """For the arithmetic of memory.py."""
-        shape = self.shape
-        return LayerSizes(
-            layers=shape.layers,
-            hidden=shape.hidden,
-            inner=shape.inner,
-            queries=shape.heads * shape.head_size,
-            keys=shape.key_heads * shape.head_size,
-            heads=shape.heads,
-            vocabulary=shape.vocabulary,
-            query_key_norm=shape.query_key_norm,
-            ranks=self.trained.ranks,
-        )
-
-    @cached_property
-    def weight_itemsize(self) -> int:
-        """Bytes a number of dense weights; full training keeps them in fp32 but for our 8-bit optimizer on a CPU."""
-        narrow = self.config.optim in EIGHT_BITS and self.machine.kind == "cpu"
-        return 4 if self.full and not narrow else self.machine.itemsize
+        """Whether kernels of our own compute it."""
+        return self.built.arithmetic is not None
 
     @cached_property
     def fixed(self) -> dict[str, int]:
         """The parts that do not depend on the data."""
-        shape, trained = self.shape, self.trained
-        quantized = 0
-        dense = shape.parameters + trained.untied - trained.whole
-        if self.config.method == "qlora":
-            packed = sum(module.shape[0] * module.shape[1] for module in shape.linear)
-            rows = sum(module.shape[0] for module in shape.linear)
-            dense -= packed
-            four = self.config.quantization_bit == 4
-            quantized = round(packed * NF4_BYTES_A_WEIGHT) if four else packed + 4 * rows
-        taken = trained.adapters if self.config.init_lora_weights in _TAKEN and self.machine.kind == "cpu" else 0
-        states = self.config.optim
-        if states in EIGHT_BITS and self.machine.kind == "mps":
-            states = "adamw_torch"
+        built, optim = self.built, self.config.optim
+        if optim in EIGHT_BITS and self.machine.kind == "mps":
+            optim = "adamw_torch"
         return {
-            "weights": dense * self.weight_itemsize,
-            "quantized_weights": quantized,
-            "adapters": 4 * (trained.numbers + taken),
-            "gradients": self.trainable * (self.weight_itemsize if self.full else 4),
-            "optimizer_states": optimizer_bytes(states, self.trainable),
+            "weights": built.weights,
+            "quantized_weights": built.quantized,
+            "adapters": built.adapters + built.taken,
+            "gradients": built.gradients,
+            "optimizer_states": optimizer_bytes(optim, built.trainable),
             "runtime": self.runtime,
         }
 
@@ -229,7 +196,7 @@ class Planner:
         """What is there before anything of the model is."""
         if self.machine.kind == "cuda":
             return CONTEXT_ON_GPU
-        return RUNTIME_ON_CPU + RUNTIME_A_TOKEN_OF_VOCABULARY * self.shape.vocabulary
+        return RUNTIME_ON_CPU + RUNTIME_A_TOKEN_OF_VOCABULARY * self.blueprint.vocabulary
 
     @cached_property
     def loading(self) -> int:
@@ -240,16 +207,15 @@ class Planner:
         """
         if self.machine.kind == "cuda":
             return 0
-        numbers, as_stored = self.shape.parameters, self.weight_itemsize == self.shape.stored_itemsize
-        if self.config.method == "qlora" and self.shape.plain:
-            ends = max(m.parameters for m in self.shape.modules if m.kind in ("embedding", "head"))
-            pages = self.fixed["quantized_weights"] + ends * self.shape.stored_itemsize  # of files that are being read
-            held = self.fixed["weights"] + self.fixed["quantized_weights"]
-            return self.runtime - RUNTIME_AFTER_LOADING + held + pages
+        blueprint, built = self.blueprint, self.built
+        stored, held = blueprint.stored_itemsize, built.weight_itemsize
+        if self.config.method == "qlora" and not blueprint.renamed:
+            pages = built.quantized + blueprint.largest_end * stored  # of files that are being read
+            return self.runtime - RUNTIME_AFTER_LOADING + built.weights + built.quantized + pages
+        whole = self.runtime + blueprint.parameters * held
         if self.config.method == "qlora":
-            return self.runtime + numbers * self.weight_itemsize + self.fixed["quantized_weights"]
-        twice = numbers * self.shape.stored_itemsize if self.full or not as_stored else 0
-        return self.runtime + numbers * self.weight_itemsize + twice
+            return whole + built.quantized
+        return whole + (blueprint.parameters * stored if self.full or held != stored else 0)
 
     def plan(self, work: PassTokens, evaluation: PassTokens | None = None) -> MemoryPlan:
         """The plan for passes of this size."""
@@ -257,24 +223,24 @@ class Planner:
 
     def least_for(self, samples: Samples) -> int:
         """Bytes at the peak with every layer recomputed, by which methods compare."""
-        return self._plan(*self._passes(samples), self.shape.layers).total
+        return self._plan(*self._passes(samples), self.blueprint.layers).total
 
     def _plan(self, work: PassTokens, evaluation: PassTokens | None, recompute: int) -> MemoryPlan:
         work, evaluation = _filled_up(work), evaluation and _filled_up(evaluation)
         parts = dict(self.fixed)
         if self.fast:
-            how = self._arithmetic(recompute)
-            parts["activations"], parts["logits"] = buffer_bytes(self.sizes, how, work, evaluation)
+            parts["activations"], parts["logits"] = self._buffers(recompute, work, evaluation)
         else:
-            itemsize = self.machine.itemsize
-            parts["activations"] = autograd_bytes(self.sizes, work, itemsize, self.trained.adapters, recompute)
-            parts["logits"] = autograd_logit_bytes(self.shape.vocabulary, work, itemsize)
+            built, itemsize = self.built, self.machine.itemsize
+            kept = autograd_bytes(built.sizes, work, itemsize, built.low_rank, built.adapter_width, recompute)
+            parts["activations"] = kept
+            parts["logits"] = autograd_logit_bytes(self.blueprint.vocabulary, work, itemsize)
         parts["loading"] = max(0, self.loading - sum(parts.values()))
         ordered = {name: parts[name] for name in PARTS}
-        return MemoryPlan(self.method, ordered, self.trainable, recompute, work.tokens, self.fast)
+        return MemoryPlan(self.method, ordered, self.built.trainable, recompute, work.tokens, self.fast)
 
     def _recompute(self, work: PassTokens, evaluation: PassTokens | None) -> int:
-        choice, layers = self.config.gradient_checkpointing, self.shape.layers
+        choice, layers = self.config.gradient_checkpointing, self.blueprint.layers
         if not self.fast:
             return layers if choice is True else 0
         room = None
@@ -290,26 +256,14 @@ class Planner:
         passes = fullest(work), evaluation and fullest(_filled_up(evaluation))
 
         def pass_bytes(recompute: int) -> int:
-            return sum(buffer_bytes(self.sizes, self._arithmetic(recompute), *passes))
+            return sum(self._buffers(recompute, *passes))
 
         return layers_to_recompute(choice, layers, pass_bytes, room)
 
-    def _arithmetic(self, recompute: int) -> Arithmetic:
-        trains_head = self.full or "lm_head" in self.trained.whole_names
-        quantized = self.config.method == "qlora"
-        return Arithmetic(
-            itemsize=self.machine.itemsize,
-            weight_itemsize=None if quantized else self.weight_itemsize,
-            head_itemsize=4 if trains_head and not self.full else self.weight_itemsize,
-            trains_weights=self.full,
-            trains_head=trains_head,
-            int8_units=quantized and self.config.quantization_bit == 8 and self.machine.int8_units,
-            dora=self.config.use_dora and not self.full,
-            dropout=self.config.lora_dropout > 0 and not self.full,
-            recompute=recompute,
-            gradient_below=self.full or "model.embed_tokens" in self.trained.whole_names,
-            on_cpu=self.machine.kind == "cpu",
-        )
+    def _buffers(self, recompute: int, work: PassTokens, evaluation: PassTokens | None) -> tuple[int, int]:
+        """Bytes of activations and logits on the fast kernels."""
+        assert self.built.arithmetic is not None
+        return buffer_bytes(self.built.sizes, replace(self.built.arithmetic, recompute=recompute), work, evaluation)
 
     def plan_for(self, samples: Samples) -> MemoryPlan:
         """The plan for these data."""
@@ -335,7 +289,7 @@ class Planner:
 
     def longest_that_fits(self, samples: Samples) -> int:
         """Tokens of the longest sample, at the batch of the settings, in steps of 8; 0 if none fits."""
-        most = min(LONGEST_TRIED, self.shape.context or LONGEST_TRIED)
+        most = min(LONGEST_TRIED, self.blueprint.context or LONGEST_TRIED)
         batch = self.config.per_device_train_batch_size
         return 8 * _largest(most // 8, lambda n: self._fits(self.even_pass(8 * n, batch), samples))
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from qingtune.config.training import TrainConfig
 from qingtune.machine.resources import Machine
-from qingtune.models.shape import ModelShape
 from qingtune.output.invocation import command_line
 from qingtune.output.units import duration
 from qingtune.planning.advice import Advice, advise
+from qingtune.planning.blueprint import Blueprint
 from qingtune.planning.planner import (
     LARGEST_BATCH_TRIED,
     METHODS,
@@ -65,7 +65,7 @@ class Report:
     """All that is told; `chosen` is the key of the method that the settings ask for."""
 
     name: str
-    shape: ModelShape
+    blueprint: Blueprint
     config: TrainConfig
     machine: Machine
     samples: Samples
@@ -87,13 +87,13 @@ class Report:
 
 def make_report(
     name: str,
-    shape: ModelShape,
+    blueprint: Blueprint,
     config: TrainConfig,
     machine: Machine,
     samples: Samples,
     speeds: Sequence[Speed],
 ) -> Report:
-    """Plan all methods.
+    """Plan every method that the settings leave possible.
 
     Args:
         name: the model's, for the user.
@@ -105,20 +105,22 @@ def make_report(
     chosen = method_of(config)
     methods: dict[str, MethodPlan] = {}
     for method in METHODS:
-        planner = Planner(shape, config if method == chosen else as_method(config, method), machine)
+        planner = Planner(blueprint, config if method == chosen else as_method(config, method), machine)
+        if method != chosen and not planner.possible:
+            continue
         memory = planner.plan_for(samples)
         flops = flops_of(planner, memory.recompute, samples)
         speed = estimate_speed(speeds, machine.name, machine.dtype, method, flops)
         longest, batch = planner.longest_that_fits(samples), planner.largest_batch_that_fits(samples)
         recomputing = planner.has_to_recompute(samples, batch, longest)
         methods[method] = MethodPlan(memory, planner.least_for(samples), longest, batch, recomputing, speed)
-    advice = advise(Planner(shape, config, machine), samples)
-    notices = (*shape.notices, *_notices(shape, methods[chosen].memory))
-    return Report(name, shape, config, machine, samples, chosen, methods, tuple(advice), notices)
+    advice = advise(Planner(blueprint, config, machine), samples)
+    notices = (*blueprint.notices, *_notices(blueprint, methods[chosen].memory))
+    return Report(name, blueprint, config, machine, samples, chosen, methods, tuple(advice), notices)
 
 
-def _notices(shape: ModelShape, memory: MemoryPlan) -> Iterator[str]:
-    if shape.experts:
+def _notices(blueprint: Blueprint, memory: MemoryPlan) -> Iterator[str]:
+    if blueprint.experts:
         yield (
             "The experts of this model are one parameter a layer: they get no adapters, and QLoRA leaves them in 16 "
             "bits."
@@ -136,7 +138,7 @@ def as_lines(report: Report) -> list[str]:
     free = "free memory unknown" if machine.free is None else f"{_gb(machine.free)} GB free"
     total = "" if machine.total is None else f" of {_gb(machine.total)}"
     lines = [
-        f"Model: {report.name}, {_billions(report.shape.parameters)} parameters ({report.shape.model_type})",
+        f"Model: {report.name}, {_billions(report.blueprint.parameters)} parameters ({report.blueprint.model_type})",
         f"Machine: {machine.name}, {machine.dtype}; {free}{total}",
         f"Run: {config.per_device_train_batch_size} samples a micro-batch, longest sample {samples.longest:,} tokens "
         f"({samples.basis})",
@@ -196,7 +198,7 @@ def _verdict(report: Report) -> str:
         if swap is not None and memory.total <= swap:
             verdict += " With swap space it may run, slowly."
     if memory.recompute:
-        verdict += f" {memory.recompute} of {report.shape.layers} layers are recomputed in the backward pass."
+        verdict += f" {memory.recompute} of {report.blueprint.layers} layers are recomputed in the backward pass."
     return verdict
 
 
@@ -206,7 +208,7 @@ def _room(report: Report) -> str:
     if report.machine.free is None or (not plan.batch and not plan.longest):
         return "No length fits." if report.machine.free is not None else ""
     batch = f"{plan.batch:,}" + " or more" * (plan.batch == LARGEST_BATCH_TRIED)
-    most = ", all that the model reads" if plan.longest == report.shape.context else ""
+    most = ", all that the model reads" if plan.longest == report.blueprint.context else ""
     size = report.config.per_device_train_batch_size
     largest = f"samples a micro-batch at {samples.longest:,} tokens: {batch}" if plan.batch else ""
     longest = f"tokens a sample at {size} a micro-batch: {plan.longest:,}{most}" if plan.longest else ""
@@ -278,8 +280,8 @@ def as_json(report: Report) -> dict[str, Any]:
     return {
         "model": {
             "name": report.name,
-            "model_type": report.shape.model_type,
-            "parameters": report.shape.parameters,
+            "model_type": report.blueprint.model_type,
+            "parameters": report.blueprint.parameters,
         },
         "machine": {
             "device": machine.name,

@@ -64,15 +64,15 @@ def flops_of(planner: Planner, recompute: int, samples: Samples) -> float:
     Args:
         recompute: layers that go forward twice.
     """
-    shape = planner.shape
+    blueprint = planner.blueprint
     work = TokenWork(
-        body=shape.active_body,
-        head=shape.hidden * shape.vocabulary,
-        adapters=planner.trained.adapters,
-        attention_width=shape.heads * shape.head_size,
-        layers=shape.layers,
+        body=blueprint.active_body,
+        head=blueprint.hidden * blueprint.vocabulary,
+        adapters=planner.built.low_rank,
+        attention_width=blueprint.attention_width,
+        layers=blueprint.layers,
     )
-    again = recompute / shape.layers
+    again = recompute / blueprint.layers
     return flops_per_token(work, samples.trained_share, samples.mean, full=planner.full, recomputed=again)
 
 

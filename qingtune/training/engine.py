@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qingtune.adapters.lora import member, why_not_fast
+from qingtune.adapters.lora import member, why_general
 from qingtune.config.training import TrainConfig
 from qingtune.data.batch import Batch
 from qingtune.errors import UserError
 from qingtune.kernels.attention import use_end_to_end
-from qingtune.kernels.decoder import Decoder, why_not
+from qingtune.kernels.decoder import Decoder
 from qingtune.kernels.device import Hardware, free_bytes, has_int8_units
 from qingtune.kernels.footprint import (
     BUFFERS_OF_FREE,
@@ -90,13 +90,7 @@ def make_engine(
         evaluates: whether passes over evaluation data come between those of training.
     """
     most_tokens = TOKENS_PER_PASS_ON_CPU if hardware.device.type == "cpu" else ALL
-    kind = hardware.device.type
-    reason = (
-        why_not(model)
-        or why_not_fast(model)
-        or (None if kind in ("cpu", "cuda") else f"ours have not been tried on {kind}")
-    )
-    if reason:
+    if reason := why_general(model, hardware.device.type):
         say(f"General kernels, slower and with more memory: {reason}.")
         return _general_engine(config, model, hardware, most_tokens)
     decoder = Decoder(

@@ -11,7 +11,7 @@ from gguf.quants import quantize
 
 from qingtune.errors import UserError
 from qingtune.models.gguf_header import config_of_gguf
-from qingtune.models.shape import shape_of_config
+from qingtune.planning.blueprint import read_blueprint
 
 VOCABULARY, HIDDEN = 96, 64
 
@@ -53,20 +53,21 @@ def test_shape_and_ties(head: str, tied: bool, tmp_path: Path) -> None:
         "num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": VOCABULARY, "model_type": "qwen2",
         "tie_word_embeddings": tied, "dtype": "bfloat16",
     }  # fmt: skip
-    assert shape_of_config(config, "").stored_itemsize == 2
+    blueprint = read_blueprint(tmp_path / "m.gguf")
+    assert (blueprint.stored_itemsize, blueprint.vocabulary, blueprint.layers) == (2, VOCABULARY, 2)
 
 
 def test_llama_with_experts_is_mixtral(tmp_path: Path) -> None:
     config = config_of_gguf(write(tmp_path / "m.gguf", "llama", experts=4))
     assert config["model_type"] == "mixtral"
-    assert shape_of_config(config, "").experts == 4
+    assert read_blueprint(tmp_path / "m.gguf").experts == 2 * 4 * 3 * HIDDEN * 128
 
 
 def test_sizes_that_differ_by_layer_are_told_not_miscounted(tmp_path: Path) -> None:
     config = config_of_gguf(write(tmp_path / "m.gguf", key_heads=[2, 1]))
     assert config["num_key_value_heads"] == [2, 1]
-    with pytest.raises(UserError, match=r'"num_key_value_heads" is \[2, 1\]'):
-        shape_of_config(config, "m.gguf")
+    with pytest.raises(UserError, match=r"m\.gguf: (no model can be made of|this configuration)"):
+        read_blueprint(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("length", [0, 3, 8, 30, 200, 1000])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,8 @@ from qingtune.config.training import TrainConfig
 from qingtune.data.order import Plan, sizes_of_groups
 from qingtune.kernels.footprint import PassTokens, layers_to_recompute, optimizer_bytes
 from qingtune.machine.resources import Machine
-from qingtune.models.shape import shape_of_config
 from qingtune.planning.advice import advise
+from qingtune.planning.blueprint import Blueprint, make_blueprint
 from qingtune.planning.planner import (
     CONTEXT_ON_GPU,
     LARGEST_BATCH_TRIED,
@@ -45,8 +48,18 @@ def config_of(method: str = "lora", **settings: Any) -> TrainConfig:
     return as_method(TrainConfig.model_validate({"lora_r": 16, "gradient_checkpointing": False, **settings}), method)
 
 
+@functools.cache
+def _blueprint(content: str) -> Blueprint:
+    return make_blueprint(json.loads(content), Path("config.json"))
+
+
+def blueprint_of(content: dict[str, Any]) -> Blueprint:
+    """A model's blueprint, made once for all tests."""
+    return _blueprint(json.dumps(content))
+
+
 def planner(method: str = "lora", machine: Machine = CPU, shape: dict[str, Any] = QWEN_05B, **settings: Any) -> Planner:
-    return Planner(shape_of_config(shape, ""), config_of(method, **settings), machine)
+    return Planner(blueprint_of(shape), config_of(method, **settings), machine)
 
 
 def samples(length: int = 512, **changes: Any) -> Samples:
@@ -135,11 +148,11 @@ def test_methods_are_ordered_by_what_they_take() -> None:
 def test_experts_stay_as_they_are_and_that_is_told() -> None:
     dense = planner("lora", shape=MIXTURE).plan_for(samples())
     packed = planner("qlora4", shape=MIXTURE).plan_for(samples())
-    experts = sum(m.parameters for m in shape_of_config(MIXTURE, "").modules if m.kind == "experts")
+    experts = blueprint_of(MIXTURE).experts
     assert packed.parts["weights"] > 2 * experts
     assert dense.total - packed.total < dense.parts["weights"] - 2 * experts
     assert not dense.fast
-    report = make_report("m", shape_of_config(MIXTURE, ""), config_of("qlora4"), CPU, samples(), [])
+    report = make_report("m", blueprint_of(MIXTURE), config_of("qlora4"), CPU, samples(), [])
     assert any("experts" in notice for notice in report.notices)
 
 
@@ -291,7 +304,7 @@ def test_the_settings_that_are_advised_save_what_is_said(method: str, bits: int,
     for one in advise(plans, samples()):
         settings = as_settings(one.change)
         config = TrainConfig.model_validate({**plans.config.model_dump(), **settings})
-        then, data = Planner(plans.shape, config, machine), samples(settings.get("max_seq_length", 512))
+        then, data = Planner(plans.blueprint, config, machine), samples(settings.get("max_seq_length", 512))
         least = plans.least_for(samples()) - then.least_for(data)
         assert one.saves == max(now - then.plan_for(data).total, least), one.change
         assert then.plan_for(data).fits(machine) is one.fits
@@ -301,7 +314,7 @@ def test_four_bits_save_memory_that_auto_fills_again() -> None:
     """With 24 GB for a 7B model all three methods fill what is free: their peaks once said that 4 bits save 0.6 GB."""
     large = {**QWEN_05B, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
     machine = replace(GPU, free=24 * 2**30)
-    report = make_report("m", shape_of_config(large, ""), config_of(gradient_checkpointing="auto"), machine,
+    report = make_report("m", blueprint_of(large), config_of(gradient_checkpointing="auto"), machine,
                          samples(2048), [])  # fmt: skip
     lora, four = report.methods["lora"], report.methods["qlora4"]
     assert lora.memory.total - four.memory.total < 2e9 < 8e9 < lora.least - four.least
@@ -343,7 +356,7 @@ def test_several_changes_are_advised_where_none_alone_is_enough(free: float, tol
 
 
 def test_it_is_said_that_the_most_that_fits_needs_recomputation() -> None:
-    shape, found = shape_of_config(MIXTURE, ""), set[bool]()  # general kernels: "auto" recomputes nothing there
+    shape, found = blueprint_of(MIXTURE), set[bool]()  # general kernels: "auto" recomputes nothing there
     for free in (2.0e9, 2.2e9, 2.5e9, 3e9, 24e9):
         machine = replace(GPU, free=int(free))
         report = make_report("m", shape, config_of(gradient_checkpointing="auto"), machine, samples(), [])
@@ -364,7 +377,7 @@ def test_the_report_fits_a_terminal_and_says_whether_it_fits(free: int | None) -
     machine = replace(CPU, free=free, free_with_swap=free)
     for shape in (QWEN_05B, MIXTURE):
         for speeds in ([], [Speed("a CPU", "16-bit", "lora", 2e9, 200.0)]):
-            report = make_report("m", shape_of_config(shape, ""), config_of(), machine, samples(), speeds)
+            report = make_report("m", blueprint_of(shape), config_of(), machine, samples(), speeds)
             lines = as_lines(report)
             assert max(map(len, lines)) <= 80
             text = " ".join(" ".join(lines).split())
@@ -378,7 +391,7 @@ def test_the_report_fits_a_terminal_and_says_whether_it_fits(free: int | None) -
 
 def test_the_json_is_whole() -> None:
     speeds = [Speed("a CPU", "16-bit", "lora", 2e9, 200.0)]
-    report = make_report("m", shape_of_config(QWEN_05B, ""), config_of(), CPU, samples(), speeds)
+    report = make_report("m", blueprint_of(QWEN_05B), config_of(), CPU, samples(), speeds)
     content = as_json(report)
     assert content["method"] == "lora"
     assert content["total_bytes"] == sum(content["parts"].values()) == content["methods"]["lora"]["total_bytes"]

@@ -1,0 +1,70 @@
+"""Settings -> adapters on a model, and the dtype of its weights; a run and its plan ask here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qingtune.adapters.full_modules import find_modules, train_in_full
+from qingtune.adapters.lora import LoRALinear, add_lora
+from qingtune.adapters.variants import Variant
+from qingtune.config.training import TrainConfig
+from qingtune.kernels.footprint import EIGHT_BITS
+
+
+def weights_dtype(config: TrainConfig, device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the dense weights.
+
+    Adapters train in fp32 on weights in the hardware's dtype. Full training keeps the weights in fp32, as small steps
+    would be lost in 16 bits, and computes in the hardware's dtype; only our 8-bit optimizer, which rounds at random so
+    that they are not lost on average, works on weights in 16 bits.
+
+    Args:
+        dtype: the hardware's.
+    """
+    narrow = config.optim in EIGHT_BITS and device_type == "cpu" and dtype == torch.bfloat16
+    return torch.float32 if config.method == "full" and not narrow else dtype
+
+
+def add_adapters(config: TrainConfig, model: Any) -> list[str]:
+    """Put adapters of the kind that the settings name on a model, and let modules_to_save be trained.
+
+    Returns:
+        lines for the user: what was added, and what follows from it.
+
+    Raises:
+        UserError: a setting names what the model does not have, or what cannot be trained.
+    """
+    assert config.lora_alpha is not None
+    variant = Variant(
+        init_lora_weights=config.init_lora_weights,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        rank_pattern=config.rank_pattern or {},
+        alpha_pattern=config.alpha_pattern or {},
+        layers_to_transform=config.layers_to_transform,
+    )
+    whole = find_modules(model, config.modules_to_save)
+    adapters = add_lora(
+        model, config.lora_target_modules, config.lora_r, config.lora_alpha, config.lora_dropout,
+        seed=config.seed, variant=variant, leave=whole,
+    )  # fmt: skip
+    lines = [_kind_of_adapters(config, adapters)]
+    if config.loraplus_lr_ratio:
+        lines.append(f"LoRA+: B matrices learn at {config.loraplus_lr_ratio:g} times the learning rate that is shown.")
+    lines += train_in_full(model, whole)
+    if whole:
+        lines.append(f"Trained in full, in fp32: {', '.join(whole)}.")
+    return lines
+
+
+def _kind_of_adapters(config: TrainConfig, adapters: dict[str, LoRALinear]) -> str:
+    """A line for the user: kind, rank, scaling, and where."""
+    ranks = sorted({adapter.r for adapter in adapters.values()})
+    rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    scalings = sorted({f"{adapter.scaling:.4g}" for adapter in adapters.values()})
+    scaling = f", scaled by alpha / sqrt(rank) = {' or '.join(scalings)}" if config.use_rslora else ""
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in adapters})
+    name = "DoRA" if config.use_dora else "LoRA"
+    return f"{name}: rank {rank}, alpha {config.lora_alpha:g}{scaling}, on {len(adapters)} layers ({', '.join(kinds)})."
