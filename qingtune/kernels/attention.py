@@ -79,16 +79,20 @@ def why_samples_would_mix(config: Any) -> str | None:
     return None
 
 
+def why_one_by_one(config: Any) -> str | None:
+    """The reason why a model of this configuration must get its samples one by one; None if they may lie end to end."""
+    if config.model_type not in CHECKED_MODEL_TYPES:
+        return f'laying samples end to end is not checked for "{config.model_type}" models'
+    return why_samples_would_mix(config)
+
+
 def use_end_to_end(model: Any) -> str | None:
     """Switch a model to this attention.
 
     Returns:
         None if done; otherwise the reason why its samples must go one by one instead.
     """
-    config = model.config
-    if config.model_type not in CHECKED_MODEL_TYPES:
-        return f'laying samples end to end is not checked for "{config.model_type}" models'
-    if reason := why_samples_would_mix(config):
+    if reason := why_one_by_one(model.config):
         return reason
     from transformers import AttentionInterface
 

@@ -355,9 +355,7 @@ def _products(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _A
 # --- The model's own modules -----------------------------------------------------------------------------------------
 
 
-def autograd_bytes(
-    sizes: LayerSizes, work: PassTokens, itemsize: int, adapters: int, width: int, recompute: int
-) -> int:
+def autograd_bytes(sizes: LayerSizes, tokens: int, itemsize: int, adapters: int, width: int, recompute: int) -> int:
     """About what autograd keeps of a pass through Transformers' modules, logits not counted.
 
     A layer keeps of each token: two norms' inputs in fp32 and outputs, queries, keys and values, what attention gives
@@ -365,6 +363,7 @@ def autograd_bytes(
     computed again only the input stays, and one of them is there in full at a time.
 
     Args:
+        tokens: of a pass, or of its longest sample if they go one by one.
         adapters: numbers of all adapters.
         width: sum of the ranks of a layer's adapters.
         recompute: layers that are computed again.
@@ -375,10 +374,10 @@ def autograd_bytes(
     inputs = sizes.hidden * itemsize
     kept = (sizes.layers - recompute) * a_layer + recompute * inputs + (recompute > 0) * a_layer
     moment = 2 * itemsize * sizes.inner + wide * sizes.hidden  # gradients that pass through at any time
-    return work.tokens * (kept + moment) + adapters * itemsize
+    return tokens * (kept + moment) + adapters * itemsize
 
 
-def autograd_logit_bytes(vocabulary: int, work: PassTokens, itemsize: int) -> int:
-    """About what all logits of a pass take: log-softmax in fp32, and the last sample's gradients in both formats."""
+def autograd_logit_bytes(vocabulary: int, predicting: int, itemsize: int) -> int:
+    """About what the logits of a sample's predicting rows take: log-softmax in fp32, and gradients in both formats."""
     wide = max(4, itemsize)
-    return vocabulary * (work.predicting * wide + min(work.longest, work.tokens) * (wide + 2 * itemsize))
+    return vocabulary * predicting * (2 * wide + 2 * itemsize)

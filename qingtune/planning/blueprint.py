@@ -18,6 +18,7 @@ from qingtune.adapters.lora import lora_layers, member, why_general
 from qingtune.adapters.of_settings import add_adapters, weights_dtype
 from qingtune.config.training import TrainConfig
 from qingtune.errors import UserError
+from qingtune.kernels.attention import why_one_by_one
 from qingtune.kernels.decoder import Decoder
 from qingtune.kernels.footprint import Arithmetic, LayerSizes, Ranks
 from qingtune.kernels.linear import QuantizedLinear
@@ -52,6 +53,7 @@ class Built:
         adapter_width: sum of the ranks of a layer's adapters, as a mean over the layers.
         sizes: of its layers.
         arithmetic: of the fast kernels, without recomputation; None if the model's own modules compute.
+        one_by_one: whether these get the samples of a pass one by one.
     """
 
     weights: int
@@ -65,6 +67,7 @@ class Built:
     adapter_width: int
     sizes: LayerSizes
     arithmetic: Arithmetic | None
+    one_by_one: bool
 
 
 class Blueprint:
@@ -164,6 +167,7 @@ class Blueprint:
             adapter_width=width,
             sizes=sizes,
             arithmetic=arithmetic,
+            one_by_one=why_one_by_one(model.config) is not None,
         )
 
     def _general_sizes(self) -> LayerSizes:

@@ -22,6 +22,7 @@ from qingtune.kernels.footprint import (
     autograd_logit_bytes,
     buffer_bytes,
     layers_to_recompute,
+    logit_numbers,
     optimizer_bytes,
 )
 from qingtune.machine.resources import Machine
@@ -231,10 +232,7 @@ class Planner:
         if self.fast:
             parts["activations"], parts["logits"] = self._buffers(recompute, work, evaluation)
         else:
-            built, itemsize = self.built, self.machine.itemsize
-            kept = autograd_bytes(built.sizes, work, itemsize, built.low_rank, built.adapter_width, recompute)
-            parts["activations"] = kept
-            parts["logits"] = autograd_logit_bytes(self.blueprint.vocabulary, work, itemsize)
+            parts["activations"], parts["logits"] = self._autograd(recompute, work)
         parts["loading"] = max(0, self.loading - sum(parts.values()))
         ordered = {name: parts[name] for name in PARTS}
         return MemoryPlan(self.method, ordered, self.built.trainable, recompute, work.tokens, self.fast)
@@ -264,6 +262,16 @@ class Planner:
         """Bytes of activations and logits on the fast kernels."""
         assert self.built.arithmetic is not None
         return buffer_bytes(self.built.sizes, replace(self.built.arithmetic, recompute=recompute), work, evaluation)
+
+    def _autograd(self, recompute: int, work: PassTokens) -> tuple[int, int]:
+        """Bytes of activations and logits of the model's own modules."""
+        built, itemsize, vocabulary = self.built, self.machine.itemsize, self.blueprint.vocabulary
+        logits = itemsize * logit_numbers(vocabulary, work.predicting)
+        if built.one_by_one:
+            work = PassTokens(work.longest, min(work.predicting, work.longest - 1), work.longest)
+            logits = autograd_logit_bytes(vocabulary, work.predicting, itemsize)
+        kept = autograd_bytes(built.sizes, work.tokens, itemsize, built.low_rank, built.adapter_width, recompute)
+        return kept, logits
 
     def plan_for(self, samples: Samples) -> MemoryPlan:
         """The plan for these data."""
