@@ -108,7 +108,7 @@ def test_switching_leaves_ordinary_use_as_it_was(kind: str) -> None:
 def general_engine(model: Any, **settings: Any) -> Engine:
     values = {"model_name_or_path": "model", "data_path": "data.jsonl", "output_dir": "output", **settings}
     hardware = Hardware(torch.device("cpu"), torch.float32, "for tests")
-    return make_engine(TrainConfig.model_validate(values), model, hardware, 17, lambda _: None)
+    return make_engine(TrainConfig.model_validate(values), model, hardware, 17)
 
 
 def test_a_general_model_holds_the_graph_of_one_sample_and_the_logits_of_its_predicting_rows() -> None:
