@@ -1,0 +1,92 @@
+"""The kernels in C under sanitizers, in a process of their own: no access beyond a buffer, no undefined behaviour, and
+no two threads at one place without a barrier between them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from qingtune.answering.decoder.native.build import SOURCE, has_native_units
+
+DRIVER = ROOT / "tests" / "native_driver.c"
+BARRIERS = SOURCE.read_text(encoding="utf-8").count("#pragma omp barrier")
+COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+pytestmark = [
+    pytest.mark.skipif(not has_native_units(), reason="needs AVX-512 with int8 units"),
+    pytest.mark.skipif(COMPILER is None, reason="there is no C compiler"),
+]
+
+
+def built(folder: Path, source: Path, *flags: str) -> Path:
+    """The driver compiled with a sanitizer, or the test is skipped where this compiler has none."""
+    assert COMPILER
+    program, given = folder / "driver", (f'-DSOURCE="{source}"', "-march=native", "-std=gnu11", "-g1", *flags)
+    trivial = folder / "trivial.c"
+    trivial.write_text("int main(void) { return 0; }\n", encoding="utf-8")
+    for file in (trivial, DRIVER):
+        done = subprocess.run(
+            [COMPILER, *given, str(file), "-o", str(program), "-lm", "-lpthread"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if file == trivial and (
+            done.returncode or subprocess.run([program], capture_output=True, check=False).returncode
+        ):
+            pytest.skip(f"no sanitizer that runs here: {done.stderr[-200:]}")
+        assert done.returncode == 0, done.stderr
+    return program
+
+
+def ran(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "3", "TSAN_OPTIONS": "exitcode=66", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False, env=env, timeout=300)
+
+
+def test_no_access_is_out_of_bounds_and_no_behaviour_undefined(tmp_path: Path) -> None:
+    flags = ("-O1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    done = ran(built(tmp_path, SOURCE, *flags))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_a_buffer_that_is_too_small_would_be_seen(tmp_path: Path) -> None:
+    narrow = tmp_path / "narrow.c"
+    text = SOURCE.read_text(encoding="utf-8")
+    assert text.count("return scratch.used;") == 2
+    narrow.write_text(text.replace("return scratch.used;", "return scratch.used - 64;"), encoding="utf-8")
+    done = ran(built(tmp_path, narrow, "-O1", "-fopenmp", "-fsanitize=address"))
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The driver for POSIX threads under ThreadSanitizer; see there."""
+    folder = tmp_path_factory.mktemp("team")
+    numbers = iter(range(BARRIERS))
+    text = SOURCE.read_text(encoding="utf-8").replace("#include <omp.h>", "")
+    text = re.sub(r"#pragma omp barrier", lambda _: f"team_barrier({next(numbers)});", text)
+    loop = r"#pragma omp parallel for num_threads\(\(int\)threads\)\s+for \(int64_t (\w+) = 0; ([^;]+); \w+ \+= (\w+)\)"
+    text, loops = re.subn(loop, r"for (int64_t \1 = own_number * \3; \2; \1 += \3 * team_size)", text)
+    text, regions = re.subn(r"#pragma omp parallel num_threads\(\(int\)most_threads\)\n", "", text)
+    assert (loops, regions, "#pragma omp" in text) == (2, 2, False)
+    source = folder / "answer_step.c"
+    source.write_text(text, encoding="utf-8")
+    return built(folder, source, "-O1", "-DTEAM", "-fsanitize=thread")
+
+
+def test_no_two_threads_are_at_one_place(team: Path) -> None:
+    done = ran(team)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize("barrier", range(BARRIERS))
+def test_a_barrier_that_is_missing_would_be_seen(team: Path, barrier: int) -> None:
+    done = ran(team, str(barrier))
+    assert "ThreadSanitizer: data race" in done.stderr
