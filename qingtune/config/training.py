@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from qingtune.config.methods import Method, method_of
+from qingtune.config.methods import Method, TrainingMethod, method_of
 from qingtune.config.types import (
     AlphaPattern,
     CommaList,
@@ -262,6 +262,13 @@ class TrainConfig(Settings):
     def method(self) -> Method:
         """full, lora or qlora; use_qlora takes precedence over use_lora, because scripts set both."""
         return method_of(self.use_lora, self.use_qlora)
+
+    @property
+    def training_method(self) -> TrainingMethod:
+        """The method, with the bits of QLoRA: full, lora, qlora4 or qlora8."""
+        if self.method == "qlora":
+            return "qlora4" if self.quantization_bit == 4 else "qlora8"
+        return self.method
 
 
 # Names of settings in older scripts.

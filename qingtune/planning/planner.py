@@ -119,7 +119,7 @@ def method_of(config: TrainConfig) -> str:
     """The key of METHODS that a configuration asks for."""
     if config.method == "full":
         return "full8" if config.optim in EIGHT_BITS else "full"
-    return "lora" if config.method == "lora" else f"qlora{config.quantization_bit}"
+    return config.training_method
 
 
 def as_method(config: TrainConfig, method: str) -> TrainConfig:

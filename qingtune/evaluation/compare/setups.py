@@ -55,14 +55,9 @@ class Setup:
         return f"{cut}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
 
-def own_method(config: TrainConfig) -> TrainingMethod:
-    """The method that the settings name."""
-    return cast("TrainingMethod", f"qlora{config.quantization_bit}" if config.method == "qlora" else config.method)
-
-
 def methods_to_compare(config: CompareConfig) -> list[TrainingMethod]:
     """Those asked for; by themselves all, or where settings are varied, the one that the settings name."""
-    return config.methods or ([own_method(config)] if config.grid or config.space else [*METHOD_SETTINGS])
+    return config.methods or ([config.training_method] if config.grid or config.space else [*METHOD_SETTINGS])
 
 
 def grid_setups(loaded: Loaded[CompareConfig]) -> list[Setup]:
