@@ -96,7 +96,7 @@ def _check(config: CompareConfig, given: Mapping[str, Any]) -> None:
     """
     check_varied(config)
     problems: list[UserError] = []
-    if not (config.eval_data_path or config.val_size):
+    if not config.has_evaluation:
         problems.append(
             UserError("a comparison needs evaluation data", fix="Give eval_data_path, or val_size, such as 0.1.")
         )

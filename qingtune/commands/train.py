@@ -307,7 +307,6 @@ def _train(
             loss, tokens = work.evaluate()
             emit(Evaluated(0, 0.0, loss, tokens, time.perf_counter() - began))
         finished = run_loop(work, limits, processes, emit, progress)
-    before = [event.eval_loss for event in evaluations if event.step == 0]
     after = [event.eval_loss for event in evaluations if event.step > 0]
     trained, parameters = count_parameters(model)
     return Result(
@@ -318,7 +317,7 @@ def _train(
         planned_bytes=None,
         trained_parameters=trained,
         parameters=parameters,
-        eval_loss_before=before[0] if before else None,
+        eval_loss_before=read_curves(Path(config.output_dir) / METRICS).eval_loss_before,  # of the first start
         eval_loss=after[-1] if after else None,
         best_eval_loss=progress.best_loss if progress.best_step else None,
         best_step=progress.best_step,

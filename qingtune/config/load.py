@@ -281,19 +281,19 @@ def _evaluation_conflicts(config: TrainConfig) -> list[tuple[bool, tuple[str, ..
             "For example 0.1 or 50.",
         ),
         (
-            config.eval_strategy in ("steps", "epoch") and not _has_evaluation(config),
+            config.eval_strategy in ("steps", "epoch") and not config.has_evaluation,
             ("eval_strategy", "eval_data_path", "val_size"),
             f'eval_strategy is "{config.eval_strategy}", but there is nothing to evaluate on',
             'Give eval_data_path or val_size, or set eval_strategy to "no".',
         ),
         (
-            config.eval_samples > 0 and (not _has_evaluation(config) or config.eval_strategy == "no"),
+            config.eval_samples > 0 and (not config.has_evaluation or config.eval_strategy == "no"),
             ("eval_samples", "eval_data_path", "val_size", "eval_strategy"),
             "eval_samples needs evaluations",
             'Give eval_data_path or val_size, and an eval_strategy other than "no".',
         ),
         (
-            config.load_best_model_at_end and not _has_evaluation(config),
+            config.load_best_model_at_end and not config.has_evaluation,
             ("load_best_model_at_end", "eval_data_path", "val_size"),
             "load_best_model_at_end needs evaluations to choose by",
             "Give eval_data_path or val_size.",
@@ -337,10 +337,6 @@ def _adapter_conflicts(config: TrainConfig) -> list[tuple[bool, tuple[str, ...],
 _TAKEN_OUT = ("pissa", "pissa_niter_16", "olora")
 
 
-def _has_evaluation(config: TrainConfig) -> bool:
-    return bool(config.eval_data_path) or config.val_size > 0
-
-
 def _resolve(config: Training) -> tuple[Training, list[str]]:
     """Fill in the settings whose defaults depend on others; each choice comes with its reason."""
     chosen: dict[str, Any] = {}
@@ -358,7 +354,7 @@ def _resolve(config: Training) -> tuple[Training, list[str]]:
         if config.lora_alpha is None:
             chosen["lora_alpha"] = float(2 * config.lora_r)
     if config.eval_strategy is None:
-        chosen["eval_strategy"] = "epoch" if _has_evaluation(config) else "no"
+        chosen["eval_strategy"] = "epoch" if config.has_evaluation else "no"
     if config.eval_steps is None:
         chosen["eval_steps"] = config.logging_steps
     if config.use_lora and config.use_qlora:

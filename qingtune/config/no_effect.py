@@ -89,12 +89,11 @@ def notice_of(reasons: Mapping[str, str]) -> list[str]:
 
 def _switched_off(config: TrainConfig) -> list[tuple[str, tuple[str, ...]]]:
     """Why settings do nothing in a run, and which ones; of several reasons for a setting the best one comes last."""
-    evaluates = bool(config.eval_data_path) or config.val_size > 0
     rules = [
         (config.method == "full", "full training has no adapters", IGNORED_WITHOUT_ADAPTERS),
         (config.method != "qlora", "only QLoRA quantises the weights", ("quantization_bit",)),
         (config.val_size == 0, "val_size is 0", ("val_seed",)),
-        (not evaluates, "there is no evaluation data", ("eval_steps", "per_device_eval_batch_size")),
+        (not config.has_evaluation, "there is no evaluation data", ("eval_steps", "per_device_eval_batch_size")),
         (config.eval_strategy == "no", 'eval_strategy is "no"', ("per_device_eval_batch_size",)),
         (config.eval_strategy != "steps", f'eval_strategy is "{config.eval_strategy}"', ("eval_steps",)),
         (config.save_strategy != "steps", f'save_strategy is "{config.save_strategy}"', ("save_steps",)),

@@ -264,6 +264,11 @@ class TrainConfig(Settings):
         return method_of(self.use_lora, self.use_qlora)
 
     @property
+    def has_evaluation(self) -> bool:
+        """Whether there is data to evaluate on."""
+        return bool(self.eval_data_path) or self.val_size > 0
+
+    @property
     def training_method(self) -> TrainingMethod:
         """The method, with the bits of QLoRA: full, lora, qlora4 or qlora8."""
         if self.method == "qlora":

@@ -7,7 +7,7 @@ library, is not asked.
 from __future__ import annotations
 
 import io
-import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qingtune.files.write import write_bytes
 from qingtune.output.console import say
+from qingtune.runs.page.source import read_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,9 +44,10 @@ def try_to_draw(draw: Callable[[], None], name: str) -> bool:
 def plot_losses(metrics: Path, picture: Path, title: str) -> None:
     """Draw training and evaluation loss over the steps, from a metrics.jsonl; the title may be in any script."""
     figure, axes = _figure(7, 4)
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    for key, label, marker in (("loss", "training", ""), ("eval_loss", "evaluation", "o")):
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    curves = read_curves(metrics)
+    training = (curves.steps, curves.values["loss"], "training", "")
+    for steps, losses, label, marker in (training, (curves.eval_steps, curves.eval_losses, "evaluation", "o")):
+        points = [(step, loss) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
         if points:
             few = len(points) < 3
             axes.plot(*zip(*points, strict=True), label=label, marker=marker or ("o" if few else ""), markersize=4)

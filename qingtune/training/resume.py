@@ -32,19 +32,17 @@ class Finished:
     Attributes:
         steps: that it made.
         extended: how it was extended before, from its record.
-        eval_loss_before: training, as it measured it.
         same_so_far: whether a run of the length asked for now would have had the same learning rates in these steps.
     """
 
     steps: int
     extended: Sequence[Mapping[str, Any]]
-    eval_loss_before: float | None
     same_so_far: bool
 
     def results(self) -> dict[str, Any]:
         """What the record of the longer run says of the shorter one."""
         now = {"after_steps": self.steps, "as_if_never_stopped": self.same_so_far}
-        return {"extended": [*self.extended, now], "eval_loss_before": self.eval_loss_before}
+        return {"extended": [*self.extended, now]}
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,6 @@ def finished_run(config: TrainConfig, settings: dict[str, Any], total_steps: int
     return Finished(
         steps,
         record.results.get("extended") or [],
-        record.results.get("eval_loss_before"),
         _same_rates(config, steps, total_steps),
     )
 

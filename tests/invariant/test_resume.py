@@ -72,6 +72,10 @@ def raise_at_call(monkeypatch: pytest.MonkeyPatch, number: int, signals: list[si
     monkeypatch.setattr(setup, "make_engine", make_interrupted)
 
 
+def results(run: Path) -> dict[str, Any]:
+    return json.loads((run / "qingtune.json").read_text(encoding="utf-8"))["results"]
+
+
 def assert_same_run(one: Path, two: Path) -> None:
     assert_equal(weights(one), weights(two))
     assert metrics(one) == metrics(two)
@@ -113,6 +117,8 @@ def test_interrupted_run_equals_whole(
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert start("stopped", **settings | {"save_strategy": "steps"})
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    before = [results(tmp_path / name)["eval_loss_before"] for name in ("stopped", "whole")]
+    assert before[0] == before[1] is not None
 
 
 def test_any_checkpoint_leads_to_the_same_end(start: Runs, tmp_path: Path) -> None:
@@ -193,9 +199,9 @@ def test_extended_run_equals_one_that_was_that_long(start: Runs, tmp_path: Path)
     start("extended", **settings | {"max_steps": 4})
     assert start("extended", **settings)
     assert_same_run(tmp_path / "extended", tmp_path / "whole")
-    results = [json.loads((tmp_path / name / "qingtune.json").read_text())["results"] for name in ("extended", "whole")]
-    assert results[0]["extended"] == [{"after_steps": 4, "as_if_never_stopped": True}]
-    assert results[0]["eval_loss_before"] == results[1]["eval_loss_before"]
+    extended, whole = (results(tmp_path / name) for name in ("extended", "whole"))
+    assert extended["extended"] == [{"after_steps": 4, "as_if_never_stopped": True}]
+    assert extended["eval_loss_before"] == whole["eval_loss_before"]
 
 
 def test_a_rate_that_depends_on_the_length_is_told(

@@ -275,9 +275,10 @@ def finished_outcome(trial: Trial) -> Outcome:
     if record is None:
         return Outcome("not run")
     results, lines = record.results, read_metrics(trial.folder)
-    before = next(line["eval_loss"] for line in lines if "eval_loss" in line and line["step"] == 0)
+    curves = read_curves(trial.folder / METRICS)
+    before = curves.eval_loss_before
     after = loss_of_result(results, best_kept=trial.config.load_best_model_at_end)
-    if before is None or after is None or not math.isfinite(after):
+    if before is None or after is None or not math.isfinite(before + after):
         return Outcome("failed", "eval_loss is not finite")
     return Outcome(
         "finished",
@@ -285,7 +286,7 @@ def finished_outcome(trial: Trial) -> Outcome:
             peak_bytes=max(results["peak_bytes"], *(line.get("peak_bytes", 0) for line in lines)),
             trained_parameters=results["trained_parameters"],
             parameters=results["parameters"],
-            tokens_per_second=read_curves(trial.folder / METRICS).tokens_per_second or math.nan,
+            tokens_per_second=curves.tokens_per_second or math.nan,
             seconds=sum(line.get("seconds", 0.0) + line.get("eval_seconds", 0.0) for line in lines),
             eval_loss_before=before,
             eval_loss=after,

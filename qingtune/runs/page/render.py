@@ -122,9 +122,7 @@ def _base_model(source: Source) -> str:
 def _losses(source: Source) -> tuple[float | None, float | None]:
     """Evaluation loss before training, and that of the result or the last one so far."""
     curves, results = source.curves, source.results
-    before = results.get("eval_loss_before")
-    if before is None and curves.eval_steps and curves.eval_steps[0] == 0:
-        before = curves.eval_losses[0]
+    before = curves.eval_loss_before if results.get("eval_loss_before") is None else results["eval_loss_before"]
     after = loss_of_result(results, best_kept=bool(source.settings.get("load_best_model_at_end")))
     if after is None and curves.eval_steps and curves.eval_steps[-1] > 0:
         after = curves.eval_losses[-1]

@@ -57,6 +57,11 @@ class Curves:
         """Of the whole run; see runs/speed.py."""
         return tokens_per_second(self.values["tokens"], self.values["seconds"])
 
+    @property
+    def eval_loss_before(self) -> float | None:
+        """Of the evaluation before the first step; None without one."""
+        return self.eval_losses[0] if self.eval_steps and self.eval_steps[0] == 0 else None
+
 
 @dataclass(frozen=True)
 class Answers:
