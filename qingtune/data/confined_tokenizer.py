@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qingtune.data.worker import Worker
 from qingtune.errors import UserError
@@ -22,19 +24,19 @@ class ConfinedTokenizer:
         self._content = content
         self._worker: Worker | None = None
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[bool]]:
-        """Ids of a text, and which of them the tokenizer puts around it by itself.
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[tuple[list[int], list[bool]]]:
+        """Ids of each text, and which of them the tokenizer puts around it by itself.
 
         Raises:
-            UserError: it fails on the text, or takes too long or too much memory.
+            UserError: it fails on one of them, or takes too long.
         """
         if self._worker is None:
             self._worker = Worker(WORKER, SECONDS, needs="tokenizers")
             self._ask({"tokenizer": self._content})
-        answer = self._ask({"text": text, "add_special_tokens": add_special_tokens})
-        return answer["ids"], [bool(added) for added in answer["added"]]
+        answer = self._ask({"texts": texts, "add_special_tokens": add_special_tokens})
+        return [(ids, [bool(flag) for flag in added]) for ids, added in answer["encoded"]]
 
-    def _ask(self, request: dict[str, object]) -> dict[str, list[int]]:
+    def _ask(self, request: dict[str, object]) -> Any:
         assert self._worker is not None
         answer = None
         try:

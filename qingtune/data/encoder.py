@@ -12,12 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from qingtune.data.control_tokens import ControlTokens
 from qingtune.data.format import Message
 from qingtune.data.sealed_tokenizer import NAME, SECRET, SealedTokenizer, name_of, sealed_copy
-from qingtune.data.tokenizer_calls import encode
+from qingtune.data.tokenizer_calls import encode, encode_many
 from qingtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,7 +73,18 @@ class Encoder:
         Raises:
             UserError: a content holds a control token's text, and this tokenizer cannot read that as text.
         """
-        return self.sealed_ids(self.seal(text)) if SECRET in text else self.known(encode(self._tokenizer, text))
+        if SECRET in text:
+            return self.sealed_ids(self.seal(text))
+        parts = [text[start:end] for start, end in pairwise([*self.cuts(text), len(text)])]
+        return [number for ids in self.encoded(parts) for number in ids]
+
+    def encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each of several texts without control tokens or with those of the template's own alone.
+
+        Raises:
+            UserError: the tokenizer fails on one of them, or knows more tokens than the model.
+        """
+        return [self.known(ids) for ids in encode_many(self._tokenizer, texts)]
 
     def plain_ids(self, text: str) -> list[int]:
         """Ids of a text without a template, after what the tokenizer puts before a text by itself.
@@ -83,9 +95,15 @@ class Encoder:
         if forged := self.control_token_in(text):
             if self._copy is None:
                 raise _not_as_text(forged)
-            ids = self._copy.ids(text, add_special_tokens=True)
-        else:
-            ids = encode(self._tokenizer, text, add_special_tokens=True)
+            return self._opened(self._copy.ids(text, add_special_tokens=True))
+        return self.plain_encoded([text])[0]
+
+    def plain_encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same for each of several texts that hold no control token's text."""
+        return [self._opened(ids) for ids in encode_many(self._tokenizer, texts, add_special_tokens=True)]
+
+    def _opened(self, ids: list[int]) -> list[int]:
+        """Ids of a text without those that the tokenizer puts after it by itself."""
         count = len(self._closing)
         return self.known(ids[:-count] if count and ids[-count:] == self._closing else ids)
 
@@ -126,21 +144,41 @@ class Encoder:
             )
         return ids
 
-    def last_cut(self, text: str) -> int:
-        """Where the last control token begins that the tokenizer takes out of a text as it is; -1 without one."""
-        return max((text.rfind(token) for token in self._cuts), default=-1)
+    def cuts(self, text: str, first: int = 0) -> list[int]:
+        """Where the parts of a text begin whose ids together are those of the text: `first`, and each cut after it."""
+        pattern = self._cuts
+        if pattern is None:
+            return [first]
+        return [first, *(found.start() for found in pattern.finditer(text, first) if found.start() > first)]
 
     @cached_property
-    def _cuts(self) -> list[str]:
-        if not self._tokenizer.is_fast:
+    def longest_cut(self) -> int:
+        """Characters of the longest control token at which texts are cut."""
+        return max(map(len, self._cut_texts), default=0)
+
+    @cached_property
+    def _cuts(self) -> re.Pattern[str] | None:
+        return _pattern(self._cut_texts) if self._cut_texts else None
+
+    @cached_property
+    def _cut_texts(self) -> list[str]:
+        """Control tokens that the tokenizer takes out of a text as it is, whatever stands around them."""
+        if not self._tokenizer.is_fast or self._tokenizer.split_special_tokens:
             return []
-        tokens = self._tokenizer.added_tokens_decoder.values()
-        plain = {
+        added = [token for token in self._tokenizer.added_tokens_decoder.values() if token.content]
+        as_it_is = [token.content for token in added if not token.normalized]
+        found = [
             token.content
-            for token in tokens
-            if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
-        }
-        return [text for text in self._control.ids if text in plain]
+            for token in added
+            if token.content in self._control.ids
+            and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+            and not _belongs_to_words(token.content[0])
+            and not any(_covers(other, token.content) for other in as_it_is)
+        ]
+        probe = "".join(f"{text}user\n Is it 12,345?  Yes!{text}\n\n{text} é" for text in found)
+        whole = encode(self._tokenizer, probe)
+        parts = [text for text in re.split(f"(?={_pattern(found).pattern})", probe) if text]
+        return found if whole == [number for ids in encode_many(self._tokenizer, parts) for number in ids] else []
 
     def _veiled(self, message: Message) -> str:
         """A content, marked where it holds a control token or would form one with what is written around it."""
@@ -169,42 +207,6 @@ class Encoder:
         return sealed_copy(self._tokenizer, self._control.ids)
 
 
-FEW_TEXTS = 3  # so many whole ones take less than looking for a cut and trying it
-
-
-class GrowingText:
-    """Ids of texts of which each mostly begins as the one before, such as a chat after each turn.
-
-    Only what follows the last control token is encoded again: a tokenizer takes a text apart at its control tokens
-    before anything else. Where it does not, whole texts are encoded, as `Encoder.ids` does.
-    """
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._head, self._head_ids = "", cast("list[int]", [])
-        self._text, self._ids = "", cast("list[int]", [])
-        self._count = 0
-
-    def ids(self, text: str) -> list[int]:
-        """The ids that `Encoder.ids` gives."""
-        if text == self._text:
-            return self._ids
-        if SECRET in text:
-            return self._encoder.ids(text)
-        if not text.startswith(self._head):
-            self._head, self._head_ids = "", []
-        rest = text[len(self._head) :]
-        ids = self._encoder.ids(rest)
-        self._text, self._ids = text, self._head_ids + ids
-        self._count += 1
-        cut = self._encoder.last_cut(rest) if self._count > FEW_TEXTS else -1
-        if cut > 0:
-            moved = self._encoder.ids(rest[:cut])
-            if moved + self._encoder.ids(rest[cut:]) == ids:
-                self._head, self._head_ids = text[: len(self._head) + cut], self._head_ids + moved
-        return self._ids
-
-
 _LEAVE_OUT = "Leave that out of the text."
 
 
@@ -221,6 +223,16 @@ def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
     """Finds the longest of several texts at the first place of any."""
     longest_first = sorted(filter(None, set(texts)), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _belongs_to_words(character: str) -> bool:
+    """Whether a token before this character may be one of several letters, or take spaces along."""
+    return character.isalnum() or character.isspace() or character == "_"
+
+
+def _covers(token: str, text: str) -> bool:
+    """Whether another token could be found in a text in such a way that it holds the beginning of this one."""
+    return token != text and (text in token or any(token.endswith(text[:end]) for end in range(1, len(text))))
 
 
 def _normalizer_of(tokenizer: PreTrainedTokenizerBase, control: ControlTokens) -> Any:

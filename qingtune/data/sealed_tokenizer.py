@@ -51,7 +51,7 @@ class SealedTokenizer:
             UserError: other control tokens would come of it than it names.
         """
         if self._confined:
-            found, around = self._confined.encode(text, add_special_tokens=add_special_tokens)
+            ((found, around),) = self._confined.encode([text], add_special_tokens=add_special_tokens)
         else:
             with panics_as_errors():
                 whole = self._copy.encode(text, add_special_tokens=add_special_tokens)

@@ -1,9 +1,11 @@
 """The process in which chat templates run: a sandbox that runs no code, ends in time and keeps to its memory.
 
-Run as a script by data/templates.py, with nothing of this package; its argument is the most seconds that a conversation
-may take. Says `ready`; then reads a JSON object a line (`template`, `variables`, `messages`, `add_generation_prompt`)
-and answers each with a line `{"text": ...}` or `{"error": ...}`. A template that takes too long ends the process; one
-that takes too much memory gets an error.
+Run as a script by data/templates.py, with nothing of this package; its argument is the most seconds that a few texts
+may take. Prints `ready`; then reads a JSON object a line: `template`, `variables` and `conversations`, each of these
+with its `messages` and `texts`, pairs of how many messages to render and whether the prompt of an answer follows.
+Replies with a line that holds an object for each conversation: its `texts`, each as the number of characters that it
+shares with the text before it and the rest, and an `error` where a text failed, after which no more are rendered. A
+template that takes too long ends the process; one that takes too much memory gets an error.
 
 The environment offers what Transformers offers templates, so that both render the same.
 """
@@ -30,6 +32,7 @@ import jinja2.utils
 BYTES = 1 << 30
 MOST_LETTERS = 1 << 20  # that a template may write beside the messages, of which it may write each letter ...
 MOST_COPIES = 8  # ... so many times
+TIMED = 16  # texts of a conversation that are timed together, as starting the clock takes as long as rendering one
 
 
 class _Generation(jinja2.ext.Extension):
@@ -99,23 +102,46 @@ def _compile(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
-def _answer(request: dict[str, Any]) -> dict[str, str]:
-    try:
-        text = _compile(request["template"]).render(
-            messages=request["messages"],
-            tools=None,
-            documents=None,
-            add_generation_prompt=request["add_generation_prompt"],
-            **request["variables"],
-        )
-    except MemoryError:
-        return {"error": f"it takes more than {BYTES / 1e9:.0f} GB of memory"}
-    except Exception as error:  # whatever a template does wrong is told to the user as such
-        return {"error": str(error)[:1000] or type(error).__name__}
-    said = sum(len(text) for message in request["messages"] for text in message.values())
+def _shared(before: str, text: str) -> int:
+    """Characters that two texts begin with in common."""
+    if text.startswith(before):
+        return len(before)
+    least, most = 0, min(len(before), len(text))
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if before[least:middle] == text[least:middle] else (least, middle - 1)
+    return least
+
+
+def _render(request: dict[str, Any], messages: list[dict[str, str]], prompt: bool) -> str:
+    text = _compile(request["template"]).render(
+        messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **request["variables"]
+    )
+    said = sum(len(part) for message in messages for part in message.values())
     if len(text) > MOST_LETTERS + MOST_COPIES * said:
-        return {"error": f"it writes {len(text):,} characters of a conversation of {said:,}"}
-    return {"text": text}
+        raise jinja2.TemplateError(f"it writes {len(text):,} characters of a conversation of {said:,}")
+    return text
+
+
+def _texts(request: dict[str, Any], conversation: dict[str, Any], nowhere: Any) -> dict[str, Any]:
+    """The texts of a conversation, up to the first that fails."""
+    texts: list[tuple[int, str]] = []
+    before = ""
+    try:
+        for number, (count, prompt) in enumerate(conversation["texts"]):
+            if number % TIMED == 0:
+                faulthandler.dump_traceback_later(float(sys.argv[1]), exit=True, file=nowhere)
+            text = _render(request, conversation["messages"][:count], prompt)
+            shared = _shared(before, text)
+            texts.append((shared, text[shared:]))
+            before = text
+    except MemoryError:
+        return {"texts": texts, "error": f"it takes more than {BYTES / 1e9:.0f} GB of memory"}
+    except Exception as error:  # whatever a template does wrong is reported to the user as such
+        return {"texts": texts, "error": str(error)[:1000] or type(error).__name__}
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return {"texts": texts}
 
 
 def main() -> None:
@@ -131,10 +157,9 @@ def main() -> None:
     sys.stdout.buffer.flush()
     with open(os.devnull, "w") as nowhere:
         for line in sys.stdin.buffer:
-            faulthandler.dump_traceback_later(float(sys.argv[1]), exit=True, file=nowhere)
-            answer = _answer(json.loads(line))
-            faulthandler.cancel_dump_traceback_later()
-            sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+            request = json.loads(line)
+            reply = [_texts(request, conversation, nowhere) for conversation in request["conversations"]]
+            sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
             sys.stdout.buffer.flush()
 
 

@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qingtune.data.worker import Worker
 
 WORKER = Path(__file__).with_name("template_worker.py")
-SECONDS = 10.0  # that a conversation may take; a usual one takes a ten-thousandth
+SECONDS = 10.0  # that a few texts of a conversation may take; a usual one takes less than a ten-thousandth
 
 
 class TemplateError(Exception):
     """A chat template that cannot be rendered; says why."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The texts that a template writes of the turns of one conversation.
+
+    Attributes:
+        changes: each text as the number of characters that it shares with the one before it, and the rest.
+        error: why the text after these could not be rendered; None where all were.
+    """
+
+    changes: Sequence[tuple[int, str]]
+    error: str | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the texts.
+
+        Raises:
+            TemplateError: where one could not be rendered, in its place.
+        """
+        text = ""
+        for shared, rest in self.changes:
+            text = text[:shared] + rest
+            yield text
+        if self.error is not None:
+            raise TemplateError(self.error)
+
+
+# A conversation's messages, each with role and content; and of each text how many of them it holds, and whether it ends
+# with what stands before an answer.
+Request = tuple[Sequence[Mapping[str, str]], Sequence[tuple[int, bool]]]
 
 
 def render_template(
@@ -30,21 +63,27 @@ def render_template(
     Raises:
         TemplateError: the template is broken, refuses the messages, or takes too long or too much memory.
     """
-    request = {
-        "template": template, "variables": dict(variables), "messages": [dict(message) for message in messages],
-        "add_generation_prompt": add_generation_prompt,
-    }  # fmt: skip
+    (rendered,) = render_texts(template, variables, [(messages, [(len(messages), add_generation_prompt)])])
+    return next(iter(rendered))
+
+
+def render_texts(template: str, variables: Mapping[str, str], requests: Sequence[Request]) -> list[Rendered]:
+    """The texts of many conversations, as `render_template` renders each."""
+    conversations = [
+        {"messages": [dict(message) for message in messages], "texts": texts} for messages, texts in requests
+    ]
+    request = {"template": template, "variables": dict(variables), "conversations": conversations}
+    reply: Any = None
     try:
-        answer = _worker().ask(request)
-    except BaseException:  # Ctrl-C, above all: the answer is still to come, and the next one to ask would get it
-        _worker.cache_clear()
-        raise
-    if answer is None:
-        _worker.cache_clear()
-        raise TemplateError(f"it was stopped after {SECONDS:g} s, or ended its process")
-    if "error" in answer:
-        raise TemplateError(answer["error"])
-    return answer["text"]
+        reply = _worker().ask(request)
+    finally:
+        if reply is None:  # also after Ctrl-C, as the reply is still to come and the next request would get it
+            _worker.cache_clear()
+    if reply is not None:
+        return [Rendered(one["texts"], one.get("error")) for one in reply]
+    if len(requests) == 1:
+        return [Rendered((), f"it was stopped after {SECONDS:g} s, or ended its process")]
+    return [rendered for one in requests for rendered in render_texts(template, variables, [one])]
 
 
 @functools.cache

@@ -8,17 +8,21 @@ text; where a template does not keep to this shape, the row is refused or the co
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from qingtune.data.control_tokens import find_control_tokens
-from qingtune.data.encoder import Encoder, GrowingText, unveil
+from qingtune.data.encoder import Encoder, unveil
 from qingtune.data.format import Conversation, Message
+from qingtune.data.parted_texts import PartedTexts, PartIds
 from qingtune.data.read import Fault
-from qingtune.data.templates import TemplateError, render_template
+from qingtune.data.sealed_tokenizer import SECRET
+from qingtune.data.templates import Rendered, TemplateError, render_texts
 from qingtune.data.tokenizer_calls import decode, encode
 from qingtune.errors import UserError, shorten
 
@@ -37,8 +41,11 @@ PLAIN_TEMPLATE = (
 )
 
 
+ROWS_AT_ONCE, LETTERS_AT_ONCE = 256, 1 << 19  # rendered and encoded together
 BINS = 24  # of the histogram of lengths
 SHOWN = 5  # places named of each kind
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -154,25 +161,20 @@ def _written(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        return render_template(
-            tokenizer.get_chat_template(),
-            tokenizer.special_tokens_map,
-            turns,
-            add_generation_prompt=add_generation_prompt,
-        )
-    except TemplateError as error:
-        raise TemplateError(shorten(unveil(str(error)), 300)) from None
+    (rendered,) = _render_texts(tokenizer, [(messages, [(len(messages), add_generation_prompt)])])
+    return next(iter(rendered))
 
 
-def _encode_after(template: Template, growing: GrowingText, prompt: str, whole: str) -> list[int]:
-    """Ids of what follows a prompt: as in the text in one go, unless the two melt into one token at the seam.
-
-    Alone, the rest would get a space of its own from a SentencePiece tokenizer.
-    """
-    before, ids = growing.ids(prompt), growing.ids(whole)
-    return ids[len(before) :] if ids[: len(before)] == before else template.encoder.ids(whole[len(prompt) :])
+def _render_texts(
+    tokenizer: PreTrainedTokenizerBase, requests: Sequence[tuple[Sequence[Message], Sequence[tuple[int, bool]]]]
+) -> list[Rendered]:
+    """Texts of conversations: of so many of the messages each, with or without what stands before an answer."""
+    turns = [
+        ([{"role": message.role, "content": message.content} for message in messages], texts)
+        for messages, texts in requests
+    ]
+    found = render_texts(tokenizer.get_chat_template(), tokenizer.special_tokens_map, turns)
+    return [one if one.error is None else Rendered(one.changes, shorten(unveil(one.error), 300)) for one in found]
 
 
 def prompt_ids(template: Template, messages: Sequence[Message] | str) -> list[int]:
@@ -231,11 +233,9 @@ def tokenize(template: Template, conversations: Sequence[Conversation], max_seq_
         UserError: on_long is "raise" and a sample is longer.
     """
     result = Tokenized()
-    for conversation in conversations:
-        try:
-            samples = _samples(template, conversation)
-        except _TemplateFault as fault:
-            result.faults.append(Fault(conversation.origin, str(fault)))
+    for samples in _samples_of_rows(template, conversations):
+        if isinstance(samples, Fault):
+            result.faults.append(samples)
             continue
         result.split_conversations += len(samples) > 1
         kept, dropped = len(result.samples), len(result.too_long)
@@ -269,75 +269,165 @@ def _keep(sample: Sample, max_seq_length: int, on_long: str, result: Tokenized) 
         result.untrained.append(sample.origin)
 
 
-def _samples(template: Template, conversation: Conversation) -> list[Sample]:
-    """The samples of a row.
+# --- Conversations, many at a time -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A conversation with its texts, or why it is refused; plain text has neither."""
+
+    conversation: Conversation
+    texts: PartedTexts | None = None
+    refusal: str = ""
+
+
+def _samples_of_rows(template: Template, conversations: Sequence[Conversation]) -> Iterator[list[Sample] | Fault]:
+    """Yield the samples of each row, or its fault; the next rows are rendered while these are encoded."""
+    for batch in _one_ahead(lambda rows: _prepare(template, rows), _batches(conversations)):
+        parts = (part for row in batch if row.texts is not None for part in row.texts.parts())
+        encoded = PartIds(template.encoder, parts)
+        plain = [row.conversation.text for row in batch if row.conversation.text is not None and not row.refusal]
+        plain_ids = iter(template.encoder.plain_encoded(plain))
+        for row in batch:
+            origin = row.conversation.origin
+            if row.refusal:
+                yield Fault(origin, row.refusal)
+            elif row.texts is None:
+                ids = array("i", [*next(plain_ids), template.end_of_turn])
+                yield [_sample(ids, [(0, len(ids))], origin)]
+            else:
+                yield _samples(template, origin, row.texts, encoded)
+
+
+def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    """Conversations in order, as many at a time as are encoded together."""
+    batch: list[Conversation] = []
+    letters = 0
+    for row in conversations:
+        batch.append(row)
+        letters += len(row.text or "") + sum(len(message.content) for message in row.messages)
+        if len(batch) == ROWS_AT_ONCE or letters > LETTERS_AT_ONCE:
+            yield batch
+            batch, letters = [], 0
+    if batch:
+        yield batch
+
+
+def _one_ahead(work: Callable[[_Item], _Made], items: Iterable[_Item]) -> Iterator[_Made]:
+    """Yield what `work` makes of each item, while a thread makes that of the next one."""
+    with ThreadPoolExecutor(1) as thread:
+        before: Future[_Made] | None = None
+        for item in items:
+            made = thread.submit(work, item)
+            if before is not None:
+                yield before.result()
+            before = made
+        if before is not None:
+            yield before.result()
+
+
+def _prepare(template: Template, conversations: Sequence[Conversation]) -> list[_Prepared]:
+    """Check that rows hold no control token, and render them: of each answer its prompt, and both together.
 
     What is trained holds no control token: a turn within a turn is nearly always a fault of the data.
     """
-    trained = [message.content for message in conversation.messages if message.role == "assistant"]
-    for text in trained if conversation.text is None else [conversation.text]:
-        if marker := template.encoder.control_token_in(text, answer=conversation.text is None):
-            raise _TemplateFault(f"holds {marker}, which the model reads as a control token")
+    encoder = template.encoder
+    refusals = [_control_token_in(encoder, conversation) for conversation in conversations]
+    chats = [row for row, refusal in zip(conversations, refusals, strict=True) if row.text is None and not refusal]
+    veiled = [encoder.veil(row.messages) for row in chats]
+    texts = [
+        [(place + more, not more) for place, turn in enumerate(turns) if turn.role == "assistant" for more in (0, 1)]
+        for turns in veiled
+    ]
+    rendered = _render_texts(template.tokenizer, list(zip(veiled, texts, strict=True))) if chats else []
+    parted = iter(
+        PartedTexts(encoder, one, veiled=any(SECRET in turn.content for turn in turns))
+        for one, turns in zip(rendered, veiled, strict=True)
+    )
+    return [
+        _Prepared(row, refusal=f"holds {refusal}, which the model reads as a control token")
+        if refusal
+        else _Prepared(row, next(parted) if row.text is None else None)
+        for row, refusal in zip(conversations, refusals, strict=True)
+    ]
+
+
+def _control_token_in(encoder: Encoder, conversation: Conversation) -> str | None:
+    """The first control token in what is trained."""
     if conversation.text is not None:
-        ids = [*template.encoder.plain_ids(conversation.text), template.end_of_turn]
-        return [_sample(ids, [(0, len(ids))], conversation.origin)]
+        return encoder.control_token_in(conversation.text)
+    answers = (message.content for message in conversation.messages if message.role == "assistant")
+    return next(filter(None, (encoder.control_token_in(answer, answer=True) for answer in answers)), None)
+
+
+# --- A conversation --------------------------------------------------------------------------------------------------
+
+
+def _samples(template: Template, origin: str, texts: PartedTexts, encoded: PartIds) -> list[Sample] | Fault:
+    """The samples of a row, or its fault."""
     try:
-        whole = _one_sample(template, conversation)
-        return [whole] if whole else _sample_per_turn(template, conversation)
+        whole = _one_sample(template, origin, texts, encoded)
+        return [whole] if whole else _sample_per_turn(template, origin, texts, encoded)
+    except _TemplateFault as fault:
+        return Fault(origin, str(fault))
     except TemplateError as error:
-        raise _TemplateFault(f"the chat template refuses it: {error}") from None
+        return Fault(origin, f"the chat template refuses it: {error}")
     except UserError as error:
-        raise _TemplateFault(error.what) from None
+        return Fault(origin, error.what)
 
 
-def _one_sample(template: Template, conversation: Conversation) -> Sample | None:
+def _one_sample(template: Template, origin: str, texts: PartedTexts, encoded: PartIds) -> Sample | None:
     """All turns in one sample; None if the template writes earlier turns otherwise once later ones follow."""
-    ids: list[int] = []
+    ids = array("i")
     spans: list[tuple[int, int]] = []
-    for before, answer, trained in _answers(template, conversation):
+    for before, answer, trained in _answers(template, texts, encoded):
         if before[: len(ids)] != ids:
             return None
         spans.append((len(before), len(before) + trained))
         ids = before + answer
-    return _sample(ids[: spans[-1][1]], spans, conversation.origin)
+    return _sample(ids[: spans[-1][1]], spans, origin)
 
 
-def _sample_per_turn(template: Template, conversation: Conversation) -> list[Sample]:
+def _sample_per_turn(template: Template, origin: str, texts: PartedTexts, encoded: PartIds) -> list[Sample]:
     """A sample for each answer, each with the prompt that inference would show for it."""
     return [
-        _sample([*before, *answer[:trained]], [(len(before), len(before) + trained)], conversation.origin)
-        for before, answer, trained in _answers(template, conversation)
+        _sample(before + answer[:trained], [(len(before), len(before) + trained)], origin)
+        for before, answer, trained in _answers(template, texts, encoded)
     ]
 
 
-def _answers(template: Template, conversation: Conversation) -> Iterator[tuple[list[int], list[int], int]]:
+def _answers(template: Template, texts: PartedTexts, encoded: PartIds) -> Iterator[tuple[array[int], array[int], int]]:
     """Of each assistant's turn the ids of its prompt, as `prompt_ids` gives them, its own, and how many are trained."""
-    growing = GrowingText(template.encoder)
-    turns = template.encoder.veil(conversation.messages)
-    for place in (place for place, turn in enumerate(turns) if turn.role == "assistant"):
-        prompt = _render(template.tokenizer, turns[:place], True)
-        before = growing.ids(prompt)
-        whole = _render(template.tokenizer, turns[: place + 1], False)
-        yield before, *_answer_ids(template, growing, prompt, whole)
+    written = texts.ids(encoded)
+    for (prompt, before), (whole, ids) in zip(written, written, strict=True):
+        yield before, *_answer_ids(template, prompt, before, whole, ids)
 
 
-def _answer_ids(template: Template, growing: GrowingText, prompt: str, whole: str) -> tuple[list[int], int]:
-    """Ids of an assistant's turn after its prompt, and how many of them, up to the end of turn, are trained."""
+def _answer_ids(
+    template: Template, prompt: str, before: array[int], whole: str, ids: array[int]
+) -> tuple[array[int], int]:
+    """Ids of an assistant's turn after its prompt, and how many of them, up to the end of turn, are trained.
+
+    They are those of the text in one go, unless the two melt into one token at the seam: alone, an answer would get a
+    space of its own from a SentencePiece tokenizer.
+    """
     if not whole.startswith(prompt):
         raise _TemplateFault("the chat template does not write the answer right after its prompt")
-    ids = _encode_after(template, growing, prompt, whole)
+    continues = ids[: len(before)] == before
+    answer = ids[len(before) :] if continues else array("i", template.encoder.ids(whole[len(prompt) :]))
     if template.appended:
-        return [*ids, template.end_of_turn], len(ids) + 1
-    if template.end_of_turn not in ids:
+        answer.append(template.end_of_turn)
+        return answer, len(answer)
+    if template.end_of_turn not in answer:
         raise _TemplateFault("the chat template does not end the assistant's turn")
-    return ids, len(ids) - ids[::-1].index(template.end_of_turn)
+    return answer, len(answer) - answer[::-1].index(template.end_of_turn)
 
 
-def _sample(ids: list[int], spans: Sequence[tuple[int, int]], origin: str) -> Sample:
+def _sample(ids: array[int], spans: Sequence[tuple[int, int]], origin: str) -> Sample:
     trained = np.zeros(len(ids), dtype=np.bool_)
     for start, end in spans:
         trained[start:end] = True
-    return Sample(np.asarray(ids, dtype=np.int32), trained, origin)
+    return Sample(np.array(ids, dtype=np.int32), trained, origin)
 
 
 # --- The report ------------------------------------------------------------------------------------------------------

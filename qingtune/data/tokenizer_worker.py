@@ -1,9 +1,9 @@
 """The process in which tokenizers work that might never end on a text: it ends in time and keeps to its memory.
 
 Run as a script by data/confined_tokenizer.py, with nothing of this package; its argument is the most seconds that a
-text may take. Says `ready`; reads a line `{"tokenizer": ...}` with what a tokenizer.json holds, then a JSON object a
-line (`text`, `add_special_tokens`); answers each with a line `{"ids": ..., "added": ...}`, where `added` says of each
-id whether it was put around the text, or with `{"error": ...}`.
+text may take. Prints `ready`; reads a line `{"tokenizer": ...}` with what a tokenizer.json holds, then a JSON object a
+line (`texts`, `add_special_tokens`); replies to each with a line `{"encoded": [[ids, added], ...]}`, where `added` says
+of each id whether it was put around the text, or with `{"error": ...}`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,28 @@ from typing import Any
 BYTES = 4 << 30
 
 
-def _answer(tokenizer: Any, request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _answer(tokenizer: Any, request: dict[str, Any], nowhere: Any) -> tuple[Any, dict[str, Any]]:
     from tokenizers import Tokenizer
 
     try:
         if "tokenizer" in request:
+            faulthandler.dump_traceback_later(6 * float(sys.argv[1]), exit=True, file=nowhere)
             tokenizer = Tokenizer.from_str(request["tokenizer"])
             tokenizer.no_truncation()
             tokenizer.no_padding()
             return tokenizer, {}
-        whole = tokenizer.encode(request["text"], add_special_tokens=request["add_special_tokens"])
-        return tokenizer, {"ids": whole.ids, "added": whole.special_tokens_mask}
+        encoded: list[tuple[list[int], list[int]]] = []
+        for text in request["texts"]:
+            faulthandler.dump_traceback_later(float(sys.argv[1]), exit=True, file=nowhere)
+            whole = tokenizer.encode(text, add_special_tokens=request["add_special_tokens"])
+            encoded.append((whole.ids, whole.special_tokens_mask))
+        return tokenizer, {"encoded": encoded}
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the library's, which is no Exception
         return tokenizer, {"error": str(error)[:500] or type(error).__name__}
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def main() -> None:
@@ -51,12 +58,7 @@ def main() -> None:
     tokenizer: Any = None
     with open(os.devnull, "w") as nowhere:
         for line in sys.stdin.buffer:
-            request = json.loads(line)
-            faulthandler.dump_traceback_later(
-                float(sys.argv[1]) * (6 if tokenizer is None else 1), exit=True, file=nowhere
-            )
-            tokenizer, answer = _answer(tokenizer, request)
-            faulthandler.cancel_dump_traceback_later()
+            tokenizer, answer = _answer(tokenizer, json.loads(line), nowhere)
             sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
             sys.stdout.buffer.flush()
 

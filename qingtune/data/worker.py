@@ -37,7 +37,7 @@ class Worker:
         if self._process.stdout.readline() != b"ready\n":
             raise RuntimeError(f"{script} does not start with {sys.executable}; is {needs} installed there?")
 
-    def ask(self, request: Mapping[str, object]) -> dict[str, Any] | None:
+    def ask(self, request: Mapping[str, object]) -> Any:
         """Send a request and wait for its answer; None if the process ended over it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
