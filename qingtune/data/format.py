@@ -21,7 +21,7 @@ MOST_FIELDS = 1000  # that are not used, counted apart
 OF_EVALUATION = "form"  # a column that evaluation alone reads; see answer_form.py
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation."""
 
@@ -29,7 +29,7 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """A row, ready for the chat template; or, where `text` is given, plain text without a template."""
 

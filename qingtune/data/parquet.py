@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from qingtune.data.json_list import first_repeated
+from qingtune.data.rules import first_repeated
 
 ROWS, NESTED_ROWS = 1024, 64  # taken at a time; few where lists of texts come written out, as each may be large
 

@@ -144,7 +144,8 @@ def load_data(config: TrainConfig, template: Template, context: int | None) -> D
     eval_samples, evaluated = [], None
     if evaluation:
         eval_samples, evaluated = _tokenize("Evaluation data", config, template, evaluation, limit, of_evaluation)
-    twice = {s.token_ids.tobytes() for s in train_samples} & {s.token_ids.tobytes() for s in eval_samples}
+    evaluated_ids = {sample.token_ids.tobytes() for sample in eval_samples}
+    twice = {ids for sample in train_samples if (ids := sample.token_ids.tobytes()) in evaluated_ids}
     if twice:
         say(f"Warning: {len(twice):,} evaluation samples stand in the training data too; eval_loss is too good.")
     short = min(train_samples[:100], key=lambda sample: len(sample.token_ids))

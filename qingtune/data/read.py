@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import tempfile
 import zlib
 from collections.abc import Generator, Iterator
@@ -15,21 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from qingtune.data.json_list import JsonListError, first_repeated, json_list, no_repeats
 from qingtune.data.parquet import RepeatedColumn, parquet_batches
-from qingtune.data.rules import Rules, size_in_words
+from qingtune.data.rules import Rules, first_repeated, size_in_words
 from qingtune.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SHOWN_PLACES = 5
 PIECE = 1 << 20  # bytes read at a time where lines do not matter
+MOST_LIST_BYTES = 256 << 20  # of a JSON list
 _WRONG_ENCODING = (
     "not UTF-8 text; a file from Excel or an older Windows may be GBK: convert it, "
     "for example with `iconv -f GBK -t UTF-8`"
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One record of a data file; `origin` is `file:line` (Parquet: `file:row`), `size` its bytes in the file."""
 
@@ -38,7 +39,7 @@ class Row:
     size: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fault:
     """A place in the data that cannot be used, and why.
 
@@ -69,10 +70,22 @@ class Places:
             self.first.append(place)
 
 
+def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys and values; ValueError where a key comes twice, of which one value would be lost silently."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f'the key "{first_repeated([name for name, _ in pairs])}" comes twice')
+    return values
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=no_repeats)
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
 def read_rows(path: str, rules: Rules | None = None) -> Iterator[Row | Fault]:
     """Yield the rows of a file in order, a Fault in place of each that cannot be read.
 
-    No more than a row, or a few of Parquet, is in memory at a time.
+    No more than a row, or a few of Parquet, is in memory at a time; of a JSON list, the text of the file as well.
 
     Raises:
         UserError: the file cannot be opened, is of an unknown kind, is broken as a whole, or holds a row that is
@@ -160,7 +173,7 @@ def _read_jsonl(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Ro
         blank.end()
         origin = f"{path}:{number}"
         try:
-            yield _row(json.loads(line.decode("utf-8"), object_pairs_hook=no_repeats), origin, len(line))
+            yield _row(_JSON.decode(line.decode("utf-8")), origin, len(line))
         except UnicodeDecodeError:
             yield Fault(origin, _WRONG_ENCODING)
         except json.JSONDecodeError as error:
@@ -174,16 +187,67 @@ def _read_jsonl(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Ro
 def _read_json(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row | Fault]:
     """A list of objects; each row's origin is the line on which it starts."""
     try:
-        for value, line, size in json_list(file, rules.row_bytes):
-            yield _row(value, f"{path}:{line}", size)
+        text = _whole_text(file, path, rules)
     except UnicodeDecodeError:
         raise _not_utf8(file, path) from None
-    except JsonListError as error:
-        where = f"{path}:{error.line}" if error.line else path
-        if error.too_large:
-            raise UserError(_too_large(rules), where=where) from None
-        fix = None if error.line else "One object a line is .jsonl, not .json."
-        raise UserError(error.what, where=where, fix=fix) from None
+    line, counted, place = 1, 0, _past_space(text, 0)
+    if text[place : place + 1] != "[":
+        raise UserError(
+            "a list of objects is wanted: [{...}, {...}]", where=path, fix="One object a line is .jsonl, not .json."
+        )
+    place = _past_space(text, place + 1)
+    ended = text[place : place + 1] == "]"
+    while not ended:
+        line, counted = line + text.count("\n", counted, place), place
+        value, end = _item(text, place, path, line)
+        if end - place > rules.row_bytes:
+            raise UserError(_too_large(rules), where=f"{path}:{line}")
+        yield _row(value, f"{path}:{line}", end - place)
+        place = _past_space(text, end)
+        mark = text[place : place + 1]
+        if mark not in (",", "]"):
+            raise _broken_list('"," or "]" is wanted after an object', text, path, place)
+        ended = mark == "]"
+        place = place if ended else _past_space(text, place + 1)
+    if (more := _past_space(text, place + 1)) < len(text):
+        raise _broken_list("the list has ended, but more follows", text, path, more)
+
+
+def _whole_text(file: io.BufferedIOBase, path: str, rules: Rules) -> str:
+    """What is left of a file whose text is held as a whole, which takes up to five times as much memory."""
+    most = min(MOST_LIST_BYTES, rules.data_bytes() // 4)
+    content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(
+            f"over {size_in_words(most)}, and a JSON list is held in memory as a whole",
+            where=path,
+            fix="Convert it to .jsonl, which has no such limit, for example with `jq -c '.[]'`; or raise max_data_gb."
+            if most < MOST_LIST_BYTES
+            else "Convert it to .jsonl, which has no such limit, for example with `jq -c '.[]'`.",
+        )
+    return content.decode("utf-8")
+
+
+def _item(text: str, place: int, path: str, line: int) -> tuple[Any, int]:
+    """The item of a list that starts at a place, and where it ends."""
+    try:
+        return _JSON.raw_decode(text, place)
+    except json.JSONDecodeError as error:
+        raise _broken_list(error.msg, text, path, error.pos) from None
+    except RecursionError:
+        raise UserError("not valid JSON: nested too deeply", where=f"{path}:{line}") from None
+    except ValueError as error:  # a repeated key, or a number of thousands of digits
+        raise UserError(f"not valid JSON: {error}", where=f"{path}:{line}") from None
+
+
+def _past_space(text: str, place: int) -> int:
+    """The next place that holds no white space."""
+    found = _SPACE.match(text, place)
+    return found.end() if found else place
+
+
+def _broken_list(what: str, text: str, path: str, place: int) -> UserError:
+    return UserError(f"not valid JSON: {what}", where=f"{path}:{text.count(chr(10), 0, place) + 1}")
 
 
 class _Lines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,6 +57,16 @@ def rules_of(settings: _Settings) -> Rules:
     """The rules that a command's settings give."""
     fields = frozenset(name.lower() for name in settings.ignore_fields or ())
     return Rules(fields, settings.max_row_mb, settings.max_row_turns, settings.max_data_gb)
+
+
+def first_repeated(names: Sequence[str]) -> str | None:
+    """The first name that comes a second time; None where all differ."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def size_in_words(count: int) -> str:

@@ -48,7 +48,7 @@ _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """Token ids (int32, [T]) and which of them are trained (bool, [T]): True where the loss predicts that token."""
 

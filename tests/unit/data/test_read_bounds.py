@@ -15,7 +15,6 @@ import pyarrow.parquet
 import pytest
 from conftest import write_jsonl
 
-from qingtune.data import json_list as json_list_module
 from qingtune.data import read as read_module
 from qingtune.data import rules as rules_module
 from qingtune.data.format import read_conversations
@@ -93,13 +92,29 @@ def test_a_line_is_never_read_whole_that_is_too_large() -> None:
     assert 0 < min(asked) <= max(asked) <= read_module.PIECE
 
 
-@pytest.mark.parametrize("piece", [1, 64, 1 << 20])
-@pytest.mark.parametrize("item", [json.dumps({"a": LONG}), "[" + '{"a": 1},' * 500, '"' + LONG])
-def test_a_large_item_of_a_list_ends_the_reading(item: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_list_module, "PIECE", piece)
+def test_a_large_item_of_a_list_ends_the_reading() -> None:
     with pytest.raises(UserError) as caught:
-        rows_of("t.json", f'[{{"a": 1}},\n{item}'.encode())
+        rows_of("t.json", f'[{{"a": 1}},\n{json.dumps({"a": LONG})}]'.encode())
     assert str(caught.value) == f"t.json:2: {TOO_LARGE}"
+
+
+@pytest.mark.parametrize("zipped", ["", ".gz"])
+def test_a_large_list_is_refused_before_more_of_it_is_read(zipped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"[" + b'{"a": 1},\n' * 200 + b"{}]"
+    assert len(rows_of(f"t.json{zipped}", content)) == 201
+    with pytest.raises(UserError) as caught:
+        rows_of(f"t.json{zipped}", content, Rules(max_data_gb=4e-6))
+    assert str(caught.value) == (
+        f"t.json{zipped}: over 0.0 MB, and a JSON list is held in memory as a whole. Convert it to .jsonl, which has "
+        "no such limit, for example with `jq -c '.[]'`; or raise max_data_gb."
+    )
+    monkeypatch.setattr(read_module, "MOST_LIST_BYTES", 1_500_000)
+    with pytest.raises(UserError) as caught:
+        rows_of(f"t.json{zipped}", content + b" " * 1_500_000)
+    assert str(caught.value) == (
+        f"t.json{zipped}: over 1.5 MB, and a JSON list is held in memory as a whole. Convert it to .jsonl, which has "
+        "no such limit, for example with `jq -c '.[]'`."
+    )
 
 
 @pytest.mark.parametrize(
@@ -214,22 +229,8 @@ def test_a_repeated_name_among_many_is_found_in_one_pass() -> None:
             return str.__eq__(self, str(other))
 
     names = [Counted(number) for number in range(5_000)]
-    assert json_list_module.first_repeated([*names, Counted("4999")]) == "4999"
+    assert rules_module.first_repeated([*names, Counted("4999")]) == "4999"
     assert Counted.compared < 50_000
-
-
-def test_a_long_item_is_decoded_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_list_module, "PIECE", 100)
-    reads: list[int] = []
-
-    class Counting(io.BytesIO):
-        def read(self, size: int | None = -1, /) -> bytes:
-            reads.append(size or 0)
-            return super().read(size)
-
-    items = json_list_module.json_list(Counting(json.dumps([{"a": "x" * 1_000_000}]).encode()), 10**7)  # pyright: ignore
-    assert len(list(items)) == 1
-    assert len(reads) < 25
 
 
 def test_wide_csv_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
