@@ -15,7 +15,7 @@ from qingtune.adapters.peft_files import load_adapter
 from qingtune.adapters.variants import LowRank
 from qingtune.answering.decoder.cache import AnswerShape
 from qingtune.answering.decoder.cached import CachedDecoder
-from qingtune.answering.decoder.layer import AnswerLayer, Norm
+from qingtune.answering.decoder.layer import AnswerLayer, AnswerNorm
 from qingtune.answering.decoder.native.build import has_native_units, native_library
 from qingtune.answering.decoder.native.matrices import fits_native, native_matrix
 from qingtune.answering.decoder.packed import ROWS_AT_A_TIME, DenseMatrix, Matrix, has_int4_kernels, pack
@@ -222,9 +222,9 @@ class Assembly:
             down=self._joined(name, {"mlp.down_proj": module.mlp.down_proj}),
         )
 
-    def _norm(self, name: str, module: Any) -> Norm:
+    def _norm(self, name: str, module: Any) -> AnswerNorm:
         weight = self._read(f"{name}.weight").to(self.device, self.dtype)
-        return Norm(weight, float(module.variance_epsilon))
+        return AnswerNorm(weight, float(module.variance_epsilon))
 
     def _joined(self, layer: str, modules: dict[str, Any]) -> Matrix:
         """Linear layers that read one input as one matrix."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from qingtune.config.commands import CheckConfig
-from qingtune.data.check import Report, Seen, as_json, as_lines, check_data
+from qingtune.data.check import CheckReport, Seen, as_json, as_lines, check_data
 from qingtune.data.prepare import check_files_exist
 from qingtune.data.rules import rules_of
 from qingtune.data.tokenize import Template
@@ -24,7 +24,7 @@ def check(config: CheckConfig) -> int:
         raise UserError("--data is missing", fix="Name a data file, for example --data data/train.jsonl.")
     check_files_exist({"data": config.data, "eval_data": config.eval_data})
     template, limit = _template(config) if config.model_name_or_path else (None, config.max_seq_length)
-    reports: dict[str, Report] = {}
+    reports: dict[str, CheckReport] = {}
     training: Seen | None = None
     for name, paths in (("Training data", config.data), ("Evaluation data", config.eval_data)):
         if paths:

@@ -21,7 +21,7 @@ from qingtune.answering.thinking import split_thinking
 from qingtune.config.commands import EvaluateConfig, InferConfig
 from qingtune.data.faults import faulty_rows
 from qingtune.data.prepare import check_files_exist
-from qingtune.data.prompts import Asked, asked_rows
+from qingtune.data.prompts import EvaluationRow, asked_rows
 from qingtune.data.read import Fault
 from qingtune.data.rules import rules_of
 from qingtune.data.tokenize import Sample, Template, tokenize
@@ -49,10 +49,10 @@ HARNESS = "lm_eval==0.4.13"  # the extra of pyproject.toml
 
 
 @dataclass(frozen=True)
-class Row:
+class RowWithForm:
     """A row and the form it asks for."""
 
-    asked: Asked
+    asked: EvaluationRow
     form: Form | None
 
 
@@ -60,7 +60,7 @@ class Row:
 class Prepared:
     """A row for one model: the samples that give its loss, and what it is asked; None for plain text."""
 
-    asked: Asked
+    asked: EvaluationRow
     samples: list[Sample]
     question: Question | None
 
@@ -200,13 +200,13 @@ def _base_of(config: EvaluateConfig, after: Speaker) -> str | None:
 # --- The rows --------------------------------------------------------------------------------------------------------
 
 
-def _read(config: EvaluateConfig, system_prompt: str | None) -> list[Row]:
+def _read(config: EvaluateConfig, system_prompt: str | None) -> list[RowWithForm]:
     """The rows to evaluate on.
 
     Raises:
         UserError: rows or their rules are faulty, or there are none.
     """
-    rows: list[Row] = []
+    rows: list[RowWithForm] = []
     faults: list[Fault] = []
     rules = rules_of(config)
     read = (row for path in config.data or [] for row in asked_rows(path, system_prompt, rules))
@@ -215,7 +215,7 @@ def _read(config: EvaluateConfig, system_prompt: str | None) -> list[Row]:
             faults.append(row)
         else:
             try:
-                rows.append(Row(row, form_of(row.values, row.origin)))
+                rows.append(RowWithForm(row, form_of(row.values, row.origin)))
             except UserError as error:
                 faults.append(Fault(row.origin, " ".join(filter(None, (f"{error.what}.", error.fix)))))
         if len(rows) == config.limit:
@@ -227,7 +227,7 @@ def _read(config: EvaluateConfig, system_prompt: str | None) -> list[Row]:
     return rows
 
 
-def _about(config: EvaluateConfig, rows: Sequence[Row]) -> About:
+def _about(config: EvaluateConfig, rows: Sequence[RowWithForm]) -> About:
     return About(
         data={path: sha256_of(Path(path)) for path in config.data or []},
         rows=len(rows),
@@ -239,7 +239,7 @@ def _about(config: EvaluateConfig, rows: Sequence[Row]) -> About:
 # --- A model over the rows -------------------------------------------------------------------------------------------
 
 
-def _go_through(name: str, speaker: Speaker, rows: Sequence[Row], config: EvaluateConfig) -> Side:
+def _go_through(name: str, speaker: Speaker, rows: Sequence[RowWithForm], config: EvaluateConfig) -> Side:
     """What one model makes of the rows."""
     output_dir = Path(config.output_dir)
     identity = {
@@ -269,7 +269,7 @@ def _go_through(name: str, speaker: Speaker, rows: Sequence[Row], config: Evalua
     return Side(model, identity, outcomes, too_long, harness)
 
 
-def _prepare(speaker: Speaker, rows: Sequence[Row], longest: int) -> list[Prepared]:
+def _prepare(speaker: Speaker, rows: Sequence[RowWithForm], longest: int) -> list[Prepared]:
     """The rows in the model's tokens, all of them before hours go into the first.
 
     Raises:
@@ -292,7 +292,7 @@ def _prepare(speaker: Speaker, rows: Sequence[Row], longest: int) -> list[Prepar
     return prepared
 
 
-def _samples(template: Template, asked: Asked, longest: int) -> list[Sample]:
+def _samples(template: Template, asked: EvaluationRow, longest: int) -> list[Sample]:
     """What is trained of a row; nothing without an answer, or where it is too long."""
     if asked.conversation is None:
         return []
@@ -334,7 +334,7 @@ def _with_loss(speaker: Speaker, row: Prepared) -> dict[str, Any]:
     return {**row.asked.values, "summed_loss": loss, "trained_tokens": sum(score.tokens for score in scores)}
 
 
-def _outcome(row: Row, record: dict[str, Any], *, asks: bool) -> Outcome:
+def _outcome(row: RowWithForm, record: dict[str, Any], *, asks: bool) -> Outcome:
     """What the metrics see of a line of predictions; without `asks` an "answer" there is the row's own column."""
     asks = asks and row.asked.prompt is not None
     answer = split_thinking(record["answer"])[1].strip() if asks else None

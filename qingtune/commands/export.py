@@ -21,8 +21,8 @@ from qingtune.data.templates import render_template
 from qingtune.data.tokenize import Template, prompt_ids
 from qingtune.data.tokenizer_calls import encode
 from qingtune.errors import UserError
-from qingtune.export.gguf_file import Plan, Read, check_gguf, write_gguf
-from qingtune.export.gguf_layout import Layout, Value, layout_of
+from qingtune.export.gguf_file import GGUFPlan, Read, check_gguf, write_gguf
+from qingtune.export.gguf_layout import GGUFLayout, Value, layout_of
 from qingtune.export.gguf_vocab import MOST_ENDS, Ending, normalizes, vocabulary_of
 from qingtune.export.model_card import CARD, ExportedFile, Origin, shown_name, write_card
 from qingtune.export.modelfile import GO_PLAIN, TemplateNotExpressible, find_turns, left_out, modelfile
@@ -91,7 +91,9 @@ def export(config: ExportConfig) -> None:
         disk_errors("the export", output_dir, "Make room, or choose another output_dir."),
         place.staging() as half_done,
     ):
-        files = [_write(half_done, name, Plan(layout, metadata, kind), read) for kind in dict.fromkeys(config.quantize)]
+        files = [
+            _write(half_done, name, GGUFPlan(layout, metadata, kind), read) for kind in dict.fromkeys(config.quantize)
+        ]
         remarks = [
             *_write_modelfile(half_done, files[0].name, base, speech), *_limits(base, speech, config.quantize)
         ]  # fmt: skip
@@ -117,7 +119,7 @@ def _base_name(config: ExportConfig, record: Record | None) -> str:
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def _reader(weights: StoredWeights, layout: Layout, adapter: StoredAdapter | None) -> Read:
+def _reader(weights: StoredWeights, layout: GGUFLayout, adapter: StoredAdapter | None) -> Read:
     """A function that gives a tensor of base + adapter.
 
     Raises:
@@ -145,7 +147,7 @@ def _reader(weights: StoredWeights, layout: Layout, adapter: StoredAdapter | Non
     return read
 
 
-def _metadata(name: str, layout: Layout, speech: Speech) -> dict[str, Value]:
+def _metadata(name: str, layout: GGUFLayout, speech: Speech) -> dict[str, Value]:
     """All that a file holds besides tensors and its kind."""
     tokenizer = speech.template.tokenizer
     metadata: dict[str, Value] = {"general.type": "model", "general.name": name, **layout.metadata}
@@ -155,7 +157,7 @@ def _metadata(name: str, layout: Layout, speech: Speech) -> dict[str, Value]:
     return metadata
 
 
-def _write(folder: Path, name: str, plan: Plan, read: Read) -> ExportedFile:
+def _write(folder: Path, name: str, plan: GGUFPlan, read: Read) -> ExportedFile:
     """Write one GGUF file, read it back and compare it."""
     path = folder / f"{name}-{plan.quantize}.gguf"
     say(f"Writing {path.name} ({len(plan.layout.tensors)} tensors) ...")
@@ -175,7 +177,7 @@ def _write(folder: Path, name: str, plan: Plan, read: Read) -> ExportedFile:
 # --- Speech ----------------------------------------------------------------------------------------------------------
 
 
-def _speech(config: ExportConfig, base: Path, record: Record | None, layout: Layout) -> Speech:
+def _speech(config: ExportConfig, base: Path, record: Record | None, layout: GGUFLayout) -> Speech:
     """Tokenizer, template and endings, as inference uses them.
 
     Raises:

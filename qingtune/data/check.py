@@ -41,7 +41,7 @@ MARKERS = (
 
 
 @dataclass
-class Report:
+class CheckReport:
     """What was found in training or evaluation data.
 
     Attributes:
@@ -89,7 +89,7 @@ def check_data(
     on_long: str,
     training: Seen | None,
     rules: Rules,
-) -> tuple[Report, Seen]:
+) -> tuple[CheckReport, Seen]:
     """Read files and report on them.
 
     Args:
@@ -102,7 +102,7 @@ def check_data(
     Raises:
         UserError: a file is broken as a whole, or there are no rows.
     """
-    report, seen = Report(), Seen()
+    report, seen = CheckReport(), Seen()
     lengths, sizes = array("i"), array("i")
     short: list[tuple[int, str]] = []
     by_script: dict[str, Places] = {}
@@ -138,7 +138,7 @@ def check_data(
     return report, seen
 
 
-def _refuse(report: Report, fault: Fault) -> None:
+def _refuse(report: CheckReport, fault: Fault) -> None:
     add_reason(report.reasons, fault)
     if fault.kind:
         report.faults.count += 1
@@ -148,7 +148,7 @@ def _refuse(report: Report, fault: Fault) -> None:
 
 
 def _rows(
-    paths: Sequence[str], system_prompt: str | None, rules: Rules, report: Report
+    paths: Sequence[str], system_prompt: str | None, rules: Rules, report: CheckReport
 ) -> Iterator[Conversation | Fault]:
     began = told = time.monotonic()
     for path in paths:
@@ -194,7 +194,7 @@ def _hash(parts: Sequence[str]) -> int:
     return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little")
 
 
-def _find_repeats(seen: Seen, training: Seen | None, report: Report) -> None:
+def _find_repeats(seen: Seen, training: Seen | None, report: CheckReport) -> None:
     wholes, prompts = (np.frombuffer(hashes, dtype=np.uint64) for hashes in (seen.wholes, seen.prompts))
     first_same, first_prompt = _first_of_each(wholes), _first_of_each(prompts)
     numbers = np.arange(len(wholes))
@@ -225,7 +225,11 @@ def _marker_in(row: Conversation) -> str | None:
 
 
 def _look_at_answer(
-    row: Conversation, report: Report, sizes: array[int], short: list[tuple[int, str]], by_script: dict[str, Places]
+    row: Conversation,
+    report: CheckReport,
+    sizes: array[int],
+    short: list[tuple[int, str]],
+    by_script: dict[str, Places],
 ) -> None:
     answer = row.messages[-1].content if row.text is None else row.text
     total = len(_LETTER_OR_DIGIT.findall(answer))
@@ -257,7 +261,7 @@ _LETTER_OR_DIGIT, _DIGIT = re.compile(r"[^\W_]"), re.compile(r"\d")
 
 
 def _judge_answers(
-    report: Report, sizes: array[int], short: list[tuple[int, str]], by_script: dict[str, Places]
+    report: CheckReport, sizes: array[int], short: list[tuple[int, str]], by_script: dict[str, Places]
 ) -> None:
     """Short answers are near-empty where most are long; a script is rare below a fiftieth of the answers."""
     if sizes and statistics.median(sizes) >= 10 * NEAR_EMPTY:
@@ -275,7 +279,7 @@ def _judge_answers(
 
 
 def _count_tokens(
-    template: Template, batch: list[Conversation], limit: int, on_long: str, report: Report, lengths: array[int]
+    template: Template, batch: list[Conversation], limit: int, on_long: str, report: CheckReport, lengths: array[int]
 ) -> None:
     tokenized = tokenize(template, batch, limit, "truncate" if on_long == "truncate" else "drop")
     for fault in tokenized.faults:
@@ -301,7 +305,7 @@ def _count_tokens(
 # --- The report ------------------------------------------------------------------------------------------------------
 
 
-def as_lines(name: str, report: Report, limit: int) -> list[str]:
+def as_lines(name: str, report: CheckReport, limit: int) -> list[str]:
     """The report as text, a finding a line with the first places below."""
     lines = [f"{name}: {report.rows:,} rows, {report.faults.count:,} faults"]
     rows = {
@@ -346,6 +350,6 @@ def as_lines(name: str, report: Report, limit: int) -> list[str]:
     return lines
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: CheckReport) -> dict[str, Any]:
     """The report as JSON values."""
     return {"faulty": report.faulty, **asdict(report)}

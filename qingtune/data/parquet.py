@@ -17,7 +17,7 @@ class RepeatedColumn(Exception):
 
 
 @dataclass(frozen=True)
-class Batch:
+class RecordBatch:
     """A few rows, as pyarrow.RecordBatch; columns of texts that repeat are still dictionaries."""
 
     content: Any
@@ -40,11 +40,11 @@ class Batch:
         elif count == 1:
             yield None
         else:
-            yield from Batch(self.content.slice(0, count // 2)).rows(most)
-            yield from Batch(self.content.slice(count // 2)).rows(most)
+            yield from RecordBatch(self.content.slice(0, count // 2)).rows(most)
+            yield from RecordBatch(self.content.slice(count // 2)).rows(most)
 
 
-def parquet_batches(source: Any) -> Iterator[Batch]:
+def parquet_batches(source: Any) -> Iterator[RecordBatch]:
     """The rows of a Parquet file, a few at a time.
 
     Args:
@@ -65,7 +65,7 @@ def parquet_batches(source: Any) -> Iterator[Batch]:
     flat = all(column.path in names for column in columns)
     file = pyarrow.parquet.ParquetFile(source, read_dictionary=texts)
     for batch in file.iter_batches(batch_size=ROWS if flat else NESTED_ROWS, use_threads=False):
-        yield Batch(batch)
+        yield RecordBatch(batch)
 
 
 def _written_out(column: Any) -> int:

@@ -87,7 +87,7 @@ def _with_some_answer(values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationRow:
     """A row to evaluate on.
 
     Attributes:
@@ -107,7 +107,7 @@ class Asked:
         return self.conversation.messages[-1].content if self.conversation and self.prompt else None
 
 
-def asked_rows(path: str, system_prompt: str | None, rules: Rules | None = None) -> Iterator[Asked | Fault]:
+def asked_rows(path: str, system_prompt: str | None, rules: Rules | None = None) -> Iterator[EvaluationRow | Fault]:
     """Yield a file's rows, each of any training format, with its answer or without; a Fault in place of each other.
 
     Args:
@@ -128,20 +128,20 @@ def asked_rows(path: str, system_prompt: str | None, rules: Rules | None = None)
             yield Fault(row.origin, str(error), error.kind, error.sign)
 
 
-def _asked(row: Row, system_prompt: str | None, rules: Rules) -> Asked | Fault:
+def _asked(row: Row, system_prompt: str | None, rules: Rules) -> EvaluationRow | Fault:
     if _has_answer(row.values):
         read = Row(without_fields(row.values, rules.ignore_fields), row.origin)
         converted = convert_row(read, FileFacts(detect(read.values)), system_prompt, rules)
         if isinstance(converted, Fault):
             return converted
         prompt = prompt_of(converted) if converted.text is None else None
-        return Asked(row.values, row.origin, prompt, converted)
+        return EvaluationRow(row.values, row.origin, prompt, converted)
     prompt = _prompt_of_row(row, rules)
     if isinstance(prompt, str):
         raise RowError("no user turn, so nothing to answer")
     if system_prompt is not None and prompt[0].role != "system":
         prompt = (Message("system", system_prompt), *prompt)
-    return Asked(row.values, row.origin, prompt, None)
+    return EvaluationRow(row.values, row.origin, prompt, None)
 
 
 _ANSWERS = {"messages": "messages", "sharegpt": "conversations", "instruction": "output", "completion": "completion"}

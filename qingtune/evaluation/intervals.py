@@ -24,7 +24,7 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ValueWithInterval:
     """A metric's value, with its interval where there can be one."""
 
     value: float
@@ -43,9 +43,9 @@ class Change:
     name: str
     digits: int
     rows: int
-    before: Estimate | None
-    after: Estimate
-    difference: Estimate | None
+    before: ValueWithInterval | None
+    after: ValueWithInterval
+    difference: ValueWithInterval | None
 
     @property
     def sure(self) -> bool | None:
@@ -74,13 +74,13 @@ def compare(before: Metric | None, after: Metric, resamples: int = RESAMPLES) ->
     difference = None
     if before is not None:
         apart = None if of_before is None or of_after is None else of_after - of_before
-        difference = Estimate(after.total - before.total, _interval(apart))
+        difference = ValueWithInterval(after.total - before.total, _interval(apart))
     return Change(
         name=after.name,
         digits=after.digits,
         rows=after.rows.shape[0],
-        before=None if before is None else Estimate(before.total, _interval(of_before)),
-        after=Estimate(after.total, _interval(of_after)),
+        before=None if before is None else ValueWithInterval(before.total, _interval(of_before)),
+        after=ValueWithInterval(after.total, _interval(of_after)),
         difference=difference,
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qingtune.evaluation.intervals import RESAMPLES, SHARE, Change, Estimate, compare
+from qingtune.evaluation.intervals import RESAMPLES, SHARE, Change, ValueWithInterval, compare
 from qingtune.evaluation.metrics import Metric, Outcome, metrics_of, signatures
 from qingtune.files.write import write_json, write_text
 from qingtune.output.console import show
@@ -117,7 +117,7 @@ def _change_as_json(change: Change) -> dict[str, Any]:
     }
 
 
-def _estimate_as_json(estimate: Estimate | None) -> dict[str, Any] | None:
+def _estimate_as_json(estimate: ValueWithInterval | None) -> dict[str, Any] | None:
     if estimate is None:
         return None
     value = estimate.value if math.isfinite(estimate.value) else None
@@ -215,14 +215,14 @@ def _number(value: float, digits: int, sign: str = "") -> str:
     return f"{value:{sign}.3g}" if abs(value) >= TOO_LARGE else f"{value:{sign}.{digits}f}"
 
 
-def _interval(estimate: Estimate, digits: int, sign: str = "") -> str:
+def _interval(estimate: ValueWithInterval, digits: int, sign: str = "") -> str:
     if estimate.interval is None:
         return "-"
     low, high = (_number(end, digits, sign) for end in estimate.interval)
     return f"[{low}, {high}]"
 
 
-def _with_interval(estimate: Estimate | None, digits: int, sign: str = "") -> str:
+def _with_interval(estimate: ValueWithInterval | None, digits: int, sign: str = "") -> str:
     if estimate is None or not math.isfinite(estimate.value):
         return "-"
     interval = "" if estimate.interval is None else f" {_interval(estimate, digits, sign)}"

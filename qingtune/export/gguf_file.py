@@ -17,7 +17,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGML_QUANT_VERSION
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
 from qingtune.errors import UserError
-from qingtune.export.gguf_layout import Layout, PlacedTensor, Value
+from qingtune.export.gguf_layout import GGUFLayout, PlacedTensor, Value
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,7 +44,7 @@ _AT_A_TIME = 1 << 22  # numbers converted together, so that no whole tensor is h
 
 
 @dataclass(frozen=True)
-class Plan:
+class GGUFPlan:
     """What a file is to hold.
 
     Attributes:
@@ -53,7 +53,7 @@ class Plan:
         quantize: a key of KINDS.
     """
 
-    layout: Layout
+    layout: GGUFLayout
     metadata: Mapping[str, Value]
     quantize: str
 
@@ -77,7 +77,7 @@ class Plan:
         return [tensor.name for tensor in self.layout.tensors if self.kind(tensor) not in wanted]
 
 
-def write_gguf(path: Path, plan: Plan, read: Read) -> None:
+def write_gguf(path: Path, plan: GGUFPlan, read: Read) -> None:
     """Write a file, holding one tensor at a time.
 
     Args:
@@ -166,7 +166,7 @@ class _Stored(NamedTuple):
         return np.fromfile(path, np.uint8, self.bytes, offset=self.offset).reshape(math.prod(self.shape[:-1]), -1)
 
 
-def check_gguf(path: Path, plan: Plan, read: Read) -> dict[str, tuple[float, str]]:
+def check_gguf(path: Path, plan: GGUFPlan, read: Read) -> dict[str, tuple[float, str]]:
     """Read a file back and compare everything in it with what it was made of.
 
     Returns:
@@ -193,7 +193,7 @@ def check_gguf(path: Path, plan: Plan, read: Read) -> dict[str, tuple[float, str
     return worst
 
 
-def _check_header(path: Path, plan: Plan) -> dict[str, _Stored]:
+def _check_header(path: Path, plan: GGUFPlan) -> dict[str, _Stored]:
     """Compare a file's metadata, and its tensors' names, forms and shapes; returns where the tensors are.
 
     The reader, which takes hundreds of megabytes for a large vocabulary, is let go of.

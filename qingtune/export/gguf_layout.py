@@ -66,7 +66,7 @@ class PlacedTensor:
 
 
 @dataclass(frozen=True)
-class Layout:
+class GGUFLayout:
     """A model in GGUF, without its tokenizer.
 
     Attributes:
@@ -84,7 +84,7 @@ class Layout:
     constants: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
-def layout_of(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, untie: bool = False) -> Layout:
+def layout_of(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, untie: bool = False) -> GGUFLayout:
     """How a model lies in GGUF.
 
     Args:
@@ -123,7 +123,7 @@ def layout_of(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, untie: boo
     config.tie_word_embeddings = config.tie_word_embeddings and not untie
     tensors = _place(config, kind, folder, shapes)
     embeddings = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
-    return Layout(kind, metadata, tensors, embeddings, constants)
+    return GGUFLayout(kind, metadata, tensors, embeddings, constants)
 
 
 def _head_dim(config: Any) -> int:

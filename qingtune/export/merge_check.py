@@ -31,7 +31,7 @@ MOST_MERGING_DIFFERENCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LogitDifference:
     """How far two models' logits are apart on the same tokens.
 
     Attributes:
@@ -63,8 +63,8 @@ class Lost:
         losses: per token of these answers on average, of base and adapter and of the written model; None without any.
     """
 
-    merging: Comparison
-    result: Comparison
+    merging: LogitDifference
+    result: LogitDifference
     samples: int = 0
     losses: tuple[float, float] | None = None
 
@@ -150,7 +150,7 @@ def check_same(name: str, found: torch.Tensor, wanted: torch.Tensor, folder: Pat
         raise UserError(f"{name} is not what was merged; nothing was written", where=str(folder))
 
 
-def judge_merging(merging: Comparison) -> str:
+def judge_merging(merging: LogitDifference) -> str:
     """How far merging alone, in fp32, is from base and adapter, for the user.
 
     Raises:
@@ -236,7 +236,7 @@ class _States:
         return float(torch.cat(losses).mean())
 
 
-def _compare(before: _States, after: _States, prompts: Sequence[Sequence[int]]) -> Comparison:
+def _compare(before: _States, after: _States, prompts: Sequence[Sequence[int]]) -> LogitDifference:
     """Compare all sequences; the first ones are prompts with answers."""
     totals = _Totals()
     same = 0
@@ -312,10 +312,10 @@ class _Totals:
             self.apart += float(difference.sum(dtype=torch.float64))
         return agreeing
 
-    def comparison(self, answers: int, same_answers: int) -> Comparison:
+    def comparison(self, answers: int, same_answers: int) -> LogitDifference:
         """What came of it."""
         mean = self.sum / self.numbers
-        return Comparison(
+        return LogitDifference(
             places=self.places,
             largest=self.largest,
             mean=self.apart / self.numbers,

@@ -51,7 +51,7 @@ def why_not(model: Any) -> str | None:
     return None
 
 
-class Decoder:
+class TrainingDecoder:
     """A model's summed loss and its gradient, a micro-batch at a time.
 
     Args:

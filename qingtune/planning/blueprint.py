@@ -19,7 +19,7 @@ from qingtune.adapters.of_settings import add_adapters, weights_dtype
 from qingtune.config.training import TrainConfig
 from qingtune.errors import UserError
 from qingtune.kernels.attention import why_one_by_one
-from qingtune.kernels.decoder import Decoder
+from qingtune.kernels.decoder import TrainingDecoder
 from qingtune.kernels.footprint import Arithmetic, LayerSizes, Ranks
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.machine.resources import Machine
@@ -153,7 +153,7 @@ class Blueprint:
         sizes, arithmetic = self._general_sizes(), None
         if why_general(model, machine.kind) is None:
             dropout = 0.0 if full else config.lora_dropout
-            decoder = Decoder(model, dtype, member, dropout=dropout, int8_units=machine.int8_units)
+            decoder = TrainingDecoder(model, dtype, member, dropout=dropout, int8_units=machine.int8_units)
             sizes, arithmetic = decoder.sizes, replace(decoder.arithmetic, on_cpu=machine.kind == "cpu")
         return Built(
             weights=_bytes(trained if full else frozen),

@@ -13,7 +13,7 @@ from qingtune.config.training import TrainConfig
 from qingtune.data.batch import Batch
 from qingtune.errors import UserError
 from qingtune.kernels.attention import use_end_to_end
-from qingtune.kernels.decoder import Decoder
+from qingtune.kernels.decoder import TrainingDecoder
 from qingtune.kernels.device import Hardware, free_bytes, has_int8_units
 from qingtune.kernels.footprint import (
     BUFFERS_OF_FREE,
@@ -93,7 +93,7 @@ def make_engine(
     if reason := why_general(model, hardware.device.type):
         say(f"General kernels, slower and with more memory: {reason}.")
         return _general_engine(config, model, hardware, most_tokens)
-    decoder = Decoder(
+    decoder = TrainingDecoder(
         model,
         hardware.dtype,
         member,
@@ -120,7 +120,9 @@ def make_engine(
     return Engine(decoder.loss, decoder.add_gradients, most_tokens, release, recompute_all)
 
 
-def _tokens_that_fit(config: TrainConfig, model: PreTrainedModel, decoder: Decoder, longest: int, tokens: int) -> int:
+def _tokens_that_fit(
+    config: TrainConfig, model: PreTrainedModel, decoder: TrainingDecoder, longest: int, tokens: int
+) -> int:
     """Tokens of a pass for which there is memory on a CPU, where asking too late means to be killed.
 
     Raises:
@@ -155,7 +157,7 @@ def _training_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
 def _layers_to_recompute(
     config: TrainConfig,
     model: PreTrainedModel,
-    decoder: Decoder,
+    decoder: TrainingDecoder,
     most: tuple[int, int],
     device: torch.device,
     *,

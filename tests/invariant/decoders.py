@@ -17,7 +17,7 @@ from qingtune.adapters.variants import Variant
 from qingtune.data.batch import Batch, collate
 from qingtune.data.tokenize import Sample
 from qingtune.kernels.blocks import AttentionBlock, MLPBlock
-from qingtune.kernels.decoder import Decoder, why_not
+from qingtune.kernels.decoder import TrainingDecoder, why_not
 from qingtune.kernels.loss import summed_loss
 from qingtune.models.quantize import quantize_model
 
@@ -107,10 +107,12 @@ def trained_gradients(model: Any) -> Gradients:
     return found
 
 
-def decoded(model: Any, batch: Batch, scale: float = 1.0, decoder: Decoder | None = None) -> tuple[float, Gradients]:
+def decoded(
+    model: Any, batch: Batch, scale: float = 1.0, decoder: TrainingDecoder | None = None
+) -> tuple[float, Gradients]:
     """Loss and gradients of a decoder; a new one unless given."""
     dtype = next(model.parameters()).dtype
-    decoder = decoder or Decoder(model, dtype, member)
+    decoder = decoder or TrainingDecoder(model, dtype, member)
     loss = decoder.add_gradients(batch, torch.tensor(scale, dtype=dtype))
     return float(loss), trained_gradients(model)
 

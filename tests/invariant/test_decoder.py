@@ -28,7 +28,7 @@ from tiny_runs import make_samples
 from qingtune.adapters.lora import member
 from qingtune.data.batch import Batch, collate
 from qingtune.kernels.blocks import AttentionBlock, MLPBlock
-from qingtune.kernels.decoder import Decoder
+from qingtune.kernels.decoder import TrainingDecoder
 from qingtune.machine.resources import cpu_has_int8_units
 
 # Relative, on loss and gradients. Transformers takes norms and rotary tables in fp32 even in an fp64 model.
@@ -52,7 +52,7 @@ SHARING = {
 def assert_same(model: Any, batch: Batch, name: str, recompute: int = 0, **choices: Any) -> None:
     """Loss and gradients are the reference's; gradients are added, and scaled."""
     dtype = next(model.parameters()).dtype
-    decoder = Decoder(model, dtype, member, recompute=recompute, **choices)
+    decoder = TrainingDecoder(model, dtype, member, recompute=recompute, **choices)
     decoder.add_gradients(batch, torch.tensor(0.25, dtype=dtype))
     loss, gradients = decoded(model, batch, 0.5, decoder)
     wanted_loss, wanted = reference(model, batch, 0.75)
@@ -77,7 +77,7 @@ def test_same_as_transformers_with_flash_attention(kind: str, trained: str) -> N
     with flash_kernels_of_plain_pytorch():
         for number, (name, batch) in enumerate(batches().items()):
             assert_same(model, batch, name, recompute=number % 3)
-            assert Decoder(model, torch.float32, member).attention[0].flash
+            assert TrainingDecoder(model, torch.float32, member).attention[0].flash
 
 
 @pytest.mark.parametrize("trained", TRAINED)
@@ -101,7 +101,7 @@ def test_quantised_bases_are_their_dequantised_weights(bits: int, kind: str) -> 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama biases linear"])
 def test_int8_units_are_near_the_dequantised_weights(kind: str) -> None:
     model = make_decodable(kind, bits=8)
-    units = Decoder(model, torch.float32, member, int8_units=True, recompute=1)
+    units = TrainingDecoder(model, torch.float32, member, int8_units=True, recompute=1)
     for name, batch in batches().items():
         loss, gradients = decoded(model, batch, decoder=units)
         wanted_loss, wanted = decoded(model, batch)
@@ -112,7 +112,7 @@ def test_int8_units_are_near_the_dequantised_weights(kind: str) -> None:
 @pytest.mark.parametrize("trained", ["full", "lora", "dora"])
 def test_bf16_is_near_fp32(trained: str) -> None:
     model = make_decodable("qwen2", trained)
-    half = Decoder(model, torch.bfloat16, member)
+    half = TrainingDecoder(model, torch.bfloat16, member)
     for name, batch in batches().items():
         loss, gradients = decoded(model, batch, decoder=half)
         wanted_loss, wanted = decoded(model, batch)
@@ -124,7 +124,7 @@ def test_bf16_is_near_fp32(trained: str) -> None:
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_fp64_gradients_are_those_of_differences(kind: str) -> None:
     model = make_decodable(kind, "full", torch.float64)
-    decoder = Decoder(model, torch.float64, member, recompute=1)
+    decoder = TrainingDecoder(model, torch.float64, member, recompute=1)
     batch = batches()["common beginning"]
     _, gradients = decoded(model, batch, decoder=decoder)
     parameters = dict(model.named_parameters())
@@ -144,7 +144,7 @@ def test_fp64_gradients_are_those_of_differences(kind: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_a_common_beginning_is_computed_once(name: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_computed(monkeypatch, AttentionBlock)
-    decoder, batch = Decoder(make_decodable("qwen2"), torch.float32, member), batches()[name]
+    decoder, batch = TrainingDecoder(make_decodable("qwen2"), torch.float32, member), batches()[name]
     decoder.add_gradients(batch, torch.tensor(1.0)) if training else decoder.loss(batch)
     assert rows == [filled(len(batch.token_ids) - SHARING[name])] * 2
 
@@ -183,7 +183,7 @@ def test_any_shape(
 @pytest.mark.parametrize("int8_units", [False, True])
 def test_a_batch_that_trains_nothing_gives_nothing(int8_units: bool) -> None:
     model = make_decodable("qwen2", bits=8)
-    decoder = Decoder(model, torch.float32, member, int8_units=int8_units)
+    decoder = TrainingDecoder(model, torch.float32, member, int8_units=int8_units)
     batch = collate([sample for sample in make_samples() if not sample.trained_tokens])
     assert decoded(model, batch, decoder=decoder) == (0.0, {})
     assert float(decoder.loss(batch)) == 0.0

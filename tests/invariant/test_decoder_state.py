@@ -12,7 +12,7 @@ from tiny_runs import assert_equal
 from qingtune.adapters.lora import member
 from qingtune.data.batch import Batch, collate
 from qingtune.kernels.blocks import AttentionBlock
-from qingtune.kernels.decoder import Decoder
+from qingtune.kernels.decoder import TrainingDecoder
 
 Choices = dict[str, Any]
 CHOICES: dict[str, tuple[str, str, int | None, Choices]] = {
@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, str, int | None, Choices]] = {
 }
 
 
-def seeded(model: Any, batch: Batch, decoder: Decoder, seed: int = 1) -> tuple[float, Gradients]:
+def seeded(model: Any, batch: Batch, decoder: TrainingDecoder, seed: int = 1) -> tuple[float, Gradients]:
     torch.manual_seed(seed)
     return decoded(model, batch, decoder=decoder)
 
@@ -34,9 +34,9 @@ def seeded(model: Any, batch: Batch, decoder: Decoder, seed: int = 1) -> tuple[f
 def test_buffers_that_grow_and_shrink_change_nothing(name: str) -> None:
     kind, trained, bits, choices = CHOICES[name]
     model = make_decodable(kind, trained, bits=bits)
-    used = Decoder(model, torch.float32, member, **choices)
+    used = TrainingDecoder(model, torch.float32, member, **choices)
     for batch in [*batches().values(), *reversed(batches().values())]:
-        fresh = Decoder(model, torch.float32, member, **choices)
+        fresh = TrainingDecoder(model, torch.float32, member, **choices)
         loss, gradients = seeded(model, batch, used)
         wanted_loss, wanted = seeded(model, batch, fresh)
         assert loss == wanted_loss
@@ -47,9 +47,9 @@ def test_buffers_that_grow_and_shrink_change_nothing(name: str) -> None:
 def test_evaluation_between_steps_changes_nothing(name: str) -> None:
     kind, trained, bits, choices = CHOICES[name]
     model = make_decodable(kind, trained, bits=bits)
-    decoder = Decoder(model, torch.float32, member, **choices)
+    decoder = TrainingDecoder(model, torch.float32, member, **choices)
     batch, *others = batches().values()
-    plain = Decoder(model, torch.float32, member, **{**choices, "dropout": 0.0})
+    plain = TrainingDecoder(model, torch.float32, member, **{**choices, "dropout": 0.0})
     wanted = seeded(model, batch, decoder)
     for other in [*others, batch]:
         state = torch.get_rng_state()
@@ -67,7 +67,7 @@ def test_evaluation_between_steps_changes_nothing(name: str) -> None:
 def test_a_pass_that_was_not_finite_is_forgotten(name: str) -> None:
     kind, trained, bits, choices = CHOICES[name]
     model = make_decodable(kind, trained, bits=bits)
-    decoder = Decoder(model, torch.float32, member, **choices)
+    decoder = TrainingDecoder(model, torch.float32, member, **choices)
     batch = batches()["several blocks"]
     wanted = seeded(model, batch, decoder)
     _, spoiled = decoded(model, batch, float("nan"), decoder)
@@ -86,7 +86,7 @@ def test_a_pass_that_was_not_finite_is_forgotten(name: str) -> None:
 def test_recomputing_changes_nothing_bit_for_bit(kind: str, recompute: int) -> None:
     model = make_decodable(kind)
     for batch in batches().values():
-        decoders = [Decoder(model, torch.float32, member, dropout=0.3, recompute=n) for n in (0, recompute)]
+        decoders = [TrainingDecoder(model, torch.float32, member, dropout=0.3, recompute=n) for n in (0, recompute)]
         (loss, wanted), (found_loss, found) = (seeded(model, batch, decoder) for decoder in decoders)
         assert found_loss == loss
         assert_equal(found, wanted)
@@ -95,7 +95,7 @@ def test_recomputing_changes_nothing_bit_for_bit(kind: str, recompute: int) -> N
 @pytest.mark.parametrize(("kind", "recompute"), [("qwen2", 0), ("qwen3", 1), ("llama biases yarn", 2)])
 def test_gradients_under_dropout_are_those_of_differences_at_the_same_seed(kind: str, recompute: int) -> None:
     model = make_decodable(kind, dtype=torch.float64)
-    decoder = Decoder(model, torch.float64, member, dropout=0.3, recompute=recompute)
+    decoder = TrainingDecoder(model, torch.float64, member, dropout=0.3, recompute=recompute)
     batch = batches()["common beginning"]
     _, gradients = seeded(model, batch, decoder)
     generator = torch.Generator().manual_seed(0)
@@ -120,7 +120,7 @@ def test_dropout_keeps_the_expectation() -> None:
         if "lora_B" in name:
             parameter.data.zero_()
     loss, plain = decoded(model, batch)
-    decoder = Decoder(model, torch.float64, member, dropout=0.4)
+    decoder = TrainingDecoder(model, torch.float64, member, dropout=0.4)
     drawn = [seeded(model, batch, decoder, seed) for seed in range(count)]
     assert [one for one, _ in drawn] == pytest.approx([loss] * count)
     for name in (name for name in plain if "lora_B" in name):
@@ -133,7 +133,7 @@ def test_dropout_keeps_the_expectation() -> None:
 def test_under_dropout_samples_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_computed(monkeypatch, AttentionBlock)
     batch = batches()["common beginning"]
-    decoder = Decoder(make_decodable("qwen2"), torch.float32, member, dropout=0.1)
+    decoder = TrainingDecoder(make_decodable("qwen2"), torch.float32, member, dropout=0.1)
     decoder.add_gradients(batch, torch.tensor(1.0))
     assert rows == [filled(len(batch.token_ids))] * 2
     decoder.loss(batch)
@@ -142,7 +142,7 @@ def test_under_dropout_samples_share_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_dropout_differs_from_seed_to_seed() -> None:
     model, batch = make_decodable("qwen2"), batches()["one sample"]
-    decoder = Decoder(model, torch.float32, member, dropout=0.3)
+    decoder = TrainingDecoder(model, torch.float32, member, dropout=0.3)
     one, other = (seeded(model, batch, decoder, seed) for seed in (1, 2))
     assert one[0] != other[0]
     assert apart(one[1], other[1]) > 1e-2

@@ -12,7 +12,7 @@ from decoders import make_decodable, random_sample
 
 from qingtune.adapters.lora import member
 from qingtune.data.batch import collate
-from qingtune.kernels.decoder import Decoder
+from qingtune.kernels.decoder import TrainingDecoder
 from qingtune.kernels.footprint import Arithmetic, Buffers, PassTokens, buffers
 
 LENGTH, SAMPLES = 40, 2
@@ -35,7 +35,7 @@ _NAMES = [
 ]
 
 
-def held(decoder: Decoder) -> Buffers:
+def held(decoder: TrainingDecoder) -> Buffers:
     """What the workspace holds, layers taken together as the plan takes them."""
     found: Buffers = {}
     for (name, dtype), buffer in decoder.workspace._held.items():
@@ -54,7 +54,7 @@ def test_every_buffer_has_its_planned_size(kind: str, method: str) -> None:
         if trained != "full":
             for parameter in model.parameters():
                 parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(dtype)
-        decoder = Decoder(model, dtype, member, recompute=recompute, dropout=dropout, int8_units=bits == 8)
+        decoder = TrainingDecoder(model, dtype, member, recompute=recompute, dropout=dropout, int8_units=bits == 8)
         batch = collate([random_sample(LENGTH, seed) for seed in range(SAMPLES)])
         longer = collate([random_sample(LONGER, 9)])
         if evaluates:

@@ -22,7 +22,7 @@ from qingtune.commands import merge as recipe
 from qingtune.config.commands import MergeConfig
 from qingtune.errors import UserError
 from qingtune.export import merge_nf4
-from qingtune.export.merge_check import Comparison, Lost
+from qingtune.export.merge_check import LogitDifference, Lost
 from qingtune.kernels.device import Hardware
 from qingtune.kernels.linear import NF4Linear
 from qingtune.models import shards
@@ -187,7 +187,9 @@ def test_values_that_are_no_numbers_are_refused(trained: Trained, monkeypatch: p
 
 @pytest.mark.parametrize(("merging", "result", "passes"), [(9e-4, 0.4, True), (2e-3, 0.4, False), (9e-4, 0.6, False)])
 def test_bounds_are_those_that_are_stated(merging: float, result: float, passes: bool) -> None:
-    lost = Lost(*(Comparison(10, share * 4, share * 4, 4.0, 0.5, 6, 3) for share in (merging, result)), 6, (2.0, 2.1))
+    lost = Lost(
+        *(LogitDifference(10, share * 4, share * 4, 4.0, 0.5, 6, 3) for share in (merging, result)), 6, (2.0, 2.1)
+    )
     if passes:
         assert "2.0000 -> 2.1000" in merge_nf4.judge(lost)
     else:

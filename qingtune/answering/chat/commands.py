@@ -44,7 +44,7 @@ class ChatState:
 
 
 @dataclass(frozen=True)
-class Command:
+class ChatCommand:
     """A command: its name, what follows it, and a function of the state and that text which gives the note to show.
 
     The loop itself obeys commands without a function.
@@ -56,7 +56,7 @@ class Command:
     obey: Callable[[ChatState, str], str] | None
 
 
-def find_command(line: str) -> tuple[Command, str]:
+def find_command(line: str) -> tuple[ChatCommand, str]:
     """The command of a line that begins with a slash, and the text after it.
 
     Raises:
@@ -197,16 +197,16 @@ def _meaning(name: str) -> str:
 
 
 COMMANDS = (
-    Command("/help", "", "this list", _help),
-    Command("/system", "[TEXT]", "show or set the system message; TEXT default: the first one", _system),
-    Command("/retry", "", "answer the last question again, drawn otherwise", None),
-    Command("/undo", "", "take back the last question and answer", _undo),
-    Command("/clear", "", "forget all turns; the system message stays", _clear),
-    Command("/show", "", "list the turns", _show),
-    Command("/save", "FILE", "add the chat to FILE, a JSON line that can be trained on", _save),
-    Command("/load", "FILE [LINE]", "go on with FILE's last conversation, or the one on LINE", _load),
-    Command("/set", "[NAME VALUE]", "list or change settings: temperature, stats, thinking, ...", _set),
-    Command("/exit", "", "leave", None),
+    ChatCommand("/help", "", "this list", _help),
+    ChatCommand("/system", "[TEXT]", "show or set the system message; TEXT default: the first one", _system),
+    ChatCommand("/retry", "", "answer the last question again, drawn otherwise", None),
+    ChatCommand("/undo", "", "take back the last question and answer", _undo),
+    ChatCommand("/clear", "", "forget all turns; the system message stays", _clear),
+    ChatCommand("/show", "", "list the turns", _show),
+    ChatCommand("/save", "FILE", "add the chat to FILE, a JSON line that can be trained on", _save),
+    ChatCommand("/load", "FILE [LINE]", "go on with FILE's last conversation, or the one on LINE", _load),
+    ChatCommand("/set", "[NAME VALUE]", "list or change settings: temperature, stats, thinking, ...", _set),
+    ChatCommand("/exit", "", "leave", None),
 )
 KEYS = (
     "",

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from qingtune.answering.decoder.cache import AnswerCache, AnswerShape, Chunk, Joining, OneToken, TokenEach
-from qingtune.answering.decoder.layer import AnswerLayer, Norm
+from qingtune.answering.decoder.layer import AnswerLayer, AnswerNorm
 from qingtune.answering.decoder.native.answer_step import AnswerStep
 from qingtune.answering.decoder.native.matrices import NativeMatrix
 from qingtune.answering.decoder.packed import Matrix
@@ -45,7 +45,7 @@ class CachedDecoder:
         shape: AnswerShape,
         embedding: torch.Tensor,
         layers: Sequence[AnswerLayer],
-        norm: Norm,
+        norm: AnswerNorm,
         head: Matrix,
         rotary: tuple[torch.Tensor, torch.Tensor],
         slots: int = 1,

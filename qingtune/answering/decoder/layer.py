@@ -10,7 +10,7 @@ from qingtune.answering.decoder.packed import Matrix
 
 
 @dataclass(frozen=True)
-class Norm:
+class AnswerNorm:
     """RMSNorm (Zhang & Sennrich 2019): weight and epsilon."""
 
     weight: torch.Tensor
@@ -27,11 +27,11 @@ class Norm:
 class AnswerLayer:
     """One layer's weights: `qkv` gives queries, keys and values in this order, `gate_up` gate and up."""
 
-    input_norm: Norm
+    input_norm: AnswerNorm
     qkv: Matrix
-    q_norm: Norm | None
-    k_norm: Norm | None
+    q_norm: AnswerNorm | None
+    k_norm: AnswerNorm | None
     o: Matrix
-    mlp_norm: Norm
+    mlp_norm: AnswerNorm
     gate_up: Matrix
     down: Matrix

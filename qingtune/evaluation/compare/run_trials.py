@@ -11,13 +11,13 @@ from typing import Any
 
 from qingtune.config.commands import CompareConfig
 from qingtune.config.load import Loaded
-from qingtune.evaluation.compare.search import Asked, Search
+from qingtune.evaluation.compare.search import AskedPoint, Search
 from qingtune.evaluation.compare.setups import Setup, make_setup
 from qingtune.evaluation.compare.trial import (
     Interruption,
-    Outcome,
     State,
     Trial,
+    TrialOutcome,
     check_same_settings,
     check_same_work,
     evaluations,
@@ -49,14 +49,14 @@ class Bench:
         self.output_dir = Path(self.loaded.config.output_dir)
         first = self.loaded.config.seed
         self.seeds = range(first, first + self.loaded.config.seeds)
-        self.outcomes: dict[str, tuple[Setup, dict[int, Outcome]]] = {}
+        self.outcomes: dict[str, tuple[Setup, dict[int, TrialOutcome]]] = {}
         self.console = console()
 
     def trial(self, setup: Setup, seed: int) -> Trial:
         """The trial in its place."""
         return Trial(setup, seed, self.output_dir / TRIALS / f"{setup.slug}-seed{seed}")
 
-    def run(self, trial: Trial, of_all: str, watch: Watch) -> Outcome:
+    def run(self, trial: Trial, of_all: str, watch: Watch) -> TrialOutcome:
         """Run a trial unless it is finished, and tell how it goes."""
         name = f"{of_all} {trial.setup.name}, seed {trial.seed}"
         outcome = finished_outcome(trial)
@@ -64,7 +64,7 @@ class Bench:
             remove_checkpoints(trial.folder)  # it may have ended without us
             self.console.print(safe(f"{name}: finished already"), markup=False)
         elif self.stopping.asked:
-            outcome = Outcome("not run")
+            outcome = TrialOutcome("not run")
         else:
             self.console.print(safe(f"{name} ..."), markup=False)
             with self.console.status("") as status:
@@ -92,14 +92,14 @@ class Bench:
         for _, _, trial in sorted(finished, key=itemgetter(0, 1))[1:]:
             remove_model(trial)
 
-    def keep(self, trial: Trial, outcome: Outcome) -> None:
+    def keep(self, trial: Trial, outcome: TrialOutcome) -> None:
         """Collect how a trial ended."""
         self.outcomes.setdefault(trial.setup.name, (trial.setup, {}))[1][trial.seed] = outcome
 
     def keep_pruned(self, setup: Setup) -> None:
         """Keep that a setup's first trial was stopped in an earlier start."""
         trial = self.trial(setup, self.seeds[0])
-        self.keep(trial, Outcome("pruned", last_evaluation(trial)))
+        self.keep(trial, TrialOutcome("pruned", last_evaluation(trial)))
 
     def losses_of(self, setup: Setup) -> list[float]:
         """Of its finished trials."""
@@ -162,7 +162,7 @@ class _Watch:
     """Reports a trial's evaluations to the search, and says whether it falls behind; never at its last step."""
 
     search: Search
-    asked: Asked
+    asked: AskedPoint
     setup: Setup
     heard: int = 0
 
@@ -187,7 +187,7 @@ def _progress(lines: Sequence[dict[str, Any]]) -> str:
     return told + (f", eval_loss {found[-1][1]:.4f}" if found else "")
 
 
-def _told(outcome: Outcome) -> str:
+def _told(outcome: TrialOutcome) -> str:
     """How a trial ended, as a line."""
     if outcome.numbers is None:
         return f"{outcome.state}. {outcome.message}"

@@ -33,7 +33,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedPoint:
     """A point to try, the `number`th; `handle` is Optuna's."""
 
     number: int
@@ -91,7 +91,7 @@ class Search:
         ]  # fmt: skip
         return [Point(*self._values(trial.params), state=trial.user_attrs[_TOLD]) for trial in trials]
 
-    def ask(self) -> Asked | None:
+    def ask(self) -> AskedPoint | None:
         """The next point; None where all are told."""
         optuna = require_optuna()
         count = len(self.told())
@@ -104,9 +104,9 @@ class Search:
             else optuna.samplers.TPESampler(seed=seed)
         )
         trial = self.study.ask(self.distributions)
-        return Asked(count + 1, *self._values(trial.params), handle=trial)
+        return AskedPoint(count + 1, *self._values(trial.params), handle=trial)
 
-    def falls_behind(self, asked: Asked, losses: Sequence[float], heard: int) -> bool:
+    def falls_behind(self, asked: AskedPoint, losses: Sequence[float], heard: int) -> bool:
         """Report evaluations, the first `heard` of which are known, and ask whether the trial should end."""
         for number, loss in enumerate(losses[heard:], heard + 1):
             asked.handle.report(loss, number)
@@ -114,7 +114,7 @@ class Search:
                 return True
         return False
 
-    def tell(self, asked: Asked, state: str, losses: Sequence[float]) -> None:
+    def tell(self, asked: AskedPoint, state: str, losses: Sequence[float]) -> None:
         """Say how a point ended: finished with losses, of which the median counts, pruned, or failed."""
         from optuna.trial import TrialState
 

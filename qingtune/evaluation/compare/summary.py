@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qingtune.evaluation.compare.setups import Setup
-from qingtune.evaluation.compare.trial import Numbers, Outcome
+from qingtune.evaluation.compare.trial import Numbers, TrialOutcome
 from qingtune.runs.losses import perplexity
 
 # In nats: a quality is a share of what the reference learnt, and 16-bit losses of the same weights differ by 0.002.
@@ -29,7 +29,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Row:
+class SetupRow:
     """A setup's trials together; measurements are None where no trial is finished.
 
     Attributes:
@@ -44,7 +44,7 @@ class Row:
     """
 
     setup: Setup
-    outcomes: Mapping[int, Outcome]
+    outcomes: Mapping[int, TrialOutcome]
     peak_bytes: Spread | None = None
     trained_share: Spread | None = None
     tokens_per_second: Spread | None = None
@@ -72,13 +72,13 @@ class Comparison:
         alike_best: finished rows whose eval_loss differs from the best's by no more than the larger of their ranges.
     """
 
-    rows: list[Row]
-    reference: Row | None
-    best: Row | None
-    alike_best: list[Row]
+    rows: list[SetupRow]
+    reference: SetupRow | None
+    best: SetupRow | None
+    alike_best: list[SetupRow]
 
 
-def compare_outcomes(outcomes: Sequence[tuple[Setup, Mapping[int, Outcome]]]) -> Comparison:
+def compare_outcomes(outcomes: Sequence[tuple[Setup, Mapping[int, TrialOutcome]]]) -> Comparison:
     """Put measurements together; the order of the setups is kept."""
     rows = [_measured(setup, of_seeds) for setup, of_seeds in outcomes]
     finished = [row for row in rows if row.eval_loss]
@@ -93,7 +93,7 @@ def compare_outcomes(outcomes: Sequence[tuple[Setup, Mapping[int, Outcome]]]) ->
     return Comparison(related, here[reference.setup.name], here[best.setup.name], alike)
 
 
-def within_spread(one: Row, two: Row) -> bool | None:
+def within_spread(one: SetupRow, two: SetupRow) -> bool | None:
     """Whether medians of eval_loss differ by no more than the larger range over seeds; None where none is known."""
     assert one.eval_loss is not None
     assert two.eval_loss is not None
@@ -102,7 +102,7 @@ def within_spread(one: Row, two: Row) -> bool | None:
     return abs(one.eval_loss.median - two.eval_loss.median) <= max(one.eval_loss.range, two.eval_loss.range)
 
 
-def _median_loss(row: Row) -> float:
+def _median_loss(row: SetupRow) -> float:
     assert row.eval_loss is not None
     return row.eval_loss.median
 
@@ -111,8 +111,8 @@ def _spread(values: Sequence[float]) -> Spread | None:
     return Spread(statistics.median(values), min(values), max(values)) if values else None
 
 
-def _measured(setup: Setup, outcomes: Mapping[int, Outcome]) -> Row:
-    row = Row(setup, outcomes)
+def _measured(setup: Setup, outcomes: Mapping[int, TrialOutcome]) -> SetupRow:
+    row = SetupRow(setup, outcomes)
 
     def over_seeds(measure: Callable[[Numbers], float]) -> Spread | None:
         return _spread([measure(numbers) for numbers in row.numbers.values()])
@@ -130,7 +130,7 @@ def _measured(setup: Setup, outcomes: Mapping[int, Outcome]) -> Row:
     )
 
 
-def _relative(row: Row, reference: Row) -> Row:
+def _relative(row: SetupRow, reference: SetupRow) -> SetupRow:
     """The row with what rests on the reference, from the seeds that both have finished."""
     pairs = [(numbers, reference.numbers[s]) for s, numbers in row.numbers.items() if s in reference.numbers]
     gains = [(other.eval_loss_before - own.eval_loss, other.eval_loss_before - other.eval_loss) for own, other in pairs]

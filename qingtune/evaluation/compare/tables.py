@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from qingtune.evaluation.compare.summary import Comparison, Row, Spread
+from qingtune.evaluation.compare.summary import Comparison, SetupRow, Spread
 from qingtune.evaluation.compare.trial import State
 from qingtune.output.units import duration
 
@@ -28,7 +28,7 @@ def as_markdown(comparison: Comparison, about: Sequence[str]) -> str:
         about: lines on model, data and settings, that come first.
     """
     several = _several_seeds(comparison)
-    columns: list[tuple[str, Callable[[Row], Spread | None], Callable[[float], str]]] = [
+    columns: list[tuple[str, Callable[[SetupRow], Spread | None], Callable[[float], str]]] = [
         ("peak memory", lambda row: row.peak_bytes, gigabytes),
         ("trainable", lambda row: row.trained_share, share),
         ("tokens/s", lambda row: row.tokens_per_second, whole),
@@ -136,7 +136,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _json_of_row(row: Row) -> dict[str, Any]:
+def _json_of_row(row: SetupRow) -> dict[str, Any]:
     measured = {name: value for name, value in vars(row).items() if isinstance(value, Spread)}
     return {
         "name": row.setup.name,
@@ -225,7 +225,7 @@ def _about_best(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _bytes(row: Row) -> float:
+def _bytes(row: SetupRow) -> float:
     assert row.peak_bytes is not None
     return row.peak_bytes.median
 

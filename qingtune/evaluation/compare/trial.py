@@ -86,7 +86,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """How a trial ended; `message` says why it failed, or where it was stopped."""
 
     state: State
@@ -139,7 +139,7 @@ def interruption() -> Generator[Interruption]:
         yield noted
 
 
-def run_trial(trial: Trial, stopping: Interruption, watch: Callable[[Sequence[dict[str, Any]]], bool]) -> Outcome:
+def run_trial(trial: Trial, stopping: Interruption, watch: Callable[[Sequence[dict[str, Any]]], bool]) -> TrialOutcome:
     """Train in a fresh process, or go on where that was interrupted; checkpoints of a finished trial are removed.
 
     Args:
@@ -153,10 +153,10 @@ def run_trial(trial: Trial, stopping: Interruption, watch: Callable[[Sequence[di
         return finished_outcome(trial)
     if pruned and not stopping.asked:
         remove_checkpoints(trial.folder)
-        return Outcome("pruned", last_evaluation(trial))
+        return TrialOutcome("pruned", last_evaluation(trial))
     if stopping.asked:
-        return Outcome("stopped", last_evaluation(trial))
-    return Outcome("failed", _reason(code, trial.log_file))
+        return TrialOutcome("stopped", last_evaluation(trial))
+    return TrialOutcome("failed", _reason(code, trial.log_file))
 
 
 def is_trial_file(path: Path) -> bool:
@@ -269,18 +269,18 @@ def _reason(code: int, log: Path) -> str:
 # --- Finished trials -------------------------------------------------------------------------------------------------
 
 
-def finished_outcome(trial: Trial) -> Outcome:
+def finished_outcome(trial: Trial) -> TrialOutcome:
     """What a finished trial measured; `not run` if it is not finished, failed if it came to no number."""
     record = read_record(trial.folder)
     if record is None:
-        return Outcome("not run")
+        return TrialOutcome("not run")
     results, lines = record.results, read_metrics(trial.folder)
     curves = read_curves(trial.folder / METRICS)
     before = curves.eval_loss_before
     after = loss_of_result(results, best_kept=trial.config.load_best_model_at_end)
     if before is None or after is None or not math.isfinite(before + after):
-        return Outcome("failed", "eval_loss is not finite")
-    return Outcome(
+        return TrialOutcome("failed", "eval_loss is not finite")
+    return TrialOutcome(
         "finished",
         numbers=Numbers(
             peak_bytes=max(results["peak_bytes"], *(line.get("peak_bytes", 0) for line in lines)),

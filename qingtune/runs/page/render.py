@@ -49,7 +49,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Row:
+class MeasureRow:
     """A measure before and after; `sure`: its difference's interval leaves out zero."""
 
     label: Words
@@ -296,8 +296,8 @@ def _short(text: Any) -> Any:
     return f"{str(text)[:LONGEST_TEXT]} … (+{len(str(text)) - LONGEST_TEXT:,})"
 
 
-def _rows(source: Source) -> list[Row]:
-    rows: list[Row] = []
+def _rows(source: Source) -> list[MeasureRow]:
+    rows: list[MeasureRow] = []
     for metric in source.metrics:
         before, after = ("–" if value is None else significant(value) for value in (metric.before, metric.after))
         decimals = min(4, max(len(text.partition(".")[2]) for text in (before, after)))
@@ -305,7 +305,7 @@ def _rows(source: Source) -> list[Row]:
         if metric.interval and any(metric.interval):
             low, high = (_signed(end, decimals) for end in metric.interval)
             difference += f" [{low},\u00a0{high}]"
-        rows.append(Row(named(METRICS, metric.name), before, after, difference, metric.sure))
+        rows.append(MeasureRow(named(METRICS, metric.name), before, after, difference, metric.sure))
     return rows
 
 

@@ -74,7 +74,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Metric:
+class PageMetric:
     """A measure of answers.
 
     Attributes:
@@ -116,7 +116,7 @@ class Source:
     answers: list[Answers]
     steps_of_answers: tuple[int, int] | None
     more_answers: int
-    metrics: list[Metric]
+    metrics: list[PageMetric]
     evaluated: tuple[int, list[str]] | None
 
     @property
@@ -277,19 +277,19 @@ def _as_text(turns: Any) -> str | None:
     return None if turns is None else str(turns)
 
 
-def _metrics(path: Path) -> list[Metric]:
+def _metrics(path: Path) -> list[PageMetric]:
     try:
         return [_metric(name, about) for name, about in dict(_json(path).get("metrics", {})).items()]
     except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise UserError(f"this is not as `qingtune evaluate` writes it ({error})", where=str(path)) from None
 
 
-def _metric(name: str, about: dict[str, Any]) -> Metric:
+def _metric(name: str, about: dict[str, Any]) -> PageMetric:
     before, after, difference = (about[part] or {} for part in ("before", "after", "difference"))
     ends = difference.get("interval")
     interval = (float(ends[0]), float(ends[1])) if ends else None
     sure = about["difference_excludes_zero"] is True
-    return Metric(name, _value(before), _value(after), _value(difference), interval, sure)
+    return PageMetric(name, _value(before), _value(after), _value(difference), interval, sure)
 
 
 def _value(estimate: dict[str, Any]) -> float | None:

@@ -9,14 +9,14 @@ import pytest
 from conftest import write_jsonl
 
 from qingtune.data.format import FileFacts, Message, conversations_of
-from qingtune.data.prompts import Asked, asked_rows
+from qingtune.data.prompts import EvaluationRow, asked_rows
 from qingtune.data.read import Fault
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 ASKING = (Message("user", "q"),)
 
 
-def read(tmp_path: Path, row: dict[str, Any], system_prompt: str | None = None) -> Asked | Fault:
+def read(tmp_path: Path, row: dict[str, Any], system_prompt: str | None = None) -> EvaluationRow | Fault:
     (found,) = asked_rows(str(write_jsonl(tmp_path / "rows.jsonl", [row])), system_prompt)
     return found
 
@@ -42,7 +42,7 @@ def test_prompt_and_reference(
     tmp_path: Path, row: dict[str, Any], reference: str | None, system_prompt: str | None
 ) -> None:
     found = read(tmp_path, row, system_prompt)
-    assert isinstance(found, Asked)
+    assert isinstance(found, EvaluationRow)
     assert found.prompt == (*([Message("system", "s")] if system_prompt else []), *ASKING)
     assert found.reference == reference
     assert (found.conversation is None) == (reference is None)
@@ -51,7 +51,7 @@ def test_prompt_and_reference(
 
 def test_plain_text_asks_nothing(tmp_path: Path) -> None:
     found = read(tmp_path, {"text": "once upon a time"})
-    assert isinstance(found, Asked)
+    assert isinstance(found, EvaluationRow)
     assert (found.prompt, found.reference) == (None, None)
     assert found.conversation is not None
     assert found.conversation.text == "once upon a time"

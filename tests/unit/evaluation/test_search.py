@@ -12,7 +12,7 @@ import pytest
 from qingtune.config.commands import CompareConfig
 from qingtune.config.types import Interval
 from qingtune.errors import UserError
-from qingtune.evaluation.compare.search import Asked, Search, extremes
+from qingtune.evaluation.compare.search import AskedPoint, Search, extremes
 
 SPACE = {"learning_rate": "1e-5..1e-3:log", "lora_r": [8, 16, 64], "seq": "1..9"}
 
@@ -21,7 +21,7 @@ def search(journal: Path, **settings: Any) -> Search:
     return Search(CompareConfig.model_validate({"use_lora": True, "space": SPACE, "trials": 4, **settings}), journal)
 
 
-def asked(found: Search) -> Asked:
+def asked(found: Search) -> AskedPoint:
     point = found.ask()
     assert point is not None
     return point
@@ -81,7 +81,7 @@ def test_what_was_told_is_known_again(tmp_path: Path) -> None:
 
 def test_what_failed_is_asked_again_by_the_next_start(tmp_path: Path) -> None:
     found = search(tmp_path / "journal")
-    points: list[Asked] = []
+    points: list[AskedPoint] = []
     for _ in range(2):
         points.append(asked(found))
         found.tell(points[-1], "failed", [])

@@ -13,9 +13,9 @@ import pytest
 
 from qingtune.config.training import TrainConfig
 from qingtune.evaluation.compare.setups import Setup
-from qingtune.evaluation.compare.summary import Comparison, Row, Spread, compare_outcomes
+from qingtune.evaluation.compare.summary import Comparison, SetupRow, Spread, compare_outcomes
 from qingtune.evaluation.compare.tables import as_console, as_json, as_markdown
-from qingtune.evaluation.compare.trial import Numbers, Outcome
+from qingtune.evaluation.compare.trial import Numbers, TrialOutcome
 from qingtune.runs.plots import plot_comparison
 
 BEFORE = 4.0
@@ -25,24 +25,24 @@ def setup(name: str) -> Setup:
     return Setup(name, cast("Any", name.split()[0]), {}, TrainConfig(learning_rate=1e-4))
 
 
-def finished(loss: float, before: float = BEFORE, **changes: Any) -> Outcome:
+def finished(loss: float, before: float = BEFORE, **changes: Any) -> TrialOutcome:
     numbers = {"peak_bytes": 2_000_000_000, "trained_parameters": 5, "parameters": 100, "tokens_per_second": 120.0}
-    return Outcome(
+    return TrialOutcome(
         "finished", numbers=Numbers(**{**numbers, "seconds": 60.0, **changes}, eval_loss_before=before, eval_loss=loss)
     )
 
 
-def compared(**losses: Sequence[float] | Sequence[Outcome]) -> Comparison:
+def compared(**losses: Sequence[float] | Sequence[TrialOutcome]) -> Comparison:
     """Each setup's losses or outcomes, for seeds 42, 43, ..."""
     return compare_outcomes(
         [
-            (setup(name), {42 + n: x if isinstance(x, Outcome) else finished(x) for n, x in enumerate(of_seeds)})
+            (setup(name), {42 + n: x if isinstance(x, TrialOutcome) else finished(x) for n, x in enumerate(of_seeds)})
             for name, of_seeds in losses.items()
         ]
     )
 
 
-def row(comparison: Comparison, name: str) -> Row:
+def row(comparison: Comparison, name: str) -> SetupRow:
     return next(row for row in comparison.rows if row.setup.name == name)
 
 
@@ -74,7 +74,7 @@ def test_what_quantisation_costs_counts_against_a_method() -> None:
 
 
 def test_quality_is_taken_seed_by_seed_from_seeds_that_both_have() -> None:
-    found = compared(full=[3.0, 2.0, Outcome("failed")], lora=[3.5, 3.0, 1.0])
+    found = compared(full=[3.0, 2.0, TrialOutcome("failed")], lora=[3.5, 3.0, 1.0])
     assert row(found, "lora").quality == Spread(0.5, 0.5, 0.5)
 
 
@@ -128,7 +128,7 @@ def test_less_than_the_spread_is_not_told_apart(full: list[float], lora: list[fl
 
 
 def test_nothing_finished() -> None:
-    found = compared(full=[Outcome("failed", "no memory")], lora=[Outcome("not run")])
+    found = compared(full=[TrialOutcome("failed", "no memory")], lora=[TrialOutcome("not run")])
     assert (found.reference, found.best) == (None, None)
     assert "- full, seed 42, failed: no memory" in as_markdown(found, [])
 
@@ -138,7 +138,7 @@ def test_nothing_finished() -> None:
 THREE = {
     "full": [finished(3.0, peak_bytes=9_010_000_000, trained_parameters=100), finished(3.1), finished(3.05)],
     "lora": [3.12, 3.13, 3.14],
-    "qlora4": [3.6, 3.7, Outcome("failed", "the disk is full")],
+    "qlora4": [3.6, 3.7, TrialOutcome("failed", "the disk is full")],
 }
 
 

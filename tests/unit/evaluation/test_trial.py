@@ -16,7 +16,7 @@ from qingtune.config.training import TrainConfig
 from qingtune.errors import UserError
 from qingtune.evaluation.compare import trial as trials
 from qingtune.evaluation.compare.setups import Setup
-from qingtune.evaluation.compare.trial import Interruption, Outcome, Trial, interruption, run_trial
+from qingtune.evaluation.compare.trial import Interruption, Trial, TrialOutcome, interruption, run_trial
 from qingtune.files.digests import write_manifest
 from qingtune.runs.record import Record, write_record
 
@@ -43,7 +43,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trial
     return make_trial
 
 
-def run(trial: Trial, watch: Callable[[Sequence[dict[str, Any]]], bool] = lambda _: False) -> Outcome:
+def run(trial: Trial, watch: Callable[[Sequence[dict[str, Any]]], bool] = lambda _: False) -> TrialOutcome:
     with interruption() as stopping:
         return run_trial(trial, stopping, watch)
 
@@ -82,7 +82,7 @@ def finish(trial: Trial, data: str = "abc", evaluation: str = "def", **results: 
     ],
 )
 def test_failed_trial_says_why(make: Callable[..., Trial], script: str, message: str) -> None:
-    assert run(make(script)) == Outcome("failed", message)
+    assert run(make(script)) == TrialOutcome("failed", message)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -97,12 +97,12 @@ def test_signals_are_passed_on(make: Callable[..., Trial], number: int) -> None:
     write_metrics(trial, {"step": 2, "eval_loss": 3.25})
     with interruption() as stopping:
         monitored = _each_time(stopping, trial, look)
-        assert monitored == Outcome("stopped", "step 2: eval_loss 3.2500")
+        assert monitored == TrialOutcome("stopped", "step 2: eval_loss 3.2500")
         assert stopping.asked
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def _each_time(stopping: Interruption, trial: Trial, look: Callable[[Sequence[dict[str, Any]]], bool]) -> Outcome:
+def _each_time(stopping: Interruption, trial: Trial, look: Callable[[Sequence[dict[str, Any]]], bool]) -> TrialOutcome:
     """Run with `look` called at every look, as new lines would have it called."""
     sizes = iter(range(1, 10_000))
     with pytest.MonkeyPatch.context() as patch:
@@ -129,7 +129,7 @@ def test_trial_that_falls_behind_is_stopped_and_its_checkpoints_removed(make: Ca
     write_manifest(trial.folder / "checkpoint-4")
     with interruption() as stopping:
         outcome = _each_time(stopping, trial, lambda _: "here" in trial.log_file.read_text())
-    assert outcome == Outcome("pruned", "step 4: eval_loss 3.0000")
+    assert outcome == TrialOutcome("pruned", "step 4: eval_loss 3.0000")
     assert [path.name for path in trial.folder.glob("checkpoint-*")] == ["checkpoint-mine"]
 
 
@@ -147,7 +147,7 @@ def test_its_configuration_has_seed_and_folder_of_its_own(make: Callable[..., Tr
 
 def test_numbers_of_a_finished_trial(make: Callable[..., Trial]) -> None:
     trial = make("")
-    assert trials.finished_outcome(trial) == Outcome("not run")
+    assert trials.finished_outcome(trial) == TrialOutcome("not run")
     finish(trial)
     numbers = trials.finished_outcome(trial).numbers
     assert numbers is not None
@@ -164,10 +164,10 @@ def test_numbers_of_a_finished_trial(make: Callable[..., Trial]) -> None:
 def test_loss_that_is_no_number_is_a_failure(make: Callable[..., Trial]) -> None:
     trial = make("")
     finish(trial, eval_loss=float("nan"))
-    assert trials.finished_outcome(trial) == Outcome("failed", "eval_loss is not finite")
+    assert trials.finished_outcome(trial) == TrialOutcome("failed", "eval_loss is not finite")
     best = make("", name="best", load_best_model_at_end=True)
     finish(best, eval_loss=float("nan"), best_eval_loss=None)
-    assert trials.finished_outcome(best) == Outcome("failed", "eval_loss is not finite")
+    assert trials.finished_outcome(best) == TrialOutcome("failed", "eval_loss is not finite")
 
 
 def test_finished_trials_must_have_done_the_same_work(make: Callable[..., Trial]) -> None:

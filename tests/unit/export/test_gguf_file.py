@@ -16,7 +16,7 @@ from gguf import GGUFReader
 
 from qingtune.errors import UserError
 from qingtune.export import gguf_file
-from qingtune.export.gguf_file import KINDS, MOST_ERROR, Plan, check_gguf, write_gguf
+from qingtune.export.gguf_file import KINDS, MOST_ERROR, GGUFPlan, check_gguf, write_gguf
 from qingtune.export.gguf_layout import PlacedTensor, layout_of
 from qingtune.models.load import StoredWeights
 
@@ -24,17 +24,17 @@ Read = Callable[[str], torch.Tensor]
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> tuple[Plan, Read]:
+def model(tmp_path: Path) -> tuple[GGUFPlan, Read]:
     """A tiny llama with a head of its own, in bf16, as a plan for an fp32 file."""
     make_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
     weights = StoredWeights(tmp_path)
     layout = layout_of(tmp_path, weights.shapes)
     metadata: dict[str, Any] = {"general.name": "tiny", **layout.metadata, "tokenizer.ggml.tokens": ["a", "面"]}
-    return Plan(layout, metadata, "f32"), weights.read
+    return GGUFPlan(layout, metadata, "f32"), weights.read
 
 
 @pytest.mark.parametrize("quantize", KINDS)
-def test_written_and_read_back(quantize: str, model: tuple[Plan, Read], tmp_path: Path) -> None:
+def test_written_and_read_back(quantize: str, model: tuple[GGUFPlan, Read], tmp_path: Path) -> None:
     plan, read = replace(model[0], quantize=quantize), model[1]
     write_gguf(tmp_path / "m.gguf", plan, read)
     errors = {Kind[kind]: error for kind, (error, _) in check_gguf(tmp_path / "m.gguf", plan, read).items()}
@@ -55,7 +55,7 @@ def test_rows_that_do_not_divide_into_blocks_stay_in_16_bits(tmp_path: Path) -> 
     make_model("qwen2", hidden_size=48).save_pretrained(tmp_path)
     weights = StoredWeights(tmp_path)
     layout = layout_of(tmp_path, weights.shapes)
-    plan = Plan(layout, layout.metadata, "q4_0")
+    plan = GGUFPlan(layout, layout.metadata, "q4_0")
     write_gguf(tmp_path / "m.gguf", plan, weights.read)
     check_gguf(tmp_path / "m.gguf", plan, weights.read)
     kinds = {tensor.name: tensor.tensor_type for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
@@ -88,7 +88,7 @@ def test_tensors_converted_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("value", [1e6, float("inf"), float("nan")])
-def test_numbers_too_large_for_16_bits_are_found(value: float, model: tuple[Plan, Read], tmp_path: Path) -> None:
+def test_numbers_too_large_for_16_bits_are_found(value: float, model: tuple[GGUFPlan, Read], tmp_path: Path) -> None:
     plan = replace(model[0], quantize="f16")
 
     def read(name: str) -> torch.Tensor:
@@ -102,7 +102,7 @@ def test_numbers_too_large_for_16_bits_are_found(value: float, model: tuple[Plan
         check_gguf(tmp_path / "m.gguf", plan, read)
 
 
-def test_a_file_that_is_not_what_it_should_be_is_found_out(model: tuple[Plan, Read], tmp_path: Path) -> None:
+def test_a_file_that_is_not_what_it_should_be_is_found_out(model: tuple[GGUFPlan, Read], tmp_path: Path) -> None:
     plan, read = model
     path = tmp_path / "m.gguf"
     write_gguf(path, plan, read)
@@ -123,7 +123,7 @@ def test_a_file_that_is_not_what_it_should_be_is_found_out(model: tuple[Plan, Re
 
 
 def test_rows_in_the_wrong_order_are_found_out(
-    model: tuple[Plan, Read], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: tuple[GGUFPlan, Read], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, read = model
     with monkeypatch.context() as context:
@@ -134,7 +134,7 @@ def test_rows_in_the_wrong_order_are_found_out(
 
 
 def test_one_tensor_is_held_at_a_time(
-    model: tuple[Plan, Read], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: tuple[GGUFPlan, Read], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, read = model
     order: list[str] = []

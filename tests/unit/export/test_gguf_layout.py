@@ -15,7 +15,7 @@ from conftest import make_model
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from qingtune.errors import UserError
-from qingtune.export.gguf_layout import Layout, PlacedTensor, layout_of
+from qingtune.export.gguf_layout import GGUFLayout, PlacedTensor, layout_of
 from qingtune.models.load import StoredWeights
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -23,14 +23,16 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
-Place = Callable[..., Layout]
+Place = Callable[..., GGUFLayout]
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     """A function that lays out a tiny model, some of whose settings and tensors are changed."""
 
-    def lay_out(kind: str, extra: dict[str, tuple[int, ...]] | None = None, drop: str = "", **changes: Any) -> Layout:
+    def lay_out(
+        kind: str, extra: dict[str, tuple[int, ...]] | None = None, drop: str = "", **changes: Any
+    ) -> GGUFLayout:
         make_model(kind, **changes).save_pretrained(tmp_path)
         shapes = StoredWeights(tmp_path).shapes | (extra or {})
         shapes.pop(drop, None)

@@ -17,7 +17,7 @@ from qingtune.data.batch import collate
 from qingtune.data.tokenize import Sample
 from qingtune.errors import UserError
 from qingtune.kernels.attention import NAME, use_end_to_end
-from qingtune.kernels.decoder import Decoder, why_not
+from qingtune.kernels.decoder import TrainingDecoder, why_not
 from qingtune.kernels.device import Hardware
 from qingtune.training import engine
 from qingtune.training.engine import make_engine
@@ -52,7 +52,7 @@ def test_each_reason_for_general_kernels_is_told(
     assert why_not(model) == reason
     made = make_engine(config_of(), model, CPU, TOKENS)
     assert reported()[0] == f"General kernels, slower and with more memory: {reason}."
-    assert not isinstance(getattr(made.add_gradients, "__self__", None), Decoder)
+    assert not isinstance(getattr(made.add_gradients, "__self__", None), TrainingDecoder)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -61,7 +61,7 @@ def test_dora_with_dropout_is_a_reason(dropout: float, reported: Callable[[], li
     add_lora(model, None, 2, 4.0, dropout, variant=Variant(use_dora=True))
     config = config_of(use_lora=True, use_dora=True, lora_dropout=dropout, gradient_checkpointing=False)
     made = make_engine(config, model, CPU, TOKENS)
-    assert isinstance(getattr(made.add_gradients, "__self__", None), Decoder) is not bool(dropout)
+    assert isinstance(getattr(made.add_gradients, "__self__", None), TrainingDecoder) is not bool(dropout)
     reason = "General kernels, slower and with more memory: DoRA with lora_dropout"
     assert any(reason in line for line in reported()) is bool(dropout)
 
@@ -103,7 +103,7 @@ def test_decoders_are_made_in_silence(
     settings = {"use_lora": True, "lora_dropout": 0.25}
     made = make_engine(config_of(**settings), make_model(kind), CPU, TOKENS)
     decoder = getattr(made.add_gradients, "__self__", None)
-    assert isinstance(decoder, Decoder)
+    assert isinstance(decoder, TrainingDecoder)
     assert decoder.dropout == 0.25
     assert decoder.recompute == 0
     assert decoder.dtype == CPU.dtype
@@ -113,7 +113,7 @@ def test_decoders_are_made_in_silence(
 def test_other_devices_than_cpu_and_cuda_take_the_general_kernels(reported: Callable[[], list[str]]) -> None:
     apple = Hardware(torch.device("mps"), torch.float32, "")
     made = make_engine(config_of(), make_model("qwen2"), apple, TOKENS)
-    assert not isinstance(getattr(made.add_gradients, "__self__", None), Decoder)
+    assert not isinstance(getattr(made.add_gradients, "__self__", None), TrainingDecoder)
     assert reported()[0] == "General kernels, slower and with more memory: ours have not been tried on mps."
 
 
@@ -128,7 +128,7 @@ def recomputed(
 ) -> tuple[int, str]:
     """The number of layers computed again, and what was told, with so much memory free."""
     model = make_model("qwen2", num_hidden_layers=LAYERS).requires_grad_(trained)
-    decoder = Decoder(model, torch.float32, member)
+    decoder = TrainingDecoder(model, torch.float32, member)
     monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: free)
     config = config_of(gradient_checkpointing=choice)
     with reporting() as told:
@@ -138,12 +138,14 @@ def recomputed(
 
 def free_for(recompute: int) -> int:
     """Free memory of which the share for buffers holds a pass that recomputes so many layers, and no more."""
-    decoder = Decoder(make_model("qwen2", num_hidden_layers=LAYERS).requires_grad_(False), torch.float32, member)
+    decoder = TrainingDecoder(
+        make_model("qwen2", num_hidden_layers=LAYERS).requires_grad_(False), torch.float32, member
+    )
     return int(decoder.pass_bytes(TOKENS, TOKENS, recompute) / engine.BUFFERS_OF_FREE) + 1
 
 
 def test_the_bytes_of_a_pass_are_those_of_its_buffers() -> None:
-    decoder = Decoder(make_model("qwen2", num_hidden_layers=LAYERS), torch.float32, member)
+    decoder = TrainingDecoder(make_model("qwen2", num_hidden_layers=LAYERS), torch.float32, member)
     sample = Sample(np.arange(3, 107, dtype=np.int32), np.ones(104, dtype=np.bool_), "row")
     for decoder.recompute in (0, 2, LAYERS):
         decoder.workspace.clear()
@@ -194,7 +196,7 @@ def test_passes_are_made_as_small_as_the_memory_demands(
     model = make_model("qwen2")
     config = config_of(gradient_checkpointing=checkpointing, optim="sgd")
     gradients = sum(parameter.numel() * 4 for parameter in model.parameters())
-    decoder = Decoder(model, torch.float32, member)
+    decoder = TrainingDecoder(model, torch.float32, member)
     decoder.recompute = 0 if checkpointing is False else len(decoder.mlp)
     needed = decoder.pass_bytes(engine.TOKENS_PER_PASS_ON_CPU, TOKENS)
     monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: gradients + needed // 2)

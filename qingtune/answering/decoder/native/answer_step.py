@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from qingtune.answering.decoder.cache import AnswerCache, AnswerShape
-from qingtune.answering.decoder.layer import AnswerLayer, Norm
+from qingtune.answering.decoder.layer import AnswerLayer, AnswerNorm
 from qingtune.answering.decoder.native.matrices import MatrixStruct, NativeMatrix
 
 Pointer = ctypes.c_void_p
@@ -60,7 +60,7 @@ class AnswerStep:
         library: ctypes.CDLL,
         shape: AnswerShape,
         layers: Sequence[AnswerLayer],
-        norm: Norm,
+        norm: AnswerNorm,
         head: NativeMatrix,
         rotary: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
