@@ -85,7 +85,7 @@ def batches() -> dict[str, Batch]:
         "single tokens and nothing trained among others": make_samples(),
         "one sample": [random_sample(9, 1)],
         "one sample of two tokens": [_all_trained(random_sample(2, 1))],
-        "many samples": [random_sample(2 + seed % 11, seed) for seed in range(40)],
+        "many samples": [random_sample(2 + seed % 11, seed) for seed in range(22)],
         "several blocks": [random_sample(600, 1), random_sample(3, 2)],
         "common beginning": [random_sample(length, seed, few) for seed, length in enumerate([5, 1, 30, 2])],
         "common beginning, one trains nothing": [random_sample(4, 1, few), random_sample(6, 2, few, share=0.0)],
