@@ -125,34 +125,46 @@ def load_data(config: TrainConfig, template: Template, context: int | None) -> D
     Raises:
         UserError: rows are faulty and on_bad_row is raise, or nothing is left to train on.
     """
-    limit = config.max_seq_length
-    if context is not None and context < limit:
-        say(f"max_seq_length = {context:,}: the model reads no more (the setting is {limit:,}).")
-        limit = context
-    assert config.data_path is not None
-    reading, of_evaluation = _read("Training data", config.data_path, config), Reading()
-    if config.eval_data_path:
-        of_evaluation = _read("Evaluation data", config.eval_data_path, config)
-        conversations, evaluation = reading.conversations, of_evaluation.conversations
-    else:
-        seed = config.seed if config.val_seed is None else config.val_seed
-        conversations, evaluation = _hold_out(reading.conversations, config.val_size, seed)
-    styles: set[PromptStyle] = {"chat" if c.text is None else "plain" for c in conversations}
-    if not config.eval_data_path:
-        reading.held_out = len(evaluation)
-    train_samples, training = _tokenize("Training data", config, template, conversations, limit, reading)
+    limit = _most_tokens(config, context)
+    training, evaluation = _read_both(config)
+    train_samples, trained = _tokenize("Training data", config, template, training, limit)
     eval_samples, evaluated = [], None
-    if evaluation:
-        eval_samples, evaluated = _tokenize("Evaluation data", config, template, evaluation, limit, of_evaluation)
-    evaluated_ids = {sample.token_ids.tobytes() for sample in eval_samples}
-    twice = {ids for sample in train_samples if (ids := sample.token_ids.tobytes()) in evaluated_ids}
+    if evaluation.conversations:
+        eval_samples, evaluated = _tokenize("Evaluation data", config, template, evaluation, limit)
+    twice = _count_shared(train_samples, eval_samples)
     if twice:
-        say(f"Warning: {len(twice):,} evaluation samples stand in the training data too; eval_loss is too good.")
+        say(f"Warning: {twice:,} evaluation samples stand in the training data too; eval_loss is too good.")
     short = min(train_samples[:100], key=lambda sample: len(sample.token_ids))
     example = show_example(template.tokenizer, short)
     say(f"An example, its trained part between >>> and <<<:\n{example}")
-    report = DataReport(training, evaluated, len(twice), example)
-    return Data(train_samples, eval_samples, "plain" if styles == {"plain"} else "chat", report)
+    style = "plain" if all(row.text is not None for row in training.conversations) else "chat"
+    return Data(train_samples, eval_samples, style, DataReport(trained, evaluated, twice, example))
+
+
+def _most_tokens(config: TrainConfig, context: int | None) -> int:
+    """The longest sample that is trained, in tokens: max_seq_length, or what the model can read."""
+    if context is None or context >= config.max_seq_length:
+        return config.max_seq_length
+    say(f"max_seq_length = {context:,}: the model reads no more (the setting is {config.max_seq_length:,}).")
+    return context
+
+
+def _read_both(config: TrainConfig) -> tuple[Reading, Reading]:
+    """The training and the evaluation data, the latter from files of its own or held out of the former."""
+    assert config.data_path is not None
+    training = _read("Training data", config.data_path, config)
+    if config.eval_data_path:
+        return training, _read("Evaluation data", config.eval_data_path, config)
+    seed = config.seed if config.val_seed is None else config.val_seed
+    training.conversations, held_out = _hold_out(training.conversations, config.val_size, seed)
+    training.held_out = len(held_out)
+    return training, Reading(held_out)
+
+
+def _count_shared(training: Sequence[Sample], evaluation: Sequence[Sample]) -> int:
+    """How many different evaluation samples are trained on, too."""
+    evaluated = {sample.token_ids.tobytes() for sample in evaluation}
+    return len({ids for sample in training if (ids := sample.token_ids.tobytes()) in evaluated})
 
 
 def _read(name: str, paths: Sequence[str], config: TrainConfig) -> Reading:
@@ -190,10 +202,10 @@ def _tokenize(
     name: str,
     config: TrainConfig,
     template: Template,
-    conversations: Sequence[Conversation],
-    limit: int,
     reading: Reading,
+    limit: int,
 ) -> tuple[list[Sample], SetReport]:
+    conversations = reading.conversations
     tokenized = tokenize(template, conversations, limit, config.on_long)
     if tokenized.faults and config.on_bad_row == "raise":
         raise faulty_rows(tokenized.faults, len(conversations))

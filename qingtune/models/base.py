@@ -45,7 +45,9 @@ def load_base(
     """
     check_memory(folder, dtype, bits, device)
     with memory_errors("the model was loaded", folder, SMALLER):
-        return _load_base(folder, dtype, bits, device, cache_dir)
+        if bits is None:
+            return load_model(folder, dtype).to(device)  # pyright: ignore[reportArgumentType]
+        return _load_quantized(folder, dtype, bits, device, cache_dir)
 
 
 SMALLER = "Choose a smaller model, or load it in fewer bits: use_qlora in training, load_in_4bit in answering."
@@ -65,41 +67,45 @@ def check_memory(folder: Path, dtype: torch.dtype, bits: int | None, device: tor
         )
 
 
-def _load_base(
-    folder: Path,
-    dtype: torch.dtype,
-    bits: int | None,
-    device: torch.device,
-    cache_dir: str | None,
+def _load_quantized(
+    folder: Path, dtype: torch.dtype, bits: int, device: torch.device, cache_dir: str | None
 ) -> PreTrainedModel:
-    if bits is None:
-        return load_model(folder, dtype).to(device)  # pyright: ignore[reportArgumentType]
+    """Load a model whose layers are packed: as they are stored, as they were kept, or as they are quantised now."""
     stored, model = StoredWeights(folder), empty_model(folder, dtype)
     if not stored.fit(shapes_to_read(model)):  # broken, or of names that Transformers translates while it loads
         return _quantize_whole(folder, dtype, bits, device)
-    if bits == 4 and stored.packed:
-
-        def as_stored(name: str, _: tuple[int, int], bias: torch.Tensor | None) -> QuantizedLinear | None:
-            weight = f"{name}.weight"
-            return stored.layer(weight, bias, device) if weight in stored.packed else None
-
-        fill_quantized(model, bits, device, stored.read, as_stored)
-        return model
     kept = _kept_folder(folder, dtype, bits, cache_dir)
-    if _is_whole(kept):
-        with safe_open(kept / PACKED, "pt") as file:
-            parts = _by_layer(file.keys())
-
-            def as_kept(name: str, shape: tuple[int, int], bias: torch.Tensor | None) -> QuantizedLinear:
-                tensors = {part: file.get_tensor(f"{name}.{part}").clone().to(device) for part in parts[name]}
-                return quantized_class(bits).restore(shape, tensors, bias)
-
-            fill_quantized(model, bits, device, stored.read, as_kept)
-        return model
-    fill_quantized(model, bits, device, stored.read)
-    give_back_memory()  # quantising leaves holes in the heap: 0.25 GB beside a model of 135 million weights
-    _keep(model, kept)
+    if bits == 4 and stored.packed:
+        _fill_as_stored(model, stored, device)
+    elif _is_whole(kept):
+        _fill_as_kept(model, stored, bits, device, kept)
+    else:
+        fill_quantized(model, bits, device, stored.read)
+        give_back_memory()  # quantising leaves holes in the heap: 0.25 GB for a model of 135 million weights
+        _keep(model, kept)
     return model
+
+
+def _fill_as_stored(model: PreTrainedModel, stored: StoredWeights, device: torch.device) -> None:
+    """Take the layers that are stored in 4 bits as they are, and quantise the others."""
+
+    def as_stored(name: str, _: tuple[int, int], bias: torch.Tensor | None) -> QuantizedLinear | None:
+        weight = f"{name}.weight"
+        return stored.layer(weight, bias, device) if weight in stored.packed else None
+
+    fill_quantized(model, 4, device, stored.read, as_stored)
+
+
+def _fill_as_kept(model: PreTrainedModel, stored: StoredWeights, bits: int, device: torch.device, kept: Path) -> None:
+    """Take the packed layers from the cache, and all else from the model's files."""
+    with safe_open(kept / PACKED, "pt") as file:
+        parts = _by_layer(file.keys())
+
+        def as_kept(name: str, shape: tuple[int, int], bias: torch.Tensor | None) -> QuantizedLinear:
+            tensors = {part: file.get_tensor(f"{name}.{part}").clone().to(device) for part in parts[name]}
+            return quantized_class(bits).restore(shape, tensors, bias)
+
+        fill_quantized(model, bits, device, stored.read, as_kept)
 
 
 def _is_whole(kept: Path) -> bool:

@@ -102,9 +102,10 @@ def make_engine(
     )
     tokens = max(longest, most_tokens if most_tokens < ALL else longest * config.per_device_train_batch_size)
     evaluated = tokens if most_tokens < ALL else longest * config.per_device_eval_batch_size
-    decoder.recompute = _layers_to_recompute(
-        config, model, decoder, (tokens, longest), hardware.device, evaluated=evaluated if evaluates else 0
-    )
+    most, free = (tokens, longest), free_bytes(hardware.device)
+    evaluated = evaluated if evaluates else 0
+    decoder.recompute = _layers_to_recompute(config, model, decoder, most, evaluated, free)
+    _say_recomputed(config, decoder, most, evaluated, free)
     if hardware.device.type == "cpu":
         tokens = _tokens_that_fit(config, model, decoder, longest, tokens)
         most_tokens, decoder.most_tokens = min(most_tokens, tokens), tokens
@@ -159,30 +160,35 @@ def _layers_to_recompute(
     model: PreTrainedModel,
     decoder: TrainingDecoder,
     most: tuple[int, int],
-    device: torch.device,
-    *,
-    evaluated: int = 0,
+    evaluated: int,
+    free: int | None,
 ) -> int:
-    """All, none, or as many as the free memory demands beside gradients and optimizer states yet to be made.
+    """All, none, or as many as the free memory requires next to gradients and optimizer states yet to be made.
 
     Args:
         most: tokens of a pass, and of the longest sample.
         evaluated: tokens of a pass over evaluation data; 0 without.
+        free: bytes; None where the device does not say.
     """
-    layers, free = len(decoder.mlp), free_bytes(device)
-    room = None if free is None else BUFFERS_OF_FREE * (free - _training_bytes(config, model))
 
     def held(recompute: int) -> int:
         return decoder.pass_bytes(*most, recompute, evaluated)
 
-    recompute = layers_to_recompute(config.gradient_checkpointing, layers, held, room)
-    if free is None or not recompute or config.gradient_checkpointing is True:
-        return recompute
+    room = None if free is None else BUFFERS_OF_FREE * (free - _training_bytes(config, model))
+    return layers_to_recompute(config.gradient_checkpointing, len(decoder.mlp), held, room)
+
+
+def _say_recomputed(
+    config: TrainConfig, decoder: TrainingDecoder, most: tuple[int, int], evaluated: int, free: int | None
+) -> None:
+    """Report how many layers are recomputed and why, where the settings leave that open."""
+    if free is None or not decoder.recompute or config.gradient_checkpointing is True:
+        return
     say(
-        f"Memory: {free / 1e9:.1f} GB are free; {recompute} of {layers} layers are recomputed in the backward pass, "
-        f"as keeping all of a pass of {most[0]:,} tokens would take {held(0) / 1e9:.1f} GB."
+        f"Memory: {free / 1e9:.1f} GB are free; {decoder.recompute} of {len(decoder.mlp)} layers are recomputed in the "
+        f"backward pass, as keeping all of a pass of {most[0]:,} tokens would take "
+        f"{decoder.pass_bytes(*most, 0, evaluated) / 1e9:.1f} GB."
     )
-    return recompute
 
 
 def _general_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardware, most_tokens: int) -> Engine:

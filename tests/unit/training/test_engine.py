@@ -123,17 +123,15 @@ def test_dropout_of_adapters_is_not_full_trainings(monkeypatch: pytest.MonkeyPat
     assert getattr(made.add_gradients, "__self__").dropout == 0.0  # noqa: B009
 
 
-def recomputed(
-    monkeypatch: pytest.MonkeyPatch, free: int | None, choice: bool | str, *, trained: bool = False
-) -> tuple[int, str]:
+def recomputed(free: int | None, choice: bool | str, *, trained: bool = False) -> tuple[int, str]:
     """The number of layers computed again, and what was told, with so much memory free."""
     model = make_model("qwen2", num_hidden_layers=LAYERS).requires_grad_(trained)
     decoder = TrainingDecoder(model, torch.float32, member)
-    monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: free)
-    config = config_of(gradient_checkpointing=choice)
+    config, most = config_of(gradient_checkpointing=choice), (TOKENS, TOKENS)
+    decoder.recompute = engine._layers_to_recompute(config, model, decoder, most, 0, free)
     with reporting() as told:
-        count = engine._layers_to_recompute(config, model, decoder, (TOKENS, TOKENS), CPU.device)
-    return count, "\n".join(told)
+        engine._say_recomputed(config, decoder, most, 0, free)
+    return decoder.recompute, "\n".join(told)
 
 
 def free_for(recompute: int) -> int:
@@ -157,10 +155,8 @@ def test_the_bytes_of_a_pass_are_those_of_its_buffers() -> None:
     ("recompute", "less", "count"),
     [(0, -(10**9), 0), (0, 0, 0), (0, 9, 2), (2, 0, 2), (2, 9, 3), (3, 0, 3), (3, 9, 4), (4, 0, 4), (4, 9, 4)],
 )
-def test_auto_recomputes_as_many_layers_as_memory_demands(
-    recompute: int, less: int, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found, told = recomputed(monkeypatch, free_for(recompute) - less, "auto")
+def test_auto_recomputes_as_many_layers_as_memory_demands(recompute: int, less: int, count: int) -> None:
+    found, told = recomputed(free_for(recompute) - less, "auto")
     assert found == count
     assert bool(told) is bool(count)
     if count:
@@ -168,25 +164,23 @@ def test_auto_recomputes_as_many_layers_as_memory_demands(
         assert f"a pass of {TOKENS} tokens" in told
 
 
-def test_auto_leaves_room_for_gradients_and_optimizer_states(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_leaves_room_for_gradients_and_optimizer_states() -> None:
     weights = 4 * sum(p.numel() for p in make_model("qwen2", num_hidden_layers=LAYERS).parameters())
     room = free_for(0) + weights  # training weights takes a few more buffers
-    assert recomputed(monkeypatch, room, "auto")[0] == 0
-    assert recomputed(monkeypatch, room, "auto", trained=True)[0] == LAYERS
-    assert recomputed(monkeypatch, room + 3 * weights, "auto", trained=True)[0] == 0
+    assert recomputed(room, "auto")[0] == 0
+    assert recomputed(room, "auto", trained=True)[0] == LAYERS
+    assert recomputed(room + 3 * weights, "auto", trained=True)[0] == 0
 
 
 @pytest.mark.parametrize("free", [0, 10**12, None])
-def test_true_is_all_layers_and_false_is_none_whatever_is_free(
-    free: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert recomputed(monkeypatch, free, True) == (LAYERS, "")
-    assert recomputed(monkeypatch, free, False) == (0, "")
+def test_true_is_all_layers_and_false_is_none_whatever_is_free(free: int | None) -> None:
+    assert recomputed(free, True) == (LAYERS, "")
+    assert recomputed(free, False) == (0, "")
 
 
-def test_auto_computes_nothing_again_where_memory_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert recomputed(monkeypatch, None, "auto") == (0, "")
-    assert recomputed(monkeypatch, 0, "auto")[0] == LAYERS
+def test_auto_computes_nothing_again_where_memory_cannot_be_told() -> None:
+    assert recomputed(None, "auto") == (0, "")
+    assert recomputed(0, "auto")[0] == LAYERS
 
 
 @pytest.mark.parametrize("checkpointing", [False, "auto"])
