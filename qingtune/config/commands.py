@@ -100,7 +100,7 @@ class ChatOptions(Settings):
     """What /set changes in a chat, in addition to decoding."""
 
     stats: Literal["on", "off"] = setting("off", "Chat", "Show tokens and seconds after each answer.")
-    thinking: Literal["fold", "show"] = setting("fold", "Chat", "Fold a model's thinking into one line, or show it.")
+    thinking: Literal["fold", "show"] = setting("fold", "Chat", "Fold thinking into a line, or show it.")
     history: Literal["on", "off"] = setting("on", "Chat", "Keep input for later chats.")
 
 
