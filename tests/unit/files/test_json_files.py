@@ -116,8 +116,6 @@ _OWN = {
     "answering/chat/editor": "lines typed by the user",
     "planning/speed": "our own cache",
     "commands/evaluate": "lines written by this very command",
-    "runs/plots": "lines written by this very run",
-    "planning/of_run": "lines written by this very run",
     "evaluation/compare/trial": "lines written by our own process",
 }
 
