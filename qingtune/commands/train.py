@@ -18,7 +18,7 @@ from qingtune.data.tokenize import Template
 from qingtune.errors import UserError
 from qingtune.files.staging import staging_folder
 from qingtune.files.write import copy_file, disk_errors, write_json
-from qingtune.kernels.device import Hardware, choose_hardware
+from qingtune.kernels.device import Hardware, choose_hardware, reset_peak
 from qingtune.machine.describe import describe_machine, describe_processes
 from qingtune.machine.signals import put_off
 from qingtune.models.find import context_length, find_model, fingerprint, stored_in_4bit
@@ -219,6 +219,7 @@ def _agree_on_start(config: TrainConfig, opened: Opened, processes: AcceleratedP
 def _open(config: TrainConfig, processes: AcceleratedProcesses) -> Opened:
     """Choose the hardware, find the model, read the data."""
     hardware = choose_hardware(config.bf16, config.fp16, processes.local_index)
+    reset_peak(hardware.device)
     say(f"Device: {hardware.reason}.")
     with processes.main_first():
         source = find_model(config.model_name_or_path, config.cache_dir, config.hub)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 from collections.abc import Generator
@@ -146,3 +147,17 @@ def peak_bytes(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_bytes` count from now on, so that a run's peak is not that of earlier work in the same process.
+
+    On Linux freed memory goes back to the system first; macOS and Windows keep the peak of the whole process.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu" and sys.platform == "linux":
+        gc.collect()
+        give_back_memory()
+        with suppress(OSError):  # a kernel or a sandbox without it: the peak stays that of the process
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc(5): resets VmHWM, nothing else

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 
@@ -105,6 +106,16 @@ def test_peak_memory_is_that_of_this_process() -> None:
     block = torch.ones(more, dtype=torch.uint8)
     del block
     assert before + 150 * 2**20 < hardware.peak_bytes(torch.device("cpu")) < before + 250 * 2**20
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system keeps a process's peak")
+def test_peak_memory_is_that_of_a_run_and_not_of_what_came_before() -> None:
+    cpu = torch.device("cpu")
+    block = torch.ones(hardware.peak_bytes(cpu) - psutil.Process().memory_info().rss + 300 * 2**20, dtype=torch.uint8)
+    before = hardware.peak_bytes(cpu)
+    del block
+    hardware.reset_peak(cpu)
+    assert hardware.peak_bytes(cpu) < before - 250 * 2**20
 
 
 def test_peak_memory_is_not_that_of_the_process_that_started_this_one(
