@@ -43,7 +43,7 @@ MOST_STEPS = 66  # two passes over the English samples
 SHOWN = 2
 # One answered token takes as long as at most this many trained ones. An evaluated token: as a third of one.
 ANSWERED_TOKEN, EVALUATED_TOKEN = 25, 1 / 3
-EVALUATIONS, EVALUATED_ROWS, ROWS_A_STEP = 3, 30, 4
+EVALUATIONS, EVALUATED_ROWS, ROWS_A_STEP = 2, 30, 4  # before the first step and after the last
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class Trial:
     def seconds(self, steps: int, shown: int) -> float:
         """A run's expected duration, with answers to so many prompts before and after it."""
         evaluated = EVALUATIONS * EVALUATED_ROWS * self.step_tokens / ROWS_A_STEP
-        tokens = steps * self.step_tokens + 2 * shown * MOST_TOKENS * ANSWERED_TOKEN + evaluated * EVALUATED_TOKEN
+        tokens = (
+            steps * self.step_tokens + EVALUATIONS * shown * MOST_TOKENS * ANSWERED_TOKEN + evaluated * EVALUATED_TOKEN
+        )
         return self.startup_s + tokens / self.tokens_per_second
 
     def steps_within(self, seconds: float, shown: int) -> int:
@@ -103,7 +105,7 @@ def _configure(started: float) -> TrainConfig:
     if (output / SETTINGS).exists():
         return load_train_config(str(output / SETTINGS), {}).config
     steps, shown = _length(_try(file, flags), BUDGET_S - (time.time() - started))
-    length = {"max_steps": steps, "eval_samples": shown, "eval_strategy": "steps", "eval_steps": -(-steps // 2)}
+    length = {"max_steps": steps, "eval_samples": shown, "eval_strategy": "steps", "eval_steps": steps}
     return load_train_config(file, {**flags, **{name: str(value) for name, value in length.items()}}).config
 
 
