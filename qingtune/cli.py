@@ -39,7 +39,7 @@ TRAIN = "Fine-tune a model by full training, LoRA or QLoRA."
 
 @dataclass(frozen=True)
 class Command:
-    """A command beside train.
+    """A command other than train.
 
     Attributes:
         purpose: a line of help.
@@ -58,14 +58,14 @@ class Command:
 
 COMMANDS = {
     "infer": Command("Answer prompts with a model, with or without an adapter.", InferConfig, "infer"),
-    "chat": Command("Talk to a model, with or without an adapter.", InferConfig, "infer", ("--chat",)),
-    "merge": Command("Write base model and adapter as one model.", MergeConfig, "merge"),
+    "chat": Command("Chat with a model, with or without an adapter.", InferConfig, "infer", ("--chat",)),
+    "merge": Command("Merge an adapter into its base model.", MergeConfig, "merge"),
     "export": Command("Write a model as GGUF for llama.cpp and Ollama.", ExportConfig, "export"),
-    "push": Command("Upload a folder to Hugging Face or ModelScope; by itself only shows it.", PushConfig, "push"),
-    "report": Command("Write a training run's report.html anew.", ReportConfig, "report"),
+    "push": Command("Upload a folder to Hugging Face or ModelScope; without --confirm, a preview.", PushConfig, "push"),
+    "report": Command("Rewrite a training run's report.html.", ReportConfig, "report"),
     "evaluate": Command("Measure a model on data, before and after training.", EvaluateConfig, "evaluate"),
-    "check": Command("Report on a data set without training.", CheckConfig, "check"),
-    "plan": Command("Tell the memory and time of a run before it starts.", PlanConfig, "plan"),
+    "check": Command("Check a data set without training.", CheckConfig, "check"),
+    "plan": Command("Estimate the memory and time of a run.", PlanConfig, "plan"),
     "compare": Command("Train methods or settings on the same data, and compare them.", CompareConfig, "compare"),
 }
 
@@ -124,12 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _why_the_system_refused(error: BaseException) -> str | None:
     """What the machine lacks, and a fix; None where the error is another one."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        return f"{error.filename or 'writing'}: {error.strerror}. Make room on the disk."
+        return f"{error.filename or 'writing'}: {error.strerror}. Free disk space."
     if (isinstance(error, BlockingIOError) and error.errno == errno.EAGAIN) or (
         isinstance(error, RuntimeError) and str(error).startswith("can't start new thread")
     ):
         return (
-            "the system starts no more processes or threads for this user. "
+            "the system does not allow this user more processes or threads. "
             "Raise the limit (ulimit -u), or end other programs."
         )
     if isinstance(error, FileNotFoundError) and not _current_folder_exists():
@@ -189,6 +189,6 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def _to_go_on(name: str, argv: Sequence[str], config: TrainConfig) -> str:
-    """The command that goes on with what this one began, which must not be overwritten then."""
+    """The command that resumes this one, without the flag that would overwrite its output."""
     keep = ["--overwrite_output_dir", "false"] if config.overwrite_output_dir else []
     return shown([*program(name), *argv, *keep])

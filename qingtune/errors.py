@@ -1,4 +1,4 @@
-"""The error of users: a fault that the person at the keyboard can mend."""
+"""UserError: an error that the user can fix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Says what is wrong, where, and how to mend it. The command line shows it without a traceback and exits with 2.
+    """What is wrong, where, and how to fix it. The command line shows it without a traceback and exits with 2.
 
     The message reads `where: what. fix`, for example
     `data/train.jsonl:118: "output" is empty. Fix the row or pass --on_bad_row skip.`

@@ -84,7 +84,7 @@ def write_run(folder: Path, *, finished: bool = True, extras: bool = True) -> Pa
             "example": f"<|im_start|>user\n写一条笔记。<|im_end|>\n<|im_start|>assistant\n>>>{POST}<|im_end|><<<",
         },
         "machine": {
-            "device": "CPU, 2 threads (no GPU that torch can use), bfloat16: the hardware has it", "processes": 1,
+            "device": "CPU, 2 threads (no GPU that torch can use), bfloat16: the hardware supports it", "processes": 1,
             "system": "Linux-6.1-x86_64-with-glibc2.36", "python": "3.11.9", "processor": "AMD EPYC 9R14", "cores": 2,
             "memory_bytes": 25_000_000_000, "started": "2026-11-25T20:00:00+00:00",
         },

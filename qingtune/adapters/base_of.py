@@ -29,18 +29,18 @@ def find_base(config: ModelSettings, adapter: Path | None) -> tuple[Path, Record
     except UserError as error:
         if adapter is None or config.base_model is not None:
             raise
-        what = f"its base model is not to be found: {error.where or name}: {error.what}"
-        raise UserError(what, where=str(adapter), fix="Name it as --base_model.") from error
+        what = f"its base model was not found: {error.where or name}: {error.what}"
+        raise UserError(what, where=str(adapter), fix="Pass it as --base_model.") from error
     folder = local_folder(source, config.cache_dir)
     if adapter is None:
         return folder, read_record(folder)
     if record is None:
-        say("The adapter brings no record of its base (it was not written by qingtune); only shapes are checked.")
+        say("The adapter has no record of its base (qingtune did not write it); only shapes are checked.")
     elif record.base_fingerprint != fingerprint(folder):
         problem = UserError(
-            f"the adapter was trained on other weights than this base ({record.base_model})",
+            f"the adapter was trained on weights other than those of this base ({record.base_model})",
             where=str(adapter),
-            fix="Name that model as --base_model, or pass --allow_other_base.",
+            fix="Pass that model as --base_model, or pass --allow_other_base.",
         )
         if not config.allow_other_base:
             raise problem

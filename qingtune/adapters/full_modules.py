@@ -1,4 +1,4 @@
-"""Modules trained and saved in full beside the adapters: PEFT's modules_to_save."""
+"""Modules trained and saved in full with the adapters: PEFT's modules_to_save."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def find_modules(model: Any, names: Sequence[str] | None) -> list[str]:
     for name in found:
         if any(isinstance(part, QuantizedLinear) for part in modules[name].modules()):
             raise UserError(
-                f"{name} is held in few bits, and such weights cannot be trained",
+                f"{name} is quantised, and quantised weights cannot be trained",
                 where="modules_to_save",
-                fix="Train with use_lora instead of use_qlora, or leave it out.",
+                fix="Use use_lora instead of use_qlora, or remove it from modules_to_save.",
             )
         if isinstance(modules[name], _CONTAINERS) or not list(modules[name].parameters()):
-            raise UserError(f"{name} is no module with weights of its own", where="modules_to_save")
+            raise UserError(f"{name} is not a module with weights", where="modules_to_save")
     return outermost(found)
 
 
@@ -50,9 +50,9 @@ def train_in_full(model: Any, modules: Sequence[str]) -> list[str]:
     notices: list[str] = []
     if is_tied(model) and (own := tied_modules(model, modules)):
         untie(model)
-        other = "" if len(own) == 2 else ", and the other one stays as it is"
+        other = "" if len(own) == 2 else ", and the other is unchanged"
         notices.append(
-            f"Head and embedding of this model are one matrix. From here on each has its own, as in PEFT: "
+            f"The head and the embedding of this model share one matrix. They are separated now, as in PEFT: "
             f"{' and '.join(own)} is trained{other}. A merged model holds both."
         )
     for name in modules:
@@ -63,7 +63,7 @@ def train_in_full(model: Any, modules: Sequence[str]) -> list[str]:
 
 
 def trained_in_full(model: Any) -> dict[str, torch.Tensor]:
-    """What is trained beside the adapters, by full name."""
+    """Parameters trained in addition to the adapters, by full name."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()

@@ -82,7 +82,7 @@ class DoRALinear(LoRALinear):
     """DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353, equation 5): y = m (W + s B A) x / |W + s B A|.
 
     The norms of the rows follow training but get no gradient (section 4.3). Dropout acts on the base's part too where
-    it is scaled anew, as in PEFT: y = W x + (m / |..| - 1) W dropout(x) + m / |..| s B A dropout(x).
+    it is scaled again, as in PEFT: y = W x + (m / |..| - 1) W dropout(x) + m / |..| s B A dropout(x).
 
     Attributes:
         lora_magnitude_vector: m, fp32 [out]; the norms themselves at the start, so that training begins at the base.
@@ -174,7 +174,7 @@ def add_lora(
         if not any(is_within(name, module) for module in leave)
     }
     if not layers:
-        raise UserError("no layer is left for adapters: modules_to_save names them all")
+        raise UserError("no layer is left for adapters: modules_to_save contains them all")
     chosen = variant.choose(list(layers))
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -256,7 +256,7 @@ def merge_lora(model: Any) -> None:
 def why_not_fast(model: Any) -> str | None:
     """The reason why a model's adapters need the model's own modules; None if the fast kernels compute them."""
     if any(isinstance(layer, DoRALinear) and layer.dropout_probability for layer in lora_layers(model).values()):
-        return "DoRA with lora_dropout multiplies by each weight twice, which the fast ones do not"
+        return "DoRA with lora_dropout needs a second product with each weight, which the fast kernels do not do"
     return None
 
 
@@ -266,7 +266,7 @@ def why_general(model: Any, device_type: str) -> str | None:
     Args:
         device_type: cpu, cuda or mps.
     """
-    untried = None if device_type in ("cpu", "cuda") else f"ours have not been tried on {device_type}"
+    untried = None if device_type in ("cpu", "cuda") else f"the fast ones were not tested on {device_type}"
     return why_not(model) or why_not_fast(model) or untried
 
 

@@ -56,9 +56,9 @@ class StoredAdapter:
         """
         if unknown := sorted(self.names - set(stored) - {HEAD}):  # a tied head is not stored
             raise UserError(
-                f"the adapter is for another model: this one has no {unknown[0]}",
+                f"the adapter belongs to another model: this one has no {unknown[0]}",
                 where=str(self.folder),
-                fix="Name the base model that the adapter was trained on.",
+                fix="Pass the base model that the adapter was trained on.",
             )
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ class StoredAdapter:
             raise UserError(
                 f"the adapter does not fit: {name} is {list(weight.shape)} in the base",
                 where=str(self.folder),
-                fix="Name the base model that the adapter was trained on.",
+                fix="Pass the base model that the adapter was trained on.",
             )
 
 

@@ -115,5 +115,5 @@ def choose_layers(
     for setting, pattern in patterns.items():
         for key, value in pattern.items():
             if not any(pattern_value({key: value}, name, 0) for name in chosen):
-                raise UserError(f'"{key}" matches none of the layers that are adapted', where=setting)
+                raise UserError(f'"{key}" does not match any adapted layer', where=setting)
     return chosen

@@ -52,7 +52,7 @@ def add_adapters(config: TrainConfig, model: Any) -> list[str]:
     )  # fmt: skip
     lines = [_kind_of_adapters(config, adapters)]
     if config.loraplus_lr_ratio:
-        lines.append(f"LoRA+: B matrices learn at {config.loraplus_lr_ratio:g} times the learning rate that is shown.")
+        lines.append(f"LoRA+: B matrices use {config.loraplus_lr_ratio:g} times the learning rate shown.")
     lines += train_in_full(model, whole)
     if whole:
         lines.append(f"Trained in full, in fp32: {', '.join(whole)}.")

@@ -81,7 +81,7 @@ _FOUND_AGAIN = ("pissa", "olora")
 
 
 def save_adapter(model: Any, folder: Path, base_model: str, dropout: float) -> None:
-    """Write a model's adapters and what is trained beside them, for the base's weights as they were loaded.
+    """Write a model's adapters and modules trained in full, for the base's weights as they were loaded.
 
     Adapters that began as a part of these weights (PiSSA, OLoRA) become plain LoRA of twice the rank, so that every
     tool that reads LoRA computes the same.
@@ -164,7 +164,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             _check_pattern(setting, key, path)
     if config.get("peft_type") != "LORA":
         raise UserError(
-            f"an adapter of kind {shorten(repr(config.get('peft_type')))}; LoRA is supported", where=str(path)
+            f"the adapter type is {shorten(repr(config.get('peft_type')))}; only LoRA is supported", where=str(path)
         )
     used = [name for name, value in _UNSUPPORTED.items() if config.get(name, value) not in (value, None, [], {})]
     if used:
@@ -172,8 +172,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     start = config.get("init_lora_weights")
     if start not in (*_LEAVE_BASE, *_FOUND_AGAIN):
         raise UserError(
-            f"the adapter uses init_lora_weights {start!r}: it took a part out of the base's weights first, and its "
-            "files do not tell which",
+            f"the adapter uses init_lora_weights {start!r}: it subtracted a part of the base's weights, and its "
+            "files do not say which part",
             where=str(path),
             fix="Save it with path_initial_model_for_weight_conversion in PEFT, which makes it plain LoRA.",
         )
@@ -182,16 +182,16 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{WEIGHTS} is missing" + pickled * "; adapter_model.bin is a pickle, which can run code",
             where=str(folder),
-            fix="Save it as safetensors." if pickled else "Is the folder complete?",
+            fix="Save it as safetensors." if pickled else "Check that the folder is complete.",
         )
     return config
 
 
 def _no_adapter(folder: Path) -> UserError:
     if (folder / "config.json").exists() or (folder.suffix == ".gguf" and folder.is_file()):
-        fix = "Name it as --base_model; it needs no --lora_model."
+        fix = "Pass it as --base_model, without --lora_model."
         return UserError("this is a whole model, not an adapter", where=str(folder), fix=fix)
-    what = "no adapter_config.json here, so this is no adapter folder"
+    what = "no adapter_config.json here: this is not an adapter folder"
     return UserError(what, where=str(folder), fix="Check the path.")
 
 
@@ -214,7 +214,7 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
         tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
     for name, tensor in tensors.items():
         if not bool((tensor.float().abs() <= MOST_VALUE).all()):  # nor is NaN
-            what = f"{name} holds values that are no finite numbers" + ", or above 2^38" * bool(tensor.isfinite().all())
+            what = f"{name} holds values that are not finite" + ", or above 2^38" * bool(tensor.isfinite().all())
             raise UserError(what, where=str(path), fix="Train it again.")
     return tensors
 
@@ -255,11 +255,11 @@ def read_files(folder: Path) -> AdapterFiles:
             raise UserError(f"the adapter changes {strange}, which is not supported here", where=str(folder))
         parts = {"lora_A": a, "lora_B": b} | ({"lora_magnitude_vector": magnitude} if config.get("use_dora") else {})
         if missing := [part for part, tensor in parts.items() if tensor is None]:
-            raise UserError(f"the adapter is not whole: {name}.{missing[0]} is missing", where=str(folder))
+            raise UserError(f"the adapter is incomplete: {name}.{missing[0]} is missing", where=str(folder))
         assert a is not None
         assert b is not None
         if a.dim() != 2 or b.dim() != 2 or not len(a) == b.shape[1] > 0:
-            raise UserError(f"{name}: {list(a.shape)} and {list(b.shape)} are no pair of LoRA", where=str(folder))
+            raise UserError(f"{name}: {list(a.shape)} and {list(b.shape)} are not a LoRA pair", where=str(folder))
         if magnitude is not None and magnitude.shape != b.shape[:1]:
             raise UserError(f"{name}: {list(magnitude.shape)} magnitudes for {len(b)} rows", where=str(folder))
         layers[name] = LowRank(
@@ -270,7 +270,7 @@ def read_files(folder: Path) -> AdapterFiles:
             start if start in TAKEN else None,
         )
     if not layers and not tensors:
-        raise UserError("the adapter changes no layer", where=str(folder), fix="Is the folder complete?")
+        raise UserError("the adapter changes no layer", where=str(folder), fix="Check that the folder is complete.")
     return AdapterFiles(config, layers, tensors, transposed)
 
 
@@ -280,7 +280,7 @@ def _scaling(config: Mapping[str, Any], name: str, r: int, folder: Path) -> floa
     rank = pattern_value(config.get("rank_pattern") or {}, name, of_all["r"])
     alpha = float(pattern_value(config.get("alpha_pattern") or {}, name, of_all["lora_alpha"]))
     if rank != r:
-        raise UserError(f"{name} has a rank of {r}, and {rank} by adapter_config.json", where=str(folder))
+        raise UserError(f"{name} has a rank of {r}, but adapter_config.json says {rank}", where=str(folder))
     return scaling_of(alpha, r, rank_stabilised=bool(config.get("use_rslora")))
 
 
@@ -312,18 +312,18 @@ def _check_layers(model: Any, files: AdapterFiles, layers: Mapping[str, torch.nn
     modules = dict(model.named_modules())
     if other := [name for name in unknown if name.split(".base_layer")[0] in modules]:
         raise UserError(
-            f"the adapter changes {other[0].split('.base_layer')[0]}, which is no layer that LoRA is put on here",
+            f"the adapter changes {other[0].split('.base_layer')[0]}, a layer that LoRA is not applied to here",
             where=str(folder),
         )
     if unknown:
         raise UserError(
-            f"the adapter is for another model: this one has no layer {unknown[0]}",
+            f"the adapter belongs to another model: this one has no layer {unknown[0]}",
             where=str(folder),
-            fix="Name the base model that the adapter was trained on.",
+            fix="Pass the base model that the adapter was trained on.",
         )
     if quantized := [name for name in files.whole if isinstance(modules[name.rpartition(".")[0]], QuantizedLinear)]:
         raise UserError(
-            f"the adapter brings {quantized[0]}, which this model holds in few bits",
+            f"the adapter contains {quantized[0]}, which is quantised in this model",
             where=str(folder),
             fix="Load the base model without quantisation.",
         )
@@ -336,8 +336,8 @@ def _loaded(name: str, layer: torch.nn.Module, low: LowRank, folder: Path) -> Lo
     _check_shape(f"{name}.lora_B", low.b, (out_features, len(low.a)), folder)
     if low.start and isinstance(layer, QuantizedLinear):
         raise UserError(
-            f"the adapter began as a part of the base's weights (init_lora_weights {low.start}), and this model holds "
-            "them in few bits, from which that part cannot be found",
+            f"the adapter was initialised from the base's weights (init_lora_weights {low.start}), and this model is "
+            "quantised, so that part cannot be computed",
             where=str(folder),
             fix="Load the base model without quantisation.",
         )
@@ -365,7 +365,7 @@ def _load_whole(model: Any, files: AdapterFiles) -> None:
 def _check_shape(name: str, tensor: torch.Tensor, wanted: tuple[int, ...], folder: Path) -> None:
     if tuple(tensor.shape) != wanted:
         raise UserError(
-            f"the adapter does not fit: {name} is {list(tensor.shape)}, {list(wanted)} is wanted",
+            f"the adapter does not fit: {name} is {list(tensor.shape)}, not {list(wanted)}",
             where=str(folder),
-            fix="Name the base model that the adapter was trained on.",
+            fix="Pass the base model that the adapter was trained on.",
         )

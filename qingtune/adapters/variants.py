@@ -52,7 +52,7 @@ def _pissa(weight: torch.Tensor, r: int, scaling: float) -> Pair:
 
 def _fast_pissa(weight: torch.Tensor, r: int, scaling: float) -> Pair:
     """PiSSA with 16 subspace iterations of a random projection in the place of the whole decomposition."""
-    with torch.random.fork_rng():  # the same start each time, so that a run that goes on has the base it had
+    with torch.random.fork_rng():  # the same start each time, so that a resumed run has the same base
         torch.manual_seed(0)
         left, values, right = torch.svd_lowrank(weight, r, niter=16)
     return _principal(left, values, right.t(), scaling)
@@ -88,8 +88,8 @@ def take(start: str, weight: torch.Tensor, r: int, scaling: float, name: str) ->
     """
     if r > min(weight.shape):
         raise UserError(
-            f"init_lora_weights {start} can take a rank of {min(weight.shape)} at most out of {name}, not {r}",
-            fix="Choose a smaller lora_r, or name a smaller one for this layer in rank_pattern.",
+            f"init_lora_weights {start} allows a rank of at most {min(weight.shape)} for {name}, not {r}",
+            fix="Choose a smaller lora_r, or set a smaller rank for this layer in rank_pattern.",
         )
     return TAKEN[start](weight.float(), r, scaling)
 
@@ -145,7 +145,7 @@ class LowRank:
         return merged * (plain.magnitude.to(merged) / row_norms(merged))[:, None]
 
     def product(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in] times the base's weight [out, in] and the change beside it, as in training: [T, out]."""
+        """x [T, in] times the base's weight [out, in] plus the change, computed separately as in training: [T, out]."""
         plain = self.on_unchanged_base(weight)
         low = x @ plain.a.to(x).t()
         product = torch.addmm(x @ weight.t(), low, plain.b.to(x).t(), alpha=plain.scaling)

@@ -54,10 +54,10 @@ def answer_questions(
 
 
 class AnswerFile:
-    """The file that answers go to. Beside it, as long as it is not whole, stands what they answer and how.
+    """The file for the answers. Until it is complete, a second file next to it says what they answer and how.
 
     Args:
-        path: of the file; None for stdout, where nothing is gone on with.
+        path: of the file; None for stdout, where nothing is resumed.
         identity: everything that decides the answers, as JSON values.
         overwrite: replace a file that is there.
         setting: by which the user chose the place; there is one named overwrite_... to replace what is there.
@@ -84,7 +84,7 @@ class AnswerFile:
         try:
             rows = self.rows_there()
             if rows:
-                say(f"{self.path}: {rows:,} answers are there; going on.")
+                say(f"{self.path}: {rows:,} answers are already written; resuming.")
             if self.path.exists() and not self.path.is_file():  # such as /dev/null or a pipe
                 return io.TextIOWrapper(io.BufferedWriter(open_device(self.path)), encoding="utf-8"), 0
             if not rows:
@@ -102,7 +102,7 @@ class AnswerFile:
             self._state.unlink(missing_ok=True)
 
     def rows_there(self) -> int:
-        """Whole rows of an earlier start that this one goes on from.
+        """Complete rows of an earlier start that this one resumes from.
 
         Raises:
             UserError: the file holds something else.
@@ -116,9 +116,9 @@ class AnswerFile:
         before = read_object(self._state, INDEX_BYTES)
         if other := sorted(name for name in self.identity if before.get(name) != self.identity[name]):
             raise UserError(
-                f"{self.setting} holds answers that were made otherwise: {', '.join(other)} differ",
+                f"{self.setting} holds answers made with other settings: {', '.join(other)} differ",
                 where=str(self.path),
-                fix=f"Give the same settings to go on, choose another {self.setting}, "
+                fix=f"Pass the same settings to resume, choose another {self.setting}, "
                 f"or pass --overwrite_{self.setting}.",
             )
         with self.path.open("rb") as file:
@@ -126,19 +126,19 @@ class AnswerFile:
 
 
 def _state_of(path: Path) -> Path:
-    """Stands beside a file that is not whole."""
+    """Is next to an incomplete file."""
     return path.with_name(f"{path.name}.unfinished.json")
 
 
 def refuse_finished(path: Path, setting: str = "output_file") -> None:
-    """Leave alone a file that holds something and is not one to go on with.
+    """Refuse a file that has content and cannot be resumed.
 
     Raises:
         UserError: it is there.
     """
     if path.is_file() and path.stat().st_size and not _state_of(path).exists():
         raise UserError(
-            f"{setting} is there already",
+            f"{setting} already exists",
             where=str(path),
             fix=f"Choose another one, or pass --overwrite_{setting}.",
         )

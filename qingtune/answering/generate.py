@@ -49,8 +49,8 @@ def choose(logits: torch.Tensor, seen: torch.Tensor, decoding: Decoding, generat
     best, likeliest = scores.max(0)
     if not bool(best.isfinite()):
         raise UserError(
-            "the model's logits are no finite numbers, so no token can be chosen",
-            fix="Its weights or those of the adapter are broken, or too large for this format.",
+            "the model's logits are not finite, so no token can be chosen",
+            fix="Its weights or the adapter's are broken, or too large for this dtype.",
         )
     if decoding.temperature < LEAST_TEMPERATURE:
         return int(likeliest)

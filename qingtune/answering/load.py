@@ -30,7 +30,7 @@ from qingtune.output.console import say
 
 
 class ModulesDecoder:
-    """A model of Transformers, one sequence at a time; a prompt that goes on from the last one is not read anew."""
+    """A model of Transformers, one sequence at a time; a prompt that extends the last one is not read again."""
 
     slots = 1
 
@@ -67,7 +67,7 @@ class ModulesDecoder:
 
     def _read(self, ids: Sequence[int]) -> torch.Tensor:
         inputs = torch.tensor([list(ids)], device=self.device)
-        held, self._ids = self._ids, []  # nothing can be gone on from if this breaks off half way, as by Ctrl-C
+        held, self._ids = self._ids, []  # nothing can be reused if this is interrupted, as by Ctrl-C
         output = self.model(input_ids=inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._ids = [*held, *ids]
         return output.logits[0, -1]
@@ -99,14 +99,14 @@ def load_decoder(
         model, stored, reason = open_model(folder, bits, hardware)
         if reason is None:
             if bits == 4 and stored.packed:
-                say("Its 4 bits are rounded once more, to the form that is multiplied fast; load_in_8bit loses less.")
+                say("The 4-bit weights are rounded again into the format of the fast kernels; load_in_8bit loses less.")
             assembly = Assembly(model, stored, stored_adapter, hardware, bits=bits)
             kept = bits or _bits_kept(folder, stored_adapter) if assembly.exact else bits
             check_memory(folder, hardware.dtype, kept, hardware.device)
             if isinstance(assembly.library, str):
-                say(f"PyTorch's kernels, slower: {assembly.library}.")
+                say(f"Using PyTorch kernels (slower): {assembly.library}.")
             return assembly.decoder(slots)
-    say(f"General kernels, slower: {reason}.")
+    say(f"Using general kernels (slower): {reason}.")
     model = load_base(folder, hardware.dtype, bits, hardware.device, cache_dir)
     if adapter:
         load_adapter(model, adapter)
@@ -123,7 +123,7 @@ def open_model(folder: Path, bits: int | None, hardware: Hardware) -> tuple[Any,
     model, stored = empty_model(folder, hardware.dtype), StoredWeights(folder)
     reason = why_not(model)
     if reason is None and bits and hardware.device.type != "cpu":
-        reason = "packed products are for CPUs"
+        reason = "packed products are only for CPUs"
     if reason is None and bits == 4 and not has_int4_kernels():
         reason = "this machine's PyTorch packs 4 bits in a layout not known here"
     if reason is None and not stored.fit(shapes_to_read(model)):
@@ -140,7 +140,7 @@ class Assembly:
         adapter: None for the base alone.
         hardware: where and in which dtype.
         bits: 4 or 8 to hold the matrices in; None for the dtype.
-        merge: whether the adapter is merged into the weights, or computed beside them.
+        merge: whether the adapter is merged into the weights, or computed separately.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Assembly:
             return FileMatrix(self.stored.mapped(HEAD if own else EMBEDDING), self.device)
         if own:
             return self._pack(self._read(HEAD), None)
-        return self._pack(self._embedding(), None)  # mapped anew: pages that were read here are given back
+        return self._pack(self._embedding(), None)  # mapped again: pages that were read here are released
 
     def layer(self, number: int, module: Any) -> AnswerLayer:
         """A layer's weights, read from the files."""
@@ -244,7 +244,7 @@ class Assembly:
         return self._pack(weight, torch.cat(biases))
 
     def _beside(self, name: str, module: Any) -> Matrix:
-        """One linear layer, its adapter beside it."""
+        """One linear layer with its adapter."""
         bias = self._read(f"{name}.bias").to(self.device, self.dtype) if module.bias is not None else None
         adapter = self.adapter.layers.get(f"{name}.weight") if self.adapter else None
         if adapter is None:
@@ -335,7 +335,7 @@ class JoinedMatrix:
 
 
 class AdaptedMatrix:
-    """A weight and what an adapter adds, computed beside it as in training."""
+    """A weight and the adapter's change, computed separately as in training."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, adapter: LowRank) -> None:
         self.weight, self.bias, self.adapter = weight, bias, adapter

@@ -86,13 +86,12 @@ class Speaker:
             UserError: the prompt leaves no room for one, or is empty.
         """
         if not ids:
-            raise UserError(
-                "the prompt has no tokens, and an answer needs at least one before it", fix="Write a prompt."
-            )
+            raise UserError("the prompt has no tokens", fix="Write a prompt.")
         room = self.context_length - len(ids)
         if room < 1:
             raise UserError(
-                f"the prompt has {len(ids):,} tokens, the model reads {self.context_length:,}", fix="Shorten it."
+                f"the prompt has {len(ids):,} tokens, but the model's context is {self.context_length:,}",
+                fix="Shorten it.",
             )
         return replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
 

@@ -1,4 +1,4 @@
-"""A model's thinking told from its answer as the text comes in: `<think>...</think>` at the start, as Qwen3 writes it.
+"""Separates a model's thinking from its answer during generation: `<think>...</think>` at the start, as in Qwen3.
 
 Only a block with which a text begins is thinking. Tags further on belong to the answer, which may speak of them; a text
 that begins with words has no thinking. A block that never closes is thinking to the end, and leaves no answer.

@@ -21,7 +21,7 @@ def check(config: CheckConfig) -> int:
         UserError: nothing to check, or a file or the tokenizer cannot be read.
     """
     if not config.data:
-        raise UserError("--data is missing", fix="Name a data file, for example --data data/train.jsonl.")
+        raise UserError("--data is missing", fix="Pass a data file, for example --data data/train.jsonl.")
     check_files_exist({"data": config.data, "eval_data": config.eval_data})
     template, limit = _template(config) if config.model_name_or_path else (None, config.max_seq_length)
     reports: dict[str, CheckReport] = {}
@@ -38,7 +38,7 @@ def check(config: CheckConfig) -> int:
         for name, report in reports.items():
             give(redact("\n".join(as_lines(name, report, limit))))
         if template is None:
-            give("Token lengths and templates were not looked at: name a model with --model_name_or_path.")
+            give("Token lengths and the chat template were not checked; pass --model_name_or_path to check them.")
     return 2 if config.strict and any(report.faulty for report in reports.values()) else 0
 
 

@@ -40,23 +40,23 @@ DONE, FAILED, INTERRUPTED = 0, 1, 130
 # What a comparison leaves in its folder; BEGUN is the first.
 BEGUN, JOURNAL = "compare_config.json", "search.journal"
 PAGE, NUMBERS, PICTURE = "comparison.md", "comparison.json", "comparison.png"
-ANEW = "Pass --overwrite_output_dir to begin anew, or choose another output_dir."
+START_OVER = "Pass --overwrite_output_dir to start over, or choose another output_dir."
 
 
 def compare(loaded: Loaded[CompareConfig], command: str) -> int:
     """Run the trials that are not finished yet, write the report and print its table.
 
     Args:
-        command: by which the same comparison goes on.
+        command: resumes the comparison.
 
     Returns:
         The exit code: 0, 1 if a trial failed, 130 if a signal ended it early; what is done is kept then.
 
     Raises:
-        UserError: anything that the user can mend, before the first trial.
+        UserError: any error that the user can fix, before the first trial.
     """
     config, output_dir = loaded.config, Path(loaded.config.output_dir)
-    how_to_go_on = f"Stopped. To go on: {command}"
+    how_to_go_on = f"Stopped. To resume: {command}"
     _check(config, loaded.given)
     setups, notices = _search_checked(loaded) if config.space else _grid_checked(loaded)
     check_output_folder(output_dir, overwrite=config.overwrite_output_dir, first_file=BEGUN, what="a comparison")
@@ -98,39 +98,38 @@ def _check(config: CompareConfig, given: Mapping[str, Any]) -> None:
     problems: list[UserError] = []
     if not config.has_evaluation:
         problems.append(
-            UserError("a comparison needs evaluation data", fix="Give eval_data_path, or val_size, such as 0.1.")
+            UserError("a comparison needs evaluation data", fix="Set eval_data_path, or val_size, such as 0.1.")
         )
     elif config.eval_strategy == "no":
-        problems.append(UserError('eval_strategy is "no"', fix="Leave it out: a comparison needs evaluations."))
+        problems.append(UserError('eval_strategy is "no"', fix="Remove it: a comparison needs evaluations."))
     if config.pruner != "none" and not config.space:
-        problems.append(
-            UserError(f"pruner {config.pruner} without space has no meaning", fix="Give space, or leave it out.")
-        )
+        problems.append(UserError(f"pruner {config.pruner} needs space", fix="Set space, or remove it."))
     problems += [
-        UserError(f"{name} without space has no meaning", fix="Give space, or leave it out.")
+        UserError(f"{name} needs space", fix="Set space, or remove it.")
         for name in ("trials", "sampler")
         if name in given and not config.space
     ]
     if config.dry_run:
         problems.append(
             UserError(
-                "dry_run has no meaning in a comparison",
-                fix=f"`{command_line('plan')}` tells the memory of every method.",
+                "dry_run does not apply to a comparison",
+                fix=f"`{command_line('plan')}` shows the memory of each method.",
             )
         )
     if config.resume_from_checkpoint not in ("auto", True):
         problems.append(
             UserError(
-                "resume_from_checkpoint has no meaning in a comparison", fix="Unfinished trials go on by themselves."
+                "resume_from_checkpoint does not apply to a comparison",
+                fix="Unfinished trials are resumed automatically.",
             )
         )
     if launched_processes() > 1:
-        problems.append(UserError("a comparison starts its processes itself", fix="Start it without a launcher."))
+        problems.append(UserError("a comparison starts its processes itself", fix="Run it without a launcher."))
     raise_all(problems)
 
 
 def _grid_checked(loaded: Loaded[CompareConfig]) -> tuple[list[Setup], list[str]]:
-    """The grid's setups, and what the user should be told of them."""
+    """The setups of the grid, and messages about them."""
     setups = grid_setups(loaded)
     about = [about_learning_rates(loaded.config, loaded.given), about_full_training(loaded.config)]
     notices = [*filter(None, about), *(notice for setup in setups for notice in setup.notices)]
@@ -138,7 +137,7 @@ def _grid_checked(loaded: Loaded[CompareConfig]) -> tuple[list[Setup], list[str]
 
 
 def _search_checked(loaded: Loaded[CompareConfig]) -> tuple[list[Setup], list[str]]:
-    """No setups, as a search finds them; but what it may ask for is checked, and what is true of all is told."""
+    """No setups, because a search finds them; checks the values it may try, and returns messages about all of them."""
     require_optuna()
     assert loaded.config.space is not None
     points = extremes(loaded.config.space)
@@ -168,7 +167,7 @@ def _begin(config: CompareConfig, output_dir: Path) -> None:
         for name in changed_names(before, now):
             if name in now:
                 raise UserError(
-                    f"the {name} of this comparison changed since it began", where=str(output_dir), fix=ANEW
+                    f"the {name} of this comparison changed since it began", where=str(output_dir), fix=START_OVER
                 )
     settings = redact_values(config.model_dump(mode="json", exclude_defaults=True, exclude={"overwrite_output_dir"}))
     write_json(output_dir / BEGUN, {**without_secrets(now), "settings": settings})
@@ -189,7 +188,7 @@ def _remove_trials(folder: Path) -> None:
         others += [f"{run.name}/{name}" for name in not_ours] if is_run(run) or not ours else [run.name]
     if others:
         raise UserError(
-            f"the trials of an earlier comparison cannot be removed: there are files of others: {shown(others)}",
+            f"the trials of an earlier comparison cannot be removed, because they contain other files: {shown(others)}",
             where=str(folder),
             fix="Move them away, or choose another output_dir.",
         )
@@ -228,7 +227,7 @@ def _report(bench: Bench) -> None:
         best = bench.trial(comparison.best.setup, min(comparison.best.numbers))
         show(f"Its settings: {best.config_file}; its result: {best.folder}")
         if (note := best.folder / WEIGHTS_REMOVED).exists():  # it was not the best yet when another's were kept
-            show(f"Its weights were removed; how to have them again: {note}")
+            show(f"Its weights were removed; to train them again: {note}")
     else:
         show("No trial is finished.")
     show(f"Report: {output_dir / PAGE}, {NUMBERS}" + f", {PICTURE}" * drawn)
@@ -258,13 +257,13 @@ def _about(config: CompareConfig, steps: Sequence[int], rows: int | None, *, sam
         lines.append(_rows_line(rows))
     if steps and same_order:
         samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        lines.append(f"{steps[0]:,} steps of {samples} samples; all setups get the same ones in the same order")
+        lines.append(f"{steps[0]:,} steps of {samples} samples, the same for all setups, in the same order")
     return lines
 
 
 def _rows_line(rows: int) -> str:
     """On how many samples all losses rest, and that few of them prove little."""
-    few = " With so few, small differences may be chance." * (rows < FEW_ROWS)
+    few = " With so few, small differences may be noise." * (rows < FEW_ROWS)
     return f"Evaluated on {rows:,} sample{'s' * (rows > 1)}.{few}"
 
 

@@ -1,7 +1,7 @@
 """The recipe of evaluating: losses and answers of a model, before and after training, and what they say.
 
 Each model in turn goes over the rows and writes what it made of each as a line of predictions_before.jsonl or
-predictions_after.jsonl; the metrics are made of these files alone. So a stopped evaluation goes on with the row at
+predictions_after.jsonl; the metrics are made of these files alone. So a stopped evaluation resumes at the row at
 which it stopped, and a model whose file is whole is not loaded again.
 """
 
@@ -69,7 +69,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """Evaluate what the settings name; the table goes to stdout, everything else to stderr and output_dir.
 
     Raises:
-        UserError: anything that the user can mend.
+        UserError: any error that the user can fix.
     """
     quieten()
     _check(config)
@@ -87,10 +87,10 @@ def evaluate(config: EvaluateConfig) -> None:
                 give_back_memory()
         except (KeyboardInterrupt, Terminated):
             without = " without --overwrite_output_dir" * config.overwrite_output_dir
-            say(f"Stopped; the same command{without} goes on with it.")
+            say(f"Stopped; to resume, run the same command{without}.")
             raise
         about = _about(config, rows)
-        with disk_errors("the evaluation", output_dir, "Make room and run the same command again."):
+        with disk_errors("the evaluation", output_dir, "Free disk space and run the same command again."):
             changes = write_report(output_dir, about, sides)
         for name in sides:
             for kept in (f"predictions_{name}.jsonl.unfinished.json", f"lm_eval_{name}.json"):
@@ -104,9 +104,9 @@ def evaluate(config: EvaluateConfig) -> None:
 def _check(config: EvaluateConfig) -> None:
     """Look for what is wrong before anything is loaded."""
     if not config.data and not config.lm_eval:
-        raise UserError("--data is missing", fix="Name a data file, for example --data data/store_xhs_heldout.jsonl.")
+        raise UserError("--data is missing", fix="Pass a data file, for example --data data/store_xhs_heldout.jsonl.")
     if config.base_model is None and config.lora_model is None:
-        raise UserError("no model is named", fix="Pass --base_model, --lora_model, or both.")
+        raise UserError("no model was given", fix="Pass --base_model, --lora_model, or both.")
     if config.only_after and config.before_model:
         raise UserError("only_after and before_model are both given", fix="Choose one.")
     check_bits(_to_infer(config, config.base_model, config.lora_model, None))
@@ -130,7 +130,7 @@ def _check_harness(tasks: Sequence[str]) -> None:
 def _refuse_finished(output_dir: Path, *, overwrite: bool) -> None:
     if (output_dir / RESULT).exists() and not overwrite:
         raise UserError(
-            "output_dir holds a finished evaluation",
+            "output_dir contains a finished evaluation",
             where=str(output_dir),
             fix="Choose another one, or pass --overwrite_output_dir.",
         )
@@ -186,13 +186,13 @@ def _base_of(config: EvaluateConfig, after: Speaker) -> str | None:
     record = read_record(after.base)
     if record is None:
         return None
-    fix = "Name the model to compare with as --before_model."
+    fix = "Pass the model to compare with as --before_model."
     if not is_here(record.base_model, config.cache_dir, config.hub):
-        say(f"Compared with nothing: {record.base_model}, from which this was trained, is not here. {fix}")
+        say(f"Compared with nothing: {record.base_model}, the base it was trained from, is not on this machine. {fix}")
         return None
     base = local_folder(find_model(record.base_model, config.cache_dir, config.hub), config.cache_dir)
     if fingerprint(base) != record.base_fingerprint:
-        say(f"Compared with nothing: {base} has other weights than those from which this was trained. {fix}")
+        say(f"Compared with nothing: {base} is not the base it was trained from (its weights differ). {fix}")
         return None
     return str(base)
 
@@ -204,7 +204,7 @@ def _read(config: EvaluateConfig, system_prompt: str | None) -> list[RowWithForm
     """The rows to evaluate on.
 
     Raises:
-        UserError: rows or their rules are faulty, or there are none.
+        UserError: rows or their rules are faulty, or there are no rows.
     """
     rows: list[RowWithForm] = []
     faults: list[Fault] = []
@@ -221,7 +221,7 @@ def _read(config: EvaluateConfig, system_prompt: str | None) -> list[RowWithForm
         if len(rows) == config.limit:
             break
     if faults:
-        raise faulty_rows(faults, len(rows) + len(faults), fix="Fix the rows or leave them out.")
+        raise faulty_rows(faults, len(rows) + len(faults), fix="Fix or remove the rows.")
     if config.data and not rows:
         raise UserError("no row to evaluate on", where=", ".join(config.data))
     return rows
@@ -284,7 +284,7 @@ def _prepare(speaker: Speaker, rows: Sequence[RowWithForm], longest: int) -> lis
             ids = None if asked.prompt is None else speaker.ids(asked.prompt)
             decoding = None if ids is None else speaker.within_context(ids, speaker.decoding)
         except UserError as error:
-            problems.append(UserError(error.what, where=asked.origin, fix="Shorten the row or leave it out."))
+            problems.append(UserError(error.what, where=asked.origin, fix="Shorten or remove the row."))
         else:
             question = None if ids is None or decoding is None else Question(asked.values, ids, decoding)
             prepared.append(Prepared(asked, samples, question))
@@ -330,7 +330,7 @@ def _with_loss(speaker: Speaker, row: Prepared) -> dict[str, Any]:
     scores = [score_sample(speaker.decoder, sample) for sample in row.samples]
     loss = sum(score.loss for score in scores)
     if not abs(loss) < float("inf"):
-        raise UserError(f"the loss is {loss}", where=row.asked.origin, fix="Are the model's weights sound?")
+        raise UserError(f"the loss is {loss}", where=row.asked.origin, fix="Check the model's weights.")
     return {**row.asked.values, "summed_loss": loss, "trained_tokens": sum(score.tokens for score in scores)}
 
 

@@ -1,5 +1,5 @@
 """The recipe of exporting: base and adapter become GGUF files that are read back and compared, each tensor in its turn;
-beside them Ollama's Modelfile and a model card."""
+with Ollama's Modelfile and a model card."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def export(config: ExportConfig) -> None:
     """
     quieten()
     if config.base_model is None and config.lora_model is None:
-        raise UserError("no model is named", fix="Pass --lora_model, --base_model, or both.")
+        raise UserError("no model was given", fix="Pass --lora_model, --base_model, or both.")
     adapter_folder = Path(config.lora_model) if config.lora_model else None
     output_dir = Path(config.output_dir)
     name = re.sub(r"[^\w.-]+", "-", output_dir.absolute().name).strip("-") or "model"
@@ -88,7 +88,7 @@ def export(config: ExportConfig) -> None:
     speech = _speech(config, base, record, layout)
     metadata = _metadata(name, layout, speech)
     with (
-        disk_errors("the export", output_dir, "Make room, or choose another output_dir."),
+        disk_errors("the export", output_dir, "Free disk space, or choose another output_dir."),
         place.staging() as half_done,
     ):
         files = [
@@ -104,7 +104,7 @@ def export(config: ExportConfig) -> None:
         say(f"Note: {remark}")
     show(
         f"Exported: {output_dir} ({', '.join(file.name for file in files)}, {MODELFILE}, {CARD})\n"
-        f"Talk to it: {shown(['llama-cli', '-m', str(output_dir / files[0].name), '--jinja'])}\n"
+        f"Chat with it: {shown(['llama-cli', '-m', str(output_dir / files[0].name), '--jinja'])}\n"
         f"or: {shown(['cd', str(output_dir)])} && ollama create {name} -f {MODELFILE} && ollama run {name}"
     )
 
@@ -129,9 +129,9 @@ def _reader(weights: StoredWeights, layout: GGUFLayout, adapter: StoredAdapter |
         return weights.read
     if unknown := sorted(adapter.names - {tensor.source for tensor in layout.tensors}):
         raise UserError(
-            f"the adapter changes {unknown[0]}, which this base has not",
+            f"the adapter changes {unknown[0]}, which this base does not have",
             where=str(adapter.folder),
-            fix="Name the base model that the adapter was trained on.",
+            fix="Pass the base model that the adapter was trained on.",
         )
 
     def read(name: str) -> torch.Tensor:
@@ -139,7 +139,7 @@ def _reader(weights: StoredWeights, layout: GGUFLayout, adapter: StoredAdapter |
         merged = adapter.merged(name, tensor) if name in adapter.names else tensor
         if merged.shape != tensor.shape:
             raise UserError(
-                f"the adapter makes {name} {list(merged.shape)}, the base has {list(tensor.shape)}",
+                f"the adapter changes {name} to shape {list(merged.shape)}, but the base has {list(tensor.shape)}",
                 where=str(adapter.folder),
             )
         return merged
@@ -148,7 +148,7 @@ def _reader(weights: StoredWeights, layout: GGUFLayout, adapter: StoredAdapter |
 
 
 def _metadata(name: str, layout: GGUFLayout, speech: Speech) -> dict[str, Value]:
-    """All that a file holds besides tensors and its kind."""
+    """The content of a file except tensors and its type."""
     tokenizer = speech.template.tokenizer
     metadata: dict[str, Value] = {"general.type": "model", "general.name": name, **layout.metadata}
     metadata |= vocabulary_of(tokenizer, layout.embeddings, speech.ending)
@@ -162,14 +162,12 @@ def _write(folder: Path, name: str, plan: GGUFPlan, read: Read) -> ExportedFile:
     path = folder / f"{name}-{plan.quantize}.gguf"
     say(f"Writing {path.name} ({len(plan.layout.tensors)} tensors) ...")
     if plan.undivided:
-        say(
-            f"{len(plan.undivided)} tensors stay in 16 bits, as their rows do not divide by 32: {plan.undivided[0]} ..."
-        )
+        say(f"{len(plan.undivided)} tensors stay in 16 bits (row length not a multiple of 32): {plan.undivided[0]} ...")
     write_gguf(path, plan, read)
     say(f"Reading {path.name} back ...")
     worst = check_gguf(path, plan, read)
-    told = ", ".join(f"{kind} {error:.3%} ({tensor})" for kind, (error, tensor) in worst.items())
-    say(f"Read back and compared with what it was made of; the largest error of a tensor: {told}.")
+    largest = ", ".join(f"{kind} {error:.3%} ({tensor})" for kind, (error, tensor) in worst.items())
+    say(f"Read back and compared with the source weights; largest error of a tensor: {largest}.")
     errors = {kind: error for kind, (error, _) in worst.items()}
     return ExportedFile(path.name, path.stat().st_size, sha256_of(path), errors)
 
@@ -191,7 +189,7 @@ def _speech(config: ExportConfig, base: Path, record: Record | None, layout: GGU
     bos = cast("int | None", tokenizer.bos_token_id)
     add_bos = bos is not None and probe[0] == bos
     if plain and probe[add_bos:] != encode(tokenizer, "a"):
-        raise UserError("the tokenizer puts other tokens around a text than llama.cpp can", where=str(base))
+        raise UserError("the tokenizer adds tokens around a text that llama.cpp cannot add", where=str(base))
     of_model = read_model_config(base).get("bos_token_id")
     if bos is None and isinstance(of_model, int):
         bos = of_model
@@ -199,7 +197,7 @@ def _speech(config: ExportConfig, base: Path, record: Record | None, layout: GGU
     system = config.system_prompt if config.system_prompt is not None else record.system_prompt if record else None
     if system is not None and (found := find_token(system)):
         fix = "Pass --system_prompt without it, or take it out of the environment."
-        raise UserError(f"the system prompt holds {found}, which would stand in the Modelfile", fix=fix)
+        raise UserError(f"the system prompt holds {found}, which would be written to the Modelfile", fix=fix)
     return Speech(template, plain, Ending(template.end_of_turn, others, bos, add_bos), system)
 
 

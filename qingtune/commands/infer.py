@@ -43,7 +43,7 @@ def infer(config: InferConfig) -> None:
     """Answer what the settings ask for; text goes to stdout, everything else to stderr.
 
     Raises:
-        UserError: anything that the user can mend.
+        UserError: any error that the user can fix.
     """
     quieten()
     check_bits(config)
@@ -76,9 +76,7 @@ def _check_question(config: InferConfig) -> None:
     if len(asked := [name for name, is_given in given.items() if is_given]) > 1:
         raise UserError(f"{' and '.join(asked)} are both given", fix="Choose one.")
     if config.output_file and not config.prompt_file:
-        raise UserError(
-            "output_file is for the answers to a prompt_file", fix="Pass --prompt_file, or redirect stdout: > FILE"
-        )
+        raise UserError("output_file needs prompt_file", fix="Pass --prompt_file, or redirect stdout: > FILE")
 
 
 # --- Loading ---------------------------------------------------------------------------------------------------------

@@ -55,16 +55,16 @@ def merge(config: MergeConfig) -> None:
     place.refuse_input("the base model", base)
     if stored_in_4bit(base):
         raise UserError(
-            "the base is stored in 4 bits, and merging into these would round a second time",
+            "the base is stored in 4 bits, and merging into it would round a second time",
             where=str(base),
-            fix="Name the 16-bit model that it was made of: --base_model NAME --allow_other_base. "
+            fix="Pass the 16-bit model that it was made from: --base_model NAME --allow_other_base. "
             "--save_in_4bit rounds the result, once.",
         )
     adapter = read_adapter(folder)
     template = load_template(base, folder, record.stop_ids if record else None)
     hardware = choose_hardware()
     with place.staging() as half_done:
-        with disk_errors("the merged model", output_dir, "Make room on the disk, or choose another output_dir."):
+        with disk_errors("the merged model", output_dir, "Free disk space, or choose another output_dir."):
             with memory_errors("the adapter was merged", base, _SMALLER):
                 if config.save_in_4bit:
                     write_in_4bit(half_done, base, adapter)
@@ -83,9 +83,9 @@ def merge(config: MergeConfig) -> None:
             say(judge(lost) if config.save_in_4bit else _judge(lost, dtypes))
         if record:
             write_record(half_done, record)
-        with disk_errors("the merged model", output_dir, "Make room on the disk, or choose another output_dir."):
+        with disk_errors("the merged model", output_dir, "Free disk space, or choose another output_dir."):
             place.put(half_done)
-    show(f"Merged model: {output_dir}\nTalk to it: {command_line('chat', base_model=output_dir)}")
+    show(f"Merged model: {output_dir}\nChat with it: {command_line('chat', base_model=output_dir)}")
 
 
 def _write(folder: Path, base: Path, adapter: StoredAdapter, dtype: torch.dtype | None) -> set[torch.dtype]:
@@ -98,7 +98,7 @@ def _write(folder: Path, base: Path, adapter: StoredAdapter, dtype: torch.dtype 
         the dtypes in which the changed weights are stored, as read back.
     """
     if not adapter.names - {HEAD} <= set(StoredWeights(base).shapes):
-        say("Merging in whole: the base's tensors have other names in its files than in the model.")
+        say("Merging in memory: the base's tensors have other names in its files than in the model.")
         return _write_whole(folder, base, adapter, dtype or stored_dtype(base))
     settings = read_model_config(base)
     if dtype is None:
@@ -170,11 +170,11 @@ def _judge(lost: Lost, dtypes: set[torch.dtype]) -> str:
     """
     merging, found = judge_merging(lost.merging), lost.result
     agreed = (
-        f"the likeliest token agrees at {found.agree:.1%}. Greedy answers: {found.same_answers} of {found.answers} are "
-        "the same."
+        f"the most likely token agrees at {found.agree:.1%}. Greedy answers: {found.same_answers} of {found.answers} "
+        "are the same."
     )
     if dtypes <= {torch.float32}:
-        return f"{merging}\nStored in float32, and read back: nothing is rounded; {agreed}"
+        return f"{merging}\nStored in float32 and read back: nothing is rounded; {agreed}"
     kinds = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return (
         f"{merging}\nStored in {kinds}, and read back: each weight is the merged one rounded once. That alone moves "

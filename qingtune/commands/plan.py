@@ -43,7 +43,7 @@ def plan(loaded: Loaded[PlanConfig], _command: str) -> None:
     source = find_header(config.model_name_or_path, config.cache_dir, config.hub)
     blueprint = read_blueprint(source.path)
     if config.gpu_memory_gib is not None and config.calibrate:
-        raise UserError("calibrate measures this machine, and the plan is for another", fix="Leave one of them out.")
+        raise UserError("calibrate measures this machine, but the plan is for another one", fix="Remove one of them.")
     machine = find_machine(config.bf16, config.fp16)
     if config.gpu_memory_gib is not None:
         machine = supposed_gpu(config.gpu_memory_gib)
@@ -62,7 +62,7 @@ def plan(loaded: Loaded[PlanConfig], _command: str) -> None:
 
 
 def suppose_samples(config: PlanConfig, context: int | None, machine: Machine, model: Path) -> Samples:
-    """What the data will ask for: counted where a tokenizer is at hand, otherwise the most that it can be.
+    """The sizes of the data: counted if there is a tokenizer, otherwise an upper bound.
 
     Args:
         context: tokens that the model knows positions for; None if unknown.
@@ -71,7 +71,7 @@ def suppose_samples(config: PlanConfig, context: int | None, machine: Machine, m
     limit = min(config.max_seq_length, context or config.max_seq_length)
     evaluates = bool(config.eval_data_path) or config.val_size > 0
     if not config.data_path:
-        return Samples(limit, limit, 1.0, None, evaluates, "max_seq_length; no data named")
+        return Samples(limit, limit, 1.0, None, evaluates, "max_seq_length; no data given")
     reading = read_conversations(config.data_path, config.system_prompt, "skip", rules_of(config))
     path = tokenizer_file(model, cache_folder(config.cache_dir))
     tokenizer = None if path is None else _open_tokenizer(path)
@@ -81,16 +81,16 @@ def suppose_samples(config: PlanConfig, context: int | None, machine: Machine, m
         basis = "samples counted, their template guessed"
     else:
         share, all_tokens = 1.0, [_most_tokens(row) for row in reading.conversations]
-        basis = "samples, at most a token a byte, as there is no tokenizer to count with"
+        basis = "samples, at most one token per byte, because there is no tokenizer"
     kept = [n for n in all_tokens if n <= limit or tokenizer is None or config.on_long == "truncate"]
     if not kept:
         raise UserError(
-            f"no sample is as short as {limit:,} tokens",
+            f"every sample is longer than {limit:,} tokens",
             where=", ".join(config.data_path),
             fix="Raise max_seq_length, or pass --on_long truncate.",
         )
     left_out = len(reading.faults) + len(all_tokens) - len(kept)
-    basis += f"; {left_out:,} row{'s' * (left_out > 1)} left out" * bool(left_out)
+    basis += f"; {left_out:,} row{'s' * (left_out > 1)} skipped" * bool(left_out)
     lengths = [min(n, limit) for n in kept]
     group = fullest_group(lengths, training_batches(len(lengths), config), most_tokens_of(machine))
     tokens = sum(lengths[number] for number in group)

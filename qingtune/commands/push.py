@@ -77,15 +77,15 @@ def push(config: PushConfig, hub: Hub | None = None) -> None:
     folder = Path(config.folder)
     contents = look_through(folder)
     where = {"hf": "Hugging Face", "modelscope": "ModelScope"}[config.to]
-    seen = "that only its owner sees (private)" if config.private else "that everybody sees (public)"
-    listing = [f"{folder} -> {where}, {config.repo}, a repository {seen} if it is made anew:"]
+    seen = "private" if config.private else "public"
+    listing = [f"{folder} -> {where}, {config.repo} ({seen} if the repository is new):"]
     listing += [f"  {name}  {_size(size)}" for name, size in contents.published.items()]
     total = sum(contents.published.values())
     listing.append(f"{len(contents.published)} files, {_size(total)}.")
     if contents.left_out:
         listing.append(f"Left out: {', '.join(contents.left_out)}.")
     if not config.confirm:
-        give("\n".join([*listing, "Nothing was uploaded. To do it, give the same command with --confirm."]))
+        give("\n".join([*listing, "Nothing was uploaded. To upload, run the same command with --confirm."]))
         return
     show("\n".join(listing))
     target = hub or (_HuggingFace() if config.to == "hf" else _modelscope())
@@ -139,7 +139,7 @@ def _why_not(path: Path) -> UserError | None:
             fix="Publish an export or a merged model, or move the checkpoints away.",
         )
     if path.is_symlink() or not path.is_file() or not _PUBLISHED.fullmatch(path.name):
-        return UserError("is no part of a model, so it is not published", where=str(path), fix="Move it elsewhere.")
+        return UserError("is not part of a model, so it is not published", where=str(path), fix="Move it elsewhere.")
     find = find_secret if _is_prose(path) else find_token
     for text in _windows(path):
         if found := find(text):
@@ -147,8 +147,8 @@ def _why_not(path: Path) -> UserError | None:
                 f"holds what looks like a token or a password: {found}", where=str(path), fix="Take it out."
             )
         if _is_prose(path) and (place := _PATHS.search(text)):
-            what = f"names a path of this machine, {place[0]}"
-            return UserError(what, where=str(path), fix="Put a public name there.")
+            what = f"contains a path of this machine, {place[0]}"
+            return UserError(what, where=str(path), fix="Replace it with a public name.")
     return None
 
 
@@ -225,12 +225,12 @@ class _ModelScope:
 
 
 def _asked(ask: Callable[[], Any], login: str) -> Any:
-    """What the hub answers; its errors, which have no common class, are the user's to mend."""
+    """What the hub returns; its errors, which have no common class, become UserErrors."""
     try:
         return ask()
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
         raise UserError(
-            f"the hub did not take it: {type(error).__name__}: {redact(reason[0])}",
-            fix=f"Log in with `{login}`, or check the token in the environment, and that the repository may be yours.",
+            f"the hub refused the upload: {type(error).__name__}: {redact(reason[0])}",
+            fix=f"Log in with `{login}`, or check the token in the environment and your rights to the repository.",
         ) from error

@@ -13,14 +13,14 @@ from qingtune.runs.record import METRICS, RECORD, SETTINGS
 
 
 def report(config: ReportConfig) -> None:
-    """Write the page anew and name it.
+    """Rewrite the page and print its path.
 
     Raises:
         UserError: there is no run in the folder, one of its files is broken, or the disk does not take the page.
     """
     folder = Path(config.output_dir)
     if not any((folder / name).is_file() for name in (RECORD, SETTINGS, METRICS)):
-        raise UserError("no training run here", where=config.output_dir, fix="Name the output_dir of a run.")
+        raise UserError("no training run here", where=config.output_dir, fix="Pass the output_dir of a run.")
     page = write_page(folder)
     give(str(page))
     if config.open:

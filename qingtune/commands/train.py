@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to; losses are means over trained tokens, None where nothing was evaluated.
+    """The outcome of a run; losses are means over trained tokens, None if nothing was evaluated.
 
     Attributes:
         peak_bytes: the most memory held.
@@ -104,13 +104,13 @@ def train(config: TrainConfig, *, notices: Sequence[str] = (), command: str = ""
     Args:
         config: checked and resolved.
         notices: lines to show first.
-        command: by which the same run goes on.
+        command: resumes the run.
 
     Returns:
         True if the result is written, False if a signal ended the run early; its state is saved then.
 
     Raises:
-        UserError: anything that the user can mend.
+        UserError: any error that the user can fix.
     """
     quieten()
     output_dir = Path(config.output_dir)
@@ -131,7 +131,7 @@ def train(config: TrainConfig, *, notices: Sequence[str] = (), command: str = ""
             return True
         if not result.finished:
             again = command if command and processes.count == 1 else "run the same command again"
-            say(f"Stopped and saved after step {result.steps}. To go on: {again}")
+            say(f"Stopped and saved after step {result.steps}. To resume: {again}")
             return False
         if first:
             show(_summary(config, result))
@@ -196,7 +196,7 @@ def _run(config: TrainConfig, processes: AcceleratedProcesses) -> Result | None:
     if plan and processes.count == 1:
         keep_measured_speed(plan, output_dir / METRICS)
     if processes.index == 0:
-        with put_off("Writing the result first. Once more to leave at once."):
+        with put_off("Writing the result first. Press Ctrl-C again to exit at once."):
             if result.finished:
                 _write(config, opened, model, start, result)
             page.write()
@@ -227,9 +227,9 @@ def _open(config: TrainConfig, processes: AcceleratedProcesses) -> Opened:
     say(f"Model: {source.name} ({source.path}).")
     if config.method == "full" and stored_in_4bit(folder):
         raise UserError(
-            "full training needs the weights themselves, and this model is stored in 4 bits",
+            "full training needs unquantised weights, and this model is stored in 4 bits",
             where=str(folder),
-            fix="Name the model in 16 bits, or pass --use_qlora.",
+            fix="Pass the model in 16 bits, or pass --use_qlora.",
         )
     template = load_template(folder)
     for notice in template.notices:
@@ -239,9 +239,9 @@ def _open(config: TrainConfig, processes: AcceleratedProcesses) -> Opened:
 
 
 def _begin_folder(config: TrainConfig, resume_from: Path | None) -> None:
-    """Make the output folder that of this run, with what it goes on from."""
+    """Prepare the output folder for this run, with the checkpoint it resumes from."""
     output_dir = Path(config.output_dir)
-    prepare_output_folder(output_dir, anew=resume_from is None and config.overwrite_output_dir)
+    prepare_output_folder(output_dir, start_over=resume_from is None and config.overwrite_output_dir)
     write_json(output_dir / SETTINGS, redact_values(config.model_dump(mode="json")))
     if resume_from and (resume_from / METRICS).exists():
         copy_file(resume_from / METRICS, output_dir / METRICS)
@@ -381,7 +381,7 @@ def _write(config: TrainConfig, opened: Opened, model: PreTrainedModel, start: S
 def save_result(config: TrainConfig, model: Any, template: Template, base_folder: Path, record: Record) -> None:
     """Write the adapter, or after full training the model, with its tokenizer; the record comes last."""
     output_dir = Path(config.output_dir)
-    fix = "Make room and run the same command again: it goes on from the last checkpoint."
+    fix = "Free disk space and run the same command again: it resumes from the last checkpoint."
     with disk_errors("the result", output_dir, fix), staging_folder(output_dir / "result") as half_done:
         if config.method == "full":
             save_model(model, half_done, stored_dtype(base_folder))
@@ -424,11 +424,11 @@ def _summary(config: TrainConfig, result: Result) -> str:
     talk = command_line("chat", base_model=base, lora_model=adapter)
     if (Path(config.output_dir) / PAGE).exists():
         lines.append(f"Report: {Path(config.output_dir) / PAGE}")
-    lines += [f"Not all messages were shown ({lost})." for lost in lost_output()]
+    lines += [f"Some messages were lost ({lost})." for lost in lost_output()]
     if config.method != "full" and _is_gguf(config):
         lines.append(
-            "PEFT opens it by the converted copy of the .gguf file, which is on this machine alone. Before you publish "
-            "the adapter, put the model's name on its hub into adapter_config.json (base_model_name_or_path)."
+            "PEFT opens it with the converted copy of the .gguf file, which exists only on this machine. Before you "
+            "publish the adapter, set base_model_name_or_path in adapter_config.json to the model's name on its hub."
         )
-    lines += [f"Result: {config.output_dir}", f"Talk to it: {talk}"]
+    lines += [f"Result: {config.output_dir}", f"Chat with it: {talk}"]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from qingtune.config.training import Settings
 from qingtune.errors import UserError
 
-LONGEST_VALUE = 40  # characters of a value's choices that stand beside the flag in --help
+LONGEST_VALUE = 40  # characters of a value's choices that are shown next to the flag in --help
 
 
 def parse_flags(
@@ -74,7 +74,7 @@ def _pair(words: Sequence[str]) -> dict[str, str]:
         elif name and flags[name] == "true":
             flags[name] = word
         else:
-            raise UserError(f'"{word}" stands alone', where="command line", fix="Settings are given as --name value.")
+            raise UserError(f'"{word}" is not a flag', where="command line", fix="Pass settings as --name value.")
     return flags
 
 
@@ -115,7 +115,7 @@ def kinds_of(field: FieldInfo) -> list[Any]:
 
 
 def value_of(field: FieldInfo) -> str:
-    """What stands for the value in help and docs: the choices, or the kind in capitals."""
+    """Placeholder of the value in help and docs: the choices, or the type in capitals."""
     if words := words_of(field):
         return words
     names = []

@@ -32,7 +32,7 @@ Training = TypeVar("Training", bound=TrainConfig)
 
 @dataclass(frozen=True)
 class Loaded(Generic[Training]):
-    """A checked configuration, with what the user should be told about it.
+    """A checked configuration, with messages for the user.
 
     Attributes:
         given: the settings as they were given, by today's names, before defaults were filled in.
@@ -98,9 +98,9 @@ def _check(
                 where = next((origin[name] for name in names if name in origin), elsewhere)
                 problems.append(UserError(what, where=where, fix=fix))
         if config.system_prompt is not None and (found := find_token(config.system_prompt)):
-            what = f"system_prompt holds {found}, which would stand in the result's files"
+            what = f"system_prompt contains {found}, which would be written to the result"
             where = origin.get("system_prompt", elsewhere)
-            problems.append(UserError(what, where=where, fix="Take it out of the prompt, or out of the environment."))
+            problems.append(UserError(what, where=where, fix="Remove it from the prompt or from the environment."))
     raise_all(problems)
     assert config is not None
     resolved, reasons = _resolve(config)
@@ -113,12 +113,12 @@ def _about_secrets(config: TrainConfig) -> list[str]:
     """What is said of settings that hold secrets; prompts stay as they are, since answers depend on them."""
     about: list[str] = []
     if config.system_prompt is not None and (found := find_secret(config.system_prompt)):
-        about.append(f"Warning: system_prompt holds what looks like {found}; it will stand in the result's files.")
+        about.append(f"Warning: system_prompt contains what looks like {found}; it will be written to the result.")
     for name in ("model_name_or_path", "data_path", "eval_data_path", "output_dir", "cache_dir"):
         if found := find_secret(json.dumps(getattr(config, name), ensure_ascii=False)):
             about.append(
-                f"Warning: {name} holds what looks like {found}; the result's files will have {HIDDEN} in its place"
-                + ", so name the base with --base_model later." * (name == "model_name_or_path")
+                f"Warning: {name} contains what looks like {found}; the files of the result will have {HIDDEN} instead"
+                + ", so pass --base_model later." * (name == "model_name_or_path")
                 + "." * (name != "model_name_or_path")
             )
     return about
@@ -131,7 +131,7 @@ def read_json_object(path: str) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise UserError(f'"{repeated[0]}" stands there twice', where=path, fix="Remove one of them.")
+            raise UserError(f'"{repeated[0]}" is given twice', where=path, fix="Remove one of them.")
         return dict(pairs)
 
     try:
@@ -142,7 +142,7 @@ def read_json_object(path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError("there is no such file", where=path, fix="Check the path.") from None
     except UnicodeEncodeError:
-        raise UserError("holds half of a surrogate pair, which is no character", where=path) from None
+        raise UserError("contains half of a surrogate pair, which is not a character", where=path) from None
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text ({error.reason} at byte {error.start})", where=path) from None
     except json.JSONDecodeError as error:
@@ -152,7 +152,7 @@ def read_json_object(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=path) from None
     if not isinstance(content, dict):
-        raise UserError('a JSON object is wanted, such as {"use_lora": true}', where=path)
+        raise UserError('expected a JSON object, such as {"use_lora": true}', where=path)
     return cast("dict[str, Any]", content)
 
 
@@ -163,7 +163,7 @@ def _without_older_names(given: Mapping[str, Any], where: str, problems: list[Us
         today = ALIASES.get(name, name)
         if name != today and today in given:
             problems.append(
-                UserError(f'"{name}" is the older name of "{today}"; both are given', where=where or f"--{name}")
+                UserError(f'"{name}" is the old name of "{today}"; both are given', where=where or f"--{name}")
             )
         elif not name.startswith(("_", "$")):
             settings[today] = value
@@ -239,25 +239,25 @@ def _conflicts(config: TrainConfig) -> list[tuple[tuple[str, ...], str, str]]:
             config.needs_data and not config.data_path,
             ("data_path",),
             "data_path is missing",
-            "Name a data file, for example --data_path data/store_xhs_sft_samples.jsonl.",
+            "Pass a data file, for example --data_path data/store_xhs_sft_samples.jsonl.",
         ),
         (
             bool(config.bf16 and config.fp16),
             ("bf16", "fp16"),
             "bf16 and fp16 are both true",
-            "Choose one, or leave both out to have it chosen by the hardware.",
+            "Set one, or remove both to let the hardware decide.",
         ),
         (
             config.max_steps == 0,
             ("max_steps",),
             "max_steps is 0",
-            "Give a number of steps, or -1 to go by num_train_epochs.",
+            "Set a number of steps, or -1 to use num_train_epochs.",
         ),
         (
             config.optim != "sgd" and _peak(config) > _MOST_LEARNING_RATE,
             ("learning_rate", "loraplus_lr_ratio", "optim"),
-            f"learning_rate {_about_peak(config)} moves every weight by about that much in each step of AdamW",
-            "Choose one near the default, which is 2e-5 in full training and 2e-4 with adapters.",
+            f"learning_rate {_about_peak(config)} moves every weight by about that much in each AdamW step",
+            "Choose one near the default (2e-5 for full training, 2e-4 for adapters).",
         ),
         *_evaluation_conflicts(config),
         *_adapter_conflicts(config),
@@ -272,7 +272,7 @@ def _evaluation_conflicts(config: TrainConfig) -> list[tuple[bool, tuple[str, ..
             bool(config.eval_data_path) and config.val_size > 0,
             ("eval_data_path", "val_size"),
             "eval_data_path and val_size are both given",
-            "Choose one: a file of its own, or a part of the training data.",
+            "Set one: a separate file, or a part of the training data.",
         ),
         (
             config.val_size >= 1 and config.val_size != int(config.val_size),
@@ -283,20 +283,20 @@ def _evaluation_conflicts(config: TrainConfig) -> list[tuple[bool, tuple[str, ..
         (
             config.eval_strategy in ("steps", "epoch") and not config.has_evaluation,
             ("eval_strategy", "eval_data_path", "val_size"),
-            f'eval_strategy is "{config.eval_strategy}", but there is nothing to evaluate on',
-            'Give eval_data_path or val_size, or set eval_strategy to "no".',
+            f'eval_strategy is "{config.eval_strategy}", but there is no evaluation data',
+            'Set eval_data_path or val_size, or set eval_strategy to "no".',
         ),
         (
             config.eval_samples > 0 and (not config.has_evaluation or config.eval_strategy == "no"),
             ("eval_samples", "eval_data_path", "val_size", "eval_strategy"),
             "eval_samples needs evaluations",
-            'Give eval_data_path or val_size, and an eval_strategy other than "no".',
+            'Set eval_data_path or val_size, and an eval_strategy other than "no".',
         ),
         (
             config.load_best_model_at_end and not config.has_evaluation,
             ("load_best_model_at_end", "eval_data_path", "val_size"),
-            "load_best_model_at_end needs evaluations to choose by",
-            "Give eval_data_path or val_size.",
+            "load_best_model_at_end needs evaluations",
+            "Set eval_data_path or val_size.",
         ),
         (
             config.load_best_model_at_end and config.eval_strategy == "no",
@@ -307,7 +307,7 @@ def _evaluation_conflicts(config: TrainConfig) -> list[tuple[bool, tuple[str, ..
         (
             config.greater_is_better is True,
             ("greater_is_better",),
-            "greater_is_better is true, but eval_loss is better when it is smaller",
+            "greater_is_better is true, but a smaller eval_loss is better",
             "Leave it out.",
         ),
     ]
@@ -321,14 +321,14 @@ def _adapter_conflicts(config: TrainConfig) -> list[tuple[bool, tuple[str, ...],
         (
             config.method == "full" and bool(given),
             (*given, "use_lora", "use_qlora"),
-            f"{', '.join(given)} without adapters has no meaning",
+            f"{', '.join(given)} {'need' if len(given) > 1 else 'needs'} adapters",
             "Set use_lora or use_qlora.",
         ),
         (
             config.method == "qlora" and config.init_lora_weights in _TAKEN_OUT,
             ("init_lora_weights", "use_qlora", "use_lora"),
-            f"init_lora_weights {config.init_lora_weights} takes the adapters' start out of the weights, and in QLoRA "
-            "what is left would be rounded to few bits a second time",
+            f"init_lora_weights {config.init_lora_weights} subtracts the initial adapters from the weights; in QLoRA "
+            "the rest would then be quantised again",
             "Choose use_lora, or another init_lora_weights.",
         ),
     ]
@@ -346,7 +346,7 @@ def _resolve(config: Training) -> tuple[Training, list[str]]:
         reasons.append(f"learning_rate = {chosen['learning_rate']:g}, the default of {config.method} training.")
     if config.optim != "sgd" and _peak(config) > _HIGH_LEARNING_RATES[config.method]:
         reasons.append(
-            f"Warning: learning_rate {_about_peak(config)} is so high that the model may learn nothing; the default is "
+            f"Warning: learning_rate {_about_peak(config)} is so high that the model may not learn; the default is "
             f"{_LEARNING_RATES[config.method]:g}."
         )
     if config.method != "full":
@@ -358,7 +358,7 @@ def _resolve(config: Training) -> tuple[Training, list[str]]:
     if config.eval_steps is None:
         chosen["eval_steps"] = config.logging_steps
     if config.use_lora and config.use_qlora:
-        reasons.append("use_lora and use_qlora are both true: QLoRA is LoRA on quantised weights, so QLoRA it is.")
+        reasons.append("use_lora and use_qlora are both true; training with QLoRA (LoRA on quantised weights).")
     if config.lora_target_modules == ["all"]:
         chosen["lora_target_modules"] = None
     if config.report_to and "none" in [name.lower() for name in config.report_to]:
@@ -390,14 +390,14 @@ def _about_alpha(config: TrainConfig) -> list[str]:
     default, alpha = 2 * config.lora_r, config.lora_alpha
     if alpha is None:
         scaled = (
-            f"with use_rslora adapters are then scaled by lora_alpha / sqrt(lora_r) = {2 * config.lora_r**0.5:.4g}"
+            f"with use_rslora the adapter scale is lora_alpha / sqrt(lora_r) = {2 * config.lora_r**0.5:.4g}"
             if config.use_rslora
-            else "so that adapters are scaled by 2 at any rank"
+            else "so the adapter scale is 2 at any rank"
         )
         return [f"lora_alpha = {default}, twice lora_r, {scaled}."]
     if config.use_rslora or alpha >= config.lora_r / 2:
         return []
     return [
-        f"lora_alpha {alpha:g} at lora_r {config.lora_r} scales adapters by {alpha / config.lora_r:.3g}: they learn "
-        f"slowly (docs/measurements.md). Left out it is {default}; or raise learning_rate."
+        f"lora_alpha {alpha:g} at lora_r {config.lora_r} gives an adapter scale of {alpha / config.lora_r:.3g}, so "
+        f"they learn slowly (docs/measurements.md). Leave it out (default {default}), or raise learning_rate."
     ]

@@ -23,7 +23,7 @@ _TIMES = re.compile(r"([*+?]|\{(\d{1,4})?(?:(,)(\d{1,4})?)?\})(\??)")
 
 
 class PatternError(ValueError):
-    """An expression that is none, or that is not followed here; says why."""
+    """An expression that is invalid or not supported here, with the reason."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Pattern:
     """An expression, to be compared with names.
 
     Raises:
-        PatternError: it is none, is too long, or is not regular.
+        PatternError: it is invalid, too long, or not regular.
     """
 
     def __init__(self, text: str) -> None:
@@ -95,7 +95,7 @@ def parse_pattern(text: str) -> Pattern:
     """The pattern of an expression.
 
     Raises:
-        PatternError: it is none, is too long, or is not regular.
+        PatternError: it is invalid, too long, or not regular.
     """
     return Pattern(text)
 
@@ -106,7 +106,7 @@ def _takes(atom: str) -> Callable[[str], bool]:
     try:
         compiled = re.compile(atom)
     except re.error as error:
-        raise PatternError(f"{atom} is no class of characters ({error.msg})") from None
+        raise PatternError(f"{atom} is not a character class ({error.msg})") from None
     known: dict[str, bool] = {}
 
     def takes(character: str) -> bool:
@@ -128,7 +128,7 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         if len(text) > MOST_CHARACTERS:
-            raise PatternError(f"it has {len(text):,} characters, {MOST_CHARACTERS} are read")
+            raise PatternError(f"it has {len(text):,} characters; the limit is {MOST_CHARACTERS}")
         self.text, self.place, self.depth, self._built = text, 0, 0, 0
         self.states = [_State(None, [])]
         piece = self._alternatives()
@@ -170,7 +170,7 @@ class _Parser:
         if self._take(_GROUP):
             self.depth += 1
             if self.depth > _MOST_GROUPS:
-                raise PatternError(f"its groups lie more than {_MOST_GROUPS} deep")
+                raise PatternError(f"its groups are nested more than {_MOST_GROUPS} deep")
             inner = self._alternatives()
             if not self.text.startswith(")", self.place):
                 raise PatternError("a parenthesis is not closed")
@@ -228,4 +228,4 @@ class _Parser:
     def _count(self) -> None:
         self._built += 1
         if self._built > MOST_STATES:
-            raise PatternError("its repetitions are too many")
+            raise PatternError("it has too many repetitions")

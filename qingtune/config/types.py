@@ -1,4 +1,4 @@
-"""Kinds of values that settings take, with what is understood besides the plain form."""
+"""Types of values of settings, and the other forms in which they may be written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _characters(value: object) -> object:
 def _number_not_bool(value: object) -> object:
     """Refuse true and false where a number is asked for: pydantic would read them as 1 and 0."""
     if isinstance(value, bool):
-        raise ValueError("a number is wanted, not true or false")
+        raise ValueError("expected a number, not true or false")
     return value
 
 
@@ -65,7 +65,7 @@ def _split_numbers(value: object) -> object:
     numbers: list[int] = []
     for part in filter(None, (part.strip() for part in value.split(","))):
         if not (ends := re.fullmatch(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", part)):
-            raise ValueError("numbers and ranges are wanted, such as 0-3,7")
+            raise ValueError("expected numbers and ranges, such as 0-3,7")
         first, last = int(ends[1]), int(ends[2] or ends[1])
         if last < first:
             raise ValueError(f"{part} ends before it begins")
@@ -84,7 +84,7 @@ def _pattern(value: object) -> object:
         try:
             parse_pattern(key)
         except PatternError as error:
-            raise ValueError(f"{key!r} is no name and no regular expression that is read here: {error}") from None
+            raise ValueError(f"{key!r} is neither a name nor a supported regular expression: {error}") from None
     return value or None
 
 
@@ -140,7 +140,7 @@ def _settings_of_words(value: object) -> object:
         raise ValueError(f"{wrong[0]} is not NAME=VALUE")
     names = [name.replace("-", "_") for name, _, _ in pairs]
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{repeated[0]} stands there twice")
+        raise ValueError(f"{repeated[0]} is given twice")
     return dict(zip(names, (text for _, _, text in pairs), strict=True)) or None
 
 
@@ -185,7 +185,7 @@ def _settings_of_methods(value: object) -> object:
 
 def _no_repeats(values: list[Any]) -> list[Any]:
     if repeated := [value for value in values if values.count(value) > 1]:
-        raise ValueError(f"{repeated[0]} stands there twice")
+        raise ValueError(f"{repeated[0]} is given twice")
     return values
 
 

@@ -1,7 +1,7 @@
 """The report of a data set without training: what is wrong, what is lost, what is suspicious; rows are read one by one.
 
-Faults are rows that training refuses, and evaluation rows that stand in the training data. Everything else that is
-told - cut, dropped, repeated, near-empty, in another script - is for the user to judge.
+Faults are rows that training refuses, and evaluation rows that are also in the training data. Everything else that is
+reported - cut, dropped, repeated, near-empty, in another script - is for the user to judge.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AT_ONCE = 256  # conversations tokenised at a time
 TELL_EVERY_S = 5.0
 NEAR_EMPTY = 4  # letters and digits below which an answer is near-empty where most are ten times as long
 MUCH = 0.3  # the share of a script from which an answer counts as written in it
-# Control tokens of the common templates, looked for where no tokenizer is at hand.
+# Control tokens of the common templates, searched for if there is no tokenizer.
 MARKERS = (
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<s>",
     "</s>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>",
@@ -150,15 +150,15 @@ def _refuse(report: CheckReport, fault: Fault) -> None:
 def _rows(
     paths: Sequence[str], system_prompt: str | None, rules: Rules, report: CheckReport
 ) -> Iterator[Conversation | Fault]:
-    began = told = time.monotonic()
+    began = last_report = time.monotonic()
     for path in paths:
         report.files[path] = FileFacts()
         for row in conversations_of(path, system_prompt, report.files[path], rules):
             report.rows += 1
             yield row
-            if time.monotonic() - told > TELL_EVERY_S:
-                told = time.monotonic()
-                say(f"{path}: {report.rows:,} rows read in {told - began:.0f} s")
+            if time.monotonic() - last_report > TELL_EVERY_S:
+                last_report = time.monotonic()
+                say(f"{path}: {report.rows:,} rows read in {last_report - began:.0f} s")
 
 
 # --- Repeats ---------------------------------------------------------------------------------------------------------
@@ -331,10 +331,10 @@ def as_lines(name: str, report: CheckReport, limit: int) -> list[str]:
         *((f"faults: {kind} is not supported", places) for kind, places in report.kinds.items()),
         ("faults", Places(others, report.faults.first)),
         ("rows with placeholders that were never filled in", report.placeholders),
-        ("evaluation rows that stand in the training data", report.in_training),
-        ("rows that stand twice", report.repeated),
-        ("rows with the prompt of another but another answer", report.other_answer),
-        (f"samples longer than {limit:,} tokens, which are dropped", report.too_long),
+        ("evaluation rows that are also in the training data", report.in_training),
+        ("repeated rows", report.repeated),
+        ("rows with the same prompt as another row but a different answer", report.other_answer),
+        (f"samples longer than {limit:,} tokens (dropped)", report.too_long),
         ("samples without a trained token", report.untrained),
         ("near-empty answers", report.near_empty),
         ("answers in a script that is rare here", report.rare_script),
@@ -346,7 +346,7 @@ def as_lines(name: str, report: CheckReport, limit: int) -> list[str]:
             lines += [f"    {place}" for place in places.first]
             lines += ["    ..."] * (places.count > len(places.first))
     if report.truncated:
-        lines.append(f"  {report.truncated:,} samples longer than {limit:,} tokens, which are cut at the end")
+        lines.append(f"  {report.truncated:,} samples longer than {limit:,} tokens (cut at the end)")
     return lines
 
 

@@ -119,7 +119,7 @@ class Encoder:
             return text
         sealed = unveil(self._written.sub(lambda found: name_of(self._control.ids[found[0]]), text))
         if SECRET in NAME.sub("", sealed):
-            raise UserError("the chat template rewrites the text of a control token in it", fix=_LEAVE_OUT)
+            raise UserError("the chat template rewrites it into a control token", fix=_LEAVE_OUT)
         return sealed
 
     def sealed_ids(self, text: str) -> list[int]:
@@ -138,9 +138,9 @@ class Encoder:
         """
         if self._rows is not None and max(ids, default=0) >= self._rows:
             raise UserError(
-                f"the tokenizer knows more tokens than the model: {max(ids)}, and it has the embeddings 0 to "
+                f"the tokenizer has more tokens than the model: id {max(ids)}, but the model has embeddings 0 to "
                 f"{self._rows - 1}",
-                fix="Use the tokenizer that belongs to the model.",
+                fix="Use the model's own tokenizer.",
             )
         return ids
 
@@ -207,11 +207,11 @@ class Encoder:
         return sealed_copy(self._tokenizer, self._control.ids)
 
 
-_LEAVE_OUT = "Leave that out of the text."
+_LEAVE_OUT = "Remove it from the text."
 
 
 def unveil(text: str) -> str:
-    """Text with the characters that marks stand for."""
+    """Text with marks replaced by their characters."""
     return _MARK.sub(lambda found: chr(int(found[1])), text)
 
 

@@ -10,12 +10,12 @@ from qingtune.errors import UserError, shorten
 
 SHOWN_FAULTS = 10
 MANY = 0.1  # the share of refused rows that is worth a warning
-MOST_REASONS = 20  # told apart in the count of refused rows
+MOST_REASONS = 20  # listed separately in the count of refused rows
 
 
 def faulty_rows(faults: Sequence[Fault], rows: int, fix: str = "Fix the rows or pass --on_bad_row skip.") -> UserError:
     """The error that lists the first faults, a kind of data once for each file, and says what can be done."""
-    fields = ' Fields named in --ignore_fields are left unread: "label" for one.' * any(fault.kind for fault in faults)
+    fields = ' --ignore_fields skips fields, for example "label".' * any(fault.kind for fault in faults)
     lines = "\n".join(fault_lines(faults))
     return UserError(f"{lines}\n({len(faults):,} of {rows:,} rows.) {fix}{fields}")
 
@@ -30,7 +30,7 @@ def fault_lines(faults: Sequence[Fault]) -> list[str]:
             continue
         kinds.setdefault((fault.origin.rpartition(":")[0], fault.kind), Places()).add(str(fault))
     lines = [
-        places.first[0] + (f", and so are {places.count - 1:,} more rows" if places.count > 1 else "")
+        places.first[0] + (f" (and {places.count - 1:,} more rows)" if places.count > 1 else "")
         for places in kinds.values()
     ]
     lines += [str(fault) for fault in single[:SHOWN_FAULTS]]

@@ -14,14 +14,14 @@ PREFERENCE = "preference data (DPO, ORPO, reward models: better and worse answer
 LABELLED = "preference data (KTO: answers labelled as good or bad)"
 MULTIMODAL = "multimodal data (images, audio, video)"
 TOOLS = "tool-calling data"
-WEIGHTED = "data with weights or masks of single rows or turns"
-REASONING = "data with reasoning in a field of its own"
-PARTIAL = "data whose answers are given in part (prefix, partial)"
-PROMPT_PART = "data with a part of the prompt in a field that this form of rows does not have"
+WEIGHTED = "data with weights or masks for rows or turns"
+REASONING = "data with reasoning in a separate field"
+PARTIAL = "data with partial answers (prefix, partial)"
+PROMPT_PART = "data with a part of the prompt in a field that this format does not have"
 CLASSIFICATION = "classification data (texts with labels)"
-TOKENISED = "data that is tokenised already (token ids in place of texts)"
+TOKENISED = "tokenised data (token ids instead of texts)"
 TURNS = "data with one turn of a conversation in each row"
-EMBEDDING = "embedding data (texts that match or do not)"
+EMBEDDING = "embedding data (pairs of texts that match or do not)"
 CHOICES = "multiple-choice data"
 PROMPTS = "reinforcement-learning data (prompts without answers)"
 
@@ -109,7 +109,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (PROMPT_PART, is_empty, "system system_prompt history context contexts document documents"),
 )
 FIELDS = {name: (kind, harmless) for kind, harmless, names in _KINDS for name in names.split()}
-# A label beside a text or beside nothing known is the answer itself.
+# A label next to a text, or without any known field, is the answer itself.
 _LABELS: dict[str, tuple[str, Callable[[Any], bool]]] = dict.fromkeys(
     ("label", "labels", "label_text", "class"), (CLASSIFICATION, is_empty)
 ) | {"role": (TURNS, _is_no_role)}

@@ -146,11 +146,11 @@ def placeholder_in(row: Conversation) -> str | None:
 def conversations_of(
     path: str, system_prompt: str | None, about: FileFacts, rules: Rules | None = None
 ) -> Iterator[Conversation | Fault]:
-    """Yield a file's rows as conversations, a Fault in place of each that is none.
+    """Yield a file's rows as conversations, or a Fault for each row that is not one.
 
     Args:
         system_prompt: system message for rows that have none; None leaves them without.
-        about: told what the file is, as soon as that is known.
+        about: called with the file's format as soon as it is known.
         rules: which fields to leave unread, and how large rows and files may be.
 
     Raises:
@@ -178,7 +178,9 @@ def conversations_of(
         known = "; ".join(" + ".join(format_.needed) for format_ in FORMATS.values())
         columns = shorten(", ".join(f'"{column}"' for column in waiting[0].values), 300) or "none"
         raise UserError(
-            f"the columns ({columns}) fit no known format", where=waiting[0].origin, fix=f"Known are: {known}."
+            f"the columns ({columns}) match no known format",
+            where=waiting[0].origin,
+            fix=f"The known formats are {known}.",
         )
 
 
@@ -204,7 +206,7 @@ def detect(values: dict[str, Any]) -> str:
 
 
 def convert_row(row: Row, about: FileFacts, system_prompt: str | None, rules: Rules) -> Conversation | Fault:
-    """A row of a file whose format is known as a conversation, or why it is none."""
+    """A row of a known format as a conversation, or why it is not one."""
     form = FORMATS[about.format]
     read = (*form.columns, OF_EVALUATION)
     try:
@@ -225,7 +227,7 @@ def convert_row(row: Row, about: FileFacts, system_prompt: str | None, rules: Ru
 def refuse_long(conversation: Conversation, rules: Rules) -> None:
     """Raise a RowError where a conversation has more turns than the rules allow."""
     if (turns := len(conversation.messages)) > rules.max_row_turns:
-        raise RowError(f"{turns:,} turns; raise max_row_turns if they are meant")
+        raise RowError(f"{turns:,} turns; raise max_row_turns if this is intended")
 
 
 def _unread(values: dict[str, Any], read: Collection[str]) -> set[str]:
@@ -244,7 +246,7 @@ def _checked(conversation: Conversation, system_prompt: str | None) -> Conversat
     """Check the order of roles and put the system prompt in front where the row has none."""
     messages = conversation.messages
     if not any(message.role == "assistant" for message in messages):
-        raise RowError("no assistant turn, so nothing to train on")
+        raise RowError("no assistant turn, so there is nothing to train on")
     for place, message in enumerate(messages):
         before = messages[place - 1].role if place else None
         if message.role == "system" and place:
@@ -254,7 +256,7 @@ def _checked(conversation: Conversation, system_prompt: str | None) -> Conversat
         if message.role == "tool" and before in (None, "system"):
             raise RowError("a tool turn without a turn before it")
     if messages[-1].role != "assistant":
-        raise RowError("the last turn is not the assistant's")
+        raise RowError("the last turn is not an assistant turn")
     if system_prompt is not None and messages[0].role != "system":
         messages = (Message("system", system_prompt), *messages)
     return Conversation(messages, conversation.origin)
@@ -274,13 +276,13 @@ def _text_of(values: dict[str, Any], name: str, *, empty: bool = False) -> str:
             return ""
         raise RowError(f'"{name}" is missing')
     if not isinstance(value, str):
-        raise RowError(f'"{name}" is {type(value).__name__}; text is wanted')
+        raise RowError(f'"{name}" is {type(value).__name__}, not text')
     if not value.strip().strip(_INVISIBLE) and not empty:
         raise RowError(f'"{name}" is empty')
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise RowError(f'"{name}" holds half of a surrogate pair, which is no character') from None
+        raise RowError(f'"{name}" contains half of a surrogate pair, which is not a character') from None
     return value
 
 
@@ -324,7 +326,7 @@ def _turns(turns: object, column: str, role_key: str, content_key: str) -> tuple
 
 
 def _after_system(row: Row, messages: tuple[Message, ...]) -> Conversation:
-    """The turns behind the system message that stands in a column of its own, if there is one."""
+    """The turns after the system message of a separate column, if there is one."""
     system = _text_of(row.values, "system", empty=True)
     return Conversation((Message("system", system), *messages) if system else messages, row.origin)
 

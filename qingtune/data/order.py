@@ -1,6 +1,6 @@
 """Order of the samples, and how a micro-batch is cut into passes; from numbers alone, without torch.
 
-The order is a function of the seed and the step alone, so that a run can go on at any step without replaying the data.
+The order is a function of the seed and the step alone, so that a run can resume at any step without replaying the data.
 """
 
 from __future__ import annotations

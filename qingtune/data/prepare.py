@@ -25,7 +25,7 @@ PromptStyle = Literal["chat", "plain"]
 
 @dataclass(frozen=True)
 class SetReport:
-    """What is told of training or evaluation data.
+    """The report on training or evaluation data.
 
     Attributes:
         summary: of what was tokenised.
@@ -53,7 +53,7 @@ class SetReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What is told of the data: by set, how many evaluation samples are trained on, and an example."""
+    """Report on the data: each set, how many evaluation samples are trained on, and an example."""
 
     training: SetReport
     evaluation: SetReport | None
@@ -113,7 +113,7 @@ def _why_no_file(name: str) -> str | None:
         path = Path(name)
         return None if path.is_file() else "this is a folder" if path.is_dir() else "there is no such file"
     except (OSError, ValueError) as error:  # a name too long, or with a null byte in it
-        return f"this is no path ({getattr(error, 'strerror', None) or error})"
+        return f"this is not a path ({getattr(error, 'strerror', None) or error})"
 
 
 def load_data(config: TrainConfig, template: Template, context: int | None) -> Data:
@@ -133,10 +133,10 @@ def load_data(config: TrainConfig, template: Template, context: int | None) -> D
         eval_samples, evaluated = _tokenize("Evaluation data", config, template, evaluation, limit)
     twice = _count_shared(train_samples, eval_samples)
     if twice:
-        say(f"Warning: {twice:,} evaluation samples stand in the training data too; eval_loss is too good.")
+        say(f"Warning: {twice:,} evaluation samples are also in the training data; eval_loss is too low.")
     short = min(train_samples[:100], key=lambda sample: len(sample.token_ids))
     example = show_example(template.tokenizer, short)
-    say(f"An example, its trained part between >>> and <<<:\n{example}")
+    say(f"An example; the part between >>> and <<< is trained:\n{example}")
     style = "plain" if all(row.text is not None for row in training.conversations) else "chat"
     return Data(train_samples, eval_samples, style, DataReport(trained, evaluated, twice, example))
 
@@ -170,12 +170,12 @@ def _count_shared(training: Sequence[Sample], evaluation: Sequence[Sample]) -> i
 def _read(name: str, paths: Sequence[str], config: TrainConfig) -> Reading:
     reading = read_conversations(paths, config.system_prompt, config.on_bad_row, rules_of(config))
     for path, about in reading.files.items():
-        say(f"{name}: {path} holds {about.described()}")
+        say(f"{name}: {path} contains {about.described()}")
     placeholders = reading.placeholders
     if placeholders.count:
         more = " ..." * (placeholders.count > len(placeholders.first))
         say(
-            f"Warning: {name}: {placeholders.count:,} rows hold placeholders that were never filled in, and are "
+            f"Warning: {name}: {placeholders.count:,} rows contain unfilled placeholders and are "
             f"trained as they are: {', '.join(placeholders.first)}{more}"
         )
     return reading
@@ -189,7 +189,7 @@ def _hold_out(
     if val_size > 0:
         count = max(1, count)
     if count >= len(conversations):
-        raise UserError(f"val_size sets all {len(conversations):,} rows aside", fix="Make it smaller.")
+        raise UserError(f"val_size holds out all {len(conversations):,} rows", fix="Make it smaller.")
     order = np.random.default_rng(seed).permutation(len(conversations))
     aside = set(order[:count].tolist())
     return (
@@ -228,7 +228,7 @@ def _tokenize(
             f"no sample is left: {len(tokenized.faults):,} refused, {len(tokenized.too_long):,} longer than "
             f"{limit:,} tokens, {len(tokenized.untrained):,} without a trained token",
             where=name,
-            fix="Raise max_seq_length or look at the data.",
+            fix="Raise max_seq_length, or check the data.",
         )
     summary = summarize(len(conversations), tokenized)
     for line in describe(name, summary):

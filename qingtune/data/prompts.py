@@ -48,7 +48,7 @@ def rows_with_prompts(
             json.dumps(row.values, ensure_ascii=False, default=str).encode()  # as the answer's line repeats it
             yield row.values, prompt
         except UnicodeEncodeError:
-            raise UserError("holds half of a surrogate pair, which is no character", where=row.origin) from None
+            raise UserError("contains half of a surrogate pair, which is not a character", where=row.origin) from None
         except RowError as error:
             fix = None if error.kind else 'A row needs a "prompt", for example.'
             raise UserError(str(error), where=row.origin, fix=fix) from None
@@ -66,7 +66,7 @@ def _prompt_of_row(row: Row, rules: Rules) -> tuple[Message, ...] | str:
     turns = conversation.messages
     prompt = turns[:-1] if turns[-1].role == "assistant" else turns
     if not any(message.role == "user" for message in prompt):
-        raise RowError("no user turn, so nothing to answer")
+        raise RowError("no user turn, so there is nothing to answer")
     return prompt
 
 
@@ -138,7 +138,7 @@ def _asked(row: Row, system_prompt: str | None, rules: Rules) -> EvaluationRow |
         return EvaluationRow(row.values, row.origin, prompt, converted)
     prompt = _prompt_of_row(row, rules)
     if isinstance(prompt, str):
-        raise RowError("no user turn, so nothing to answer")
+        raise RowError("no user turn, so there is nothing to answer")
     if system_prompt is not None and prompt[0].role != "system":
         prompt = (Message("system", system_prompt), *prompt)
     return EvaluationRow(row.values, row.origin, prompt, None)

@@ -106,7 +106,7 @@ def read_rows(path: str, rules: Rules | None = None) -> Iterator[Row | Fault]:
     except FileNotFoundError:
         raise UserError("there is no such file", where=path, fix="Check the path of the data.") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"the gzip file is broken ({error})", where=path, fix="Make or fetch it again.") from None
+        raise UserError(f"the gzip file is broken ({error})", where=path, fix="Create or download it again.") from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}", where=path) from None
 
@@ -117,7 +117,7 @@ def _kind(path: str) -> str:
         if name.endswith(suffix):
             return suffix
     raise UserError(
-        "this kind of file is not known",
+        "this file type is not supported",
         where=path,
         fix=f"Data files end in {', '.join(SUFFIXES)}, each also with .gz.",
     )
@@ -130,7 +130,7 @@ def _open_bytes(path: str) -> io.BufferedIOBase:
 
 
 def _too_large(rules: Rules) -> str:
-    return f"a row of over {rules.max_row_mb:g} MB; raise max_row_mb if it is meant"
+    return f"a row over {rules.max_row_mb:g} MB; raise max_row_mb if this is intended"
 
 
 class _BlankLines:
@@ -193,7 +193,9 @@ def _read_json(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row
     line, counted, place = 1, 0, _past_space(text, 0)
     if text[place : place + 1] != "[":
         raise UserError(
-            "a list of objects is wanted: [{...}, {...}]", where=path, fix="One object a line is .jsonl, not .json."
+            "expected a list of objects: [{...}, {...}]",
+            where=path,
+            fix="A file with one object per line is .jsonl, not .json.",
         )
     place = _past_space(text, place + 1)
     ended = text[place : place + 1] == "]"
@@ -206,11 +208,11 @@ def _read_json(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row
         place = _past_space(text, end)
         mark = text[place : place + 1]
         if mark not in (",", "]"):
-            raise _broken_list('"," or "]" is wanted after an object', text, path, place)
+            raise _broken_list('"," or "]" expected after an object', text, path, place)
         ended = mark == "]"
         place = place if ended else _past_space(text, place + 1)
     if (more := _past_space(text, place + 1)) < len(text):
-        raise _broken_list("the list has ended, but more follows", text, path, more)
+        raise _broken_list("text follows the end of the list", text, path, more)
 
 
 def _whole_text(file: io.BufferedIOBase, path: str, rules: Rules) -> str:
@@ -288,7 +290,7 @@ def _read_csv(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row 
     try:
         names = next(reader, [])
         if repeated := first_repeated(names):
-            raise UserError(f'the first line names the column "{repeated}" twice', where=f"{path}:1")
+            raise UserError(f'the header has the column "{repeated}" twice', where=f"{path}:1")
         lines.taken, start = 0, reader.line_num + 1
         for cells in reader:
             line, start, size, lines.taken = start, reader.line_num + 1, lines.taken, 0
@@ -300,7 +302,7 @@ def _read_csv(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row 
             if len(cells) == len(names):
                 yield Row(dict(zip(names, cells, strict=True)), origin, size)
             else:
-                yield Fault(origin, f"{len(cells)} cells, but the first line names {len(names)} columns")
+                yield Fault(origin, f"{len(cells)} cells, but the header has {len(names)} columns")
         if lines.too_large:
             raise UserError(_too_large(rules), where=f"{path}:{start}")
     except csv.Error as error:
@@ -324,9 +326,11 @@ def _read_parquet(path: str, rules: Rules) -> Iterator[Row | Fault]:
                     origin = f"{path}:{number}"
                     yield Fault(origin, _too_large(rules)) if row is None else Row(row, origin, batch.row_size)
     except RepeatedColumn as error:
-        raise UserError(f'two columns are named "{error}"', where=path) from None
+        raise UserError(f'two columns have the name "{error}"', where=path) from None
     except MemoryError:
-        raise UserError("a part of this file needs more memory than there is", where=f"{path}:{number + 1}") from None
+        raise UserError(
+            "a part of this file needs more memory than is available", where=f"{path}:{number + 1}"
+        ) from None
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise UserError(f"not a valid Parquet file: {error}", where=path) from None
 
@@ -365,7 +369,7 @@ def _not_utf8(file: io.BufferedIOBase, path: str) -> UserError:
 def _row(value: object, origin: str, size: int) -> Row | Fault:
     if isinstance(value, dict):
         return Row(cast("dict[str, Any]", value), origin, size)
-    return Fault(origin, f"a JSON object is wanted, not {_kind_of_json(value)}")
+    return Fault(origin, f"expected a JSON object, not {_kind_of_json(value)}")
 
 
 def _kind_of_json(value: object) -> str:

@@ -94,7 +94,7 @@ class MemoryBound:
         if self._taken > self._most:
             share = ", half of what was free" if self._rules.max_data_gb is None else ""
             raise UserError(
-                f"the rows up to here take over {size_in_words(self._most)} of memory{share}",
+                f"the rows up to this one take over {size_in_words(self._most)} of memory{share}",
                 where=origin,
                 fix="Use fewer rows, or raise max_data_gb.",
             )

@@ -60,7 +60,7 @@ class SealedTokenizer:
         inner = [number for number, added in zip(ids, around, strict=True) if not added]
         named = [int(number) for number in NAME.findall(text)]
         if [n for n in inner if n in self._counted] != [n for n in named if n in self._counted]:
-            raise UserError("other control tokens would come of it than its chat template writes")
+            raise UserError("it does not produce the control tokens that its chat template writes")
         return ids
 
 

@@ -119,7 +119,7 @@ def _render(request: dict[str, Any], messages: list[dict[str, str]], prompt: boo
     )
     said = sum(len(part) for message in messages for part in message.values())
     if len(text) > MOST_LETTERS + MOST_COPIES * said:
-        raise jinja2.TemplateError(f"it writes {len(text):,} characters of a conversation of {said:,}")
+        raise jinja2.TemplateError(f"it writes {len(text):,} characters for a conversation of {said:,}")
     return text
 
 

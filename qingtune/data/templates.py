@@ -82,7 +82,7 @@ def render_texts(template: str, variables: Mapping[str, str], requests: Sequence
     if reply is not None:
         return [Rendered(one["texts"], one.get("error")) for one in reply]
     if len(requests) == 1:
-        return [Rendered((), f"it was stopped after {SECONDS:g} s, or ended its process")]
+        return [Rendered((), f"it was stopped after {SECONDS:g} s, or its process ended")]
     return [rendered for one in requests for rendered in render_texts(template, variables, [one])]
 
 

@@ -98,7 +98,7 @@ def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], r
     opening, closing = _put_around_texts(tokenizer)
     if not tokenizer.chat_template:
         tokenizer.chat_template = _written(tokenizer, opening) + PLAIN_TEMPLATE
-        notices.append("The model brings no chat template; a plain one is used and saved with the result.")
+        notices.append("The model has no chat template; a plain one is used and saved with the result.")
     named: Any = tokenizer.chat_template
     if isinstance(named, dict) and "default" not in named:
         names = ", ".join(sorted(map(str, named)))
@@ -118,7 +118,7 @@ def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], r
         ) from None
     if prompt == other:
         raise UserError(
-            "the model's chat template does not write what the user says", fix="Use a model with a working template."
+            "the model's chat template does not write the user's text", fix="Use a model with a working template."
         )
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = {*special, *tokenizer.all_special_ids, *stop_ids} - {
@@ -126,14 +126,14 @@ def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], r
     }
     after = [token for token in encode(tokenizer, whole.removeprefix(prompt)) if token in special]
     if not after and last is None:
-        raise UserError("the model's tokenizer has no token that could end an answer")
+        raise UserError("the model's tokenizer has no token that can end an answer")
     end = after[-1] if after else cast("int", last)
     name = cast("str", tokenizer.convert_ids_to_tokens(end))
     if not after:
-        notices.append(f"The chat template does not end the assistant's turn; {name} is put after each answer.")
+        notices.append(f"The chat template does not end the assistant's turn; {name} is added after each answer.")
     elif stop_ids and end not in stop_ids:
         notices.append(
-            f"The template ends a turn with {name}, at which this model does not stop: it looks like a base model, "
+            f"The template ends a turn with {name}, but this model does not stop there: it looks like a base model, "
             "which never learned that token. LoRA leaves embeddings as they are and may not teach it to stop; "
             "prefer the Instruct model or full training."
         )
@@ -150,7 +150,7 @@ def _put_around_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], li
     for start in range(len(whole) - len(inner) + 1):
         if whole[start : start + len(inner)] == inner:
             return whole[:start], whole[start + len(inner) :]
-    raise UserError("the model's tokenizer reads a text otherwise once it puts its own tokens around it")
+    raise UserError("the model's tokenizer splits a text differently when it adds its own tokens")
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -345,7 +345,7 @@ def _prepare(template: Template, conversations: Sequence[Conversation]) -> list[
         for one, turns in zip(rendered, veiled, strict=True)
     )
     return [
-        _Prepared(row, refusal=f"holds {refusal}, which the model reads as a control token")
+        _Prepared(row, refusal=f"holds {refusal}, which is a control token of this model")
         if refusal
         else _Prepared(row, next(parted) if row.text is None else None)
         for row, refusal in zip(conversations, refusals, strict=True)
@@ -412,7 +412,7 @@ def _answer_ids(
     space of its own from a SentencePiece tokenizer.
     """
     if not whole.startswith(prompt):
-        raise _TemplateFault("the chat template does not write the answer right after its prompt")
+        raise _TemplateFault("the chat template does not write the answer directly after its prompt")
     continues = ids[: len(before)] == before
     answer = ids[len(before) :] if continues else array("i", template.encoder.ids(whole[len(prompt) :]))
     if template.appended:
@@ -489,7 +489,7 @@ def describe(name: str, summary: Summary) -> list[str]:
         f"({summary.trained_tokens / summary.tokens:.0%}); length {lengths}",
     ]
     if summary.truncated:
-        lines.append(f"{name}: {summary.truncated:,} samples cut at the end; these do not teach the model to stop")
+        lines.append(f"{name}: {summary.truncated:,} samples were cut at the end; they do not teach the model to stop")
     if summary.split_conversations:
         lines.append(
             f"{name}: {summary.split_conversations:,} conversations trained turn by turn, "

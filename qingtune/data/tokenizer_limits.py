@@ -78,7 +78,7 @@ def check_tokenizer_files(folder: Path) -> None:
 
     Raises:
         ValueError, RecursionError: tokenizer.json cannot be read.
-        UserError: a file is broken, or something else stands in its place.
+        UserError: a file is broken, or is not a regular file.
     """
     with contextlib.suppress(FileNotFoundError):  # the vocabulary may be in files of another kind
         check_tokenizer_file(folder / "tokenizer.json")
@@ -99,7 +99,7 @@ def check_loaded(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if len(longest) > MOST_LETTERS:
         raise UnsafeTokenizer(f"it adds a token of {len(longest):,} characters")
     if tokenizer.vocab_size <= len(added) and not tokenizer.get_vocab().keys() - added:
-        raise UserError("the tokenizer has no vocabulary", where=str(folder), fix="Is the folder complete?")
+        raise UserError("the tokenizer has no vocabulary", where=str(folder), fix="Check that the folder is complete.")
     check_steps(steps_of(tokenizer))
 
 
@@ -114,11 +114,11 @@ def check_tokenizer_file(path: Path) -> dict[str, Any]:
     text = read_bytes(path, MOST_FILE_BYTES).decode("utf-8")
     content = json.loads(text, object_pairs_hook=_without_repeats)
     if not isinstance(content, dict):
-        raise UnsafeTokenizer("it is no JSON object")
+        raise UnsafeTokenizer("it is not a JSON object")
     check_steps(content)
     model = content.get("model")
     if isinstance(model, dict) and model.get("dropout"):
-        raise UnsafeTokenizer("it cuts text at random (dropout)")
+        raise UnsafeTokenizer("it splits text at random (dropout)")
     return content
 
 
@@ -126,7 +126,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object; of a key that comes twice, others might take the other value."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise UnsafeTokenizer("a key comes twice in it")
+        raise UnsafeTokenizer("a key occurs twice in it")
     return found
 
 
@@ -155,7 +155,7 @@ def check_steps(content: Mapping[str, Any]) -> None:
                 growth *= _growth(step, kind)
             if growth > MOST_GROWTH:
                 times = f"{growth:,.0f}" if growth < 1e6 else "over a million"
-                raise UnsafeTokenizer(f"its {kind} may lengthen a text {times} times")
+                raise UnsafeTokenizer(f"its {kind} may lengthen a text by a factor of {times}")
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise UnsafeTokenizer(f"its {kind} is broken ({type(error).__name__}: {error})") from None
 
@@ -193,7 +193,7 @@ def _growth(step: Mapping[str, Any], kind: str) -> float:
         pattern = step["pattern"]
         literal = pattern.get("String")
         if literal == "" or (name == "Replace" and not _takes_one_pass(pattern)):
-            raise UnsafeTokenizer(f"its {kind} looks for {next(iter(pattern.values()))!r}, which may take for ever")
+            raise UnsafeTokenizer(f"its {kind} looks for {next(iter(pattern.values()))!r}, which may never end")
         if name == "Split":
             return 1
         return max(1, len(step["content"]) / len(literal) if literal else len(step["content"]) + 1)

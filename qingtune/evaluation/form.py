@@ -44,7 +44,7 @@ class Form(Settings):
         tags: so many hashtags at least, such as `#bakery`, `#面包#` or `#面包[话题]#`. A # begins one at the start of
             a word or after a Chinese character, and a letter has to be in it: `# A heading`, `C#` and `#1` are none.
         min_characters: so many characters at least, white space not counted; likewise max_characters, at most.
-        contains: each of these texts stands in the answer, as it is written.
+        contains: each of these texts is in the answer, verbatim.
         excludes: none of these texts does.
     """
 

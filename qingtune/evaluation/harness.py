@@ -54,7 +54,7 @@ def find_tasks(names: Sequence[str]) -> list[str | dict[str, Any]]:
             found += matching
         else:
             raise UserError(
-                f'lm-evaluation-harness knows no task "{name}"',
+                f'lm-evaluation-harness has no task "{name}"',
                 fix="`lm_eval ls tasks` lists them; or name a .yaml file.",
             )
     return found
@@ -157,8 +157,8 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
             first = len(ids) - len(continuation)
             if first < 1:
                 raise UserError(
-                    f"a task's text has {len(continuation):,} tokens, the model reads {self.max_length:,}",
-                    fix="Leave that task out.",
+                    f"a task's text has {len(continuation):,} tokens, but the model's context is {self.max_length:,}",
+                    fix="Remove that task.",
                 )
             of_it = score(self.speaker.decoder, ids, range(first - 1, len(ids) - 1))
             found.append((-of_it.loss, of_it.greedy))
@@ -194,7 +194,7 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
 
 def _role(name: str) -> Any:
     if name not in ("system", "user", "assistant"):
-        raise UserError(f'a task has turns of a "{name}", which the model was not trained on')
+        raise UserError(f'a task has turns with the role "{name}", which the model was not trained on')
     return name
 
 

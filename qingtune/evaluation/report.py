@@ -60,7 +60,7 @@ class Side:
 
 
 def changes_of(sides: Mapping[str, Side]) -> list[Change]:
-    """Every metric, before and after; losses by different tokenizers are told side by side and not subtracted."""
+    """Every metric, before and after; losses of different tokenizers are shown without their difference."""
     before = {metric.name: metric for metric in metrics_of(sides["before"].outcomes)} if "before" in sides else {}
     return [_change(before.get(metric.name), metric) for metric in metrics_of(sides[AFTER].outcomes)]
 
@@ -188,9 +188,9 @@ def notes(about: About, changes: Sequence[Change], sides: Mapping[str, Side]) ->
     for name, side in sides.items():
         if side.without_loss:
             shown = ", ".join(side.without_loss[:SHOWN_TOO_LONG]) + " ..." * (len(side.without_loss) > SHOWN_TOO_LONG)
-            found.append(f"{name}: {len(side.without_loss):,} rows too long for a loss (max_seq_length): {shown}")
+            found.append(f"{name}: {len(side.without_loss):,} rows are too long for a loss (max_seq_length): {shown}")
     if any(c.name in PER_TOKEN and c.before is not None and c.difference is None for c in changes):
-        found.append("Losses are per token, and the models cut the rows into other tokens: they cannot be compared.")
+        found.append("Losses are per token, and the models' tokenizers differ: the losses cannot be compared.")
     return found
 
 

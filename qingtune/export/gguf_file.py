@@ -178,16 +178,16 @@ def check_gguf(path: Path, plan: GGUFPlan, read: Read) -> dict[str, tuple[float,
     stored = _check_header(path, plan)
     for name, array in plan.layout.constants.items():
         if not np.array_equal(stored[name].rows(path), array.reshape(1, -1).view(np.uint8)):
-            raise UserError(f"the file does not hold {name} as it was written", where=path.name)
+            raise UserError(f"{name} in the file differs from what was written", where=path.name)
     worst: dict[str, tuple[float, str]] = {}
     for tensor in plan.layout.tensors:
         kind = plan.kind(tensor)
         error = _error(stored[tensor.name].rows(path), kind, tensor.arrange(read(tensor.source)))
         if not error <= MOST_ERROR[kind]:  # also where it is no number
             raise UserError(
-                f"{tensor.source} kept as {kind.name} differs by {error:.3%}, more than rounding does "
+                f"{tensor.source} stored as {kind.name} differs by {error:.3%}, more than rounding explains "
                 f"({MOST_ERROR[kind]:.3%}); nothing was written",
-                fix="Try --quantize bf16, which holds any size of number." if kind == Kind.F16 else None,
+                fix="Try --quantize bf16, which has a larger range." if kind == Kind.F16 else None,
             )
         worst[kind.name] = max(worst.get(kind.name, (0.0, "")), (error, tensor.name))
     return worst
@@ -202,7 +202,7 @@ def _check_header(path: Path, plan: GGUFPlan) -> dict[str, _Stored]:
     for name, value in plan.metadata.items():
         found = reader.fields[name].contents() if name in reader.fields else None
         if found != (float(np.float32(value)) if isinstance(value, float) else value):
-            raise UserError(f"the file does not hold {name} as it was written", where=path.name)
+            raise UserError(f"{name} in the file differs from what was written", where=path.name)
     stored = {
         tensor.name: _Stored(
             tensor.tensor_type, tuple(reversed(tensor.shape.tolist())), int(tensor.data_offset), int(tensor.n_bytes)
@@ -212,7 +212,7 @@ def _check_header(path: Path, plan: GGUFPlan) -> dict[str, _Stored]:
     wanted = {tensor.name: (plan.kind(tensor), tensor.shape) for tensor in plan.layout.tensors}
     wanted |= {name: (Kind.F32, array.shape) for name, array in plan.layout.constants.items()}
     if {name: (tensor.kind, tensor.shape) for name, tensor in stored.items()} != wanted:
-        raise UserError("the file does not hold the tensors that were written, in their forms", where=path.name)
+        raise UserError("the tensors in the file differ from those that were written", where=path.name)
     return stored
 
 

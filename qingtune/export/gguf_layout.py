@@ -102,7 +102,7 @@ def layout_of(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, untie: boo
         )
     config: Any = config_of(folder)
     if problem := _inexpressible(config, kind):
-        raise UserError(f"llama.cpp's {kind} cannot express this model: {problem}", where=str(folder))
+        raise UserError(f"llama.cpp's {kind} cannot represent this model: {problem}", where=str(folder))
     head_dim = _head_dim(config)
     metadata: dict[str, Value] = {
         f"{kind}.block_count": config.num_hidden_layers,
@@ -139,9 +139,9 @@ def _inexpressible(config: Any, kind: str) -> str | None:
     if any(layer != "full_attention" for layer in layers):
         return "some of its layers use a sliding window (use_sliding_window)"
     if kind == "qwen2" and _head_dim(config) * config.num_attention_heads != config.hidden_size:
-        return "its heads do not make up hidden_size"
+        return "heads x head size is not hidden_size"
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        return "only a part of each head is rotated (partial_rotary_factor)"
+        return "RoPE covers only a part of each head (partial_rotary_factor)"
     return None
 
 
@@ -156,7 +156,7 @@ def _place(config: Any, kind: str, folder: Path, shapes: Mapping[str, tuple[int,
     """
     tied = bool(config.tie_word_embeddings)
     if not tied and "lm_head.weight" not in shapes:
-        raise UserError("the head (lm_head.weight) is missing", where=str(folder), fix="Fetch the model again.")
+        raise UserError("the head (lm_head.weight) is missing", where=str(folder), fix="Download the model again.")
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if kind == "llama" else {}
     names = get_tensor_name_map(_ARCHITECTURES[kind], config.num_hidden_layers)
     layers = [f"blk.{layer}." for layer in range(config.num_hidden_layers)]
@@ -176,7 +176,7 @@ def _place(config: Any, kind: str, folder: Path, shapes: Mapping[str, tuple[int,
         placed[name] = PlacedTensor(name, source, shape, heads.get(name.rpartition(".")[0].rpartition(".")[2], 0))
     if missing := [name for name in wanted if name not in placed]:
         raise UserError(
-            f"{len(missing)} weights are missing, for example {missing[0]}", where=str(folder), fix="Fetch it again."
+            f"{len(missing)} weights are missing, for example {missing[0]}", where=str(folder), fix="Download it again."
         )
     return sorted(placed.values(), key=lambda tensor: _order(tensor.name))
 
@@ -219,7 +219,7 @@ def _add_rope_scaling(
     elif scaling != "default":
         detail = f" with {', '.join(_unlike_llama_cpp(rope))}" if scaling == "yarn" else ""
         raise UserError(
-            f"llama.cpp's {kind} cannot express this model: its rope_type {scaling}{detail}",
+            f"llama.cpp's {kind} cannot represent this model: its rope_type {scaling}{detail}",
             where=str(folder / "config.json"),
             fix="default, linear, yarn and, for llama, llama3 can be exported.",
         )

@@ -84,7 +84,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int, ending: Ending)
 
 
 def normalizes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer brings text into Unicode's composed form (NFC) first, which llama.cpp does not do."""
+    """Whether the tokenizer brings text into Unicode's composed form (NFC) first, which llama.cpp does not."""
     return _content(tokenizer)["normalizer"] is not None
 
 
@@ -100,9 +100,9 @@ def _content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     model, normalizer, decoder = content["model"], content["normalizer"], content["decoder"] or {}
     if model["type"] != "BPE" or model.get("byte_fallback") or decoder.get("type") != "ByteLevel":
         kind = "SentencePiece" if model.get("byte_fallback") or model["type"] == "Unigram" else model["type"]
-        raise _refusal(f"it is of the kind {kind}; byte-level BPE (Qwen's, Llama 3's, GPT-2's) is supported")
+        raise _refusal(f"its type is {kind}; only byte-level BPE (Qwen's, Llama 3's, GPT-2's) is supported")
     if normalizer and normalizer["type"] != "NFC":
-        raise _refusal(f"it changes text first ({normalizer['type']}), which llama.cpp does not do")
+        raise _refusal(f"it changes text first ({normalizer['type']}), which llama.cpp does not")
     odd = [name for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if model.get(name)]
     odd += [
         f"{name} of {token['content']}"
@@ -117,7 +117,7 @@ def _content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _refusal(reason: str) -> UserError:
     return UserError(
-        f"llama.cpp would read text otherwise than this model's tokenizer: {reason}",
+        f"llama.cpp would tokenise text differently than this model's tokenizer: {reason}",
         fix=f"Use another base model, or `{command_line('merge')}` and a program that reads Transformers' layout.",
     )
 
@@ -133,7 +133,7 @@ def _pre_tokenizer(content: dict[str, Any]) -> str:
     steps = tuple((str(part["type"]), _detail(part)) for part in parts)
     ignore_merges = bool(content["model"].get("ignore_merges"))
     if steps not in PRE_TOKENIZERS:
-        raise _refusal(f"the way it cuts text first is none that is known here ({steps})")
+        raise _refusal(f"its pre-tokenizer is not one that is known here ({steps})")
     name, wanted = PRE_TOKENIZERS[steps]
     if ignore_merges != wanted:
         raise _refusal(f"its ignore_merges is {ignore_merges}, and {wanted} in llama.cpp's {name}")
@@ -164,7 +164,7 @@ def _tokens(content: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
     texts = {number: text for text, number in content["model"]["vocab"].items()}
     texts |= {number: token["content"] for number, token in added.items()}
     if max(texts) >= rows:
-        raise UserError(f"the tokenizer knows id {max(texts):,}, the model has embeddings for {rows:,} ids")
+        raise UserError(f"the tokenizer has id {max(texts):,}, but the model has embeddings for {rows:,} ids")
     for number, text in texts.items():
         if number in added:
             types[number] = int(TokenType.CONTROL if added[number]["special"] else TokenType.USER_DEFINED)
@@ -179,5 +179,5 @@ def _tokens(content: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
 def _merges(content: dict[str, Any]) -> list[str]:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
     if any(merge.count(" ") != 1 for merge in merges):
-        raise _refusal("its merges hold spaces, which byte-level BPE writes as another sign")
+        raise _refusal("its merges contain spaces, which byte-level BPE writes as another character")
     return merges

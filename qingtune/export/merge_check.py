@@ -54,7 +54,7 @@ class LogitDifference:
 
 @dataclass(frozen=True)
 class Lost:
-    """What storing the merged weights lost, against the adapter beside the base's weights.
+    """What storing the merged weights lost, against the adapter on the base's weights.
 
     Attributes:
         merging: weights merged in fp32, before anything is rounded.
@@ -119,7 +119,7 @@ def read_back(folder: Path, base: Path, adapter: StoredAdapter) -> Generator[tup
         yield name, adapter.merged(name, weight), written.read(name)
         give_back_memory()
     if missing := sorted(set(stored.shapes) - set(written.shapes)):
-        raise UserError(f"{missing[0]} is missing in what was written; nothing was written", where=str(folder))
+        raise UserError(f"{missing[0]} is missing in the merged files; they were removed", where=str(folder))
 
 
 def check_rounded_once(folder: Path, base: Path, adapter: StoredAdapter) -> set[torch.dtype]:
@@ -147,7 +147,7 @@ def check_same(name: str, found: torch.Tensor, wanted: torch.Tensor, folder: Pat
     """
     one, two = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (found, wanted))
     if found.shape != wanted.shape or not torch.equal(one, two):
-        raise UserError(f"{name} is not what was merged; nothing was written", where=str(folder))
+        raise UserError(f"{name} differs from the merged weight; the files were removed", where=str(folder))
 
 
 def judge_merging(merging: LogitDifference) -> str:
@@ -157,15 +157,15 @@ def judge_merging(merging: LogitDifference) -> str:
         UserError: further than the order of sums explains.
     """
     share = merging.largest / (merging.spread or 1.0)  # logits that are all the same have no spread
-    told = f"{merging.largest:.2g} at most, {share:.2g} of their spread"
+    difference = f"{merging.largest:.2g} at most, {share:.2g} of their spread"
     if not share <= MOST_MERGING_DIFFERENCE:
         raise UserError(
-            f"merged in fp32, the logits differ from those of base + adapter by {told}, where "
+            f"merged in fp32, the logits differ from those of base + adapter by {difference}, where "
             f"{MOST_MERGING_DIFFERENCE:g} is allowed; nothing was written"
         )
     return (
         f"Merged in fp32, before anything is rounded, the model equals base + adapter: over {merging.places:,} places "
-        f"the logits differ by {told} ({MOST_MERGING_DIFFERENCE:g} is allowed)."
+        f"the logits differ by {difference} ({MOST_MERGING_DIFFERENCE:g} is allowed)."
     )
 
 

@@ -1,5 +1,5 @@
 """Merging into a model whose linear layers are stored in 4 bits (NF4): the merged weights in fp32 are rounded once, and
-what that loses is measured and told."""
+what that loses is measured and reported."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def _layers(base: Path, stored: StoredWeights) -> tuple[set[str], list[str]]:
     packed = {f"{name}.weight" for name in layers}
     if any(isinstance(layer, Conv1D) for layer in layers.values()) or not packed <= set(stored.shapes):
         raise UserError(
-            "the layers of this architecture are stored turned round, or under other names, so they cannot be saved in "
+            "the layers of this architecture are stored transposed, or under other names, so they cannot be saved in "
             "4 bits",
             where=str(base),
-            fix="Leave out --save_in_4bit.",
+            fix="Remove --save_in_4bit.",
         )
     dense = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     return packed, [name for name in dense if name not in layers]
@@ -145,7 +145,7 @@ def judge(lost: Lost) -> str:
         raise UserError(
             f"in 4 bits the model differs from base + adapter by {found.mean / found.spread:.0%} of the logits' "
             "spread; nothing was written",
-            fix="Leave out --save_in_4bit.",
+            fix="Remove --save_in_4bit.",
         )
     loss = ""  # of a model whose context is too short for the samples
     if lost.losses:
@@ -154,6 +154,6 @@ def judge(lost: Lost) -> str:
     return (
         f"{merging}\nLost by 4 bits, against base + adapter at {found.places:,} places: logits differ by "
         f"{found.largest:.3f} at most, {found.mean:.4f} on average, {found.mean / found.spread:.1%} of their spread; "
-        f"the likeliest token agrees at {found.agree:.1%}. Greedy answers: {found.same_answers} of {found.answers} are "
-        f"the same.{loss}"
+        f"the most likely token agrees at {found.agree:.1%}. Greedy answers: {found.same_answers} of {found.answers} "
+        f"are the same.{loss}"
     )

@@ -24,7 +24,7 @@ from qingtune.runs.record import METRICS, Record
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # OWNER/NAME
-# Told in lines of their own, or of no interest to others.
+# Shown in separate lines, or of no interest to others.
 _ELSEWHERE = {"model_name_or_path", "data_path", "eval_data_path", "system_prompt", "use_lora", "use_qlora"}
 _MOST_FRONT_MATTER = 1 << 20  # bytes of a base's card that are looked at for its licence
 
@@ -75,7 +75,7 @@ def write_card(path: Path, name: str, origin: Origin, files: Sequence[ExportedFi
         path: of the card.
         name: of the model.
         origin: what it was made of.
-        files: beside the card.
+        files: next to the card.
         limits: what a user should know, a sentence each.
     """
     record = origin.record
@@ -100,11 +100,11 @@ def write_card(path: Path, name: str, origin: Origin, files: Sequence[ExportedFi
         f"ollama create {name} -f Modelfile && ollama run {name}",
         "```",
     ]
-    unknown = ["Nobody has judged the model's answers, unless it is said here by hand."]
+    unknown = ["Nobody has judged the model's answers, unless a person adds it here."]
     if not _HUB_ID.fullmatch(origin.base_model):
-        unknown.append("The base model's name on a hub is not known here; add `base_model: OWNER/NAME` above.")
+        unknown.append("The base model's name on a hub is not known; add `base_model: OWNER/NAME` above.")
     if _licence(origin.base) is None:
-        unknown.append("The licence is not known here: it follows from the base model's and the data's.")
+        unknown.append("The licence is not known: it depends on the base model's and the data's.")
     lines += ["", "## What to know", "", *(f"- {sentence}" for sentence in [*map(prose, limits), *unknown])]
     write_text(path, redact("\n".join(lines) + "\n"))
 
@@ -164,7 +164,7 @@ def _training(record: Record, origin: Origin) -> list[str]:
         "data": _data(settings.get("data_path")),
         "fingerprint of the tokenised data": code(str(settings.get("data", "not known"))),
         "evaluation data": _held_out(settings) or _data(settings.get("eval_data_path")),
-        "system prompt": code(record.system_prompt) if record.system_prompt else "none of its own",
+        "system prompt": code(record.system_prompt) if record.system_prompt else "none",
         **_results(record.results),
         **_last_line(origin.adapter or origin.base),
         "versions": ", ".join(value(f"{name} {version}") for name, version in record.versions.items()) or "not known",
@@ -194,10 +194,10 @@ def _held_out(settings: Mapping[str, Any]) -> str | None:
 
 
 def _results(results: Mapping[str, Any]) -> dict[str, str]:
-    """Losses, duration and memory; what was not measured is told as such."""
+    """Losses, duration and memory; values that were not measured are marked as such."""
     losses = [("eval_loss_before", "before"), ("eval_loss", "after"), ("best_eval_loss", "best")]
-    told = [f"{word} {results[name]:.4f}" for name, word in losses if results.get(name) is not None]
-    rows = {"evaluation loss": ", ".join(told) or "not measured"}
+    shown_losses = [f"{word} {results[name]:.4f}" for name, word in losses if results.get(name) is not None]
+    rows = {"evaluation loss": ", ".join(shown_losses) or "not measured"}
     if results.get("steps") is not None:
         rows["optimizer steps"] = f"{results['steps']:,}"
     if results.get("seconds") is not None:
@@ -242,7 +242,5 @@ def _files(files: Sequence[ExportedFile]) -> list[str]:
         )
         for file in files
     ]
-    note = (
-        "Each file was read back and compared with the weights it was made of; the largest error of a tensor is shown."
-    )
+    note = "Each file was read back and compared with the source weights; the largest error of a tensor is shown."
     return [*table(("file", "size", "error", "SHA-256"), rows), "", note]

@@ -112,7 +112,7 @@ def find_turns(template: str, render: Render, bos: str | None) -> Turns:
         prompt=prompt,
     )
     if end != after_user + prompt:
-        raise TemplateNotExpressible("a later turn is written otherwise than the first")
+        raise TemplateNotExpressible("a later turn is written differently than the first")
     if reason := _why_not_quoted(turns.go_template()):
         raise TemplateNotExpressible(f"it writes {reason}")
     turns = replace(turns, changed=_compare(turns, render))
@@ -120,12 +120,12 @@ def find_turns(template: str, render: Render, bos: str | None) -> Turns:
 
 
 def _cut(text: str, *contents: str) -> list[str]:
-    """The pieces of a text between contents that each stand in it once, in order."""
+    """The pieces of a text between contents that each occur in it once, in order."""
     pieces: list[str] = []
     for content in contents:
         piece, found, text = text.partition(content)
         if not found or content in text:
-            raise TemplateNotExpressible("it does not write each content once, in order")
+            raise TemplateNotExpressible("it does not write each message once, in order")
         pieces.append(piece)
     return [*pieces, text]
 
@@ -176,7 +176,7 @@ def _alike(turns: Turns, render: Render, messages: Sequence[Message]) -> bool:
 def _without_bos(turns: Turns, bos: str) -> Turns:
     """The turns without the token that llama.cpp puts in front itself."""
     if not turns.system[0].startswith(bos):
-        raise TemplateNotExpressible("it begins with another token than the model's texts do")
+        raise TemplateNotExpressible("it does not begin with the token that the model's texts begin with")
     system = (turns.system[0].removeprefix(bos), turns.system[1])
     if turns.opening.startswith(bos):
         return replace(turns, opening=turns.opening.removeprefix(bos), system=system)
@@ -211,7 +211,7 @@ def left_out(stops: Sequence[str], system_prompt: str | None) -> list[str]:
     found: list[str] = []
     for stop in stops:
         if reason := _why_not_quoted(stop):
-            found.append(f"A text at which answers end is left out of the Modelfile, as it holds {reason}.")
+            found.append(f"A stop text is omitted from the Modelfile, because it contains {reason}.")
     if system_prompt and (reason := _why_not_quoted(system_prompt)):
         what = "No SYSTEM in the Modelfile, as" if _QUOTES in system_prompt else "Ollama changes the SYSTEM text, as"
         found.append(f"{what} the system prompt of training holds {reason}.")
@@ -229,7 +229,7 @@ def modelfile(
     """The text of a Modelfile.
 
     Args:
-        gguf: name of the file beside it.
+        gguf: name of the file next to it.
         template: in Go's template language; None to leave it to Ollama.
         remarks: on what follows.
         stops: texts at which an answer ends.

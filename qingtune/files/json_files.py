@@ -27,7 +27,7 @@ def read_object(path: Path, most_bytes: int = MOST_BYTES, *, nan: bool = False) 
     Args:
         path: the file.
         most_bytes: it may have.
-        nan: whether NaN may stand for a number, as in what a run says of itself.
+        nan: whether NaN is allowed, as in the logs of a run.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -57,12 +57,12 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
         except OSError as error:
             raise UserError(f"cannot be read: {reason_of(error)}", where=str(path)) from None
     if len(content) > most_bytes:
-        raise UserError(f"has more than {most_bytes / 1e6:.0f} MB, which no such file needs", where=str(path))
+        raise UserError(f"has more than {most_bytes / 1e6:.0f} MB, more than any such file needs", where=str(path))
     return content
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a plain file to read; what stands in the place of one (a folder, a pipe, a device) is not waited for.
+    """Open a plain file to read; a folder, a pipe or a device in its place is not waited for.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -72,13 +72,15 @@ def open_plain(path: Path) -> BinaryIO:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
-            raise UserError("this link leads nowhere", where=str(path), fix="Put the file in its place.") from None
+            raise UserError(
+                "the target of this link does not exist", where=str(path), fix="Replace it with the file."
+            ) from None
         raise FileNotFoundError(str(path)) from None
     except (OSError, ValueError) as error:  # Python's own error is for a null byte in the name
         raise UserError(f"cannot be read: {reason_of(error)}", where=str(path)) from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise UserError("this is no plain file", where=str(path), fix="Put the file in its place.")
+        raise UserError("this is not a regular file", where=str(path), fix="Replace it with the file.")
     return os.fdopen(handle, "rb")
 
 
@@ -94,12 +96,12 @@ def parse_object(content: bytes, where: str, *, nan: bool = False) -> dict[str, 
         if len(found) < len(pairs):
             twice = next((name for name, value in pairs if found[name] != value), None)
             if twice is not None:
-                raise UserError(f'"{shorten(twice)}" stands there twice, with different values', where=where)
+                raise UserError(f'"{shorten(twice)}" is given twice, with different values', where=where)
         return found
 
     def constant(text: str) -> float:
         if text == "NaN" and not nan:
-            raise ValueError("NaN stands in the place of a number")
+            raise ValueError("NaN instead of a number")
         return float(text)  # some architectures' limits are infinite
 
     try:
@@ -135,7 +137,7 @@ def _check_characters(text: str, found: Any) -> None:
         try:
             json.dumps(found, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("half of a surrogate pair, which is no character") from None
+            raise ValueError("half of a surrogate pair, which is not a character") from None
 
 
 def _whole_number(text: str) -> int:

@@ -24,7 +24,7 @@ def refuse_same_file(output: Path, setting: str, inputs: Mapping[str, Iterable[P
         for path in paths:
             same_name = os.path.realpath(output) == os.path.realpath(path)
             if same_name or (output.exists() and path.exists() and os.path.samefile(output, path)):
-                raise UserError(f"{setting} would replace {what}", where=str(output), fix="Choose another place.")
+                raise UserError(f"{setting} would replace {what}", where=str(output), fix="Choose another path.")
 
 
 def refuse_odd_name(path: Path, what: str) -> None:
@@ -55,7 +55,7 @@ def refuse_no_path(path: Path, setting: str) -> None:
         return
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{setting} is no path ({reason})", where=shorten(str(path))) from None
+        raise UserError(f"{setting} is not a path ({reason})", where=shorten(str(path))) from None
 
 
 def default_cache() -> Path:

@@ -26,7 +26,7 @@ _ITEMSIZES = {
 }  # fmt: skip
 # Formats of weights and adapters that are computed with; others are codes of weights in few bits.
 FLOATS = ("F16", "BF16", "F32", "F64")
-# Stored by older versions of Transformers beside the weights, as whole numbers or flags.
+# Stored with the weights by older versions of Transformers, as integers or flags.
 _NO_WEIGHTS = (".attn.bias", ".attention.bias", ".masked_bias", ".position_ids", ".num_batches_tracked")
 
 
@@ -53,12 +53,14 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], int]:
                 raise ValueError("its header is longer than the file")
             return _tensors(parse_object(file.read(size), str(path)), data_bytes), 8 + size
     except FileNotFoundError:
-        raise UserError("there is no such file", where=str(path), fix="Is the folder complete?") from None
+        raise UserError("there is no such file", where=str(path), fix="Check that the folder is complete.") from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except (UserError, ValueError) as error:
         reason = error.what if isinstance(error, UserError) else str(error)
-        raise UserError(f"not a whole safetensors file ({reason})", where=str(path), fix="Fetch it again.") from None
+        raise UserError(
+            f"not a complete safetensors file ({reason})", where=str(path), fix="Download it again."
+        ) from None
 
 
 def _tensors(content: dict[str, Any], data_bytes: int) -> dict[str, Tensor]:
@@ -80,13 +82,13 @@ def _tensors(content: dict[str, Any], data_bytes: int) -> dict[str, Tensor]:
 
 def _tensor(name: str, entry: Any) -> Tensor:
     if not name.isprintable() or not 0 < len(name) <= LONGEST_NAME:
-        raise ValueError(f"{shorten(name)!r} is no tensor's name")
+        raise ValueError(f"{shorten(name)!r} is not a tensor name")
     values = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
     dtype, shape, offsets = values.get("dtype"), _sizes(values.get("shape")), _sizes(values.get("data_offsets"))
     if shape is None or offsets is None or len(offsets) != 2:
         raise ValueError(f"{name} has no shape or no place")
     if not isinstance(dtype, str) or dtype not in _ITEMSIZES:
-        raise ValueError(f"{name} is stored as {shorten(str(dtype))}, which is not read here")
+        raise ValueError(f"{name} is stored as {shorten(str(dtype))}, which is not supported")
     start, end = offsets
     if math.prod(shape) * _ITEMSIZES[dtype] != end - start:
         raise ValueError(f"{name} is {list(shape)} of {dtype}, which are not {end - start:,} bytes")
@@ -115,9 +117,9 @@ def weight_files(folder: Path) -> list[Path]:
         tensors = read_header(folder / file)[0]
         if missing := next((name for name in names if name not in tensors), None):
             raise UserError(
-                f"{shorten(missing)} is not in {file}, where the index has it",
+                f"{shorten(missing)} is not in {file}, where the index says it is",
                 where=str(folder / INDEX),
-                fix="Fetch the model again.",
+                fix="Download the model again.",
             )
     return [folder / file for file in sorted(named)]
 
@@ -129,14 +131,14 @@ def _index(folder: Path) -> dict[str, str]:
         places: Any = read_object(path, INDEX_BYTES).get("weight_map")
     except FileNotFoundError:
         raise UserError(
-            f"neither {WHOLE} nor {INDEX} is here", where=str(folder), fix="Is the download complete?"
+            f"neither {WHOLE} nor {INDEX} is here", where=str(folder), fix="Check that the download is complete."
         ) from None
     if not isinstance(places, dict) or not places:
-        raise UserError("it names no weights (weight_map)", where=str(path), fix="Fetch it again.")
+        raise UserError("it lists no weights (weight_map)", where=str(path), fix="Download it again.")
     for name, file in cast("dict[str, Any]", places).items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(
-                f"{shorten(name)} is said to be in {shorten(str(file))!r}, no .safetensors file in this folder",
+                f"{shorten(name)} should be in {shorten(str(file))!r}, which is not a .safetensors file in this folder",
                 where=str(path),
             )
     return cast("dict[str, str]", places)
@@ -152,7 +154,7 @@ def read_weights_header(folder: Path) -> dict[str, Tensor]:
     for path in weight_files(folder):
         found = read_header(path)[0]
         if twice := sorted(tensors.keys() & found):
-            raise UserError(f"{twice[0]} is in two files", where=str(path), fix="Fetch the model again.")
+            raise UserError(f"{twice[0]} is in two files", where=str(path), fix="Download the model again.")
         tensors |= found
     return tensors
 
@@ -166,5 +168,5 @@ def check_floats(tensors: Mapping[str, Tensor], where: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS and not name.endswith(_NO_WEIGHTS):
             raise UserError(
-                f"{name} is stored as {tensor.dtype}, and weights are read in {', '.join(FLOATS)}", where=str(where)
+                f"{name} is stored as {tensor.dtype}, but weights must be {', '.join(FLOATS)}", where=str(where)
             )

@@ -131,9 +131,9 @@ def refuse_links(folder: Path, names: Iterable[str]) -> None:
 
 def _no_file(path: Path) -> UserError:
     if path.is_symlink():
-        what = f"this is a link (to {os.readlink(path)}), and links are not written through"
-        return UserError(what, where=str(path), fix="Remove the link, or name what it leads to.")
-    what = "this is a folder, and a file is to be written" if path.is_dir() else "this is no ordinary file"
+        what = f"this is a link (to {os.readlink(path)}), and files are not written through links"
+        return UserError(what, where=str(path), fix="Remove the link, or pass its target.")
+    what = "this is a folder, not a file" if path.is_dir() else "this is not a regular file"
     return UserError(what, where=str(path), fix="Remove it, or choose another place.")
 
 
@@ -230,7 +230,7 @@ def _reason_of_disk(error: Exception) -> str | None:
 
 
 def flush(path: Path) -> None:
-    """Have a file or folder on the disk before going on."""
+    """Flush a file or folder to the disk before continuing."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     handle = os.open(path, os.O_RDONLY)

@@ -69,7 +69,7 @@ def attention(
 
 
 def why_samples_would_mix(config: Any) -> str | None:
-    """The reason why a sample would come out otherwise beside others laid end to end; None if it would not."""
+    """The reason why a sample would give other results when concatenated with others; None if it would not."""
     kinds = set(config.to_dict().get("layer_types") or ["full_attention"])
     if kinds != {"full_attention"}:
         return f"this model has layers of other kinds than full attention ({', '.join(sorted(kinds))})"
@@ -82,7 +82,7 @@ def why_samples_would_mix(config: Any) -> str | None:
 def why_one_by_one(config: Any) -> str | None:
     """The reason why a model of this configuration must get its samples one by one; None if they may lie end to end."""
     if config.model_type not in CHECKED_MODEL_TYPES:
-        return f'laying samples end to end is not checked for "{config.model_type}" models'
+        return f'concatenated samples are not verified for "{config.model_type}" models'
     return why_samples_would_mix(config)
 
 

@@ -39,7 +39,7 @@ def why_not(model: Any) -> str | None:
     """The reason why a model cannot be computed here; None if it can."""
     config = model.config
     if config.model_type not in MODEL_TYPES:
-        return f'"{config.model_type}" is not one of the architectures with kernels of their own'
+        return f'"{config.model_type}" is not one of the architectures with fast kernels'
     if reason := why_samples_would_mix(config):
         return reason
     if config.hidden_act != "silu":
@@ -128,7 +128,7 @@ class TrainingDecoder:
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """What the sizes of its buffers depend on beside `sizes`."""
+        """What the sizes of its buffers depend on in addition to `sizes`."""
         members = [m for group in (self.attention[0].qkv, self.mlp[0].gate_up) for m in group.members]
         quantized = any(isinstance(m.base, QuantizedLinear) for m in members)
         return Arithmetic(

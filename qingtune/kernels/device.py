@@ -39,9 +39,9 @@ def choose_hardware(bf16: bool | None = None, fp16: bool | None = None, local_pr
     device, name = _device(local_process)
     has_bf16, has_fp16 = _formats(device)
     if bf16 and not has_bf16:
-        unmet = "bf16 was asked for, but this hardware computes it only by slow emulation"
+        unmet = "bf16 was requested, but this hardware only emulates it, slowly"
     elif fp16 and not has_fp16:
-        unmet = "fp16 was asked for, but training in it needs an NVIDIA GPU"
+        unmet = "fp16 was requested, but training in fp16 needs an NVIDIA GPU"
     else:
         unmet = ""
     if bf16 and has_bf16:
@@ -50,7 +50,7 @@ def choose_hardware(bf16: bool | None = None, fp16: bool | None = None, local_pr
         dtype, why = torch.float16, "asked for"
     elif bf16 is None and has_bf16:
         dtype = torch.bfloat16
-        why = f"{unmet}; bf16 is there and needs no loss scaling" if unmet else "the hardware has it"
+        why = f"{unmet}; bf16 is available and needs no loss scaling" if unmet else "the hardware supports it"
     elif fp16 is None and has_fp16 and not has_bf16:
         dtype, why = torch.float16, unmet or "the GPU is too old for bf16"
     else:

@@ -34,7 +34,7 @@ def fits(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
 
 
 def _causal(lengths: Lengths) -> tuple[torch.Tensor, torch.Tensor, int, int, float, bool]:
-    """What both kernels are told of the segments: their lengths, no dropout, a causal mask."""
+    """Arguments of both kernels for the segments: their lengths, no dropout, a causal mask."""
     return lengths.queries, lengths.keys, lengths.most_queries, lengths.most_keys, 0.0, True
 
 

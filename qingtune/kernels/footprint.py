@@ -195,7 +195,7 @@ def buffers(sizes: LayerSizes, how: Arithmetic, work: PassTokens, evaluation: Pa
     return found
 
 
-# Buffers that passes without gradients use too, beside their own two for inputs.
+# Buffers that passes without gradients use, too, in addition to their two for inputs.
 _FORWARD = frozenset({
     "layer.shared", "norm.out", "norm.wide", "norm.q", "norm.k", "attention.raw_q", "attention.raw_k",
     "attention.raw_v", "attention.rotated_q", "attention.rotated_k", "attention.attended", "attention.scores",
@@ -232,7 +232,7 @@ def buffer_bytes(
 
 
 def _kept(sizes: LayerSizes, how: Arithmetic, work: PassTokens, add: _Add, *, evaluates: bool) -> None:
-    """What stays from a layer's forward to its backward; the last layer goes on with predicting rows only."""
+    """What stays from a layer's forward to its backward; the last layer continues with predicting rows only."""
     tokens, last, wide = work.tokens, work.predicting, how.wide
     ranks = sizes.ranks
     qkv, o, gate_up, down = ranks.groups
@@ -310,7 +310,7 @@ def _mlp_and_head(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least
 
 
 def _products(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _Add) -> None:
-    """What products with weights and adapters need besides their inputs and outputs."""
+    """What products with weights and adapters need in addition to inputs and outputs."""
     tokens, wide = work.tokens, how.wide
     widths = (sizes.hidden, sizes.queries, sizes.hidden, sizes.inner)  # of what each group of layers reads
     outs = (max(sizes.queries, sizes.keys), sizes.hidden, sizes.inner, sizes.hidden)
@@ -359,7 +359,7 @@ def autograd_bytes(sizes: LayerSizes, tokens: int, itemsize: int, adapters: int,
     """About what autograd keeps of a pass through Transformers' modules, logits not counted.
 
     A layer keeps of each token: two norms' inputs in fp32 and outputs, queries, keys and values, what attention gives
-    twice, and of the MLP gate, its activation, up and their product; adapters are cast to b anew. Of layers that are
+    twice, and of the MLP gate, its activation, up and their product; adapters are cast to b again. Of layers that are
     computed again only the input stays, and one of them is there in full at a time.
 
     Args:

@@ -1,6 +1,6 @@
 """Products of int8 matrices with a scale a row, through the CPU's int8 units: twice the rate of bf16.
 
-Weights have a scale an output row (kernels/linear.Int8Linear); activations and gradients get one a token, made anew
+Weights have a scale an output row (kernels/linear.Int8Linear); activations and gradients get one a token, computed
 each time (vector-wise quantisation, Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, without its outlier
 columns).
 """

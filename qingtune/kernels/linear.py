@@ -34,7 +34,7 @@ _CPU_KERNELS = {
 def _bitsandbytes() -> ModuleType:
     """The library, imported without PyTorch's compiler: 42 MB and 0.8 s that only its generic kernels would use.
 
-    On import it wraps those in torch.compile, which is told to do nothing meanwhile.
+    On import it wraps those in torch.compile, which is disabled meanwhile.
     """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -49,7 +49,7 @@ def _bitsandbytes() -> ModuleType:
 
 
 class _DequantizedMatmul(torch.autograd.Function):
-    """y = x W^T with W made anew in forward and in backward; W gets no gradient."""
+    """y = x W^T with W dequantised in forward and again in backward; W gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
@@ -126,7 +126,7 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
-        """All that stands for the weight, by name, for `restore`."""
+        """The packed weight's tensors by name, for `restore`."""
         raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -200,7 +200,7 @@ class NF4Linear(QuantizedLinear):
         return state
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
-        """All that stands for the weight."""
+        """The packed weight's tensors."""
         return {"packed": cast("torch.Tensor", self.packed), **self.state.as_dict(packed=True)}
 
     def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -251,7 +251,7 @@ class Int8Linear(QuantizedLinear):
             self.register_buffer(name, packed[name], persistent=False)
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
-        """All that stands for the weight."""
+        """The packed weight's tensors."""
         packed, scale = self.packed_and_scale()
         return {"packed": packed, "scale": scale}
 

@@ -154,7 +154,7 @@ class Projection:
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
     def keep_low(self, name: str, x: torch.Tensor, seed: int | None) -> None:
-        """Keep what backward needs beside the input."""
+        """Keep what backward needs in addition to the input."""
         if self.adapters:
             torch.mm(self._dropped(x, seed), self._all_a(x.dtype).t(), out=self._low(name, x))
         for number, member in enumerate(self.members):

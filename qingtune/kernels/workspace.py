@@ -1,7 +1,7 @@
 """Buffers that one pass after another uses again.
 
 A training pass on a CPU asks for the same few hundred blocks each time. Taken from the heap they leave holes (1.5 GB
-at 0.5B parameters) and each large one is zeroed by the kernel anew; kept by name they cost neither.
+at 0.5B parameters) and each large one is zeroed by the kernel each time; kept by name they cost neither.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def launched_processes() -> int:
                 f"the environment variable {name}",
                 f"Unset it, or start the run with {TORCHRUN}.",
             )
-            raise UserError(f"{shorten(value)!r} is no whole number of at least {least}", where=where, fix=fix)
+            raise UserError(f"{shorten(value)!r} is not a whole number of at least {least}", where=where, fix=fix)
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -93,7 +93,7 @@ def _gpus() -> list[tuple[str, int, int]]:
 
 
 def _visible(gpus: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """Those that CUDA_VISIBLE_DEVICES names, in its order; it ends at the first that is none, as for CUDA."""
+    """Those that CUDA_VISIBLE_DEVICES names, in its order; it ends at the first invalid one, as in CUDA."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return gpus
@@ -184,7 +184,7 @@ def _left_by_control_groups() -> list[int]:
 def _control_groups() -> list[tuple[Path, str, str]]:
     """Folders, and the names of the files with the memory limit and what is used, for versions 1 and 2.
 
-    In a container the groups that this process is told to be in may not be shown; its own is then the root.
+    In a container the groups that /proc names may be invisible; the process's own group is then the root.
     """
     kinds = {
         "memory": (_V1, "memory.limit_in_bytes", "memory.usage_in_bytes"),

@@ -38,7 +38,7 @@ def load_base(
 ) -> PreTrainedModel:
     """Load a model on a device, its linear layers but the head in 4 or 8 bits if `bits` says so.
 
-    Quantised layers are kept in the cache, as making them takes seconds; a changed file of the model's makes them anew.
+    Quantised layers are cached, because quantising takes seconds; a changed model file invalidates them.
 
     Raises:
         UserError: the model cannot be loaded, or there is no memory for it.
@@ -50,17 +50,17 @@ def load_base(
         return _load_quantized(folder, dtype, bits, device, cache_dir)
 
 
-SMALLER = "Choose a smaller model, or load it in fewer bits: use_qlora in training, load_in_4bit in answering."
+SMALLER = "Choose a smaller model, or quantise it: use_qlora in training, load_in_4bit for inference."
 
 
 def check_memory(folder: Path, dtype: torch.dtype, bits: int | None, device: torch.device) -> None:
-    """Refuse what cannot fit; on a CPU, a process that tries all the same is killed without a word."""
+    """Refuse a model that cannot fit; on a CPU, a process that tries is killed without a message."""
     numbers = stored_numbers(folder)
     needed = numbers * (bits / 8 if bits else dtype.itemsize)
     free = free_bytes(device, swap=True)
     if free is not None and needed > free:
         raise UserError(
-            f"its {numbers / 1e9:.2f} billion weights take {needed / 1e9:.2f} GB of memory, and {free / 1e9:.2f} GB "
+            f"its {numbers / 1e9:.2f} billion weights take {needed / 1e9:.2f} GB of memory, but {free / 1e9:.2f} GB "
             "are free",
             where=str(folder),
             fix=SMALLER,
@@ -109,14 +109,14 @@ def _fill_as_kept(model: PreTrainedModel, stored: StoredWeights, bits: int, devi
 
 
 def _is_whole(kept: Path) -> bool:
-    """Whether packed layers are kept and can be read; a broken folder is removed, to be made anew."""
+    """Whether packed layers are cached and readable; a broken folder is removed."""
     if not (kept / PACKED).exists():
         return False
     try:
         with safe_open(kept / PACKED, "pt"):
             return True
     except (OSError, SafetensorError) as error:
-        say(f"The kept quantised model is broken ({error}); it is made anew.")
+        say(f"The cached quantised model is broken ({error}); it is created again.")
         shutil.rmtree(kept, ignore_errors=True)
         return False
 
@@ -143,7 +143,7 @@ def _kept_folder(folder: Path, dtype: torch.dtype, bits: int, cache_dir: str | N
 
 
 def _keep(model: PreTrainedModel, kept: Path) -> None:
-    """Write the packed layers to the cache; without room there the run goes on."""
+    """Write the packed layers to the cache; if the disk is full, the run continues."""
     tensors = {
         f"{name}.{part}": tensor.contiguous().cpu()
         for name, layer in model.named_modules()
@@ -156,10 +156,10 @@ def _keep(model: PreTrainedModel, kept: Path) -> None:
             if not kept.exists():  # another process may have been faster
                 move_into_place(half_done, kept)
     except (OSError, SafetensorError) as error:
-        say(f"The quantised model is not kept for the next time: {error}.")
+        say(f"The quantised model was not cached: {error}.")
         return
     size = os.path.getsize(kept / PACKED)
-    say(f"Quantised; kept for the next time ({size / 1e9:.2f} GB in {kept}).")
+    say(f"Quantised and cached ({size / 1e9:.2f} GB in {kept}).")
 
 
 def _by_layer(names: list[str]) -> dict[str, list[str]]:

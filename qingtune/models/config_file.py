@@ -82,9 +82,9 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         raise _no_config(folder, adapter) from None
     if adapter:
         raise UserError(
-            "this folder holds a model and an adapter (adapter_config.json), so it is not clear what is meant",
+            "this folder holds a model and an adapter (adapter_config.json), so it is not clear which is meant",
             where=str(folder),
-            fix="Move one of them to a folder of its own.",
+            fix="Move one of them to another folder.",
         )
     check_config(content, str(path))
     return _without_choices(content)
@@ -92,11 +92,11 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 def _no_config(folder: Path, adapter: bool) -> UserError:
     if not adapter and (files := sorted(folder.glob("*.gguf"))):
-        return UserError("no config.json here", where=str(folder), fix=f"Name a .gguf file, such as {files[0]}.")
+        return UserError("no config.json here", where=str(folder), fix=f"Pass a .gguf file, such as {files[0]}.")
     return UserError(
-        "this folder holds an adapter, not a model" if adapter else "no config.json here, so this is no model folder",
+        "this folder holds an adapter, not a model" if adapter else "no config.json here: this is not a model folder",
         where=str(folder),
-        fix="Name its base model here and the adapter as --lora_model." if adapter else "Check the path.",
+        fix="Pass its base model here and the adapter as --lora_model." if adapter else "Check the path.",
     )
 
 
@@ -118,14 +118,14 @@ def _check(content: dict[str, Any], where: str) -> None:
     for name in ("dtype", "torch_dtype"):
         if content.get(name) not in (None, *DTYPES):
             raise UserError(
-                f'"{name}" is {content[name]!r}, which weights are not read in',
+                f'"{name}" is {content[name]!r}, which is not a supported dtype',
                 where=where,
                 fix=f"{', '.join(DTYPES)}.",
             )
 
 
 def _check_finite(name: str, value: Any, where: str) -> None:
-    """A number beyond all bounds stands for "no limit" in lists alone."""
+    """An infinite number means "no limit" in lists only."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f'"{name}" is {value}, where a finite number is expected', where=where)
     if name in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
@@ -187,7 +187,7 @@ def stop_ids(folder: Path) -> list[int]:
         ids: list[int] = value if isinstance(value, list) else [] if value is None else [value]
         if outside := [one for one in ids if one < 0 or (size is not None and one >= size)]:
             raise UserError(
-                f'"eos_token_id" is {outside[0]}, and the model has the tokens 0 to {size and size - 1}',
+                f'"eos_token_id" is {outside[0]}, but the model has the tokens 0 to {size and size - 1}',
                 where=str(folder / name),
             )
         found += ids

@@ -116,8 +116,8 @@ def _find_here(name: str, cache_dir: str | None) -> tuple[Path | None, list[str]
             return place, tried
         if place.is_file():
             of_folder = place.name == "config.json"
-            fix = f"Name its folder, {place.parent}." if of_folder else None
-            raise UserError("a model is a folder or a .gguf file, not this", where=str(place), fix=fix)
+            fix = f"Pass its folder, {place.parent}." if of_folder else None
+            raise UserError("this is neither a model folder nor a .gguf file", where=str(place), fix=fix)
         tried.append(str(place))
     if not _is_hub_name(name):
         raise UserError(
@@ -145,7 +145,7 @@ def _not_found(name: str, tried: list[str]) -> UserError:
     listing = "".join(f"\n  {place}" for place in tried)
     return UserError(
         f"the model was not found. Tried:{listing}\n"
-        f"Three ways on: download it elsewhere and put the folder at models/{Path(name).name}; "
+        f"To fix it, download it elsewhere and put the folder at models/{Path(name).name}; "
         "pass a .gguf file or a folder as the model; or set HF_ENDPOINT to a mirror, or --hub modelscope.",
         where=name,
     )
@@ -196,13 +196,13 @@ def _ask_hugging_face(name: str, cache_dir: str | None, files: tuple[str, ...]) 
 
     endpoint = os.environ.get("HF_ENDPOINT") or "Hugging Face"
     if any(os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE") for variable in _OFFLINE):
-        return f"{endpoint}: not in its local cache, and HF_HUB_OFFLINE forbids to ask"
+        return f"{endpoint}: not in the local cache, and HF_HUB_OFFLINE is set"
     answer = _within(ANSWER_WITHIN_S, lambda: huggingface_hub.HfApi().model_info(name, timeout=ANSWER_WITHIN_S))
-    gated = f"{endpoint}: {name} needs you to accept its licence and log in (`hf auth login`)"
+    gated = f"{endpoint}: {name} requires that you accept its licence and log in (`hf auth login`)"
     if isinstance(answer, GatedRepoError):
         return gated
     if isinstance(answer, RepositoryNotFoundError):
-        return f"{endpoint}: no model of this name, or it is private"
+        return f"{endpoint}: no such model, or it is private"
     if isinstance(answer, Exception):
         return f"{endpoint}: no answer ({type(answer).__name__})"
     try:
@@ -211,8 +211,8 @@ def _ask_hugging_face(name: str, cache_dir: str | None, files: tuple[str, ...]) 
         return fetched
     except GatedRepoError:  # the page of such a model is public, its files are not
         return gated
-    except Exception as error:  # the transport's errors are of many kinds; each is told
-        return f"{endpoint}: the download broke off ({type(error).__name__})"
+    except Exception as error:  # the transport raises many types of errors; each is reported
+        return f"{endpoint}: the download was interrupted ({type(error).__name__})"
 
 
 def _header_from_modelscope(name: str, cache: Path) -> Path | str:
@@ -240,7 +240,7 @@ def _from_modelscope(name: str, cache_dir: str | None) -> Path | str:
     try:
         return Path(modelscope.snapshot_download(name, cache_dir=cache_dir))
     except Exception as error:  # its errors have no common class
-        return f"ModelScope: the download broke off ({type(error).__name__})"
+        return f"ModelScope: the download was interrupted ({type(error).__name__})"
 
 
 def _within(seconds: float, ask: Callable[[], object]) -> object:
@@ -250,7 +250,7 @@ def _within(seconds: float, ask: Callable[[], object]) -> object:
     def run() -> None:
         try:
             answer[0] = ask()
-        except Exception as error:  # any failure of the network or the hub is an answer here, and is told to the user
+        except Exception as error:  # any failure of the network or the hub is reported to the user
             answer[0] = error
 
     thread = threading.Thread(target=run, daemon=True)
@@ -264,7 +264,7 @@ def _checked(source: ModelSource) -> ModelSource:
     if source.is_gguf:
         with source.path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise UserError("not a GGUF file", where=str(source.path), fix="Fetch it again.")
+                raise UserError("not a GGUF file", where=str(source.path), fix="Download it again.")
         return source
     folder = source.path
     config = read_model_config(folder)
@@ -275,7 +275,7 @@ def _checked(source: ModelSource) -> ModelSource:
         raise UserError(
             "no .safetensors weights here" + pickled * "; .bin and .pt weights are pickles, which can run code",
             where=str(folder),
-            fix="Use a safetensors version of the model." if pickled else "Is the download complete?",
+            fix="Use a safetensors version of the model." if pickled else "Check that the download is complete.",
         )
     _check_quantization(folder, config)
     return source
@@ -287,12 +287,12 @@ def _check_quantization(folder: Path, config: dict[str, Any]) -> None:
         return
     stored: Any = config["quantization_config"]
     settings = cast("dict[str, Any]", stored) if isinstance(stored, dict) else {}
-    method = str(settings.get("quant_method") or "a method that is not named")
+    method = str(settings.get("quant_method") or "an unnamed method")
     if "bitsandbytes" in method:
         kind, storage = settings.get("bnb_4bit_quant_type", "fp4"), settings.get("bnb_4bit_quant_storage", "uint8")
         method += f" ({kind}, stored as {storage})" if settings.get("load_in_4bit") else " in 8 bits"
     raise UserError(
-        f"the weights are stored quantised by {method}, which cannot be read here",
+        f"the weights are quantised with {method}, which is not supported",
         where=str(folder),
         fix="Use the model in 16 bits, as a .gguf file, or in bitsandbytes' nf4, stored as uint8.",
     )
@@ -327,7 +327,7 @@ def fingerprint(folder: Path) -> str:
 def stored_numbers(folder: Path) -> int:
     """How many numbers the model's weights are, from the files' headers; a head that is the embedding counts once.
 
-    A weight in 4 bits counts as what it stands for, without its scales and tables.
+    A weight in 4 bits counts with its original size, without its scales and tables.
     """
     tied = bool(read_model_config(folder).get("tie_word_embeddings"))
     shapes = {

@@ -77,7 +77,7 @@ class _Reader:
     def value(self, kind: int, depth: int = 0) -> Any:
         """A value of a kind; None for an array that is not of numbers."""
         if depth > MOST_DEPTH:
-            raise ValueError("arrays lie within arrays too deeply")
+            raise ValueError("arrays are nested too deeply")
         if kind == _TEXT:
             return self.text()
         if kind != _ARRAY:
@@ -144,15 +144,15 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, _Tensor]
     """The header's values, the tensors by name, and where their data begin."""
     reader = _Reader(file, size)
     if file.read(4) != b"GGUF":
-        raise ValueError("it is none")
+        raise ValueError("it is not a GGUF file")
     if reader.number("I") not in (2, 3):
-        raise ValueError("of a version that is not known here")
+        raise ValueError("its version is not supported")
     count_of_tensors, count_of_values = reader.number("Q"), reader.number("Q")
     values: dict[str, Any] = {}
     for _ in range(count_of_values):
         name = reader.text()
         if name in values:
-            raise ValueError(f"{shorten(name)} stands there twice")
+            raise ValueError(f"{shorten(name)} occurs twice")
         values[name] = reader.value(reader.number("I"))
     tensors: dict[str, _Tensor] = {}
     for _ in range(count_of_tensors):
@@ -162,7 +162,7 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, _Tensor]
             raise ValueError(f"{shorten(name)} has {dimensions:,} dimensions")
         sizes = tuple(reader.number("Q") for _ in range(dimensions))
         if name in tensors:
-            raise ValueError(f"{shorten(name)} stands there twice")
+            raise ValueError(f"{shorten(name)} occurs twice")
         tensors[name] = _Tensor(sizes, reader.number("I"), reader.number("Q"))
     aligned = values.get("general.alignment", 32)
     if not isinstance(aligned, int) or not 0 < aligned <= 1 << 20:

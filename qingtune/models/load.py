@@ -33,7 +33,7 @@ from qingtune.output.quiet import quieten_transformers
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_CACHE = "Make room, or name another folder with --cache_dir or the environment variable QINGTUNE_CACHE."
+_CACHE = "Free disk space, or choose another folder with --cache_dir or the environment variable QINGTUNE_CACHE."
 _SIZES_OF_LAYERS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 IN_4BIT = (
     "The model's linear layers are stored in 4 bits (NF4): use_qlora trains on them as they are; elsewhere they are "
@@ -76,7 +76,7 @@ def check_architecture(content: Mapping[str, Any], where: str) -> None:
         return
     if "auto_map" in content:
         raise UserError(
-            f"this model ({kind}) needs code of its own (auto_map), which is never run here: it could do anything",
+            f"this model ({kind}) needs its own code (auto_map), which is never run, because it could do anything",
             where=where,
             fix="Use a model whose architecture is part of Transformers.",
         )
@@ -94,7 +94,7 @@ def _check_weights(folder: Path) -> None:
     layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
     if layers > len(tensors):
         raise UserError(
-            f"{CONFIG} says {layers:,} layers, and the files hold {len(tensors):,} weights", where=str(folder)
+            f"{CONFIG} says {layers:,} layers, but the files contain {len(tensors):,} weights", where=str(folder)
         )
     if not stored_in_4bit(folder):
         check_floats(tensors, folder)
@@ -122,7 +122,7 @@ def _read_dequantised(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     file = str(path.resolve())
     with (
         contextlib.redirect_stderr(io.StringIO()),  # the converter's bars; its errors are exceptions
-        tempfile.TemporaryDirectory() as empty,  # files beside the .gguf, such as an adapter, are none of its own
+        tempfile.TemporaryDirectory() as empty,  # files beside the .gguf, such as an adapter, are none
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(empty, gguf_file=file)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -161,13 +161,16 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     folder = Path(folder)
     config = config_of(folder) if (folder / CONFIG).exists() else None
     try:
-        with foreign_files("no tokenizer can be loaded", folder, "Is the folder complete?"), panics_as_errors():
+        with (
+            foreign_files("no tokenizer can be loaded", folder, "Check that the folder is complete."),
+            panics_as_errors(),
+        ):
             check_tokenizer_files(folder)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
             check_loaded(tokenizer, folder)
     except UnsafeTokenizer as error:
         raise UserError(
-            f"the tokenizer is refused: {error}", where=str(folder), fix="Use a model from a source that you trust."
+            f"the tokenizer is refused: {error}", where=str(folder), fix="Use a model from a source you trust."
         ) from None
     return tokenizer
 
@@ -211,12 +214,12 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, by name
+            ignore_mismatched_sizes=True,  # reported below, by name
         )
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     if missing := sorted(cast("list[str]", info["missing_keys"])):
         raise UserError(
-            f"{len(missing)} weights are missing, for example {missing[0]}", where=str(folder), fix="Fetch it again."
+            f"{len(missing)} weights are missing, for example {missing[0]}", where=str(folder), fix="Download it again."
         )
     if wrong := sorted(cast("list[tuple[str, Any, Any]]", info["mismatched_keys"])):
         name, stored, wanted = wrong[0]
@@ -229,7 +232,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _load_unpacked(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A model whose linear layers are stored in 4 bits, as what these stand for.
+    """A model whose linear layers are stored in 4 bits, unpacked.
 
     Transformers would load layers of bitsandbytes', which on some CPUs repack their weights in place.
     """
@@ -239,7 +242,7 @@ def _load_unpacked(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     for name, tensor in tensors:
         if stored.shapes.get(name) != tuple(tensor.shape):
             raise UserError(
-                f"{name} is not stored in the shape and under the name that its architecture has",
+                f"{name} does not have the name and shape that its architecture expects",
                 where=str(folder),
                 fix="Use the model in 16 bits.",
             )
@@ -250,11 +253,11 @@ def _load_unpacked(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 class StoredWeights:
     """The tensors of a model folder, read one at a time, so that a process never holds the files' pages all at once.
 
-    Weights that are stored in 4 bits (NF4) are given as what they stand for.
+    Weights that are stored in 4 bits (NF4) are unpacked.
 
     Attributes:
         shapes: of the tensors, by name.
-        packed: the weights stored in 4 bits, and the tensors that stand for each, by their parts' names.
+        packed: the weights stored in 4 bits, each with its tensors by part name.
 
     Raises:
         UserError: a weight in 4 bits is stored in a way not known here.
@@ -325,7 +328,7 @@ class StoredWeights:
             yield
         except ValueError as error:
             where = str(self._files.get(weight, weight))
-            raise UserError(f"{weight} is in 4 bits: {error}", where=where, fix="Fetch it again.") from None
+            raise UserError(f"{weight} is in 4 bits: {error}", where=where, fix="Download it again.") from None
 
 
 def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -354,7 +357,7 @@ def _build(config: PretrainedConfig, dtype: torch.dtype | None, where: Path) -> 
     from transformers.initialization import no_init_weights
 
     quieten_transformers()
-    with foreign_files("no model can be made of its configuration", where), no_init_weights():
+    with foreign_files("no model can be created from its configuration", where), no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=_attention(config), trust_remote_code=False
         )
@@ -434,9 +437,9 @@ def _check_fit(config: PretrainedConfig, folder: Path) -> None:
     described, numbers = sum(weight.numel() for weight in wanted.values()), stored_numbers(folder)
     if described > 2 * numbers:  # weights that are missing are named when the others are read
         raise UserError(
-            f"{CONFIG} describes a model of {described:,} numbers, and the files hold {numbers:,}",
+            f"{CONFIG} describes a model of {described:,} parameters, but the files contain {numbers:,}",
             where=str(folder),
-            fix="Is the download complete?",
+            fix="Check that the download is complete.",
         )
 
 

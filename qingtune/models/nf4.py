@@ -21,7 +21,7 @@ Parts = dict[str, torch.Tensor]
 
 
 class Described(NamedTuple):
-    """What a packed weight stands for: its shape [out, in] and the dtype in which it is unpacked."""
+    """The shape [out, in] of a packed weight and the dtype in which it is unpacked."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -50,7 +50,7 @@ def describe(description: torch.Tensor) -> Described:
         description: uint8, JSON in UTF-8.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not one.
     """
     try:
         state = parse_object(bytes(description.tolist()), "its description")
@@ -62,7 +62,7 @@ def describe(description: torch.Tensor) -> Described:
 
 
 def unpack(described: Described, parts: Parts) -> torch.Tensor:
-    """The weight that packed parts stand for, [out, in], in the dtype described.
+    """The weight [out, in] unpacked from its parts, in the dtype described.
 
     Raises:
         ValueError: they do not belong together.

@@ -48,7 +48,7 @@ def fill_quantized(
         bits: 4 or 8.
         device: where the model is to live.
         read: a parameter's name -> the tensor.
-        ready: gives layers whose packed tensors are at hand; None to quantise what `read` gives.
+        ready: returns layers from packed tensors that exist already; None to quantise what `read` returns.
     """
     layers = linear_layers(model)
     for name in list(layers):

@@ -1,4 +1,4 @@
-"""A model's safetensors files: copied with some of their tensors changed, one in memory at a time, or written anew."""
+"""A model's safetensors files: copied with some of their tensors changed, one in memory at a time, or rewritten."""
 
 from __future__ import annotations
 
@@ -123,11 +123,11 @@ def rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype, where: Path) ->
     if not bool(torch.isfinite(after).all()):
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(
-                f"{name} holds values that are no numbers", where=str(where), fix="Check the base and the adapter."
+                f"{name} contains values that are not numbers", where=str(where), fix="Check the base and the adapter."
             )
         largest, most = float(tensor.abs().max()), torch.finfo(dtype).max
         raise UserError(
-            f"{name} holds values up to {largest:.6g}, and {str(dtype).removeprefix('torch.')} ends at {most:.6g}",
+            f"{name} contains values up to {largest:.6g}, but {str(dtype).removeprefix('torch.')} ends at {most:.6g}",
             where=str(where),
             fix="Store the model in bfloat16 or float32: --save_dtype, without --save_in_4bit.",
         )

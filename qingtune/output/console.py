@@ -1,6 +1,6 @@
 """What reaches the screen: progress on stderr, results on stdout, made safe for terminals; no run fails over it.
 
-`say` tells progress and `show` results that lie in files; when their stream fails, the work goes on. `give` hands out
+`say` tells progress and `show` results that lie in files; when their stream fails, the work continues. `give` hands out
 what a command was asked for and writes nowhere else, so there a failure ends the command.
 """
 
@@ -188,7 +188,7 @@ class Guarded:
         if isinstance(error, BrokenPipeError):
             self.fault = OutputClosed(reason)
         else:
-            self.fault = UserError(f"cannot be written ({reason})", where=self._name, fix="Send it to another place.")
+            self.fault = UserError(f"cannot be written ({reason})", where=self._name, fix="Redirect it elsewhere.")
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the stream's."""

@@ -1,6 +1,6 @@
 """Keep tokens and passwords out of messages and of what leaves this machine: a result's files, its page, its card.
 
-Answers, and what is compared when a run goes on, are never changed.
+Answers, and what is compared when a run resumes, are never changed.
 """
 
 from __future__ import annotations

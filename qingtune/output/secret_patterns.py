@@ -39,7 +39,7 @@ TOKENS: dict[str, re.Pattern[str]] = {
     }.items()
 }
 
-# What is one by the name that stands before it. A name and its type, or where to find it, is none.
+# Secrets by the name in front of them. A name with its type, or the place of a secret, is not one.
 NAMED: dict[str, re.Pattern[str]] = {
     kind: re.compile(pattern, re.IGNORECASE | re.ASCII)
     for kind, pattern in {

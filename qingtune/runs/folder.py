@@ -35,7 +35,7 @@ from qingtune.runs.result_folder import RESULT_FILES, Listed, list_files, shown
 _MAKER = "train"  # in lists of results
 _TRACKERS = "trackers"  # a folder, in which users may keep files of their own
 LOCK = ".qingtune.lock"
-# What a run, and an evaluation of its result, write there besides the result itself.
+# What a run, and an evaluation of its result, write there in addition to the result.
 _WORKING = (
     SETTINGS, RECORD, METRICS, CURVE, LATEST, FACTS, PAGE, SAMPLES, RESULT_FILES, WEIGHTS_REMOVED, _TRACKERS,
     "demo_answers.json", "evaluation.json", "evaluation.md", "predictions_before.jsonl", "predictions_after.jsonl",
@@ -82,7 +82,8 @@ def check_output_folder(
         refuse_links(output_dir, (SETTINGS, RECORD, METRICS, CURVE, LATEST, FACTS, PAGE, SAMPLES, _TRACKERS))
     if output_dir.is_dir() and _holds_files_of_others(output_dir, first_file):
         raise UserError(
-            f"output_dir holds files that are not of {what}; they are left alone" + overwrite * ", all the same",
+            f"output_dir contains files that do not belong to {what}; they are kept"
+            + overwrite * " (also with --overwrite_output_dir)",
             where=str(output_dir),
             fix="Choose another output_dir.",
         )
@@ -122,7 +123,7 @@ def refuse_files_in_the_way(output_dir: Path, *, checkpoints: bool = False) -> N
     ]
     if in_the_way:
         raise UserError(
-            f"output_dir holds files that are not as a run wrote them, where this one writes: {shown(in_the_way)}",
+            f"output_dir contains changed or unknown files where this run writes: {shown(in_the_way)}",
             where=str(output_dir),
             fix="Move them away, or choose another output_dir.",
         )
@@ -225,7 +226,7 @@ def put_result(staged: Path, output_dir: Path) -> None:
         if os.path.lexists(place) and in_result.why_not(place):
             aside = place.with_name(f"{place.name}.replaced-{secrets.token_hex(8)}")
             os.rename(place, aside)
-            say(f"Warning: {place} came there during the run; it is now {aside.name}.")
+            say(f"Warning: {place} appeared during the run; it was renamed to {aside.name}.")
         os.replace(path, place)
 
 
@@ -251,9 +252,9 @@ def only_run_in(output_dir: Path) -> Generator[None]:
         raise UserError(
             f"another run is writing to this output_dir ({_holder(path)})",
             where=str(output_dir),
-            fix="Wait for it, or choose another output_dir.",
+            fix="Wait until it ends, or choose another output_dir.",
         ) from None
-    except OSError as error:  # permissions do not tell all: a read-only disk, a file system that is none
+    except OSError as error:  # permissions do not tell all: a read-only disk, an odd file system
         raise UserError(
             f"output_dir cannot be written ({error.strerror})", where=str(output_dir), fix="Choose another output_dir."
         ) from None
@@ -292,11 +293,11 @@ def _holder(path: Path) -> str:
         return "see the task manager"
 
 
-def prepare_output_folder(output_dir: Path, *, anew: bool) -> None:
-    """Remove what a killed run left half done; `anew` removes an earlier run's files too, and no others."""
-    ours, _ = ours_and_others(output_dir) if anew else (list(output_dir.iterdir()), {})
+def prepare_output_folder(output_dir: Path, *, start_over: bool) -> None:
+    """Remove what a killed run left half done; `start_over` removes an earlier run's files too, and no others."""
+    ours, _ = ours_and_others(output_dir) if start_over else (list(output_dir.iterdir()), {})
     for path in ours:
-        if not anew and not _HALF_DONE.fullmatch(path.name):
+        if not start_over and not _HALF_DONE.fullmatch(path.name):
             continue
         if path.name == _TRACKERS:
             _remove_trackers(path)

@@ -32,7 +32,7 @@ _PREFERRED = (
 
 
 def try_to_draw(draw: Callable[[], None], name: str) -> bool:
-    """Draw, and return whether that went well; a fault of a picture, whichever, is told and harms no run."""
+    """Draw, and return whether it worked; an error is reported and does not stop the run."""
     try:
         draw()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The record of a run, kept beside its result: what inference, merging and a later run of the same command need."""
+"""The record of a run, kept with its result: what inference, merging and a later run of the same command need."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from qingtune.files.json_files import (
 from qingtune.files.write import write_json
 from qingtune.output.redaction import HIDDEN, redact, redact_values
 
-# What a run writes besides the model's or adapter's own files; SETTINGS is the first, RECORD the last of those that
+# What a run writes in addition to the model's or adapter's files; SETTINGS is the first, RECORD the last of those that
 # the result needs. FACTS are what the run knows of itself when it starts; the page is made of all of them.
 RECORD, SETTINGS, METRICS, CURVE = "qingtune.json", "train_config.json", "metrics.jsonl", "loss_curve.png"
 FACTS, PAGE, SAMPLES = "run_facts.json", "report.html", "eval_samples.jsonl"
-LATEST = "latest_checkpoint.json"  # names the checkpoint to go on from
+LATEST = "latest_checkpoint.json"  # names the checkpoint to resume from
 WEIGHTS_REMOVED = "weights_removed.txt"  # in place of a whole model that a comparison did not keep
 
 FEW_ROWS = 30  # of evaluation data, below which a small difference of losses may well be chance
 
-_DIGESTS = "digests of what is hidden"  # beside settings that held a secret
+_DIGESTS = "digests of what is hidden"  # next to settings that held a secret
 
 # Settings that may change from one start of a run to the next without changing what it computes.
 _MAY_CHANGE = {
@@ -134,7 +134,7 @@ def read_record(folder: Path) -> Record | None:
         if name in Record.__dataclass_fields__ and (value is not None or name == "system_prompt")
     }
     if known.get("prompt_style", "chat") not in ("chat", "plain"):
-        raise UserError(f'"prompt_style" is {known["prompt_style"]!r}, chat or plain is expected', where=str(path))
+        raise UserError(f'"prompt_style" is {known["prompt_style"]!r}, not chat or plain', where=str(path))
     try:
         return Record(**known)
     except TypeError as error:  # fields are missing

@@ -78,7 +78,7 @@ class Listed:
             self.files, self._earlier, self.maker = files, earlier, maker
 
     def why_not(self, name: str) -> str | None:
-        """Why a file is none of the result as it was written; None if it is one."""
+        """Why a file does not belong to the result as it was written; None if it does."""
         if name == RESULT_FILES and self.maker:
             return None
         path = self._folder / name
@@ -86,7 +86,7 @@ class Listed:
         if not known:
             return "not of it"
         if path.is_symlink() or not path.is_file():
-            return "no file any more"
+            return "no longer a file"
         now: dict[str, Any] = {"bytes": path.stat().st_size}
         if any(entry.get("bytes") == now["bytes"] for entry in known):
             now["sha256"] = sha256_of(path)
@@ -153,7 +153,7 @@ class ResultFolder:
         if folder:
             read = Path(os.path.realpath(folder))
             if self.target in (read, *read.parents):
-                raise UserError(f"output_dir holds {name}", where=str(self.named), fix=_ELSEWHERE)
+                raise UserError(f"output_dir contains {name}", where=str(self.named), fix=_ELSEWHERE)
 
     def put(self, staged: Path, known: Mapping[str, str] | None = None) -> None:
         """Put a staged result in its place, instead of the one that was there when the work began.
@@ -183,7 +183,7 @@ class ResultFolder:
         if now:
             _remove_files(aside, self.before)
             if aside.exists():
-                say(f"{aside} holds what came into output_dir in the last moment; it is left there.")
+                say(f"{aside} contains files that appeared in output_dir at the last moment; they are kept there.")
 
     def _kept_elsewhere(self, staged: Path, why: str) -> UserError:
         """Give a result that cannot get its place a name of its own."""
@@ -223,11 +223,11 @@ def open_result_folder(output_dir: Path, maker: str, what: str, *, overwrite: bo
 def _check_place(target: Path, output_dir: Path) -> None:
     """Whether a folder there can be renamed."""
     here = Path(os.path.realpath("."))
-    fix = f"Name a folder in it, such as {output_dir / 'model'}."
+    fix = f"Choose a folder in it, such as {output_dir / 'model'}."
     if target == here or target in here.parents:
-        raise UserError("output_dir is the current folder or one around it", where=str(output_dir), fix=fix)
+        raise UserError("output_dir is the current folder or a parent of it", where=str(output_dir), fix=fix)
     if _is_mount_point(target):
-        raise UserError("output_dir is where a disk is mounted", where=str(output_dir), fix=fix)
+        raise UserError("output_dir is a mount point", where=str(output_dir), fix=fix)
     around = next(place for place in target.parents if place.exists())
     if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK):
         inside = f" {fix}" if target.is_dir() and os.access(target, os.W_OK | os.X_OK) else ""
@@ -259,20 +259,22 @@ def _check_replaceable(
         )
     if listed.maker != maker:
         raise UserError(
-            f"output_dir holds the result of another command, qingtune {listed.maker}",
+            f"output_dir contains the result of another command, qingtune {listed.maker}",
             where=str(output_dir),
             fix=_ELSEWHERE,
         )
     why = {name: listed.why_not(name) for name in sorted(before)}
     if theirs := [f"{name} ({reason})" for name, reason in why.items() if reason]:
         raise UserError(
-            f"output_dir holds {what} and files that are not as qingtune wrote them: {shown(theirs)}",
+            f"output_dir contains {what} and files that qingtune did not write or that changed: {shown(theirs)}",
             where=str(output_dir),
             fix="Move them away, or choose another output_dir.",
         )
     if not overwrite:
         raise UserError(
-            f"output_dir holds {what} already", where=str(output_dir), fix="Pass --overwrite_output_dir to replace it."
+            f"output_dir already contains {what}",
+            where=str(output_dir),
+            fix="Pass --overwrite_output_dir to replace it.",
         )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON, written whole or not at all; and how a run goes on from one.
+"""Checkpoints: safetensors and JSON, written whole or not at all; and how a run resumes from one.
 
 Layout of `checkpoint-<step>/`: weights.safetensors (what is trained), optimizer.safetensors (its states, named
 `parameter::state`), state.json (progress, settings, versions), metrics.jsonl (so far), manifest.json (size and SHA-256
@@ -7,7 +7,7 @@ step.
 
 A checkpoint is written to a temporary folder, flushed, hashed into its manifest and renamed into place; then
 latest_checkpoint.json is moved to it; only then are old ones removed. A process killed anywhere in between leaves
-either the checkpoint before or the new one to go on from, and temporary folders that the next start removes.
+either the previous checkpoint or the new one to resume from, and temporary folders that the next start removes.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def checkpoints(output_dir: Path) -> list[Checkpoint]:
 
 
 def to_go_on_from(output_dir: Path) -> list[Checkpoint]:
-    """The checkpoints that a run may go on from, the best choice first: the latest one, then those before it.
+    """The checkpoints that a run may resume from, best choice first: the latest, then earlier ones.
 
-    Later ones than the latest are of a way that the run left when it was told to go on from an earlier checkpoint.
+    Checkpoints after the latest one were abandoned when the run was resumed from an earlier checkpoint.
     """
     found = checkpoints(output_dir)
     try:
@@ -95,7 +95,7 @@ def save_checkpoint(
     """
     folder = output_dir / f"{_NAME}{progress.step}"
     with (
-        disk_errors(folder.name, output_dir, "Make room on the disk; earlier checkpoints are as they were."),
+        disk_errors(folder.name, output_dir, "Free disk space; earlier checkpoints are intact."),
         staging_folder(folder) as half_done,
     ):
         save_file({name: _plain(parameter) for name, parameter in trained.items()}, half_done / "weights.safetensors")
@@ -130,7 +130,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 def _optimizer_state(
     trained: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Each parameter's states by name: tensors, and what is none."""
+    """Each parameter's states by name, tensors or not."""
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
     storages: set[int] = set()
@@ -168,7 +168,7 @@ def _progress_from_json(values: dict[str, Any]) -> Progress:
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint says beside its tensors."""
+    """The content of a checkpoint except its tensors."""
 
     progress: Progress
     settings: dict[str, Any]
@@ -193,7 +193,7 @@ def read_state(folder: Path) -> State:
             return parse_state(folder)
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error)
-    raise UserError(f"no whole checkpoint: {reason}", where=str(folder), fix="Name another one.")
+    raise UserError(f"not a complete checkpoint: {reason}", where=str(folder), fix="Name another one.")
 
 
 def load_checkpoint(
@@ -203,7 +203,7 @@ def load_checkpoint(
     scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """Load weights, and the optimizer's and the scaler's states if these are given, in place."""
-    others = UserError("the checkpoint holds other parameters than this run trains", where=str(folder))
+    others = UserError("the checkpoint has different parameters than this run trains", where=str(folder))
     weights = _read_tensors(folder / "weights.safetensors")
     if {name: tensor.shape for name, tensor in weights.items()} != {name: p.shape for name, p in trained.items()}:
         raise others
@@ -268,6 +268,6 @@ def prune(output_dir: Path, keep: int | None, progress: Progress) -> None:
     older = [checkpoint for checkpoint in checkpoints(output_dir) if checkpoint.step < progress.step]
     spare = [checkpoint for checkpoint in older if checkpoint.step != progress.best_step]
     newest_counts = 1
-    with disk_errors("the removal of old checkpoints", output_dir, "Remove them by hand."):
+    with disk_errors("the removal of old checkpoints", output_dir, "Remove them yourself."):
         for checkpoint in spare[: max(0, len(spare) - (keep - newest_counts))]:
             remove(checkpoint.folder)

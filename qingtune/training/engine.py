@@ -64,20 +64,20 @@ class Engine:
         self.release(tokens // 2 if samples > 1 else tokens)
         if samples > 1:
             self.most_tokens = tokens // 2
-            how = f"passes of at most {self.most_tokens:,} tokens from here on, and more of them a step"
+            how = f"from now on, passes have at most {self.most_tokens:,} tokens, with more passes per step"
         elif self.recompute_all():
-            how = "all layers are computed again in the backward pass from here on"
+            how = "from now on, all layers are recomputed in the backward pass"
         else:
             raise UserError(
                 f"out of memory with a single sample of {tokens:,} tokens",
                 where=batch.origins[0],
                 fix=f"Set max_seq_length to {tokens // 2:,} or less, or {LEANER}",
             )
-        same = "Gradients are summed: but for what dropout draws, training is the same."
+        same = "Gradients are summed, so training is the same (except for dropout masks)."
         return f"Out of memory in a pass of {tokens:,} tokens: {how}. {same}"
 
 
-LEANER = "choose what takes less: LoRA or QLoRA, a smaller lora_r, optim adamw_8bit, a smaller model."
+LEANER = "use less memory: LoRA or QLoRA, a smaller lora_r, optim adamw_8bit, a smaller model."
 
 
 def make_engine(
@@ -91,7 +91,7 @@ def make_engine(
     """
     most_tokens = TOKENS_PER_PASS_ON_CPU if hardware.device.type == "cpu" else ALL
     if reason := why_general(model, hardware.device.type):
-        say(f"General kernels, slower and with more memory: {reason}.")
+        say(f"Using general kernels (slower, more memory): {reason}.")
         return _general_engine(config, model, hardware, most_tokens)
     decoder = TrainingDecoder(
         model,
@@ -195,7 +195,7 @@ def _general_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardw
     """The model's own modules and autograd; fp32 weights that are trained in full multiply in the hardware's dtype."""
     reason = use_end_to_end(model)
     if reason:
-        say(f"Samples go through the model one by one: {reason}.")
+        say(f"Samples are processed one by one: {reason}.")
     if config.gradient_checkpointing is True:
         model.activation_checkpointing_enable({"use_reentrant": False})
     mixed = (config.method == "full" or bool(config.modules_to_save)) and hardware.dtype != torch.float32

@@ -88,7 +88,7 @@ class EverySteps:
         self.count, self.last_step, self.sink, self.group = count, last_step, sink, group
 
     def __call__(self, event: Event) -> None:
-        """Take an event; whatever is not a step goes on at once."""
+        """Take an event; events other than steps are passed on at once."""
         if not isinstance(event, Stepped):
             self.sink(event)
             return
@@ -124,7 +124,7 @@ class LinesFile:
     """A file of one JSON object a line, written through at once; while the disk is full, lines wait."""
 
     def __init__(self, path: Path, keep_to_step: int) -> None:
-        """Start anew, or keep the lines up to the step from which a run goes on."""
+        """Start an empty file, or keep the lines up to the step from which the run resumes."""
         # As bytes, for the last line may be cut off within a character; it is left out, as nothing ends it.
         lines = _whole_lines(path) if keep_to_step else []
         kept = [line for number, line in enumerate(lines, 1) if _step_of(line, f"{path}:{number}") <= keep_to_step]
@@ -153,7 +153,7 @@ class LinesFile:
         except OSError as error:
             self.waiting = self._take_back(whole) + self.waiting
             if not self.failed:
-                say(f"Warning: {self.path}: {error.strerror}; lines wait in memory.")
+                say(f"Warning: {self.path}: {error.strerror}; lines are kept in memory until it can be written.")
             self.failed = True
 
     def _take_back(self, start: int) -> bytes:
@@ -179,7 +179,7 @@ def _step_of(line: bytes, where: str) -> int:
     step: Any = parse_object(line, where, nan=True).get("step")
     if whole(0).fits(step):
         return step
-    raise UserError("this line has no step", where=where, fix="Remove the file, and the run starts it again.")
+    raise UserError("this line has no step", where=where, fix="Remove the file; the run creates it again.")
 
 
 class MetricsFile(LinesFile):
@@ -194,7 +194,7 @@ class MetricsFile(LinesFile):
         self.close()
 
     def __call__(self, event: Event) -> None:
-        """Write an event; numbers that are not finite, for which JSON has no word, are null there and told as text."""
+        """Write an event; numbers that are not finite, which JSON does not have, become null, with a text."""
         metrics = as_metrics(event)
         if metrics is None:
             return

@@ -16,17 +16,17 @@ from qingtune.machine.describe import launched_processes
 from qingtune.models.find import converted_folder, find_model, fingerprint, is_here
 from qingtune.runs.record import differences, read_record, settings_to_compare, versions
 
-ANEW = "Pass --overwrite_output_dir to train anew, or choose another output_dir."
+START_OVER = "Pass --overwrite_output_dir to train again, or choose another output_dir."
 _BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")  # configuration, tokenizer and template
 
 
 def already_finished(output_dir: Path) -> str:
     """A line for the user."""
-    return f"This run is finished already; its result is in {output_dir}. {ANEW}"
+    return f"This run is already finished; its result is in {output_dir}. {START_OVER}"
 
 
 def digests_of_inputs(config: TrainConfig, folder: Path) -> dict[str, str]:
-    """SHA-256 of the training data, in order, and of the base's files beside its weights, such as the tokenizer's.
+    """SHA-256 of the training data, in order, and of the base's files other than weights, such as the tokenizer's.
 
     Raises:
         OSError: a file cannot be read.

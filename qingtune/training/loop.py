@@ -2,7 +2,7 @@
 
 A window is the samples of one optimizer step. Its gradient is that of the summed loss divided by the window's trained
 tokens, over all micro-batches and processes: never a mean of means. Order, dropout and learning rate are functions of
-the seed and the step number alone, so a run that goes on from a checkpoint does what it would have done uninterrupted.
+the seed and the step number alone, so a resumed run does what it would have done uninterrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qingtune.training.events import Evaluated, Noted, Sink, Stepped
 from qingtune.training.optim import Schedule
 
 MOST_BAD_STEPS_IN_A_ROW = 5
-LEANER = "Choose what takes less: optim adamw_8bit, LoRA or QLoRA, a smaller lora_r."
+LEANER = "Use less memory: optim adamw_8bit, LoRA or QLoRA, a smaller lora_r."
 
 
 class Processes(Protocol):
@@ -86,7 +86,7 @@ class Limits:
 
 @dataclass
 class Progress:
-    """Where a run stands; all that a checkpoint needs beside weights and optimizer.
+    """Progress of a run: what a checkpoint needs in addition to weights and optimizer.
 
     Attributes:
         step: steps done.
@@ -112,7 +112,7 @@ def train(work: Work, limits: Limits, processes: Processes, emit: Sink, progress
         UserError: a window has no trained token; loss or gradient are not finite several steps in a row; or a run that
             was asked to stop cannot be saved.
     """
-    with put_off("Finishing the step, then saving. Once more to leave at once.") as received:
+    with put_off("Finishing the step, then saving. Press Ctrl-C again to exit at once.") as received:
         while progress.step < limits.total_steps:
             emit(_step(work, limits, processes, emit, progress))
             last = progress.step == limits.total_steps
@@ -133,7 +133,7 @@ def _try_to_save(work: Work, emit: Sink, progress: Progress) -> None:
     try:
         work.save(progress)
     except UserError as error:
-        emit(Noted(f"Warning: {error} Training goes on."))
+        emit(Noted(f"Warning: {error} Training continues."))
 
 
 def _due(every: int | None, step: int, last: bool) -> bool:
@@ -149,7 +149,7 @@ def _step(work: Work, limits: Limits, processes: Processes, emit: Sink, progress
     trained, tokens = (int(count) for count in processes.sum(torch.tensor(counts, device=work.parameters[0].device)))
     if not trained:
         origins = ", ".join(origin for batch in batches for origin in batch.origins)
-        raise UserError("no trained token in all the samples of a step", where=origins)
+        raise UserError("the samples of a step have no trained token", where=origins)
     batches, losses = _within_memory(work, batches, trained, [limits.seed, step, processes.index], emit)
     loss = processes.sum(losses.sum())
     _sum_gradients(work.parameters, processes)
@@ -238,7 +238,7 @@ def _update(work: Work, rate: float, finite: bool, progress: Progress) -> None:
             raise UserError(
                 f"loss or gradient was not finite {limit} steps in a row",
                 where=f"step {progress.step + 1}",
-                fix="Start anew with a lower learning_rate (--overwrite_output_dir).",
+                fix="Start over with a lower learning_rate (--overwrite_output_dir).",
             )
     work.scaler.update()
     work.optimizer.zero_grad(set_to_none=False)  # the memory is needed again at once

@@ -30,7 +30,7 @@ def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware) ->
     if not full:
         start = config.init_lora_weights
         if start in TAKEN:
-            say(f"{start}: the adapters' start is taken out of the weights; this may take minutes.")
+            say(f"{start}: subtracting the initial adapters from the weights; this may take minutes.")
         for notice in add_adapters(config, model):
             say(notice)
     trained, everything = count_parameters(model)
@@ -39,7 +39,7 @@ def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware) ->
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """Trained parameters, and all of them; packed weights count as what they stand for."""
+    """Trained parameters, and all of them; packed weights count with their original size."""
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trained, packed + sum(p.numel() for p in model.parameters())

@@ -41,7 +41,7 @@ def parameter_groups(
 def make_optimizer(
     config: TrainConfig, named: Iterable[tuple[str, torch.nn.Parameter]], device: torch.device
 ) -> tuple[torch.optim.Optimizer, str | None]:
-    """The optimizer that the configuration names, and a line for the user where another one stands in for it."""
+    """The optimizer that the configuration names, and a line for the user if another one replaces it."""
     assert config.learning_rate is not None
     groups = parameter_groups(named, config.weight_decay, config.loraplus_lr_ratio or 1.0)
     if config.optim == "sgd":

@@ -1,4 +1,4 @@
-"""What an earlier run in output_dir means for this one: finished, to be gone on with, or in the way."""
+"""What an earlier run in output_dir means for this one: finished, resumable, or a conflict."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qingtune.output.console import say
 from qingtune.runs.folder import refuse_files_in_the_way
 from qingtune.runs.record import differences, read_record, versions
 from qingtune.training.checkpoint import Checkpoint, State, checkpoints, load_checkpoint, read_state, to_go_on_from
-from qingtune.training.finished import ANEW
+from qingtune.training.finished import START_OVER
 from qingtune.training.optim import make_schedule, warmup_steps
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def finished_run(config: TrainConfig, settings: dict[str, Any], total_steps: int
     if record is None:
         return None
     if config.resume_from_checkpoint is False:
-        raise UserError("output_dir holds a finished run", where=str(output_dir), fix=ANEW)
+        raise UserError("output_dir contains a finished run", where=str(output_dir), fix=START_OVER)
     steps = int(record.results.get("steps") or 0)
     _same_settings(output_dir, record.settings, settings, may_differ=LENGTH if 0 < steps <= total_steps else ())
     return Finished(
@@ -145,8 +145,8 @@ def _same_rates(config: TrainConfig, steps: int, total_steps: int) -> bool:
 
 
 def _say_extension(config: TrainConfig, finished: Finished, total_steps: int) -> None:
-    """Tell that a finished run goes on to more steps, and what that means."""
-    say(f"The run in {config.output_dir} is finished after {finished.steps:,} steps; it goes on to {total_steps:,}.")
+    """Report that a finished run continues to more steps, and what that means."""
+    say(f"The run in {config.output_dir} is finished after {finished.steps:,} steps; continuing to {total_steps:,}.")
     if not finished.same_so_far:
         say(
             f"Warning: its learning rate ({config.lr_scheduler_type}) was planned for {finished.steps:,} steps. From "
@@ -164,19 +164,19 @@ def check_checkpoint_exists(config: TrainConfig) -> None:
     wish = config.resume_from_checkpoint
     if isinstance(wish, str) and wish not in _CHOOSE and not os.path.isdir(wish):
         raise UserError(
-            "there is no such checkpoint (resume_from_checkpoint)", where=shorten(wish), fix="Name a folder, or auto."
+            "there is no such checkpoint (resume_from_checkpoint)", where=shorten(wish), fix="Pass a folder, or auto."
         )
 
 
 def where_to_go_on(config: TrainConfig, settings: dict[str, Any], finished: Finished | None = None) -> Path | None:
-    """The checkpoint to go on from; None to start anew.
+    """The checkpoint to resume from; None to start from the beginning.
 
     Args:
         settings: what decides the run's result, from record.settings_to_compare.
         finished: the run that is extended by more steps.
 
     Raises:
-        UserError: the checkpoint is none, or of a run with other settings, or must not be passed over unasked.
+        UserError: it is not a checkpoint, or of a run with other settings, or a newer checkpoint is broken.
     """
     wish = config.resume_from_checkpoint
     if isinstance(wish, str) and wish not in _CHOOSE:
@@ -186,33 +186,33 @@ def where_to_go_on(config: TrainConfig, settings: dict[str, Any], finished: Fini
         found = [] if config.overwrite_output_dir else to_go_on_from(Path(config.output_dir))
         if not found and finished:
             raise UserError(
-                f"the run is finished after {finished.steps:,} steps, and without a checkpoint it cannot go on to more",
+                f"the run is finished after {finished.steps:,} steps, and without a checkpoint it cannot be extended",
                 where=config.output_dir,
-                fix=f"{ANEW} save_strategy steps or epoch keeps a checkpoint of the last step.",
+                fix=f"{START_OVER} save_strategy steps or epoch keeps a checkpoint of the last step.",
             )
         if not found:
             return None
         if wish is False:
-            raise UserError("output_dir holds a run that can go on", where=config.output_dir, fix=ANEW)
+            raise UserError("output_dir contains a run that can be resumed", where=config.output_dir, fix=START_OVER)
         folder, state = _first_whole(found)
     _same_settings(folder, state.settings, settings, may_differ=LENGTH if finished else ())
-    say(f"Going on from {folder}.")
+    say(f"Resuming from {folder}.")
     if changed := differences(state.versions, versions()):
-        say(f"Warning: numbers may differ a little from here on: {'; '.join(changed)}.")
+        say(f"Warning: numbers may differ slightly from now on: {'; '.join(changed)}.")
     return folder
 
 
 def _first_whole(found: Sequence[Checkpoint]) -> tuple[Path, State]:
-    """The first checkpoint that is as it was written; those that are not are told and passed over."""
+    """The first intact checkpoint; broken ones are reported and skipped."""
     for checkpoint in found:
         try:
             return checkpoint.folder, read_state(checkpoint.folder)
         except UserError as error:
-            say(f"Warning: passed over. {error.where}: {error.what}.")
+            say(f"Warning: checkpoint skipped. {error.where}: {error.what}.")
     raise UserError(
-        f"none of the {len(found)} checkpoints is whole, so the run cannot go on",
+        f"none of the {len(found)} checkpoints is complete, so the run cannot resume",
         where=str(found[0].folder.parent),
-        fix=ANEW,
+        fix=START_OVER,
     )
 
 
@@ -222,14 +222,14 @@ def _same_settings(place: Path, before: dict[str, Any], now: dict[str, Any], may
     passed_over = {name: now[name] for name in may_differ}
     if changed := differences({**newer, **before, **passed_over}, now):
         listing = "".join(f"\n  {line}" for line in changed)
-        raise UserError(f"this run was started with other settings:{listing}\n{ANEW}", where=str(place))
+        raise UserError(f"this run was started with different settings:{listing}\n{START_OVER}", where=str(place))
 
 
 def load_best(output_dir: Path, model: PreTrainedModel, step: int, eval_loss: float | None) -> None:
     """Give the model the weights of its best evaluation, which came after this step; the loop saved them then."""
     best = next((checkpoint for checkpoint in checkpoints(output_dir) if checkpoint.step == step), None)
     if best is None:  # the run began without load_best_model_at_end
-        say(f"Step {step} evaluated best but was not saved then; the result is the last step.")
+        say(f"Step {step} had the best evaluation but was not saved; the result is the last step.")
         return
     if reason := why_not_whole(best.folder):
         say(f"Warning: {best.folder}, the best evaluation, is broken ({reason}); the result is the last step.")

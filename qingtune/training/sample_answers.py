@@ -21,13 +21,13 @@ MOST_TOKENS = 256  # of an answer
 
 
 class SampleAnswers:
-    """Writes answers whenever an evaluation is told. Use as a context manager.
+    """Writes answers at each evaluation. Use as a context manager.
 
     Args:
         file: of the lines; closed at the end.
         model: as it is trained, with its adapters.
         template: of the run.
-        samples: of which the last answer is asked for anew; one without a prompt, as plain text is, is passed over.
+        samples: their last answer is generated again; samples without a prompt, such as plain text, are skipped.
         longest: tokens that prompt and answer may take together; None where the model does not say.
         mixed: the dtype to compute in, for weights that are trained in fp32; None for the weights' own.
     """

@@ -133,7 +133,7 @@ def check_room(config: TrainConfig, trained: Sequence[torch.nn.Parameter], limit
         raise UserError(
             f"the disk has {free / 1e9:.2f} GB left, and the result needs about {result / 1e9:.2f} GB",
             where=config.output_dir,
-            fix="Make room, or choose an output_dir on another disk.",
+            fix="Free disk space, or choose an output_dir on another disk.",
         )
     if free < result + count * checkpoint:
         say(

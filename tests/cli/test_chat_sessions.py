@@ -134,7 +134,7 @@ def test_a_conversation_at_a_terminal(open_terminal: Callable[..., Terminal], tm
     terminal.ask("/undo")
     terminal.wait_for("[taken back]")
     terminal.ask("half a line" + CTRL_C)
-    terminal.wait_for("[Ctrl-C again leaves, as /exit and Ctrl-D do]")
+    terminal.wait_for("[Press Ctrl-C again to exit; /exit and Ctrl-D exit, too]")
     terminal.ask(f"/save {saved}")
     terminal.wait_for("chat.jsonl")
     terminal.wait_for("with the thinking]")

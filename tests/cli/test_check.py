@@ -78,7 +78,7 @@ def test_each_finding_names_its_places(check: Callable[..., Any]) -> None:
     assert report["two_scripts"]["first"] == ["a.jsonl:16 (Han and Latin)"]
     assert reports["Evaluation data"]["in_training"] == {"count": 1, "first": ["e.jsonl:1 = a.jsonl:21"]}
     assert reports["Evaluation data"]["faulty"] == 1
-    for line in ("  2 faults:", "    a.jsonl:8 = a.jsonl:7", "  1 evaluation rows that stand in the training data:"):
+    for line in ("  2 faults:", "    a.jsonl:8 = a.jsonl:7", "  1 evaluation rows that are also in the training data:"):
         assert line in text.splitlines()
 
 
@@ -105,7 +105,7 @@ def test_tokens_are_counted_as_training_would(check: Callable[..., Any], tiny: C
         rows, None, "--model_name_or_path", str(tiny()), "--max_seq_length", limit, "--on_long", "truncate"
     )
     assert cut["Training data"]["truncated"] > 0
-    assert "which are cut at the end" in text
+    assert "(cut at the end)" in text
 
 
 def test_far_rows_are_found_in_batches(check: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:

@@ -79,7 +79,7 @@ def test_version(option: str) -> None:
 def test_a_whole_model_is_no_adapter(empty: Path, tiny: Callable[..., Path], data_file: Path, command: str) -> None:
     more = {"evaluate": ("--output_dir", "out", "--data", data_file)}.get(command, ("--output_dir", "out"))
     flags = () if command in ("infer", "chat") else more
-    message = f"{tiny()}: this is a whole model, not an adapter. Name it as --base_model"
+    message = f"{tiny()}: this is a whole model, not an adapter. Pass it as --base_model"
     assert_refused(empty, (command, "--lora_model", tiny(), *flags), message)
 
 
@@ -133,14 +133,14 @@ def test_error_in_a_process_of_its_own(run: Callable[..., subprocess.CompletedPr
         (("zzz",), f'"zzz" is not a command. The commands are {", ".join(("train", *COMMANDS))}.'),
         (("--lora_r", "8"), '"--lora_r" is not a command'),
         (("train",), "data_path is missing"),
-        (("train", "stray.json"), '"stray.json" stands alone'),
+        (("train", "stray.json"), '"stray.json" is not a flag'),
         (("train", "--config_file", "none.json"), "none.json: there is no such file"),
         (("train", "--data_path", "t.jsonl", "--lora_rnak", "8"), 'Did you mean "lora_r"?'),
         (("infer", "--load_in_4bit", "--load_in_8bit"), "load_in_4bit and load_in_8bit are both given"),
         (("infer", "--prompt_file", "none.jsonl"), "none.jsonl: there is no such file"),
         (("infer", "--prompt", "q", "--prompt_file", "none.jsonl"), "prompt and prompt_file are both given"),
         (("chat", "--prompt", "q"), "chat and prompt are both given"),
-        (("infer", "--prompt", "q", "--output_file", "a.jsonl"), "output_file is for the answers to a prompt_file"),
+        (("infer", "--prompt", "q", "--output_file", "a.jsonl"), "output_file needs prompt_file"),
         (("infer", "--lora_model", "none"), "none: no adapter_config.json here"),
         (("infer", "--base_model", "./none", "--prompt", "q"), "./none: no model folder"),
         (("infer", "--use_lora"), '--use_lora: "use_lora" is not a setting'),
@@ -150,7 +150,7 @@ def test_error_in_a_process_of_its_own(run: Callable[..., subprocess.CompletedPr
         (("evaluate", "--data", "x.jsonl"), "--output_dir is missing"),
         (("evaluate", "--output_dir", "out", "--base_model", "x"), "--data is missing"),
         (("evaluate", "--output_dir", "out", "--base_model", "x", "--data", "none.jsonl"), "there is no such file"),
-        (("export", "--output_dir", "out"), "no model is named. Pass --lora_model"),
+        (("export", "--output_dir", "out"), "no model was given. Pass --lora_model"),
         (("export", "--base_model", "x", "--output_dir", "o", "--quantize", "q5"), '--quantize: "quantize" is "q5"'),
         (("report", "--output_dir", "none"), "none: no training run here"),
         (("push", "--folder", "none", "--repo", "me/mine"), "none: there is no such folder"),
@@ -204,7 +204,7 @@ def test_missing_model_tells_what_was_tried_and_three_ways_on(empty: Path) -> No
     [
         (("--data_path", "none.jsonl"), "none.jsonl: there is no such file"),
         (("--eval_data_path", "none.jsonl"), "none.jsonl: there is no such file"),
-        (("--val_size", "20"), "val_size sets all 20 rows aside"),
+        (("--val_size", "20"), "val_size holds out all 20 rows"),
         (("--report_to", "zzz"), '"zzz" is not a tracker'),
         (("--use_lora", "--lora_target_modules", "q_prj"), "q_proj"),
         (("--max_seq_length", "8"), "no sample is left"),
@@ -272,9 +272,9 @@ def test_the_guides_two_scripts(
     ended = run("fine_tune_qwen.py", *where, *how)
     assert ended.returncode == 0, ended.stderr
     together = ("--base_model", tiny(), "--lora_model", output)
-    assert f"Talk to it: {sys.executable} inference_lora.py --chat {' '.join(map(str, together))}\n" in ended.stdout
+    assert f"Chat with it: {sys.executable} inference_lora.py --chat {' '.join(map(str, together))}\n" in ended.stdout
     ended = run("-c", WATCHED, "fine_tune_qwen.py", *where, *how)  # again: it is seen at once that nothing is to do
-    assert f"This run is finished already; its result is in {output}." in ended.stderr
+    assert f"This run is already finished; its result is in {output}." in ended.stderr
     assert ended.stderr.endswith("ended with 0\nloaded []\n")
     ended = run("inference_lora.py", *together, "--prompt", "hi", "--max_new_tokens", "4")
     assert ended.returncode == 0, ended.stderr

@@ -43,7 +43,7 @@ def test_interrupted_comparison_goes_on_and_is_reported(
     told, code = _interrupt_its_first_trial(argv, tmp_path / "compared" / "trials" / "lora-seed42")
     assert code == 130, told
     assert "[1/1] lora, seed 42: stopped" in told
-    assert f"Stopped. To go on: {sys.executable} -m qingtune compare --config_file {config} --methods lora" in told
+    assert f"Stopped. To resume: {sys.executable} -m qingtune compare --config_file {config} --methods lora" in told
 
     code, shown, told = call(*argv[2:])
     assert code == 0, told
@@ -52,7 +52,7 @@ def test_interrupted_comparison_goes_on_and_is_reported(
     assert max(map(len, shown.splitlines()[:8])) <= 80
     log = (tmp_path / "compared" / "trials" / "lora-seed42.log").read_text(encoding="utf-8")
     assert "Stopped and saved after step" in log
-    assert "Going on from" in log
+    assert "Resuming from" in log
     _report_is_right(tmp_path / "compared")
     _nothing_is_trained_again(argv[2:], tmp_path)
 
@@ -98,7 +98,7 @@ def _nothing_is_trained_again(argv: list[str], tmp_path: Path) -> None:
     record = tmp_path / "compared" / "trials" / "lora-seed42" / "qingtune.json"
     began = record.stat().st_mtime_ns
     code, _, told = call(*argv)
-    assert (code, "[1/1] lora, seed 42: finished already" in told) == (0, True), told
+    assert (code, "[1/1] lora, seed 42: already finished" in told) == (0, True), told
     assert record.stat().st_mtime_ns == began
 
     code, _, told = call(*argv, "--max_steps", "5")
@@ -114,11 +114,11 @@ def _nothing_is_trained_again(argv: list[str], tmp_path: Path) -> None:
         ((), "a comparison needs evaluation data"),
         (("--val_size", "2", "--eval_strategy", "no"), 'eval_strategy is "no"'),
         (("--val_size", "2", "--pruner", "halving"), "pruner halving without space"),
-        (("--val_size", "2", "--trials", "3"), "trials without space has no meaning"),
-        (("--val_size", "2", "--dry_run"), "dry_run has no meaning in a comparison"),
+        (("--val_size", "2", "--trials", "3"), "trials needs space"),
+        (("--val_size", "2", "--dry_run"), "dry_run does not apply to a comparison"),
         (("--val_size", "2", "--grid", "lora_rr=8"), 'Did you mean "lora_r"?'),
         (("--val_size", "2", "--space", "lora_r=0..8"), 'lora lora_r=0: "lora_r" is 0'),
-        (("--val_size", "2", "--resume_from_checkpoint", "x"), "resume_from_checkpoint has no meaning"),
+        (("--val_size", "2", "--resume_from_checkpoint", "x"), "resume_from_checkpoint does not apply"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -139,5 +139,7 @@ def test_a_training_runs_folder_is_left_alone(tmp_path: Path, monkeypatch: pytes
     empty = tmp_path / "empty"
     empty.mkdir()
     monkeypatch.chdir(empty)
-    assert_refused(empty, ("compare", "--config_file", config), "output_dir holds files that are not of a comparison")
+    assert_refused(
+        empty, ("compare", "--config_file", config), "output_dir contains files that do not belong to a comparison"
+    )
     assert [path.name for path in output.iterdir()] == ["train_config.json"]

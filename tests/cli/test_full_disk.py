@@ -39,7 +39,7 @@ def test_export_says_that_the_disk_is_full(filler: int, small_disk: Path, tiny: 
     code, out, err = call("export", "--base_model", tiny("llama"), *flags)
     assert (code, out) == (2, "")
     assert "No space left on device" in err
-    assert "Make room, or choose another output_dir." in err
+    assert "Free disk space, or choose another output_dir." in err
     assert "Traceback" not in err
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 

@@ -59,7 +59,7 @@ def test_answers_after_ctrl_c_are_those_of_a_run_in_one_go(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cli.main([*flags, "--output_file", str(broken)]) == 0  # what is there matters, not which process goes on
     err = capsys.readouterr().err
-    assert f"{done:,} answers are there; going on." in err
+    assert f"{done:,} answers are already written; resuming." in err
     assert f"{ROWS}/{ROWS}" in err
     assert cli.main([*flags, "--output_file", str(whole)]) == 0
     assert broken.read_bytes() == whole.read_bytes()

@@ -108,8 +108,8 @@ def test_without_a_tokenizer_a_token_is_a_byte_at_most(
     most = json.loads(out)["samples"]
     assert (most["count"], most["trained_share"]) == (3, 1.0)
     assert 30 < most["longest"] == most["mean"] < 100
-    assert "at most a token a byte" in most["basis"]
-    assert "1 row left out" in most["basis"]
+    assert "at most one token per byte" in most["basis"]
+    assert "1 row skipped" in most["basis"]
     (header / "tokenizer.json").write_bytes((tiny() / "tokenizer.json").read_bytes())
     _, out, _ = plan("--model_name_or_path", header, "--data_path", data, "--json", capsys=capsys)
     counted = json.loads(out)["samples"]
@@ -118,7 +118,7 @@ def test_without_a_tokenizer_a_token_is_a_byte_at_most(
     flags = ("--model_name_or_path", header, "--data_path", data, "--max_seq_length", 16)
     code, _, err = plan(*flags, capsys=capsys)
     assert code == 2
-    assert "no sample is as short as 16 tokens. Raise max_seq_length" in err
+    assert "every sample is longer than 16 tokens. Raise max_seq_length" in err
     assert plan(*flags, "--on_long", "truncate", capsys=capsys)[0] == 0
 
 
@@ -156,11 +156,11 @@ def test_a_cache_that_cannot_be_written_is_told(
 
 def test_a_file_of_the_model_leads_to_the_model(header: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = plan("--model_name_or_path", header / "config.json", capsys=capsys)
-    assert (code, err.splitlines()[-1].rpartition(". ")[2]) == (2, f"Name its folder, {header}.")
+    assert (code, err.splitlines()[-1].rpartition(". ")[2]) == (2, f"Pass its folder, {header}.")
     (header / "config.json").unlink()
     (header / "q4.gguf").touch()
     code, _, err = plan("--model_name_or_path", header, capsys=capsys)
-    assert (code, err.splitlines()[-1].partition(". ")[2]) == (2, f"Name a .gguf file, such as {header / 'q4.gguf'}.")
+    assert (code, err.splitlines()[-1].partition(". ")[2]) == (2, f"Pass a .gguf file, such as {header / 'q4.gguf'}.")
 
 
 def test_a_small_gpu_is_told_what_fits_together(header: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,7 +81,7 @@ def test_full_training_is_refused(work: Work, tmp_path: Path) -> None:
     paths = ("--model_name_or_path", stored, "--data_path", folder / "t.jsonl", "--output_dir", tmp_path / "out")
     code, out, err = call("train", *paths, "--max_steps", "2")
     assert (code, out) == (2, "")
-    assert "stored in 4 bits. Name the model in 16 bits, or pass --use_qlora." in err
+    assert "stored in 4 bits. Pass the model in 16 bits, or pass --use_qlora." in err
     assert not (tmp_path / "out").exists()
 
 
@@ -124,6 +124,6 @@ def test_other_quantised_models_are_refused(command: str, work: Work, tmp_path: 
         (folder / "config.json").write_text(json.dumps(settings))
     code, out, err = call(*COMMANDS[command](folder, tmp_path / "out"))
     assert (code, out) == (2, "")
-    assert "stored quantised by gptq, which cannot be read here. Use the model in 16 bits" in err
+    assert "quantised with gptq, which is not supported. Use the model in 16 bits" in err
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())

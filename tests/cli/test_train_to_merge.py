@@ -128,7 +128,7 @@ def test_stdout_ends_with_a_command_that_works(work: Path, trained: Callable[[st
     output = trained(method)
     *_, result, talk = (work / f"{method}.stdout").read_text(encoding="utf-8").splitlines()
     assert result == f"Result: {output}"
-    program, *argv = shlex.split(talk.removeprefix("Talk to it: "))
+    program, *argv = shlex.split(talk.removeprefix("Chat with it: "))
     assert program == "qingtune"
     code, out, _ = call(*argv, *SAMPLING, stdin="Greet.\n")
     assert (code, out.count("\n")) == (0, 1)
@@ -222,7 +222,7 @@ def test_chat_obeys_its_commands(tmp_path: Path, trained: Callable[[str], Path])
         ("/retry", None),
         ("/undo", "[taken back]"),
         ("/undo", "[nothing to undo]"),
-        ("/system", "[system: none, as the template has it]"),
+        ("/system", "[system: none (the template's default)]"),
         ("/system 你是店主。", "[system: 你是店主。]"),
         ("Greet.", None),
         ("/save", "/save needs a file name."),
@@ -287,7 +287,7 @@ def test_an_export_can_be_published_and_is_not_unasked(tmp_path: Path, trained: 
     assert [path.name for path in tmp_path.iterdir()] == ["shop"]
     code, out, err = call("push", "--folder", shop, "--repo", "me/shop", "--private")
     assert (code, err) == (0, "")
-    last = "Nothing was uploaded. To do it, give the same command with --confirm.\n"
+    last = "Nothing was uploaded. To upload, run the same command with --confirm.\n"
     assert out.endswith(last)
 
 
@@ -299,7 +299,7 @@ def test_adapter_on_another_base_is_refused(
     argv = (command, "--base_model", tiny("qwen2", seed=1), "--lora_model", trained("lora"), *goal)
     code, out, err = call(*argv)
     assert (code, out) == (2, "")
-    assert "trained on other weights than this base" in err
+    assert "trained on weights other than those of this base" in err
     assert list(tmp_path.iterdir()) == []
     code, _, err = call(*argv, "--allow_other_base")
     assert (code, "Warning: the adapter was trained on other weights" in err) == (0, True)

@@ -73,8 +73,8 @@ def test_a_broken_checkpoint_is_passed_over_with_a_warning(
     capsys.readouterr()
     assert start("run")
     told = capsys.readouterr().err
-    assert f"Warning: passed over. {newest}: no whole checkpoint: {name} " in told
-    assert f"Going on from {newest.with_name('checkpoint-3')}." in told
+    assert f"Warning: checkpoint skipped. {newest}: not a complete checkpoint: {name} " in told
+    assert f"Resuming from {newest.with_name('checkpoint-3')}." in told
     assert_equal(weights(tmp_path / "run"), whole[0])
     assert metrics(tmp_path / "run") == whole[1]
 
@@ -87,7 +87,7 @@ def test_a_checkpoint_without_a_manifest_is_none(manifest: str | None, start: Ru
         (newest / "manifest.json").unlink()
     else:
         (newest / "manifest.json").write_text(manifest)
-    with pytest.raises(UserError, match=r"no whole checkpoint: manifest\.json"):
+    with pytest.raises(UserError, match=r"not a complete checkpoint: manifest\.json"):
         start("run", resume_from_checkpoint=str(newest))
 
 
@@ -97,7 +97,7 @@ def test_where_no_checkpoint_is_whole_nothing_starts_from_zero(start: Runs, tmp_
     for one in checkpoints(tmp_path / "run"):
         cut(one.folder / "weights.safetensors")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="none of the 2 checkpoints is whole, so the run cannot go on"):
+    with pytest.raises(UserError, match="none of the 2 checkpoints is complete, so the run cannot resume"):
         start("run")
     assert sorted(tmp_path.rglob("*")) == before
     assert start("run", overwrite_output_dir=True)
@@ -110,7 +110,7 @@ def test_a_way_that_was_left_is_not_gone_on(start: Runs, tmp_path: Path, capsys:
     for step in (4, 5):
         shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "run" / f"checkpoint-{step}")
     assert start("run", save_total_limit=1)
-    assert "Going on from " + str(tmp_path / "run" / "checkpoint-3") in capsys.readouterr().err
+    assert "Resuming from " + str(tmp_path / "run" / "checkpoint-3") in capsys.readouterr().err
     assert [one.step for one in checkpoints(tmp_path / "run")] == [STEPS]
     assert all(why_not_whole(one.folder) is None for one in checkpoints(tmp_path / "run"))
 
@@ -124,7 +124,7 @@ def test_without_the_pointer_the_steps_decide_not_the_clock(
     for one in checkpoints(tmp_path / "run"):
         os.utime(one.folder, (10**9 - one.step, 10**9 - one.step))
     assert start("run")
-    assert f"Going on from {tmp_path / 'run' / 'checkpoint-4'}." in capsys.readouterr().err
+    assert f"Resuming from {tmp_path / 'run' / 'checkpoint-4'}." in capsys.readouterr().err
 
 
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
@@ -176,4 +176,4 @@ def test_other_versions_are_told(start: Runs, tmp_path: Path, capsys: pytest.Cap
     (newest / "manifest.json").unlink()
     write_manifest(newest)
     assert start("run")
-    assert 'numbers may differ a little from here on: torch was "1.0", is ' in capsys.readouterr().err
+    assert 'numbers may differ slightly from now on: torch was "1.0", is ' in capsys.readouterr().err

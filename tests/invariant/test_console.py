@@ -150,7 +150,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     with monkeypatch.context() as patch:
         signal_at(patch, 2, [signal.Signals[name] for name in names.split()])
         assert main(flags) == 130
-    assert "Stopped and saved after step 2. To go on: " in capsys.readouterr().err
+    assert "Stopped and saved after step 2. To resume: " in capsys.readouterr().err
     assert main(flags) == 0
     train(tmp_path / "whole", tiny(), data_file, **LORA, max_steps=STEPS, learning_rate=2e-4)
     assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")

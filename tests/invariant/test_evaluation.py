@@ -119,8 +119,8 @@ def test_an_adapter_whose_base_is_gone_says_so(adapter: Path, tmp_path: Path) ->
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(UserError) as caught:
         run(tmp_path, lora_model=str(adapter))
-    assert str(caught.value).startswith(f"{adapter}: its base model is not to be found: {tmp_path / 'base'}: no model")
-    assert str(caught.value).endswith("Name it as --base_model.")
+    assert str(caught.value).startswith(f"{adapter}: its base model was not found: {tmp_path / 'base'}: no model")
+    assert str(caught.value).endswith("Pass it as --base_model.")
     run(tmp_path, lora_model=str(adapter), base_model=str(tmp_path / "moved"), skip_generation=True)
 
 
@@ -149,7 +149,7 @@ def test_rows_of_all_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert ["answer" in line for line in lines(tmp_path / "out" / "predictions_after.jsonl")] == [
         True, False, True, True,
     ]  # fmt: skip
-    assert "1 rows too long for a loss" in capsys.readouterr().out
+    assert "1 rows are too long for a loss" in capsys.readouterr().out
 
 
 class Cut:
@@ -207,7 +207,7 @@ def test_how_to_go_on_does_not_begin_anew(
     interrupt(monkeypatch, [2])
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, lora_model=str(adapter), overwrite_output_dir=True)
-    assert "the same command without --overwrite_output_dir goes on with it" in capsys.readouterr().err
+    assert "to resume, run the same command without --overwrite_output_dir" in capsys.readouterr().err
 
 
 def test_other_settings_do_not_go_on(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_other_settings_do_not_go_on(adapter: Path, tmp_path: Path, monkeypatch:
         run(tmp_path, lora_model=str(adapter), max_new_tokens=13)
     assert lines(tmp_path / "out" / "predictions_after.jsonl") == kept
     run(tmp_path, lora_model=str(adapter), max_new_tokens=13, overwrite_output_dir=True)
-    with pytest.raises(UserError, match="holds a finished evaluation"):
+    with pytest.raises(UserError, match="contains a finished evaluation"):
         run(tmp_path, lora_model=str(adapter))
 
 
@@ -265,7 +265,7 @@ def test_a_fully_trained_model_is_compared_with_what_it_came_from(
         base.rename(tmp_path / "elsewhere")
     found = run(tmp_path, base_model=str(tmp_path / "full"), skip_generation=True)
     assert list(found["models"]) == (["after"] if gone else ["before", "after"])
-    assert ("is not here" in capsys.readouterr().err) == gone
+    assert ("is not on this machine" in capsys.readouterr().err) == gone
     again = {"base_model": str(tmp_path / "full"), "skip_generation": True, "name": "again"}
     if gone:
         found = run(tmp_path, before_model=str(tmp_path / "elsewhere"), **again)
@@ -297,7 +297,7 @@ def spell_out(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "rows", "message"),
     [
-        ({}, ROWS, "no model is named"),
+        ({}, ROWS, "no model was given"),
         ({"base_model": "x", "data": None}, ROWS, "--data is missing"),
         ({"base_model": "x", "only_after": True, "before_model": "y"}, ROWS, "are both given"),
         ({"base_model": "x", "load_in_4bit": True, "load_in_8bit": True}, ROWS, "are both given"),

@@ -94,7 +94,7 @@ def test_base_alone_and_merged_models_are_exported(tmp_path: Path) -> None:
     wanted = logits_of(lively_model("qwen2"))
     assert float((logits_of(read_by_transformers(tmp_path / "out" / "out-f32.gguf")) - wanted).abs().max()) < 1e-4
     assert "Not known: the model brings no record" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    with pytest.raises(UserError, match="no model is named"):
+    with pytest.raises(UserError, match="no model was given"):
         export_to(tmp_path / "other", None)
 
 
@@ -115,7 +115,7 @@ def test_modelfile_and_card_tell_of_the_training(trained: Trained, tmp_path: Pat
     for wanted in (
         record["base_fingerprint"], record["settings"]["data"], "| method | LoRA |", "`train.jsonl`",
         "| `learning_rate` | `0.05` |", "| `lora_r` | `4` |", "| optimizer steps | 3 |", "last logged", "tokens/s |",
-        "shop-q8_0.gguf", "Q8_0 0.", "The licence is not known here", "name on a hub is not known",
+        "shop-q8_0.gguf", "Q8_0 0.", "The licence is not known", "name on a hub is not known",
     ):  # fmt: skip
         assert wanted in card, wanted
     assert "`output_dir`" not in card
@@ -158,10 +158,10 @@ def test_refusals_leave_nothing_behind(trained: Trained, tmp_path: Path, monkeyp
     weights = load_file(adapter / "adapter_model.safetensors")
     renamed = {name.replace("layers.1", "layers.7"): tensor for name, tensor in weights.items()}
     save_file(renamed, adapter / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"layers.7.* which this base has not"):
+    with pytest.raises(UserError, match=r"layers.7.* which this base does not have"):
         export_to(tmp_path / "next", adapter)
     lively_model("llama", seed=7).save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="other weights"):
+    with pytest.raises(UserError, match="weights other than"):
         export_to(tmp_path / "next", adapter)
     assert not (tmp_path / "next").exists()
 

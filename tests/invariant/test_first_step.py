@@ -96,7 +96,7 @@ def test_reported_losses_equal_plain_transformers(
     trained = result_of(model, output)
     assert after["eval_loss"] == pytest.approx(plain_mean_loss(trained, model, eval_rows), abs=1e-4)
     assert abs(after["eval_loss"] - before["eval_loss"]) > 5e-3  # so that the line above compares something
-    reason = f'General kernels, slower and with more memory: "{kind}" is not one of the architectures'
+    reason = f'Using general kernels (slower, more memory): "{kind}" is not one of the architectures'
     assert (reason in capsys.readouterr().err) is (kind in ("gpt2", "mistral"))
 
 
@@ -111,5 +111,5 @@ def test_first_step_of_adapter_is_that_of_base(tmp_path: Path, data_file: Path) 
 
 def test_one_by_one_is_told(tmp_path: Path, data_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path / "output", save_model(tmp_path / "model", "mistral"), data_file, max_steps=1, **LORA)
-    assert 'one by one: laying samples end to end is not checked for "mistral" models' in capsys.readouterr().err
+    assert 'one by one: concatenated samples are not verified for "mistral" models' in capsys.readouterr().err
     assert json.loads((tmp_path / "output" / "qingtune.json").read_text())["results"]["steps"] == 1

@@ -179,7 +179,7 @@ def test_long_texts_lose_their_beginning(harness: Any, speak: Callable[..., Spea
         [(("", ""), [9, 9, *range(20, 26)], [30, 31]), (("", ""), list(range(20, 26)), [30, 31])]
     )
     assert long == pytest.approx(short)
-    with pytest.raises(UserError, match="the model reads 8"):
+    with pytest.raises(UserError, match="the model's context is 8"):
         model._loglikelihood_tokens([(("", ""), [3], list(range(20, 28)))])
 
 

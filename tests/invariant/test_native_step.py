@@ -289,5 +289,5 @@ def test_without_a_compiler_pytorch_answers(
     wanted = opened(folder, None).start(IDS)
     monkeypatch.setattr(load, "native_library", lambda: "there is no C compiler")
     decoder = load_decoder(folder, None, None, BF16, None, 1)
-    assert reported() == ["PyTorch's kernels, slower: there is no C compiler."]
+    assert reported() == ["Using PyTorch kernels (slower): there is no C compiler."]
     assert apart(decoder.start(IDS).float(), wanted.float()) < 0.02

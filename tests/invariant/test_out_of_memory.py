@@ -102,7 +102,7 @@ def test_a_single_sample_that_does_not_fit_is_told_by_numbers(
         UserError, match=r"out of memory with a single sample of \d+ tokens\. Set max_seq_length to \d+"
     ):
         start("run", eval_strategy="no", **LORA)
-    assert "all layers are computed again in the backward pass from here on" in capsys.readouterr().err
+    assert "from now on, all layers are recomputed in the backward pass" in capsys.readouterr().err
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(start: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ def extend_on_two_disks(tmp_path: Path, run: Run, *, shared: bool) -> subprocess
 def test_the_first_process_decides_where_all_resume(tmp_path: Path, run: Run) -> None:
     ended = extend_on_two_disks(tmp_path, run, shared=True)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("is finished after 2 steps; it goes on to 4") == 1
+    assert ended.stderr.count("is finished after 2 steps; continuing to 4") == 1
     assert_close(weights(tmp_path / "0" / "run"), weights(tmp_path / "whole"), share=1e-4)
 
 

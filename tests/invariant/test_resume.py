@@ -212,7 +212,7 @@ def test_a_rate_that_depends_on_the_length_is_told(
     capsys.readouterr()
     assert start("run", **settings | {"num_train_epochs": 2})
     told = capsys.readouterr().err
-    assert "is finished after 4 steps; it goes on to 8." in told
+    assert "is finished after 4 steps; continuing to 8." in told
     assert "learning rate (cosine) was planned for 4 steps" in told
     rates = [line["learning_rate"] for line in metrics(tmp_path / "run") if "loss" in line]
     schedule = [make_schedule("cosine", 0.01, 2, total) for total in (4, 8)]

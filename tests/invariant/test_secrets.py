@@ -46,16 +46,16 @@ def test_a_token_in_paths_reaches_no_file_and_the_run_is_known_again(
     with pytest.raises(UserError, match="data_path was"):
         train(tmp_path / "out", place / "model", other, **settings)
     assert train(tmp_path / "out", place / "model", rows, **settings)
-    assert "Going on from" in capsys.readouterr().err
+    assert "Resuming from" in capsys.readouterr().err
 
 
 def test_a_token_in_the_system_prompt_is_refused_before_anything_is_written(
     tiny: Callable[..., Path], data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="system_prompt holds a token of Hugging Face"):
+    with pytest.raises(UserError, match="system_prompt contains a token of Hugging Face"):
         train(tmp_path / "out", tiny(), data_file, **LORA, system_prompt=f"Use {TOKEN}.")
     monkeypatch.setenv("DB_PASS", "horse-7-battery")
-    with pytest.raises(UserError, match="system_prompt holds the value of DB_PASS"):
+    with pytest.raises(UserError, match="system_prompt contains the value of DB_PASS"):
         train(tmp_path / "out", tiny(), data_file, **LORA, system_prompt="Say horse-7-battery.")
     assert not (tmp_path / "out").exists()
 
@@ -115,4 +115,4 @@ def test_settings_of_a_run_are_written_without_secrets(
     notices = load_train_config(
         None, {"model_name_or_path": f"/x/{TOKEN}/m", "data_path": "d", "use_lora": "true"}
     ).notices
-    assert any("model_name_or_path holds what looks like a token of Hugging Face" in line for line in notices)
+    assert any("model_name_or_path contains what looks like a token of Hugging Face" in line for line in notices)

@@ -41,7 +41,7 @@ def test_terminated_command_goes_on_where_it_stopped(tmp_path: Path, data_file: 
     told, _ = process.communicate(timeout=300)
     assert process.returncode == 130, told
     told_to = rf"{sys.executable} fine_tune_qwen\.py .* --overwrite_output_dir true --overwrite_output_dir false\n"
-    stopped = re.search(rf"Stopped and saved after step (\d+)\. To go on: {told_to}", told)
+    stopped = re.search(rf"Stopped and saved after step (\d+)\. To resume: {told_to}", told)
     assert stopped, told
     assert 0 < int(stopped[1]) < STEPS
     assert (output / f"checkpoint-{stopped[1]}" / "state.json").exists()

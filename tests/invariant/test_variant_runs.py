@@ -40,9 +40,9 @@ def test_result_of_a_run_opens_in_peft(
     base = save_model(tmp_path / "model")
     train(tmp_path / "out", base, data_file, max_steps=3, **LORA | RUNS[name])
     told = capsys.readouterr().err
-    assert ("General kernels, slower and with more memory: DoRA with lora_dropout" in told) == (name == "everything")
+    assert ("Using general kernels (slower, more memory): DoRA with lora_dropout" in told) == (name == "everything")
     assert ("General kernels" in told) == (name == "everything")  # all else is computed by ours
-    assert ("Head and embedding of this model are one matrix" in told) == ("modules_to_save" in RUNS[name])
+    assert ("The head and the embedding of this model share one matrix" in told) == ("modules_to_save" in RUNS[name])
     assert ("LoRA+: B matrices learn at 4 times" in told) == ("loraplus_lr_ratio" in RUNS[name])
     opened = PeftModel.from_pretrained(type(lively_model("qwen2")).from_pretrained(base), str(tmp_path / "out"))
     model = lively_model("qwen2")

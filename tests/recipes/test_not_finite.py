@@ -91,7 +91,7 @@ def test_no_update_and_the_run_goes_on(
 def test_five_in_a_row_end_the_run(start: Start, tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"step 7: loss or gradient was not finite 5 steps in a row\. Start anew with a lower learning_rate",
+        match=r"step 7: loss or gradient was not finite 5 steps in a row\. Start over with a lower learning_rate",
     ):
         start({3, 4, 5, 6, 7})
     assert same(saved(tmp_path, 6), saved(tmp_path, 2))

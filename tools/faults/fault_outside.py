@@ -44,7 +44,7 @@ def broken_newest(bench: Bench) -> str:
             else:
                 content[len(content) // 2] ^= 1
             newest.write_bytes(content)
-            bench.train("run", LORA).expect(0, "Warning: passed over. ", "Going on from ", "checkpoint-3")
+            bench.train("run", LORA).expect(0, "Warning: checkpoint skipped. ", "Resuming from ", "checkpoint-3")
             same_result(bench.folder / "run", bench.folder / "whole")
             count += 1
     return f"{count} times; the same in the end, bit for bit"

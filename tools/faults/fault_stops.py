@@ -88,7 +88,7 @@ def killed_at(bench: Bench, spoil: str) -> str:
     ended = bench.train("killed", LORA, spoil)
     if ended.code != -9:
         raise Lost(f"it was not killed: {ended.code} {ended.output[-500:]}")
-    bench.train("killed", LORA).expect(0, "Going on from ")
+    bench.train("killed", LORA).expect(0, "Resuming from ")
     same_result(bench.folder / "killed", bench.folder / "whole")
     return "went on; the same, bit for bit; nothing half done is left"
 
@@ -112,7 +112,7 @@ def signals(bench: Bench) -> str:
     longest = 0.0
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
         ended = bench.train(name, LORA, SIGNAL_IN_A_WINDOW.format(name=name))
-        ended.expect(130, "Finishing the step, then saving", "Stopped and saved after step 4. To go on: ")
+        ended.expect(130, "Finishing the step, then saving", "Stopped and saved after step 4. To resume: ")
         longest = max(longest, ended.seconds)
         bench.train(name, LORA).expect(0)
         same_result(bench.folder / name, bench.folder / "whole")
@@ -178,7 +178,7 @@ def two_processes(bench: Bench) -> str:
     if launch("killed"):
         raise Lost("it did not go on")
     same_result(bench.folder / "killed", bench.folder / "whole")
-    bench.train("one", LORA | {"per_device_train_batch_size": 4}).expect(0, "Going on from ")
+    bench.train("one", LORA | {"per_device_train_batch_size": 4}).expect(0, "Resuming from ")
     return "the same, bit for bit; one process goes on with the same samples a step"
 
 
@@ -192,7 +192,7 @@ def stopped(bench: Bench, name: str) -> Path:
 def other_split(bench: Bench) -> str:
     folder = stopped(bench, "run")
     bench.train("run", LORA | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}).expect(
-        0, f"Going on from {folder / 'checkpoint-4'}"
+        0, f"Resuming from {folder / 'checkpoint-4'}"
     )
     return "went on from step 4"
 
@@ -202,7 +202,7 @@ def other_settings(bench: Bench) -> str:
     before = tree(stopped(bench, "run"))
     for change in ({"learning_rate": 0.5}, {"lora_r": 2}, {"per_device_train_batch_size": 3}, {"seed": 7}):
         bench.train("run", LORA | change).expect(
-            2, "was started with other settings", " was ", "--overwrite_output_dir"
+            2, "was started with different settings", " was ", "--overwrite_output_dir"
         )
         unchanged(before, bench.folder / "run")
     return "refused four times, what differs named"

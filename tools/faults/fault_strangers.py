@@ -40,7 +40,7 @@ def pickles(bench: Bench) -> str:
     for place in places:
         subprocess.run([sys.executable, "-c", BOMB, str(place), str(went_off)], check=True)
     bench.train("run", LORA).expect(0, "passed over")
-    bench.train("data", LORA | {"data_path": bench.folder / "rows.pkl"}).expect(2, "this kind of file is not known")
+    bench.train("data", LORA | {"data_path": bench.folder / "rows.pkl"}).expect(2, "this file type is not supported")
     infer = [sys.executable, "-m", "qingtune", "infer", "--base_model", str(bench.model), "--prompt", "hi"]
     bench.run([*infer, "--lora_model", str(folder), "--max_new_tokens", "2"]).expect(0)
     weights = (bench.folder / "model" / "model.safetensors").rename(bench.folder / "put away")
@@ -65,7 +65,7 @@ def strangers_code(bench: Bench) -> str:
         "AutoTokenizer": "tokenization_x.T",
     }
     config.write_text(json.dumps(json.loads(plain) | {"model_type": "stranger", "auto_map": auto}))
-    bench.train("auto", LORA).expect(2, "needs code of its own (auto_map), which is never run here")
+    bench.train("auto", LORA).expect(2, "needs its own code (auto_map), which is never run")
     config.write_text(json.dumps(json.loads(plain) | {"auto_map": auto}))
     bench.train("native", LORA).expect(0)
     config.write_text(plain)

@@ -68,9 +68,9 @@ def find_command(line: str) -> tuple[ChatCommand, str]:
     if command is None:
         near = _nearest(name, [command.name for command in COMMANDS])
         fix = f"Did you mean {near}?" if near else "/help lists them; // sends a message that begins with /."
-        raise UserError(f"{name} is no command", fix=fix)
+        raise UserError(f"{name} is not a command", fix=fix)
     if text and not command.argument:
-        raise UserError(f"{name} takes nothing after it")
+        raise UserError(f"{name} takes no argument")
     return command, text
 
 
@@ -98,8 +98,8 @@ def _system(state: ChatState, text: str) -> str:
     session = state.session
     if text:
         session.system_prompt = state.first_system_prompt if text == "default" else text
-    shown = "none, as the template has it" if session.system_prompt is None else session.system_prompt
-    return f"[system: {shown}]" + (" The turns so far stay; /clear forgets them." if text and session.turns else "")
+    shown = "none (the template's default)" if session.system_prompt is None else session.system_prompt
+    return f"[system: {shown}]" + (" Earlier turns are kept; /clear removes them." if text and session.turns else "")
 
 
 def _clear(state: ChatState, text: str) -> str:
@@ -162,7 +162,7 @@ def _set(state: ChatState, text: str) -> str:
     if name and name not in known:
         near = _nearest(name, list(known))
         raise UserError(
-            f'"{name}" is no setting of a chat',
+            f'"{name}" is not a chat setting',
             fix=f'Did you mean "{near}"?' if near else f"It has {', '.join(known)}.",
         )
     if value:
@@ -199,20 +199,20 @@ def _meaning(name: str) -> str:
 COMMANDS = (
     ChatCommand("/help", "", "this list", _help),
     ChatCommand("/system", "[TEXT]", "show or set the system message; TEXT default: the first one", _system),
-    ChatCommand("/retry", "", "answer the last question again, drawn otherwise", None),
+    ChatCommand("/retry", "", "answer the last question again, with other random samples", None),
     ChatCommand("/undo", "", "take back the last question and answer", _undo),
-    ChatCommand("/clear", "", "forget all turns; the system message stays", _clear),
+    ChatCommand("/clear", "", "remove all turns; keep the system message", _clear),
     ChatCommand("/show", "", "list the turns", _show),
     ChatCommand("/save", "FILE", "add the chat to FILE, a JSON line that can be trained on", _save),
-    ChatCommand("/load", "FILE [LINE]", "go on with FILE's last conversation, or the one on LINE", _load),
+    ChatCommand("/load", "FILE [LINE]", "continue FILE's last conversation, or the one on LINE", _load),
     ChatCommand("/set", "[NAME VALUE]", "list or change settings: temperature, stats, thinking, ...", _set),
     ChatCommand("/exit", "", "leave", None),
 )
 KEYS = (
     "",
     "Enter sends; Alt+Enter, Ctrl-J or a \\ at the end makes a new line. Ctrl-R",
-    "searches what was typed before. // at the beginning sends a / and no command.",
-    "Ctrl-C stops an answer and keeps what is there; at the prompt it clears the",
-    "line, and twice it leaves, as Ctrl-D does.",
+    "searches the history. // at the start of a line sends text that begins with /.",
+    "Ctrl-C stops an answer and keeps the text so far; at the prompt it clears the",
+    "line; pressed twice it exits, like Ctrl-D.",
 )
 _OTHER_NAMES = {"/quit": "/exit", "/?": "/help"}

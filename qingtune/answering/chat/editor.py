@@ -158,7 +158,7 @@ class SavedHistory(History):
 
     Attributes:
         recording: whether what is typed goes to the file.
-        fault: why that failed, to be told; then nothing more is written.
+        fault: why that failed, for the user; nothing more is written then.
     """
 
     def __init__(self, path: Path) -> None:
@@ -169,7 +169,7 @@ class SavedHistory(History):
         self._broken = False
 
     def load_history_strings(self) -> Iterable[str]:
-        """The messages of the file, the newest first; lines that are none are passed over."""
+        """The messages of the file, newest first; other lines are skipped."""
         try:
             lines = self._path.read_bytes().split(b"\n")[:-1]
             if len(lines) > 2 * KEPT:
@@ -211,4 +211,4 @@ class SavedHistory(History):
 
     def _fail(self, reason: str) -> None:
         self._broken = True
-        self.fault = f"{self._path}: {reason}; what you type is not kept for later chats."
+        self.fault = f"{self._path}: {reason}; your input is not kept for later chats."

@@ -22,7 +22,7 @@ def path_of(name: str) -> str:
         UserError: no file can have this name.
     """
     if "\0" in name:
-        raise UserError("no file name can hold a NUL")
+        raise UserError("a file name cannot contain NUL")
     path = os.path.expanduser(name)
     return path if os.path.splitext(path)[1] or os.path.isdir(path) else f"{path}{SUFFIX}"
 
@@ -34,7 +34,7 @@ def add_conversation(path: str, messages: Sequence[Message]) -> None:
         UserError: the file is of another kind or form, or cannot be written.
     """
     if not path.endswith(SUFFIX):
-        raise UserError("a chat is saved as a JSON line", where=path, fix=f"Name a file that ends in {SUFFIX}.")
+        raise UserError("chats are saved as JSON lines", where=path, fix=f"Use a file name that ends in {SUFFIX}.")
     form = _form_of(path)
     if form not in ("", "messages"):
         raise UserError(f'its rows are of the form "{form}", and a file has one form', where=path, fix="Name another.")
@@ -70,7 +70,7 @@ def _form_of(path: str) -> str:
         if about.format:
             return about.format
     if os.path.isfile(path) and os.path.getsize(path):
-        raise UserError("it holds no conversation that can be read", where=path, fix="Name another.")
+        raise UserError("it has no readable conversation", where=path, fix="Name another.")
     return ""
 
 
@@ -95,7 +95,7 @@ def read_conversation(path: str, line: int | None) -> tuple[Conversation, list[F
             "no conversation here" if line is None else f"no conversation starts on line {line}", where=path
         )
     if isinstance(chosen, Fault):
-        raise UserError(chosen.reason, where=chosen.origin, fix="/load FILE LINE takes another one.")
+        raise UserError(chosen.reason, where=chosen.origin, fix="/load FILE LINE loads another one.")
     if chosen.text is not None:
         raise UserError("plain text, not a conversation", where=chosen.origin)
     return chosen, faults

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 from qingtune.errors import UserError
 
 TerminalKind = Literal["none", "plain", "full"]
-LEAVING = "[Ctrl-C again leaves, as /exit and Ctrl-D do]"
+LEAVING = "[Press Ctrl-C again to exit; /exit and Ctrl-D exit, too]"
 
 
 class Lines(Protocol):
@@ -35,7 +35,7 @@ def terminal_kind() -> TerminalKind:
 
 
 class PlainLines:
-    """A line of stdin is a message; at a terminal, one that ends in a backslash goes on with the next."""
+    """A line of stdin is a message; at a terminal, one that ends in a backslash continues on the next line."""
 
     def __init__(self, note: Callable[[str], None], *, prompted: bool) -> None:
         """`prompted`: there is a terminal, on which each line is asked for."""
@@ -76,7 +76,7 @@ class PlainLines:
         try:
             return input(prompt if self._prompted and sys.stdout.isatty() else "")
         except OSError as error:  # a folder, open for writing alone, a terminal that went away
-            fix = "Give text on a pipe, or start the chat at a terminal."
+            fix = "Pipe text in, or start the chat at a terminal."
             raise UserError(f"cannot be read ({error.strerror})", where="stdin", fix=fix) from None
 
 

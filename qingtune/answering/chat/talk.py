@@ -59,7 +59,7 @@ class Chat:
                 pass
 
     def _go_on(self) -> bool:
-        """Read a line and do what it says; returns whether the chat goes on."""
+        """Read a line and do what it says; returns whether the chat continues."""
         try:
             line = self.lines.read(recorded=self.state.options.history == "on")
             try:
@@ -71,7 +71,7 @@ class Chat:
         return True
 
     def _take(self, line: str) -> bool:
-        """Send a message or obey a command; returns whether the chat goes on."""
+        """Send a message or obey a command; returns whether the chat continues."""
         try:
             line.encode()
         except UnicodeEncodeError:  # bytes that are no text come as halves of surrogate pairs
@@ -124,7 +124,7 @@ class Chat:
                 session.turns, session.dropped = before, dropped
             state.unanswered = None if kept or answered_before else question
         if broken_off or not kept:
-            lost = "no new answer, so the earlier one stays" if answered_before else "no answer yet; /retry asks again"
+            lost = "no new answer; the earlier one is kept" if answered_before else "no answer yet; /retry asks again"
             outcome = "the answer so far is kept" if kept else lost
             self.screen.note(f"[{broken_off or 'the model ended its turn'}; {outcome}]")
 
@@ -158,7 +158,7 @@ class Chat:
             broken_off = "stopped"
         elif not broken_off and not stream.ended:
             full = len(stream.tokens) < decoding.max_new_tokens
-            broken_off = "the context is full" if full else "cut at max_new_tokens, which /set changes"
+            broken_off = "the context is full" if full else "cut at max_new_tokens (change it with /set)"
         return opening + stream.text, broken_off
 
 

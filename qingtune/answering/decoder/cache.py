@@ -87,7 +87,7 @@ class AnswerCache:
 
     def _check(self, length: int) -> None:
         if length > self.shape.context_length:
-            raise ValueError(f"{length} tokens, the model reads {self.shape.context_length}")
+            raise ValueError(f"{length} tokens, but the model's context is {self.shape.context_length}")
 
     def _empty(self, capacity: int) -> torch.Tensor:
         shape = self.shape
@@ -152,7 +152,7 @@ class Chunk:
 
 
 class OneToken:
-    """A token of the first slot: as little as can be done beside the products, which are small."""
+    """A token of the first slot: with as little overhead as possible, because the products are small."""
 
     def __init__(self, cache: AnswerCache, rotary: tuple[torch.Tensor, torch.Tensor]) -> None:
         place = len(cache.ids[0])

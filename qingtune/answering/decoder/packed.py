@@ -154,7 +154,7 @@ class Int4Matrix:
         return self.packed.numel() + self.scales_and_middles.numel() * self.scales_and_middles.element_size()
 
     def dense(self) -> torch.Tensor:
-        """The weight that it stands for, transposed: [K, N filled up], until the next matrix is unpacked."""
+        """The unpacked weight, transposed: [K, N filled up], until the next matrix is unpacked."""
         scale, middle = self.scales_and_middles.to(self.dtype).unbind(2)
         half = INT4_ROWS // 2
         blocks = self.packed.view(-1, self.columns, half).transpose(0, 1)  # [K, N / 64, 32 pairs]
@@ -191,7 +191,7 @@ def _packed_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def round_to_int4(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows [N, K] as numbers of 0..15, int32 [N, K], and scales and middles (what 8 stands for), bf16 [N, K / 32]."""
+    """Rows [N, K] as numbers of 0..15, int32 [N, K], and scales and middles (the value of 8), bf16 [N, K / 32]."""
     groups = rows.float().view(len(rows), -1, GROUP_SIZE)
     least, largest = groups.aminmax(dim=2)
     scale = ((largest - least) / 15).clamp_min(1e-6).bfloat16()  # rounded first, to find the best numbers for it

@@ -62,7 +62,7 @@ class Bench:
         outcome = finished_outcome(trial)
         if outcome.state == "finished":
             remove_checkpoints(trial.folder)  # it may have ended without us
-            self.console.print(safe(f"{name}: finished already"), markup=False)
+            self.console.print(safe(f"{name}: already finished"), markup=False)
         elif self.stopping.asked:
             outcome = TrialOutcome("not run")
         else:
@@ -125,11 +125,11 @@ def run_all(bench: Bench, setups: Sequence[Setup]) -> None:
 
 def run_search(bench: Bench, search: Search) -> None:
     """One point after another, each with all seeds; whether one falls behind is judged by its first seed."""
-    told = [(make_setup(bench.loaded, point.method, point.varied), point.state) for point in search.told()]
-    check_same_settings([bench.trial(setup, seed) for setup, _ in told for seed in bench.seeds])
+    reported = [(make_setup(bench.loaded, point.method, point.varied), point.state) for point in search.reported()]
+    check_same_settings([bench.trial(setup, seed) for setup, _ in reported for seed in bench.seeds])
     ends: dict[str, str] = {}
-    count = max(search.config.trials, len(told))
-    for number, (setup, state) in enumerate(told, 1):
+    count = max(search.config.trials, len(reported))
+    for number, (setup, state) in enumerate(reported, 1):
         ends[setup.name] = state
         if state == "finished":  # there may be more seeds than before
             _run_seeds(bench, setup, f"[{number}/{count}]", lambda _: False)
@@ -143,7 +143,7 @@ def run_search(bench: Bench, search: Search) -> None:
             ends[setup.name] = bench.end_of(setup)
         else:  # drawn once more
             losses = bench.losses_of(setup)
-        if ends[setup.name] in ("stopped", "not run"):  # asked again when the search goes on
+        if ends[setup.name] in ("stopped", "not run"):  # repeated when the search resumes
             return
         search.tell(asked, ends[setup.name], losses)
 
@@ -183,8 +183,8 @@ def _progress(lines: Sequence[dict[str, Any]]) -> str:
     """The last step and evaluation, for a line that changes."""
     steps = [line for line in lines if "tokens" in line]
     found = evaluations(lines)
-    told = f"step {steps[-1]['step']}, loss {steps[-1]['loss'] or math.nan:.4f}" if steps else "starting"
-    return told + (f", eval_loss {found[-1][1]:.4f}" if found else "")
+    progress = f"step {steps[-1]['step']}, loss {steps[-1]['loss'] or math.nan:.4f}" if steps else "starting"
+    return progress + (f", eval_loss {found[-1][1]:.4f}" if found else "")
 
 
 def _told(outcome: TrialOutcome) -> str:

@@ -1,4 +1,4 @@
-"""A search for settings by Optuna, kept in a journal on the disk so that it can be gone on with."""
+"""A search for settings by Optuna; its journal on the disk lets it be resumed."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class AskedPoint:
 class Search:
     """Asks for points one after another, hears how good they are, and stops those that fall behind.
 
-    What it asks depends on the seed and on what was told, not on how often the search was interrupted.
+    Its points depend on the seed and on the reported results, not on interruptions.
     """
 
     def __init__(self, config: CompareConfig, journal: Path) -> None:
-        """Begin, or go on with what the journal holds."""
+        """Begin, or resume from the journal."""
         optuna = require_optuna()
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
@@ -83,7 +83,7 @@ class Search:
                 self.study.tell(trial.number, state=TrialState.FAIL)
         return {trial.number for trial in unsettled}
 
-    def told(self) -> list[Point]:
+    def reported(self) -> list[Point]:
         """The points whose end is known, in their order; failures of earlier starts are not among them."""
         trials = [
             trial for trial in self.study.get_trials()
@@ -94,7 +94,7 @@ class Search:
     def ask(self) -> AskedPoint | None:
         """The next point; None where all are told."""
         optuna = require_optuna()
-        count = len(self.told())
+        count = len(self.reported())
         if count >= self.config.trials:
             return None
         seed = self.config.seed + count
@@ -184,7 +184,7 @@ def require_optuna() -> Any:
         raise UserError(
             "a search needs Optuna, which is not installed",
             where="space",
-            fix="Run pip install optuna, or give values in grid, which needs nothing.",
+            fix="Run pip install optuna, or use grid, which does not need it.",
         ) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna

@@ -35,7 +35,7 @@ class Setup:
         method: full, lora, qlora4 or qlora8.
         varied: the settings that were varied, as they came out.
         config: checked and resolved; output_dir and seed are each trial's own.
-        notices: what the user should be told about it.
+        notices: messages for the user about it.
     """
 
     name: str
@@ -102,14 +102,14 @@ def check_varied(config: CompareConfig) -> None:
     ]
     for one, two in itertools.combinations(varied, 2):
         problems += [
-            UserError(f'"{name}" is in {one} and in {two}', fix="Give it in one of them.")
+            UserError(f'"{name}" is in {one} and in {two}', fix="Set it in one of them only.")
             for name in sorted(varied[one] & varied[two])
         ]
     if config.grid and config.space:
-        problems.append(UserError("grid and space are both given", fix="Give lists of values in space, too."))
+        problems.append(UserError("grid and space are both given", fix="space accepts lists of values, too."))
     missing = {*(config.per_method or {})} - {*methods_to_compare(config)}
     problems += [
-        UserError(f"per_method names {name}, which is not compared", fix="Add it to methods.")
+        UserError(f"per_method sets {name}, which is not compared", fix="Add it to methods.")
         for name in sorted(missing)
     ]
     raise_all(problems)
@@ -140,9 +140,9 @@ def make_setup(loaded: Loaded[CompareConfig], method: TrainingMethod, varied: Ma
     checked = check_settings(TrainConfig, values, where)
     if "num_train_epochs" in chosen and checked.config.max_steps > 0:
         raise UserError(
-            f"num_train_epochs has no effect, as max_steps is {checked.config.max_steps}",
+            f"num_train_epochs has no effect, because max_steps is {checked.config.max_steps}",
             where=where,
-            fix="Leave max_steps out.",
+            fix="Remove max_steps.",
         )
     found = {name: getattr(checked.config, name) for name in chosen}
     name = _words([method, *(f"{name}={_short(value)}" for name, value in found.items())])
@@ -154,7 +154,7 @@ def _words(parts: Sequence[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value as it stands in names."""
+    """A value as it is written in names."""
     if value is None:
         return "default"
     if isinstance(value, bool):
@@ -165,15 +165,15 @@ def _short(value: Any) -> str:
 
 
 def about_full_training(config: CompareConfig) -> str | None:
-    """A line for the user on settings of the grid that full training does not have; None where there are none."""
+    """A line for the user on settings of the grid that full training does not have; None if there are none."""
     without = [name for name in config.grid or {} if name in ADAPTER_SETTINGS]
     if not without or "full" not in methods_to_compare(config):
         return None
-    return f"{', '.join(without)}: without effect on full training, which is not varied by it."
+    return f"{', '.join(without)}: no effect on full training, which is not repeated for it."
 
 
 def about_learning_rates(config: CompareConfig, given: Mapping[str, Any]) -> str | None:
-    """A line for the user on whose a learning rate is that was given beside the methods; None where all is plain."""
+    """A line for the user on which method a given learning rate applies to; None if it is obvious."""
     others: list[TrainingMethod] = [
         method for method in methods_to_compare(config) if not method.startswith(config.method)
     ]

@@ -1,4 +1,4 @@
-"""Measured trials -> a comparison: spread over seeds, quality relative to a reference, what cannot be told apart."""
+"""Measured trials -> a comparison: spread over seeds, quality relative to a reference, setups that do not differ."""
 
 from __future__ import annotations
 

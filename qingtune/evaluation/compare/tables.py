@@ -104,7 +104,7 @@ def notes(comparison: Comparison) -> list[str]:
             )
         lines.append(
             "tokens/s: over the logged steps but the first line. time: in steps and evaluations. "
-            "memory: the most that a trial's process held."
+            "memory: the peak of a trial's process."
         )
         lines += _about_best(comparison)
     for row in comparison.rows:
@@ -179,7 +179,7 @@ def reference_name(comparison: Comparison) -> str:
 def _about_seeds(comparison: Comparison) -> list[str]:
     seeds = sorted({seed for row in comparison.rows for seed in row.numbers})
     if not _several_seeds(comparison):
-        return [f"One seed ({seeds[0]}): small differences may be chance. --seeds 3 shows the spread."]
+        return [f"One seed ({seeds[0]}): small differences may be noise. --seeds 3 shows the spread."]
     lines = [
         f"Medians over {len(seeds)} seeds ({', '.join(map(str, seeds))}); the range over seeds in brackets, or half of "
         "it after ±."
@@ -196,9 +196,9 @@ def _about_quality(comparison: Comparison) -> list[str]:
         assert reference.eval_loss is not None
         gain = reference.eval_loss_before.median - reference.eval_loss.median
         if gain <= 0:
-            return [f"quality is left out: {name} did not lower eval_loss, so there is nothing to relate to."]
+            return [f"no quality is shown: {name} did not lower eval_loss, so there is no reference."]
         return [
-            f"quality is left out: {name}, the reference, lowered eval_loss by {gain:.4f}, which is too little to "
+            f"no quality is shown: {name}, the reference, lowered eval_loss by {gain:.4f}, which is too little to "
             "compare others with. Train longer, or with a higher learning rate."
         ]
     lines = [

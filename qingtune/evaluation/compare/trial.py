@@ -1,4 +1,4 @@
-"""A trial: a setup with a seed, trained by `qingtune train` in a process of its own; and what it came to."""
+"""A trial: a setup with a seed, trained by `qingtune train` in a separate process, and its outcome."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ State = Literal["finished", "failed", "stopped", "pruned", "not run"]
 
 @dataclass(frozen=True)
 class Trial:
-    """A setup with a seed, and its folder; configuration and output lie beside that."""
+    """A setup with a seed, and its folder; configuration and output are next to it."""
 
     setup: Setup
     seed: int
@@ -50,7 +50,7 @@ class Trial:
 
     @property
     def log_file(self) -> Path:
-        """What the process told."""
+        """The output of the process."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
@@ -111,7 +111,7 @@ class Interruption:
         if self.child is None:
             tell_at_once("Stopping.")
         else:
-            tell_at_once("The trial finishes its step and saves. Once more to leave at once.")
+            tell_at_once("The trial finishes its step and saves. Press Ctrl-C again to exit at once.")
             self.child.send_signal(number)
 
 
@@ -123,11 +123,11 @@ def wait_for_left_behind(trials: Path, stopping: Interruption) -> None:
         stopping: once it is asked for, waiting ends.
     """
     for folder in sorted(trials.glob("*/")):
-        told = False
+        announced = False
         while (holder := who_writes_to(folder)) and not stopping.asked:
-            if not told:
-                say(f"{folder} is still trained by an earlier start's {holder}; waiting for its end.")
-                told = True
+            if not announced:
+                say(f"{folder} is still being trained by {holder} of an earlier start; waiting for it.")
+                announced = True
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
@@ -140,7 +140,7 @@ def interruption() -> Generator[Interruption]:
 
 
 def run_trial(trial: Trial, stopping: Interruption, watch: Callable[[Sequence[dict[str, Any]]], bool]) -> TrialOutcome:
-    """Train in a fresh process, or go on where that was interrupted; checkpoints of a finished trial are removed.
+    """Train in a new process, or resume; checkpoints of a finished trial are removed.
 
     Args:
         watch: gets the lines of metrics.jsonl whenever there are more; True to stop the trial for good.
@@ -242,7 +242,7 @@ def remove_model(trial: Trial) -> None:
     if not weights:
         return
     command = command_line("train", "--overwrite_output_dir", config_file=trial.config_file)
-    note = "Of whole models a comparison keeps the best one (keep_models). To train the weights of this one again:"
+    note = "A comparison keeps only the best whole model (keep_models). To train this one again:"
     write_text(trial.folder / WEIGHTS_REMOVED, f"{note}\n{command}\n")
     for path in weights:
         path.unlink()
@@ -255,22 +255,22 @@ def last_evaluation(trial: Trial) -> str:
 
 
 def _reason(code: int, log: Path) -> str:
-    """Why a process failed: its error, as it told it, or the last line."""
+    """Why a process failed: the error it printed, or its last line."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
     if code == 2 and starts:
         return " ".join(lines[starts[-1] :]).removeprefix("error: ")
     if code < 0:
         name = signal.Signals(-code).name
-        return f"ended by {name}" + ("; the system does so where memory runs out" if name == "SIGKILL" else "")
-    return f"exit code {code}: {lines[-1] if lines else 'it told nothing'}"
+        return f"ended by {name}" + ("; the system does so when memory runs out" if name == "SIGKILL" else "")
+    return f"exit code {code}: {lines[-1] if lines else 'it printed nothing'}"
 
 
 # --- Finished trials -------------------------------------------------------------------------------------------------
 
 
 def finished_outcome(trial: Trial) -> TrialOutcome:
-    """What a finished trial measured; `not run` if it is not finished, failed if it came to no number."""
+    """The measurements of a finished trial; `not run` if it is not finished, failed if it has no result."""
     record = read_record(trial.folder)
     if record is None:
         return TrialOutcome("not run")
@@ -309,9 +309,9 @@ def check_same_settings(trials: Sequence[Trial]) -> None:
             changes += [f"{trial.folder.name}: {line}" for line in changed]
     if changes:
         raise UserError(
-            "trials of this comparison were started with other settings:\n  " + "\n  ".join(changes),
+            "trials of this comparison were started with different settings:\n  " + "\n  ".join(changes),
             where=str(trials[0].folder.parent),
-            fix="\nPass --overwrite_output_dir to train anew, or choose another output_dir.",
+            fix="\nPass --overwrite_output_dir to train again, or choose another output_dir.",
         )
 
 
@@ -331,5 +331,5 @@ def check_same_work(trials: Sequence[Trial]) -> None:
                 raise UserError(
                     f"cannot be compared with {first[0]}: {'; '.join(changed)}",
                     where=str(trial.folder),
-                    fix="Pass --overwrite_output_dir to train all anew, or choose another output_dir.",
+                    fix="Pass --overwrite_output_dir to train all again, or choose another output_dir.",
                 )

@@ -1,6 +1,6 @@
 """Columns of numbers -> what a chart shows: thinned lines in a 1000 x 1000 box, ticks in percent, values as text.
 
-The box is stretched to whatever place a screen gives it; ticks are text beside it and keep their size.
+The box is stretched to whatever place a screen gives it; ticks are text next to it and keep their size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Line:
 
     Attributes:
         kind: names its colour: raw, smooth or evaluation.
-        label: beside its last value.
+        label: next to its last value.
         path: SVG path data in the box; gaps where values are missing.
         dots: the same for a dot at each point, where there are few, and where one has no neighbours.
         last: the last value, as text.

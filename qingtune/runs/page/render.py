@@ -1,4 +1,4 @@
-"""What a run has left -> one HTML file in English and Chinese, which needs nothing beside it."""
+"""The files of a run -> one self-contained HTML file in English and Chinese."""
 
 from __future__ import annotations
 

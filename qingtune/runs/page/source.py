@@ -103,7 +103,7 @@ class Source:
         curves: what was measured.
         answers: at most MOST_SAMPLES.
         steps_of_answers: the steps before and after which they were given; None if the files do not say.
-        more_answers: how many there are besides.
+        more_answers: how many more there are.
         metrics: of `qingtune evaluate`.
         evaluated: how many rows it asked, and of which files; None where that is not said.
     """
@@ -214,7 +214,7 @@ def _measured(line: dict[str, Any]) -> tuple[int, float, list[float] | None]:
 def _step(line: dict[str, Any]) -> int:
     step = line["step"]
     if not isinstance(step, int) or not 0 <= step <= LARGEST_STEP:
-        raise ValueError(f"step is {step!r}, where a whole number is wanted")
+        raise ValueError(f"step is {step!r}, not a whole number")
     return step
 
 
@@ -224,7 +224,7 @@ def _number(value: Any) -> float:
 
 
 def _eval_samples(path: Path) -> tuple[list[Answers], tuple[int, int] | None]:
-    """The answers of the first evaluation beside those of the last one."""
+    """The answers of the first and the last evaluation."""
     by_step: dict[int, dict[str, dict[str, Any]]] = {}
     for step, line in _lines(path, _answered):
         by_step.setdefault(step, {})[line["prompt"]] = line
@@ -242,7 +242,7 @@ def _eval_samples(path: Path) -> tuple[list[Answers], tuple[int, int] | None]:
 def _answered(line: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     for name in ("prompt", "answer"):
         if not isinstance(line[name], str):
-            raise ValueError(f"{name} is no text")
+            raise ValueError(f"{name} is not text")
     return _step(line), redact_values(line)
 
 
@@ -281,7 +281,7 @@ def _metrics(path: Path) -> list[PageMetric]:
     try:
         return [_metric(name, about) for name, about in dict(_json(path).get("metrics", {})).items()]
     except (AttributeError, TypeError, ValueError, LookupError) as error:
-        raise UserError(f"this is not as `qingtune evaluate` writes it ({error})", where=str(path)) from None
+        raise UserError(f"`qingtune evaluate` did not write this ({error})", where=str(path)) from None
 
 
 def _metric(name: str, about: dict[str, Any]) -> PageMetric:

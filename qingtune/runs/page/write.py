@@ -1,4 +1,4 @@
-"""Writes the page of a run, once or as the run goes on."""
+"""Writes the page of a run, once or during the run."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def write_page(folder: Path) -> Path:
     """
     text = render(read_run(folder))
     again = command_line("report", output_dir=folder)
-    with disk_errors(PAGE, folder, f"See that it can be written and the disk has room, then run `{again}`."):
+    with disk_errors(PAGE, folder, f"Check its permissions and the free disk space, then run `{again}`."):
         write_text(folder / PAGE, text)
     return folder / PAGE
 
 
 class PageOfRun:
-    """Keeps a run's page up to date while the run goes on; what is wrong with it is told, once, and harms no run."""
+    """Keeps a run's page up to date; an error of the page is reported once and does not stop the run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rest_until = 0.0
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
 
     def __call__(self, _event: object) -> None:
         """Something was measured: write the page, unless that would take too much of the time."""
@@ -49,9 +49,9 @@ class PageOfRun:
             write_page(self.folder)
         except Exception as error:  # a fault of the page, whichever, must not cost hours of training
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            if reason not in self.told:
+            if reason not in self.reported:
                 say(f"Warning: {PAGE} was not written: {reason}")
-            self.told.add(reason)
+            self.reported.add(reason)
             return False
         finally:
             now = time.perf_counter()

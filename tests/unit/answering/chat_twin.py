@@ -56,7 +56,7 @@ class Model:
     def answer(self, ids: Sequence[int], decoding: Decoding) -> Answer:
         if len(ids) >= self.context_length:
             raise UserError(
-                f"the prompt has {len(ids)} tokens, the model reads {self.context_length}", fix="Shorten it."
+                f"the prompt has {len(ids)} tokens, but the model's context is {self.context_length}", fix="Shorten it."
             )
         self.prompts.append(self.template.tokenizer.decode(list(ids)))
         self.decodings.append(decoding)

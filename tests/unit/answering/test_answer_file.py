@@ -127,7 +127,7 @@ def test_other_settings_do_not_go_on(template: Template, tmp_path: Path) -> None
 def test_a_file_that_is_there_stays(template: Template, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text("mine\n")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         write(path, template, Counting())
     assert path.read_text() == "mine\n"
     write(path, template, Counting(), over=True)

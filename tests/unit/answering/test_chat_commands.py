@@ -65,13 +65,13 @@ def test_help_lists_every_command_and_fits_80_columns(state: ChatState) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/sav a.jsonl", "/sav is no command. Did you mean /save?"),
-        ("/ret", "/ret is no command. Did you mean /retry?"),
-        ("/hlep", "/hlep is no command. Did you mean /help?"),
-        ("/usr/bin/env", "/usr/bin/env is no command. /help lists them; // sends a message that begins with /."),
-        ("/", "/ is no command. /help lists them; // sends a message that begins with /."),
-        ("/undo 2", "/undo takes nothing after it"),
-        ("/exit now", "/exit takes nothing after it"),
+        ("/sav a.jsonl", "/sav is not a command. Did you mean /save?"),
+        ("/ret", "/ret is not a command. Did you mean /retry?"),
+        ("/hlep", "/hlep is not a command. Did you mean /help?"),
+        ("/usr/bin/env", "/usr/bin/env is not a command. /help lists them; // sends a message that begins with /."),
+        ("/", "/ is not a command. /help lists them; // sends a message that begins with /."),
+        ("/undo 2", "/undo takes no argument"),
+        ("/exit now", "/exit takes no argument"),
         ("/save", "/save needs a file name."),
         ("/load ", "/load needs a file name."),
     ],
@@ -81,7 +81,7 @@ def test_lines_that_are_no_commands(state: ChatState, line: str, message: str) -
 
 
 def test_system_message(state: ChatState) -> None:
-    assert obey(state, "/system") == "[system: none, as the template has it]"
+    assert obey(state, "/system") == "[system: none (the template's default)]"
     assert obey(state, "/system Be brief.\nBe kind.").startswith("[system: Be brief.\nBe kind.]")
     assert state.session.messages() == [Message("system", "Be brief.\nBe kind."), *TURNS]
     obey(state, "/system default")
@@ -149,10 +149,8 @@ def test_set_checks_as_the_flags_do(state: ChatState, name: str, value: str) -> 
 
 
 def test_unknown_settings(state: ChatState) -> None:
-    assert refused(state, "/set temprature 1") == '"temprature" is no setting of a chat. Did you mean "temperature"?'
-    assert refused(state, "/set base_model x").startswith(
-        '"base_model" is no setting of a chat. It has max_new_tokens,'
-    )
+    assert refused(state, "/set temprature 1") == '"temprature" is not a chat setting. Did you mean "temperature"?'
+    assert refused(state, "/set base_model x").startswith('"base_model" is not a chat setting. It has max_new_tokens,')
 
 
 # --- /save and /load -------------------------------------------------------------------------------------------------
@@ -195,7 +193,7 @@ def test_save_leaves_other_files_alone(state: ChatState, tmp_path: Path) -> None
     text.write_text("years of work")
     before = rows.read_bytes()
     assert 'its rows are of the form "instruction", and a file has one form' in refused(state, f"/save {rows}")
-    assert "a chat is saved as a JSON line. Name a file that ends in .jsonl." in refused(state, f"/save {text}")
+    assert "chats are saved as JSON lines. Use a file name that ends in .jsonl." in refused(state, f"/save {text}")
     assert "cannot be written: " in refused(state, f"/save {tmp_path / 'none' / 'x'}")
     assert refused(state, f"/save {tmp_path / 'x.jsonl.gz'}")
     assert (rows.read_bytes(), text.read_text()) == (before, "years of work")
@@ -250,7 +248,7 @@ def test_load_tells_the_faults_of_a_file_with_their_lines(state: ChatState, tmp_
     path = tmp_path / "chats.jsonl"
     lines = [json.dumps(good), "{", json.dumps(unanswered)]
     path.write_text("\n".join(lines))
-    fault = f"{path}:3: no assistant turn, so nothing to train on. /load FILE LINE takes another one."
+    fault = f"{path}:3: no assistant turn, so there is nothing to train on. /load FILE LINE loads another one."
     assert refused(state, f"/load {path}") == fault
     assert f"{path}:2: not valid JSON" in refused(state, f"/load {path} 2")
     assert refused(state, f"/load {path} 9") == f"{path}: no conversation starts on line 9"
@@ -268,7 +266,7 @@ def test_load_refuses_what_is_no_conversation(state: ChatState, tmp_path: Path) 
     assert "there is no such file" in refused(state, f"/load {tmp_path / 'none'}")
     assert refused(state, f"/load {empty}") == f"{empty}: no conversation here"
     assert refused(state, f"/load {texts}") == f"{texts}:1: plain text, not a conversation"
-    assert "fit no known format" in refused(state, f"/load {other}")
+    assert "match no known format" in refused(state, f"/load {other}")
 
 
 def test_load_with_a_number_at_the_end_of_the_files_name(

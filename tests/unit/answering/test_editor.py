@@ -151,7 +151,7 @@ def test_a_history_that_cannot_be_written_is_told_once(keyboard: Keyboard, cache
     assert keyboard.type("two", ENTER) == "two"
     (note,) = keyboard.notes
     assert note.startswith(f"{cache / 'chat_history'}: ")
-    assert note.endswith("; what you type is not kept for later chats.")
+    assert note.endswith("; your input is not kept for later chats.")
     assert keyboard.type(UP, UP, ENTER) == "one"
 
 

@@ -84,7 +84,7 @@ done"""
 
 def test_a_compiler_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "'x")
-    assert native_library() == "CC cannot be read as a command: No closing quotation"
+    assert native_library() == "CC is not a valid command: No closing quotation"
 
 
 COPIES = r"""

@@ -132,7 +132,7 @@ def test_retry_puts_the_question_again_and_draws_otherwise(capsys: Captured) -> 
 
 def test_a_retry_that_brings_nothing_leaves_the_earlier_answer(capsys: Captured) -> None:
     talked = talk(["Bread?", "/retry", "/retry"], ["Seven.", CTRL_C, "Eight."])
-    assert "[stopped; no new answer, so the earlier one stays]" in capsys.readouterr().err
+    assert "[stopped; no new answer; the earlier one is kept]" in capsys.readouterr().err
     assert talked.turns == ["Bread?", "Eight."]
     assert talked.model.prompts[0] == talked.model.prompts[2]
 
@@ -146,7 +146,7 @@ def test_an_answer_that_is_cut_says_so(capsys: Captured) -> None:
     state = make_state()
     ids = state.session.template.tokenizer("Fresh bread", add_special_tokens=False)["input_ids"]
     talk([f"/set max_new_tokens {len(ids)}", "Bread?"], [ids], state=state)
-    assert "[cut at max_new_tokens, which /set changes; the answer so far is kept]" in capsys.readouterr().err
+    assert "[cut at max_new_tokens (change it with /set); the answer so far is kept]" in capsys.readouterr().err
     talk(["/set max_new_tokens 99", "Bread?"], [ids], state=state)
     assert "[the context is full; the answer so far is kept]" in capsys.readouterr().err
     assert state.session.turns[-1].content == "Fresh bread"
@@ -198,7 +198,7 @@ def test_turns_dropped_for_an_answer_that_did_not_come_are_back() -> None:
 def test_a_question_that_does_not_fit_is_told_and_nothing_lost(capsys: Captured) -> None:
     state = make_state(context_length=120)
     talked = talk(["Bread?", "long " * 100, "Now?"], ["Seven.", "Yes."], state=state)
-    assert "tokens, the model reads 120. Shorten it." in capsys.readouterr().err
+    assert "tokens, but the model's context is 120. Shorten it." in capsys.readouterr().err
     assert talked.turns == ["Bread?", "Seven.", "Now?", "Yes."]
     assert state.session.dropped == 0
 
@@ -250,7 +250,7 @@ def test_thinking_cut_off_is_told(capsys: Captured) -> None:
     assert talk([f"/set max_new_tokens {len(ids)}", "Bread?"], [ids], state=state).turns == []
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "[cut at max_new_tokens, which /set changes; no answer yet; /retry asks again]" in captured.err
+    assert "[cut at max_new_tokens (change it with /set); no answer yet; /retry asks again]" in captured.err
 
 
 # --- The screen ------------------------------------------------------------------------------------------------------

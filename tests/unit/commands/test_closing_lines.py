@@ -12,7 +12,7 @@ from qingtune.config.training import TrainConfig
     ("best_kept", "line"),
     [
         (False, "eval_loss 3.0000 -> 2.5000 on 4 samples"),
-        (True, "eval_loss 3.0000 -> 2.0000 on 4 samples, at step 6, which was the best"),
+        (True, "eval_loss 3.0000 -> 2.0000 on 4 samples, at step 6 (the best)"),
     ],
 )
 def test_the_loss_is_that_of_the_kept_weights(best_kept: bool, line: str) -> None:

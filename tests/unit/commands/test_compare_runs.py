@@ -132,7 +132,7 @@ def test_a_trial_left_behind_is_waited_for(
     process = _left_behind(folder, seconds=0.6)
     code, _, order = run(grid={"learning_rate": [1e-4]}, overwrite_output_dir=True)
     assert (code, order, process.wait()) == (0, [folder.name], 0)
-    assert f"{folder} is still trained by an earlier start's process {process.pid}" in capsys.readouterr().err
+    assert f"{folder} is still being trained by process {process.pid} of an earlier start" in capsys.readouterr().err
 
 
 def test_waiting_for_a_trial_left_behind_can_be_stopped(
@@ -144,7 +144,7 @@ def test_waiting_for_a_trial_left_behind_can_be_stopped(
     (folder.parent.parent / "order").touch()
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     assert run(grid={"learning_rate": [1e-4]}, overwrite_output_dir=True) == (130, {}, [])  # nothing was removed
-    assert capsys.readouterr().err.endswith("Stopped. To go on: again\n")
+    assert capsys.readouterr().err.endswith("Stopped. To resume: again\n")
     assert process.poll() is None
     process.kill()
     process.wait()
@@ -182,7 +182,7 @@ def test_trials_that_cannot_be_removed_are_told(
 
 def test_the_report_says_whether_all_train_on_the_same(run: Callable[..., Any]) -> None:
     _, found, _ = run(grid={"learning_rate": [1e-4, 2e-4]})
-    assert found["about"][2] == "2 steps of 8 samples; all setups get the same ones in the same order"
+    assert found["about"][2] == "2 steps of 8 samples, the same for all setups, in the same order"
     _, found, _ = run(grid={"max_steps": [4, 8]}, learning_rate=1e-4)
     assert len(found["about"]) == 2
 
@@ -219,7 +219,7 @@ def test_interrupted_search_goes_on_with_the_same_point(
     code, found, _ = run(**search, trials=2)
     assert code == 130
     assert [trial["state"] for trial in found["setups"][1]["trials"]] == ends
-    assert capsys.readouterr().err.endswith("Stopped. To go on: again\n")
+    assert capsys.readouterr().err.endswith("Stopped. To resume: again\n")
     monkeypatch.delenv("PRESS_CTRL_C")
     code, found, order = run(**search, trials=2)
     assert code == 0

@@ -64,9 +64,7 @@ def test_without_confirmation_only_a_list_is_shown(folder: Path, capsys: pytest.
     publish(folder, hub)
     assert hub.asked == []
     lines = capsys.readouterr().out.splitlines()
-    assert (
-        lines[0] == f"{folder} -> Hugging Face, me/mine, a repository that everybody sees (public) if it is made anew:"
-    )
+    assert lines[0] == f"{folder} -> Hugging Face, me/mine (public if the repository is new):"
     assert [line.split()[0] for line in lines[1:-3]] == PUBLISHED
     assert "adapter_model.safetensors  7 bytes" in lines[3]
     assert lines[-3].startswith("6 files, ")
@@ -74,7 +72,7 @@ def test_without_confirmation_only_a_list_is_shown(folder: Path, capsys: pytest.
         "Left out: evaluation.json, loss_curve.png, metrics.jsonl, report.html, run_facts.json, trackers, "
         "train_config.json."
     )
-    assert lines[-1] == "Nothing was uploaded. To do it, give the same command with --confirm."
+    assert lines[-1] == "Nothing was uploaded. To upload, run the same command with --confirm."
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -90,9 +88,9 @@ def test_confirmed_it_is_uploaded_and_nothing_else(
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("optimizer.pt", "x", "no part of a model"),
-        ("adapter_model.bin", "x", "no part of a model"),
-        (".env", "x", "no part of a model"),
+        ("optimizer.pt", "x", "not part of a model"),
+        ("adapter_model.bin", "x", "not part of a model"),
+        (".env", "x", "not part of a model"),
         ("README.md", f"use {TOKEN}", "a token or a password"),
         (
             "adapter_config.json",
@@ -140,13 +138,13 @@ def test_checkpoints_and_links_are_refused_by_name(folder: Path) -> None:
     with pytest.raises(UserError, match="optimizer's state") as caught:
         publish(folder, FakeHub())
     assert len(str(caught.value).splitlines()) == 2
-    assert "config.json: is no part" in str(caught.value)
+    assert "config.json: is not part" in str(caught.value)
 
 
 def test_a_record_with_paths_is_left_out_and_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "qingtune.json").write_text('{"base_model": "/srv/models/qwen"}')
     publish(folder, FakeHub())
-    assert "qingtune.json, which names a path of this machine, /srv/models/qwen" in capsys.readouterr().out
+    assert "qingtune.json, which contains a path of this machine, /srv/models/qwen" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", ["folder", "weights"])

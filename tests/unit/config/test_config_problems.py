@@ -137,16 +137,16 @@ def test_wrong_value_is_one_problem_that_shows_it(file: Path, name: str, value: 
         ({"bf16": True, "fp16": True}, "bf16 and fp16 are both true"),
         ({"eval_data_path": "e.jsonl", "val_size": 5}, "eval_data_path and val_size are both given"),
         ({"val_size": 1.5}, "neither a share below 1 nor a whole number"),
-        ({"eval_strategy": "epoch"}, "nothing to evaluate on"),
+        ({"eval_strategy": "epoch"}, "no evaluation data"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end needs evaluations"),
         ({"load_best_model_at_end": True, "val_size": 5, "eval_strategy": "no"}, 'eval_strategy is "no"'),
         ({"greater_is_better": True}, "greater_is_better is true"),
         ({"max_steps": 0}, "max_steps is 0"),
-        ({"learning_rate": 5}, "learning_rate 5 moves every weight by about that much in each step of AdamW"),
+        ({"learning_rate": 5}, "learning_rate 5 moves every weight by about that much in each AdamW step"),
         ({"learning_rate": 0.1, "use_lora": True, "loraplus_lr_ratio": 16}, "0.1 times loraplus_lr_ratio 16 moves"),
-        ({"use_dora": True}, "use_dora without adapters has no meaning. Set use_lora or use_qlora."),
-        ({"rank_pattern": {"q_proj": 2}, "modules_to_save": "norm"}, "rank_pattern, modules_to_save without adapters"),
-        ({"use_qlora": True, "init_lora_weights": "pissa"}, "rounded to few bits a second time"),
+        ({"use_dora": True}, "use_dora needs adapters. Set use_lora or use_qlora."),
+        ({"rank_pattern": {"q_proj": 2}, "modules_to_save": "norm"}, "rank_pattern, modules_to_save need adapters"),
+        ({"use_qlora": True, "init_lora_weights": "pissa"}, "then be quantised again"),
         ({"use_qlora": True, "init_lora_weights": "olora"}, "Choose use_lora, or another init_lora_weights."),
         ({"data_path": ""}, "data_path is missing"),
         ({"data_path": []}, "data_path is missing"),
@@ -176,11 +176,11 @@ def test_nothing_given_at_all_names_what_is_missing() -> None:
         ('{"data_path": "a",\n "lora_r": }', ":2:", "not valid JSON"),
         ('{"data_path": "a"\n "lora_r": 1}', ":2:", "not valid JSON"),
         ("", ":1:1", "not valid JSON"),
-        ('{"lora_r": 1, "lora_r": 2}', "", '"lora_r" stands there twice'),
-        ('{"deepspeed": {"a": 1, "a": 2}}', "", '"a" stands there twice'),
-        ("[]", "", "a JSON object is wanted"),
-        ("null", "", "a JSON object is wanted"),
-        ('"lora_r"', "", "a JSON object is wanted"),
+        ('{"lora_r": 1, "lora_r": 2}', "", '"lora_r" is given twice'),
+        ('{"deepspeed": {"a": 1, "a": 2}}', "", '"a" is given twice'),
+        ("[]", "", "expected a JSON object"),
+        ("null", "", "expected a JSON object"),
+        ('"lora_r"', "", "expected a JSON object"),
         ("店".encode("gbk"), "", "not UTF-8 text"),
         ('{"a": 1}'.encode("utf-16"), "", "not UTF-8 text"),
         ("[" * 100_000, "", "not valid JSON"),
@@ -198,13 +198,13 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such file") as caught:
         load_train_config(str(tmp_path / "none.json"), {})
     assert str(caught.value).startswith(f"{tmp_path / 'none.json'}: ")
-    with pytest.raises(UserError, match="no plain file"):
+    with pytest.raises(UserError, match="not a regular file"):
         load_train_config(str(tmp_path), {})
 
 
 def test_older_and_newer_name_in_one_file_are_one_problem(file: Path) -> None:
     lines = problems(file, {**DATA, "evaluation_strategy": "no", "eval_strategy": "no"})
-    assert lines == [f'{file}: "evaluation_strategy" is the older name of "eval_strategy"; both are given']
+    assert lines == [f'{file}: "evaluation_strategy" is the old name of "eval_strategy"; both are given']
 
 
 def test_an_older_name_is_called_by_its_name_when_its_value_is_wrong(file: Path) -> None:

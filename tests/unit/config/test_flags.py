@@ -83,7 +83,7 @@ def test_flags_of_several_words_end_at_the_next_flag() -> None:
 @pytest.mark.parametrize("argv", [("stray",), ("--lora_r", "4", "stray"), ("--zzz", "1", "stray"), ("-r", "4")])
 def test_stray_words_are_named(argv: tuple[str, ...]) -> None:
     word = "-r" if "-r" in argv else "stray"
-    with pytest.raises(UserError, match=f'command line: "{word}" stands alone') as caught:
+    with pytest.raises(UserError, match=f'command line: "{word}" is not a flag') as caught:
         parsed(*argv)
     assert "--name value" in str(caught.value)
 

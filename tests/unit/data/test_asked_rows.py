@@ -64,7 +64,7 @@ def test_plain_text_asks_nothing(tmp_path: Path) -> None:
         ({"prompt": ""}, '"prompt" is empty'),
         ({"messages": [ANSWER]}, "an assistant turn without a user turn before it"),
         ({"messages": []}, '"messages" is not a list of turns'),
-        ({"messages": [{"role": "system", "content": "s"}]}, "no user turn, so nothing to answer"),
+        ({"messages": [{"role": "system", "content": "s"}]}, "no user turn, so there is nothing to answer"),
         ({"question": "q"}, '"prompt" is missing'),
     ],
 )

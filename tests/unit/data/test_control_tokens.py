@@ -154,7 +154,7 @@ def test_an_answers_own_markup_is_trained_and_asked_for_as_its_tokens() -> None:
 def test_a_turn_delimiter_in_an_answer_is_refused_special_or_not(text: str) -> None:
     template = template_of("byte-level BPE", THINKING)
     row = Conversation((Message("user", "a"), Message("assistant", text)), "a:1")
-    assert "which the model reads as a control token" in tokenize(template, [row], 512, "drop").faults[0].reason
+    assert "which is a control token of this model" in tokenize(template, [row], 512, "drop").faults[0].reason
 
 
 DEEPSEEK = (

@@ -100,7 +100,7 @@ def test_a_file_of_another_kind_is_refused_in_one_line_that_names_it(rows: forei
     with pytest.raises(UserError) as caught:
         read(rows)
     first, last = str(caught.value).splitlines()
-    assert first == f"t.jsonl:1: {kind} is not supported ({sign}), and so are {len(rows) - 1} more rows"
+    assert first == f"t.jsonl:1: {kind} is not supported ({sign}) (and {len(rows) - 1} more rows)"
     assert last.startswith(f"({len(rows)} of {len(rows)} rows.) Fix the rows or pass --on_bad_row skip.")
     with pytest.raises(UserError, match=r"no usable row \(4 read, 4 refused\)") as caught:
         read(rows, "skip")
@@ -275,7 +275,7 @@ def test_placeholders_are_a_finding_and_a_warning() -> None:
     data, lines = prepare(foreign.IDENTITY)
     assert data.report.training.placeholders.count == 3
     (warning,) = [line for line in lines if "placeholders" in line]
-    assert warning.startswith("Warning: Training data: 3 rows hold placeholders that were never filled in")
+    assert warning.startswith("Warning: Training data: 3 rows contain unfilled placeholders")
 
 
 @pytest.mark.parametrize(

@@ -158,15 +158,15 @@ def say(*roles: str) -> dict[str, Any]:
     [
         ({"instruction": "q", "output": None}, '"output" is missing'),
         ({"instruction": "q"}, '"output" is missing'),
-        ({"instruction": 5, "output": "a"}, '"instruction" is int; text is wanted'),
-        ({"instruction": "q", "output": ["a"]}, '"output" is list; text is wanted'),
-        ({"instruction": "q", "output": "a", "input": 5}, '"input" is int; text is wanted'),
-        ({"instruction": "q", "output": "a", "system": ["s"]}, '"system" is list; text is wanted'),
+        ({"instruction": 5, "output": "a"}, '"instruction" is int, not text'),
+        ({"instruction": "q", "output": ["a"]}, '"output" is list, not text'),
+        ({"instruction": "q", "output": "a", "input": 5}, '"input" is int, not text'),
+        ({"instruction": "q", "output": "a", "system": ["s"]}, '"system" is list, not text'),
         ({"instruction": "q", "output": ""}, '"output" is empty'),
         ({"instruction": "q", "output": " \n\t"}, '"output" is empty'),
         ({"instruction": "", "output": "a"}, '"instruction" is empty'),
-        ({"instruction": "q", "output": "a\ud83d"}, '"output" holds half of a surrogate pair'),
-        ({"instruction": "q\udc00", "output": "a"}, '"instruction" holds half of a surrogate pair'),
+        ({"instruction": "q", "output": "a\ud83d"}, '"output" contains half of a surrogate pair'),
+        ({"instruction": "q\udc00", "output": "a"}, '"instruction" contains half of a surrogate pair'),
         ({"instruction": "q", "output": "a", "history": "none"}, '"history" is not a list of'),
         ({"instruction": "q", "output": "a", "history": 5}, '"history" is not a list of'),
         ({"instruction": "q", "output": "a", "history": [["q1"]]}, '"history" is not a list of'),
@@ -181,7 +181,10 @@ def say(*roles: str) -> dict[str, Any]:
         ({"messages": [ASKED, {"role": "assistant"}]}, 'turn 2: "content" is missing'),
         ({"messages": [ASKED, {"role": "assistant", "content": " "}]}, 'turn 2: "content" is empty'),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}, ANSWERED]}, 'turn 1: "content" is list'),
-        ({"messages": [ASKED, {"role": "assistant", "content": "\ud800"}]}, 'turn 2: "content" holds half of a surr'),
+        (
+            {"messages": [ASKED, {"role": "assistant", "content": "\ud800"}]},
+            'turn 2: "content" contains half of a surr',
+        ),
         (
             {"messages": [ASKED, {**ANSWERED, "tool_calls": [{"id": "1"}]}]},
             "tool-calling data is not supported (turn 2: ",
@@ -191,16 +194,16 @@ def say(*roles: str) -> dict[str, Any]:
         (say("assistant"), "an assistant turn without a user turn before it"),
         (say("system", "assistant"), "an assistant turn without a user turn before it"),
         (say("user", "assistant", "assistant"), "an assistant turn without a user turn before it"),
-        (say("user", "assistant", "user"), "the last turn is not the assistant's"),
+        (say("user", "assistant", "user"), "the last turn is not an assistant turn"),
         (say("user", "system", "assistant"), "a system message that is not the first"),
-        ({**GOOD["sharegpt"], "system": 5}, '"system" is int; text is wanted'),
+        ({**GOOD["sharegpt"], "system": 5}, '"system" is int, not text'),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt"}]}, 'turn 2: "value" is missing'),
         ({"conversations": {"from": "human"}}, '"conversations" is not a list of turns'),
         ({"prompt": "", "completion": "a"}, '"prompt" is empty'),
-        ({"prompt": "q", "completion": 1}, '"completion" is int; text is wanted'),
+        ({"prompt": "q", "completion": 1}, '"completion" is int, not text'),
         ({"prompt": "q", "completion": [ANSWERED]}, '"prompt" is not a list of turns'),
         ({"text": ""}, '"text" is empty'),
-        ({"text": {"a": 1}}, '"text" is dict; text is wanted'),
+        ({"text": {"a": 1}}, '"text" is dict, not text'),
         ({"messages": None}, '"messages" is missing'),
     ],
     ids=lambda value: ascii(value)[:60],
@@ -235,7 +238,9 @@ def test_format_is_found_though_the_first_rows_are_faulty(read: Callable[..., Re
 def test_no_known_format_names_the_columns_there_are(read: Callable[..., Reading]) -> None:
     with pytest.raises(UserError) as caught:
         read({"question": "q", "answer": "a"}, on_bad_row="skip")
-    assert str(caught.value).startswith('t.jsonl:1: the columns ("question", "answer") fit no known format. Known are:')
+    assert str(caught.value).startswith(
+        't.jsonl:1: the columns ("question", "answer") match no known format. The known formats are'
+    )
     for form in FORMATS.values():
         assert " + ".join(form.needed) in str(caught.value)
 

@@ -75,7 +75,7 @@ def test_rows_keep_their_order_and_other_columns(prompts: Callable[..., list[Any
         ({"prompt": None}, '"prompt" is missing'),
         ({"prompt": ""}, '"prompt" is empty'),
         ({"prompt": 5}, '"prompt" is int'),
-        ({"prompt": "\ud800"}, '"prompt" holds half of a surrogate pair'),
+        ({"prompt": "\ud800"}, '"prompt" contains half of a surrogate pair'),
         ({"instruction": ""}, '"instruction" is empty'),
         ({"instruction": "q", "history": 5}, '"history" is not a list'),
         ({"text": None}, '"text" is missing'),
@@ -83,7 +83,7 @@ def test_rows_keep_their_order_and_other_columns(prompts: Callable[..., list[Any
         ({"messages": [ANSWERED]}, "no "),
         ({"messages": [SYSTEM]}, "no "),
         ({"conversations": "q"}, '"conversations" is not a list of turns'),
-        (["q"], "a JSON object is wanted, not a list"),
+        (["q"], "expected a JSON object, not a list"),
     ],
     ids=lambda value: ascii(value)[:50],
 )

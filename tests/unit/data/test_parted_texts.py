@@ -161,7 +161,7 @@ def test_rows_of_too_many_turns_are_refused(tmp_path: Path, monkeypatch: pytest.
     write_jsonl(Path("t.jsonl"), [{"messages": turns}, {"messages": turns[:2]}])
     rules = Rules(max_row_turns=9)
     assert [str(fault) for fault in read_conversations(["t.jsonl"], None, "skip", rules).faults] == [
-        "t.jsonl:1: 10 turns; raise max_row_turns if they are meant"
+        "t.jsonl:1: 10 turns; raise max_row_turns if this is intended"
     ]
     assert isinstance(next(iter(asked_rows("t.jsonl", None, rules))), Fault)
     with pytest.raises(UserError, match="10 turns"):

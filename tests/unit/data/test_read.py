@@ -169,11 +169,11 @@ def test_json_list_names_the_line_on_which_an_object_starts(read: Read) -> None:
         ('{"a": 1, "a": 2}', 'not valid JSON: the key "a" comes twice'),
         ("[" * 100_000, "not valid JSON: nested too deeply"),
         ('{"a": ' + "1" * 5_000 + "}", "not valid JSON"),
-        ("[1]", "a JSON object is wanted, not a list"),
-        ('"text"', "a JSON object is wanted, not a text"),
-        ("3.5", "a JSON object is wanted, not a number"),
-        ("true", "a JSON object is wanted, not true or false"),
-        ("null", "a JSON object is wanted, not null"),
+        ("[1]", "expected a JSON object, not a list"),
+        ('"text"', "expected a JSON object, not a text"),
+        ("3.5", "expected a JSON object, not a number"),
+        ("true", "expected a JSON object, not true or false"),
+        ("null", "expected a JSON object, not null"),
         ("写一条".encode("gbk"), "not UTF-8 text; a file from Excel or an older Windows may be GBK"),
         (b'{"a": "\xff"}', "not UTF-8 text"),
     ],
@@ -192,8 +192,8 @@ def test_broken_jsonl_line_is_a_fault_and_the_others_are_read(read: Read, line: 
 def test_json_list_items_that_are_no_objects_are_faults(read: Read) -> None:
     rows = read("a.json", '[{"a": 1},\n5,\n[{"a": 2}],\n{"a": 3}]')
     assert rows[1:3] == [
-        Fault("a.json:2", "a JSON object is wanted, not a number"),
-        Fault("a.json:3", "a JSON object is wanted, not a list"),
+        Fault("a.json:2", "expected a JSON object, not a number"),
+        Fault("a.json:3", "expected a JSON object, not a list"),
     ]
     assert values([rows[0], rows[3]]) == [{"a": 1}, {"a": 3}]
 
@@ -202,8 +202,8 @@ def test_csv_rows_of_another_width_are_faults(read: Read) -> None:
     rows = read("a.csv", "a,b\n1\n2,3\n4,5,6\n")
     assert origins(rows) == ["a.csv:2", "a.csv:3", "a.csv:4"]
     assert [str(row) for row in rows if isinstance(row, Fault)] == [
-        "a.csv:2: 1 cells, but the first line names 2 columns",
-        "a.csv:4: 3 cells, but the first line names 2 columns",
+        "a.csv:2: 1 cells, but the header has 2 columns",
+        "a.csv:4: 3 cells, but the header has 2 columns",
     ]
 
 
@@ -215,17 +215,17 @@ ZIPPED = gzip.compress(as_jsonl(ROWS) * 500, mtime=0)
 @pytest.mark.parametrize(
     ("name", "content", "where", "what"),
     [
-        ("a.txt", "x", "a.txt: ", "this kind of file is not known"),
-        ("a.jsonl.zip", "x", "a.jsonl.zip: ", "this kind of file is not known"),
-        ("a.json", "", "a.json: ", "a list of objects is wanted"),
-        ("a.json", '{"a": 1}\n{"a": 2}\n', "a.json: ", "a list of objects is wanted"),
+        ("a.txt", "x", "a.txt: ", "this file type is not supported"),
+        ("a.jsonl.zip", "x", "a.jsonl.zip: ", "this file type is not supported"),
+        ("a.json", "", "a.json: ", "expected a list of objects"),
+        ("a.json", '{"a": 1}\n{"a": 2}\n', "a.json: ", "expected a list of objects"),
         ("a.json", '[{"a": 1},\n{"a": }]', "a.json:2: ", "not valid JSON"),
         ("a.json", '[{"a": 1}\n\n{"a": 2}]', "a.json:3: ", "not valid JSON"),
         ("a.json", '[{"a": 1},\n', "a.json:", "not valid JSON"),
         ("a.json", '[{"a": 1}', "a.json:1: ", "not valid JSON"),
         ("a.json", '[{"a": 1}]\n[{"a": 2}]', "a.json:2: ", "not valid JSON"),
         ("a.json", '[{"a": 1},\n]', "a.json:2: ", "not valid JSON"),
-        ("a.json", "[1]\n2", "a.json:2: ", "not valid JSON: the list has ended, but more follows"),
+        ("a.json", "[1]\n2", "a.json:2: ", "not valid JSON: text follows the end of the list"),
         ("a.json", '[{"a": 1},\n{"b": {"a": 1, "a": 1}}]', "a.json:2: ", 'the key "a" comes twice'),
         ("a.json", '[{"a": 1},\n' + "[" * 100_000, "a.json:2: ", "not valid JSON: nested too deeply"),
         ("a.json", '[\n{"a": ' + "1" * 5_000 + "}]", "a.json:2: ", "not valid JSON"),

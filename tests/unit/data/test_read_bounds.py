@@ -25,7 +25,7 @@ from qingtune.errors import UserError
 
 SMALL = Rules(max_row_mb=0.001)  # 1,000 bytes
 LONG = "x" * 5_000
-TOO_LARGE = "a row of over 0.001 MB; raise max_row_mb if it is meant"
+TOO_LARGE = "a row over 0.001 MB; raise max_row_mb if this is intended"
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +190,7 @@ def test_rows_that_are_kept_may_take_so_much_memory(row: dict[str, Any]) -> None
         read_conversations([path], None, "skip", Rules(max_data_gb=1e-4))
     where, what = str(caught.value).split(": ", 1)
     assert where.startswith("t.jsonl:")
-    assert what == "the rows up to here take over 0.1 MB of memory. Use fewer rows, or raise max_data_gb."
+    assert what == "the rows up to this one take over 0.1 MB of memory. Use fewer rows, or raise max_data_gb."
 
 
 def test_prompts_that_are_kept_too() -> None:
@@ -204,7 +204,7 @@ def test_half_of_the_free_memory_is_the_bound_where_none_is_set(monkeypatch: pyt
     room = MemoryBound(Rules())
     room.take(500_000_000, "t:1")
     with pytest.raises(
-        UserError, match=r"t:2: the rows up to here take over 750.0 MB of memory, half of what was free"
+        UserError, match=r"t:2: the rows up to this one take over 750.0 MB of memory, half of what was free"
     ):
         room.take(250_000_001, "t:2")
 

@@ -121,12 +121,12 @@ def test_a_looping_template_is_refused_with_a_message() -> None:
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{{ 'x' * 3000000 }}", r"fails: it writes 3,000,000 characters of a conversation of 5\."),
+        ("{{ 'x' * 3000000 }}", r"fails: it writes 3,000,000 characters for a conversation of 5\."),
         ("{{ raise_exception('x' * 3000000) }}", r"fails: x{150}\.\.\.x{75} \(1,000 characters\)\."),
         ("", None),
-        ("{{ undefined }}", "does not write what the user says"),
-        ("no messages at all", "does not write what the user says"),
-        ("{% for m in messages[1:] %}{{ m.content }}{% endfor %}", "does not write what the user says"),
+        ("{{ undefined }}", "does not write the user's text"),
+        ("no messages at all", "does not write the user's text"),
+        ("{% for m in messages[1:] %}{{ m.content }}{% endfor %}", "does not write the user's text"),
     ],
 )
 def test_templates_write_the_conversation_and_not_much_else(template: str, said: str | None) -> None:

@@ -212,7 +212,7 @@ def test_a_template_that_raises_refuses_the_row_with_its_reason() -> None:
 def test_a_template_that_writes_another_turn_than_it_prompts_for_is_refused() -> None:
     template = make_template(make_tokenizer(CHATML.replace("|>assistant\n", "|>model\n")), [])
     (fault,) = tokenize(template, QUESTION, ANSWER).faults
-    assert "right after its prompt" in fault.reason
+    assert "directly after its prompt" in fault.reason
 
 
 def test_long_samples_are_dropped_cut_or_an_error() -> None:
@@ -254,8 +254,8 @@ def test_generation_stops_at_the_end_of_turn_and_where_the_model_does(name: str)
         (CHATML, [], ""),
         (CHATML, [2], ""),
         (CHATML, [0], "looks like a base model"),
-        (None, [2], "brings no chat template"),
-        (TEMPLATES["no end of turn"], [2], "is put after each answer"),
+        (None, [2], "has no chat template"),
+        (TEMPLATES["no end of turn"], [2], "is added after each answer"),
     ],
 )
 def test_notices_on_the_template(chat_template: str | None, stop_ids: list[int], notice: str) -> None:
@@ -272,7 +272,7 @@ def test_a_template_that_always_fails_is_an_error(chat_template: str) -> None:
 def test_a_tokenizer_without_an_end_is_an_error() -> None:
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
     tokenizer.eos_token = None
-    with pytest.raises(UserError, match="no token that could end"):
+    with pytest.raises(UserError, match="no token that can end"):
         make_template(tokenizer, [])
 
 

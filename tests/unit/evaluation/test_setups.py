@@ -60,7 +60,7 @@ def test_the_user_is_told_whose_a_learning_rate_is() -> None:
 
     line = told(use_lora="true", learning_rate="3e-4", per_method="full.learning_rate=2e-5")
     assert line is not None
-    assert line.startswith("learning_rate 0.0003 is that of lora training; qlora4, qlora8 train at their default.")
+    assert line.startswith("learning_rate 0.0003 is that of lora training; qlora4, qlora8 train at ")
     assert told(use_lora="true") is None
     assert told(use_lora="true", learning_rate="3e-4", methods="lora") is None
     assert told(use_lora="true", learning_rate="3e-4", grid="learning_rate=1e-4,2e-4") is None
@@ -79,7 +79,7 @@ def test_adapters_settings_are_no_fault_in_full_training() -> None:
 
 
 def test_what_a_method_cannot_do_is_told_with_its_name() -> None:
-    with pytest.raises(UserError, match=r"^qlora4: init_lora_weights pissa takes"):
+    with pytest.raises(UserError, match=r"^qlora4: init_lora_weights pissa subtracts"):
         setups(use_lora="true", init_lora_weights="pissa", methods="lora,qlora4")
 
 
@@ -101,7 +101,7 @@ def test_grid_with_methods_has_full_training_once() -> None:
 
 def test_what_full_training_does_not_have_is_told() -> None:
     told = about_full_training(load(methods="full,lora", grid="lora_r=8,16 learning_rate=1e-4").config)
-    assert told == "lora_r: without effect on full training, which is not varied by it."
+    assert told == "lora_r: no effect on full training, which is not repeated for it."
     assert about_full_training(load(methods="lora", grid="lora_r=8,16").config) is None
     assert about_full_training(load(methods="full", grid="learning_rate=1e-4,2e-4").config) is None
 
@@ -149,10 +149,10 @@ def test_long_names_make_paths_too(tmp_path: Path) -> None:
         ({"per_method": "lora.eval_strategy=no"}, '"eval_strategy" cannot differ'),
         ({"grid": "seeds=1,2"}, '"seeds" cannot differ'),
         ({"per_method": "lora.max_seq_length=8"}, '"max_seq_length" cannot differ'),
-        ({"per_method": "full.learning_rate=1"}, "per_method names full, which is not compared"),
+        ({"per_method": "full.learning_rate=1"}, "per_method sets full, which is not compared"),
         ({"per_method": "lora.lora_r=4", "grid": "lora_r=8,16"}, '"lora_r" is in grid and in per_method'),
         ({"grid": "lora_r=8", "space": "lora_alpha=8,16"}, "grid and space are both given"),
-        ({"grid": "num_train_epochs=1,2", "max_steps": "6"}, "num_train_epochs has no effect, as max_steps is 6"),
+        ({"grid": "num_train_epochs=1,2", "max_steps": "6"}, "num_train_epochs has no effect, because max_steps is 6"),
     ],
     ids=str,
 )
@@ -190,8 +190,8 @@ def test_values_are_understood(name: str, text: Any, value: Any) -> None:
     ("name", "text", "message"),
     [
         ("grid", "lora_r", "lora_r is not NAME=VALUE"),
-        ("grid", "lora_r=8 lora_r=16", "lora_r stands there twice"),
-        ("grid", "lora_r=8,8", "8 stands there twice"),
+        ("grid", "lora_r=8 lora_r=16", "lora_r is given twice"),
+        ("grid", "lora_r=8,8", "8 is given twice"),
         ("grid", "lora_r=,", "lora_r has no value"),
         ("space", "lora_r=,", "lora_r has no value"),
         ("space", "lora_r=64..8", "64..8 ends before it begins"),

@@ -178,7 +178,7 @@ def test_other_samples_are_told(one: dict[str, Any], two: dict[str, Any], told: 
 
 def test_one_seed_is_said_to_be_one() -> None:
     page = as_markdown(compared(full=[3.0], lora=[3.1]), [])
-    assert "One seed (42): small differences may be chance. --seeds 3 shows the spread." in page
+    assert "One seed (42): small differences may be noise. --seeds 3 shows the spread." in page
     assert "(3.1" not in page
 
 

@@ -77,8 +77,8 @@ def finish(trial: Trial, data: str = "abc", evaluation: str = "def", **results: 
     [
         ("import sys; print('error: a.jsonl: no.\\nMend it.', file=sys.stderr); sys.exit(2)", "a.jsonl: no. Mend it."),
         ("raise ZeroDivisionError('none left')", "exit code 1: ZeroDivisionError: none left"),
-        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL; the system does so where memory runs out"),
-        ("import sys; sys.exit(130)", "exit code 130: it told nothing"),
+        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL; the system does so when memory runs out"),
+        ("import sys; sys.exit(130)", "exit code 130: it printed nothing"),
     ],
 )
 def test_failed_trial_says_why(make: Callable[..., Trial], script: str, message: str) -> None:

@@ -185,5 +185,5 @@ def test_a_log_that_is_broken_is_named(tmp_path: Path, line: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_pipe_in_the_place_of_the_bases_card_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "README.md")
-    with pytest.raises(UserError, match="no plain file"):
+    with pytest.raises(UserError, match="not a regular file"):
         card(tmp_path, None)

@@ -133,7 +133,7 @@ def test_what_go_cannot_render_alike_is_refused(template: str, reason: str) -> N
 
 
 def test_a_start_token_that_the_template_lacks_is_refused() -> None:
-    with pytest.raises(TemplateNotExpressible, match="begins with another token"):
+    with pytest.raises(TemplateNotExpressible, match="does not begin with the token"):
         find_turns(CHATML, renderer(CHATML), "<s>")
 
 
@@ -195,7 +195,7 @@ def test_no_value_ends_before_its_end(value: str) -> None:
 @pytest.mark.parametrize("value", LOST)
 def test_what_a_modelfile_cannot_hold_is_told(value: str) -> None:
     stop, system = left_out([value], value)
-    assert "left out of the Modelfile, as it holds" in stop
+    assert "is omitted from the Modelfile, because it contains" in stop
     assert ("No SYSTEM" if '"""' in value else "Ollama changes the SYSTEM text") in system
     assert left_out(["</s>", *VALUES], VALUES[1]) == left_out([], None) == []
 

@@ -107,7 +107,7 @@ def test_another_name_of_the_same_file_keeps_its_content(tmp_path: Path) -> None
 def test_pipes_and_folders_are_refused(way: Callable[[Path], None], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="no ordinary file"):
+    with pytest.raises(UserError, match="not a regular file"):
         way(tmp_path / "pipe")
     with pytest.raises(UserError, match="this is a folder"):
         way(tmp_path / "folder")

@@ -36,8 +36,8 @@ from qingtune.files.json_files import (
         (b'{"a": 1\n "b": 2}', "a.json:2:2: not valid JSON"),
         (b"\xff", "not UTF-8 text"),
         (b"[]", "a JSON object is expected"),
-        (b'{"a": 1, "a": 2}', '"a" stands there twice'),
-        (b'{"a": NaN}', "NaN stands in the place of a number"),
+        (b'{"a": 1, "a": 2}', '"a" is given twice'),
+        (b'{"a": NaN}', "NaN instead of a number"),
         (b'{"a": ' + b"9" * 41 + b"}", "a number of 41 digits"),
         (rb'{"a": "\ud800"}', "half of a surrogate pair"),
     ],
@@ -69,10 +69,10 @@ def test_files_of_other_kinds_are_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "device.json").symlink_to("/dev/zero")
     (tmp_path / "folder.json").mkdir()
     for name in ("pipe", "device", "folder"):
-        with pytest.raises(UserError, match=rf"{name}\.json: this is no plain file"):
+        with pytest.raises(UserError, match=rf"{name}\.json: this is not a regular file"):
             read_object(tmp_path / f"{name}.json")
     (tmp_path / "link.json").symlink_to(tmp_path / "none.json")
-    with pytest.raises(UserError, match=r"link\.json: this link leads nowhere"):
+    with pytest.raises(UserError, match=r"link\.json: the target of this link does not exist"):
         read_object_if_there(tmp_path / "link.json")
     (tmp_path / "large.json").write_bytes(b" " * 2000)
     with pytest.raises(UserError, match=r"large\.json: has more than"):

@@ -171,7 +171,7 @@ def test_a_model_is_downloaded_without_pickles_and_code(tmp_path: Path, monkeypa
 def test_offline_no_hub_is_asked(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "1")
     hugging_face(monkeypatch, info=lambda: pytest.fail("asked"))
-    with pytest.raises(UserError, match="not in its local cache, and HF_HUB_OFFLINE forbids to ask"):
+    with pytest.raises(UserError, match="not in the local cache, and HF_HUB_OFFLINE is set"):
         find_model(NAME, None, "hf")
 
 
@@ -180,12 +180,12 @@ def test_offline_no_hub_is_asked(variable: str, monkeypatch: pytest.MonkeyPatch)
     [
         ({"info": bare(GatedRepoError)}, "accept its licence and log in"),
         ({"download": bare(GatedRepoError)}, "accept its licence and log in"),  # the usual way: its page is public
-        ({"info": bare(RepositoryNotFoundError)}, "no model of this name, or it is private"),
+        ({"info": bare(RepositoryNotFoundError)}, "no such model, or it is private"),
         ({"info": ConnectionError("x")}, "no answer (ConnectionError)"),
         ({"info": bare(HfHubHTTPError)}, "no answer (HfHubHTTPError)"),
-        ({"download": bare(HfHubHTTPError)}, "the download broke off (HfHubHTTPError)"),
-        ({"download": OSError("disk full")}, "the download broke off (OSError)"),
-        ({"download": HfHubHTTPError.__mro__[1]("x")}, "the download broke off (HTTPError)"),  # of the transport
+        ({"download": bare(HfHubHTTPError)}, "the download was interrupted (HfHubHTTPError)"),
+        ({"download": OSError("disk full")}, "the download was interrupted (OSError)"),
+        ({"download": HfHubHTTPError.__mro__[1]("x")}, "the download was interrupted (HTTPError)"),  # of the transport
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
@@ -233,8 +233,8 @@ def fails(error: Exception) -> Callable[..., NoReturn]:
     [
         ({}, ""),
         ({"get_model": fails(ValueError("x"))}, "no answer or no such model (ValueError)"),
-        ({"snapshot_download": fails(OSError("x"))}, "the download broke off (OSError)"),
-        ({"snapshot_download": fails(FileDownloadError())}, "the download broke off (FileDownloadError)"),
+        ({"snapshot_download": fails(OSError("x"))}, "the download was interrupted (OSError)"),
+        ({"snapshot_download": fails(FileDownloadError())}, "the download was interrupted (FileDownloadError)"),
     ],
 )
 def test_modelscopes_answers(
@@ -296,7 +296,7 @@ def test_a_header_that_is_nowhere_is_told_as_a_model_is(monkeypatch: pytest.Monk
     hugging_face(monkeypatch, info=bare(RepositoryNotFoundError))
     with pytest.raises(UserError, match="the model was not found") as caught:
         find_header(NAME, None, "auto")
-    for told in ("no model of this name", "ModelScope: its package is not installed", "Three ways on"):
+    for told in ("no such model", "ModelScope: its package is not installed", "Three ways on"):
         assert told in str(caught.value)
 
 
@@ -306,11 +306,14 @@ def test_a_header_that_is_nowhere_is_told_as_a_model_is(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("files", "told"),
     [
-        ({}, "no config.json here, so this is no model folder"),
+        ({}, "no config.json here: this is not a model folder"),
         ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "holds an adapter, not a model.*--lora_model"),
         ({"config.json": '{"model_type": "llama"}', "pytorch_model.bin": ""}, "pickles, which can run code"),
         ({"config.json": '{"model_type": "llama"}', "model.pth": ""}, "pickles, which can run code"),
-        ({"config.json": '{"model_type": "llama"}'}, "no .safetensors weights here. Is the download complete"),
+        (
+            {"config.json": '{"model_type": "llama"}'},
+            "no .safetensors weights here. Check that the download is complete",
+        ),
         ({"config.json": "{}", "model.safetensors": ""}, "names no model_type"),
         (
             {"config.json": '{"model_type": ["llama"]}', "model.safetensors": ""},
@@ -342,7 +345,9 @@ def test_a_download_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         find_model(NAME, None, "hf")
 
 
-@pytest.mark.parametrize(("name", "told"), [("a.gguf", "not a GGUF file"), ("a.txt", "a folder or a .gguf file")])
+@pytest.mark.parametrize(
+    ("name", "told"), [("a.gguf", "not a GGUF file"), ("a.txt", "neither a model folder nor a .gguf file")]
+)
 def test_files_that_are_no_model(name: str, told: str) -> None:
     Path(name).write_text("<html>Not found</html>", encoding="utf-8")
     with pytest.raises(UserError, match=f"{name}: .*{told}"):

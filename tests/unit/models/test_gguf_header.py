@@ -66,7 +66,7 @@ def test_llama_with_experts_is_mixtral(tmp_path: Path) -> None:
 def test_sizes_that_differ_by_layer_are_told_not_miscounted(tmp_path: Path) -> None:
     config = config_of_gguf(write(tmp_path / "m.gguf", key_heads=[2, 1]))
     assert config["num_key_value_heads"] == [2, 1]
-    with pytest.raises(UserError, match=r"m\.gguf: (no model can be made of|this configuration)"):
+    with pytest.raises(UserError, match=r"m\.gguf: (no model can be created from|this configuration)"):
         read_blueprint(tmp_path / "m.gguf")
 
 

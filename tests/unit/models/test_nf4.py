@@ -135,20 +135,20 @@ def test_rows_that_do_not_divide_into_blocks_are_unpacked_right(shape: tuple[int
 # --- Refused ---------------------------------------------------------------------------------------------------------
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "gptq": ({"quant_method": "gptq", "bits": 4}, "quantised by gptq,"),
-    "awq": ({"quant_method": "awq"}, "quantised by awq,"),
-    "fp8": ({"quant_method": "fp8"}, "quantised by fp8,"),
-    "int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantised by bitsandbytes in 8 bits,"),
+    "gptq": ({"quant_method": "gptq", "bits": 4}, "quantised with gptq,"),
+    "awq": ({"quant_method": "awq"}, "quantised with awq,"),
+    "fp8": ({"quant_method": "fp8"}, "quantised with fp8,"),
+    "int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantised with bitsandbytes in 8 bits,"),
     "fp4": (
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
-        r"quantised by bitsandbytes \(fp4, stored as uint8\),",
+        r"quantised with bitsandbytes \(fp4, stored as uint8\),",
     ),
     "wide storage": (
         {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "bfloat16",
          "quant_method": "bitsandbytes"},
-        r"quantised by bitsandbytes \(nf4, stored as bfloat16\),",
+        r"quantised with bitsandbytes \(nf4, stored as bfloat16\),",
     ),
-    "nameless": ({}, "quantised by a method that is not named,"),
+    "nameless": ({}, "quantised with an unnamed method,"),
 }  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def test_other_forms_are_refused_by_name(name: str, copy: Path) -> None:
     settings, told = OTHERS[name]
     path = copy / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
-    with pytest.raises(UserError, match=rf"copy: the weights are stored {told}") as error:
+    with pytest.raises(UserError, match=rf"copy: the weights are {told}") as error:
         find_model(str(copy), None, "auto")
     assert "Use the model in 16 bits" in str(error.value)
 
@@ -178,7 +178,7 @@ def test_broken_weights_are_told(name: str, bits: int | None, copy: Path, tmp_pa
     tensors = load_file(copy / "model.safetensors")
     BROKEN[name](tensors)
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=rf"{UP} is in 4 bits.*Fetch it again"):
+    with pytest.raises(UserError, match=rf"{UP} is in 4 bits.*Download it again"):
         load_base(copy, torch.float32, bits, CPU, str(tmp_path))
 
 
@@ -187,5 +187,5 @@ def test_layers_under_other_names_are_told(copy: Path, tmp_path: Path) -> None:
     renamed = {name.replace("up_proj", "upward"): tensor for name, tensor in tensors.items()}
     save_file(renamed, copy / "model.safetensors", {"format": "pt"})
     for bits in (None, 4):
-        with pytest.raises(UserError, match=r"up_proj\.weight is not stored in the shape and under the name"):
+        with pytest.raises(UserError, match=r"up_proj\.weight does not have the name and shape"):
             load_base(copy, torch.float32, bits, CPU, str(tmp_path))

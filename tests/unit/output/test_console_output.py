@@ -275,7 +275,7 @@ def test_a_limit_of_processes_is_one_message(
     monkeypatch.setattr("qingtune.commands.check.check", fail)
     assert main(["check", "--data", "x"]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: the system starts no more processes or threads for this user. "
+        "error: the system does not allow this user more processes or threads. "
         "Raise the limit (ulimit -u), or end other programs."
     ]
 

@@ -69,10 +69,10 @@ def test_a_lock_that_a_killed_run_left_is_no_file_of_others(tmp_path: Path) -> N
     (tmp_path / LOCK).touch()
     (tmp_path / ".train_config.json.tmp").touch()
     check_output_folder(tmp_path, overwrite=False)
-    prepare_output_folder(tmp_path, anew=False)
+    prepare_output_folder(tmp_path, start_over=False)
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
     (tmp_path / "thesis.txt").touch()
-    with pytest.raises(UserError, match="files that are not of a training run"):
+    with pytest.raises(UserError, match="files that do not belong to a training run"):
         check_output_folder(tmp_path, overwrite=True)
 
 
@@ -119,7 +119,7 @@ def test_files_that_a_run_does_not_write_are_not_removed(tmp_path: Path) -> None
     begin(tmp_path)
     for name in (*mine, "metrics.jsonl"):
         (tmp_path / name).touch()
-    prepare_output_folder(tmp_path, anew=True)
+    prepare_output_folder(tmp_path, start_over=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
 
 
@@ -128,12 +128,12 @@ def test_files_of_others_among_those_of_trackers_stay(tmp_path: Path) -> None:
     (tmp_path / "trackers" / "qingtune" / "mine").mkdir(parents=True)
     for name in ("events.out.tfevents.1.host.2.0", "mine/notes.txt"):
         (tmp_path / "trackers" / "qingtune" / name).touch()
-    prepare_output_folder(tmp_path, anew=True)
+    prepare_output_folder(tmp_path, start_over=True)
     left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
     assert left == ["trackers/qingtune/mine/notes.txt"]
     (tmp_path / left[0]).rename(tmp_path / "trackers" / "events.out.tfevents.1")
     begin(tmp_path)
-    prepare_output_folder(tmp_path, anew=True)
+    prepare_output_folder(tmp_path, start_over=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -149,7 +149,7 @@ def test_a_result_is_removed_by_its_list_and_only_as_it_was_written(tmp_path: Pa
     (tmp_path / "tokenizer.json").write_text('{"edited": 1}')
     with pytest.raises(UserError, match=r"tokenizer\.json \(changed since\)"):
         check_output_folder(tmp_path, overwrite=True)
-    prepare_output_folder(tmp_path, anew=True)
+    prepare_output_folder(tmp_path, start_over=True)
     assert names(tmp_path) == ["README.md", "tokenizer.json"]
 
 
@@ -158,15 +158,15 @@ def test_a_result_is_removed_by_its_list_and_only_as_it_was_written(tmp_path: Pa
 def test_a_file_where_the_result_goes_is_refused_by_name(name: str, overwrite: bool, tmp_path: Path) -> None:
     begin(tmp_path)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=rf"not as a run wrote them, where this one writes: {name}"):
+    with pytest.raises(UserError, match=rf"changed or unknown files where this run writes: {name}"):
         check_output_folder(tmp_path, overwrite=overwrite)
-    prepare_output_folder(tmp_path, anew=True)
+    prepare_output_folder(tmp_path, start_over=True)
     assert names(tmp_path) == [name]
 
 
 def test_a_project_with_a_configuration_of_its_own_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "train_config.json").write_text('{"output_dir": ".", "use_lora": true}')
-    with pytest.raises(UserError, match="files that are not of a training run"):
+    with pytest.raises(UserError, match="files that do not belong to a training run"):
         check_output_folder(tmp_path, overwrite=True)
 
 
@@ -178,7 +178,7 @@ def test_a_result_without_a_list_is_known_by_its_record(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(UserError, match=r"config\.json \(not of a result\)"):
         check_output_folder(tmp_path, overwrite=True)
-    prepare_output_folder(tmp_path, anew=True)
+    prepare_output_folder(tmp_path, start_over=True)
     assert names(tmp_path) == ["config.json"]
 
 
@@ -196,7 +196,7 @@ def test_checkpoints_are_known_by_their_manifests(tmp_path: Path) -> None:
     theirs = r"checkpoint-2 \(holds notes\.txt\), checkpoint-500 \(without the manifest of a checkpoint\)"
     with pytest.raises(UserError, match=theirs):
         check_output_folder(tmp_path, overwrite=True)
-    prepare_output_folder(tmp_path, anew=True)
+    prepare_output_folder(tmp_path, start_over=True)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-500"]
 
 
@@ -206,7 +206,7 @@ def test_what_comes_into_the_way_during_a_run_is_kept(tmp_path: Path, capsys: py
     finish(tmp_path)
     (kept,) = tmp_path.glob("tokenizer.json.replaced-*")
     assert kept.read_text() == "mine"
-    assert f"it is now {kept.name}" in capsys.readouterr().err
+    assert f"it was renamed to {kept.name}" in capsys.readouterr().err
     assert (tmp_path / "tokenizer.json").read_text() == "{}"
 
 

@@ -259,12 +259,12 @@ def test_a_last_line_that_is_cut_within_a_character_is_left_out(folder: Path, na
 @pytest.mark.parametrize(
     ("name", "line", "message"),
     [
-        (METRICS, {"step": "300", "loss": 1.0}, "step is '300', where a whole number is wanted"),
-        (METRICS, {"step": 10**20, "loss": 1.0}, "where a whole number is wanted"),
+        (METRICS, {"step": "300", "loss": 1.0}, "step is '300', not a whole number"),
+        (METRICS, {"step": 10**20, "loss": 1.0}, "not a whole number"),
         (METRICS, {"step": 300, "loss": "low"}, "could not convert string to float"),
         (METRICS, {"step": 300, "eval_loss": [1.0]}, "this line is broken"),
-        (SAMPLES, {"step": [1], "prompt": "p", "answer": "a"}, "where a whole number is wanted"),
-        (SAMPLES, {"step": 1, "prompt": ["p"], "answer": "a"}, "prompt is no text"),
+        (SAMPLES, {"step": [1], "prompt": "p", "answer": "a"}, "not a whole number"),
+        (SAMPLES, {"step": 1, "prompt": ["p"], "answer": "a"}, "prompt is not text"),
     ],
 )
 def test_a_line_with_something_else_in_it_is_named(folder: Path, name: str, line: dict[str, Any], message: str) -> None:
@@ -306,7 +306,7 @@ def test_text_that_runs_from_right_to_left_is_shown_so(folder: Path) -> None:
 @pytest.mark.parametrize("metrics", [{"BLEU": 3.2}, {"BLEU": {"after": 3.2}}, [3.2], {"BLEU": WITH_TEXT}])
 def test_an_evaluation_of_another_kind_is_named(folder: Path, metrics: Any) -> None:
     (folder / EVALUATION).write_text(json.dumps({"metrics": metrics}), encoding="utf-8")
-    with pytest.raises(UserError, match=rf"{EVALUATION}: this is not as `qingtune evaluate` writes it"):
+    with pytest.raises(UserError, match=rf"{EVALUATION}: `qingtune evaluate` did not write this"):
         write_page(folder)
 
 

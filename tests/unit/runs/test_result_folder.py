@@ -56,7 +56,7 @@ def merged(tmp_path: Path) -> Path:
 
 
 def test_a_result_is_replaced_where_that_is_asked_for(merged: Path) -> None:
-    with pytest.raises(UserError, match=r"holds a merged model already. Pass --overwrite_output_dir"):
+    with pytest.raises(UserError, match=r"already contains a merged model. Pass --overwrite_output_dir"):
         look(merged, overwrite=False)
     put(merged)
     assert contents(merged.parent) == {f"merged/{name}": text for name, text in NEW.items()}
@@ -68,7 +68,7 @@ def test_a_result_is_replaced_where_that_is_asked_for(merged: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 256, "a\0b"])
 def test_what_no_folder_can_be_called_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"output_dir is no path \((File name too long|embedded null byte)\)"):
+    with pytest.raises(UserError, match=r"output_dir is not a path \((File name too long|embedded null byte)\)"):
         look(tmp_path / name)
 
 
@@ -123,7 +123,7 @@ def link_a_folder(folder: Path) -> None:
         (add_file, r"notes\.txt \(not of it\)"),
         (add_in_subfolder, r"templates/mine\.jinja \(not of it\)"),
         (change, r"config\.json \(changed since\)"),
-        (link, r"config\.json \(no file any more\)"),
+        (link, r"config\.json \(no longer a file\)"),
         (link_a_folder, r"more \(not of it\)"),
     ],
 )
@@ -192,7 +192,7 @@ def test_what_came_in_between_the_last_look_and_the_switch_stays(
     assert contents(merged) == NEW
     (aside,) = merged.parent.glob("merged.replaced-*")
     assert contents(aside) == {"notes.txt": "mine"}
-    assert f"{aside} holds what came into output_dir" in capsys.readouterr().err
+    assert f"{aside} contains files that appeared in output_dir" in capsys.readouterr().err
 
 
 @posix
@@ -215,13 +215,13 @@ def test_the_current_folder_is_refused_before_the_work_begins(
     if place == "link":
         Path("../../link").symlink_to(tmp_path / "a" / "b")
         place = str(tmp_path / "link")
-    with pytest.raises(UserError, match=r"the current folder or one around it\. Name a folder in it"):
+    with pytest.raises(UserError, match=r"the current folder or a parent of it\. Choose a folder in it"):
         look(Path(place))
 
 
 @pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="needs Linux's /proc")
 def test_a_mounted_disk_and_a_place_that_cannot_be_written_are_refused_before_the_work_begins(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"output_dir is where a disk is mounted\. Name a folder in it"):
+    with pytest.raises(UserError, match=r"output_dir is a mount point\. Choose a folder in it"):
         look(Path("/proc"))
     with pytest.raises(UserError, match=r"/proc: .* written"), look(Path("/proc/out")).staging():
         pass
@@ -244,7 +244,7 @@ def test_inputs_are_no_place_for_a_result_by_any_name(tmp_path: Path) -> None:
         (base / ".." / "base", base),
         (base.parent, tmp_path / "link"),
     ]:
-        with pytest.raises(UserError, match="output_dir holds the base model"):
+        with pytest.raises(UserError, match="output_dir contains the base model"):
             ResultFolder(place, place.resolve(), "merge", {}).refuse_input("the base model", read)
     look(base / "merged").refuse_input("the base model", base)
 

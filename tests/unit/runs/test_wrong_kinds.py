@@ -49,16 +49,16 @@ def test_a_launchers_variable_that_is_no_number_is_named(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"variable {name}: '{value}' is no whole number of at least"):
+    with pytest.raises(UserError, match=f"variable {name}: '{value}' is not a whole number of at least"):
         launched_processes()
 
 
 @needs_pipes
 def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="no plain file"):
+    with pytest.raises(UserError, match="not a regular file"):
         sha256_of(tmp_path / "pipe")
-    with pytest.raises(UserError, match="no plain file"):
+    with pytest.raises(UserError, match="not a regular file"):
         load_train_config(str(tmp_path / "pipe"), {})
 
 
@@ -68,7 +68,7 @@ def test_a_page_does_not_wait_for_a_pipe(tmp_path: Path, name: str) -> None:
     folder = write_run(tmp_path / "run")
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(UserError, match=f"{name}: this is no plain file"):
+    with pytest.raises(UserError, match=f"{name}: this is not a regular file"):
         write_page(folder)
 
 
@@ -111,7 +111,7 @@ def test_a_checkpoint_counts_its_steps(tmp_path: Path, step: Any) -> None:
     state = {"progress": progress, "settings": {}, "versions": {}}
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
     checkpoint.write_manifest(folder)
-    with pytest.raises(UserError, match="no whole checkpoint: step is not"):
+    with pytest.raises(UserError, match="not a complete checkpoint: step is not"):
         checkpoint.read_state(folder)
 
 

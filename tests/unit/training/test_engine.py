@@ -35,7 +35,7 @@ def config_of(**settings: Any) -> TrainConfig:
 @pytest.mark.parametrize(
     ("kind", "changes", "reason"),
     [
-        ("gpt2", {}, '"gpt2" is not one of the architectures with kernels of their own'),
+        ("gpt2", {}, '"gpt2" is not one of the architectures with fast kernels'),
         (
             "qwen2",
             {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
@@ -51,7 +51,7 @@ def test_each_reason_for_general_kernels_is_told(
     model = make_model(kind, **changes)
     assert why_not(model) == reason
     made = make_engine(config_of(), model, CPU, TOKENS)
-    assert reported()[0] == f"General kernels, slower and with more memory: {reason}."
+    assert reported()[0] == f"Using general kernels (slower, more memory): {reason}."
     assert not isinstance(getattr(made.add_gradients, "__self__", None), TrainingDecoder)
 
 
@@ -62,7 +62,7 @@ def test_dora_with_dropout_is_a_reason(dropout: float, reported: Callable[[], li
     config = config_of(use_lora=True, use_dora=True, lora_dropout=dropout, gradient_checkpointing=False)
     made = make_engine(config, model, CPU, TOKENS)
     assert isinstance(getattr(made.add_gradients, "__self__", None), TrainingDecoder) is not bool(dropout)
-    reason = "General kernels, slower and with more memory: DoRA with lora_dropout"
+    reason = "Using general kernels (slower, more memory): DoRA with lora_dropout"
     assert any(reason in line for line in reported()) is bool(dropout)
 
 
@@ -114,7 +114,7 @@ def test_other_devices_than_cpu_and_cuda_take_the_general_kernels(reported: Call
     apple = Hardware(torch.device("mps"), torch.float32, "")
     made = make_engine(config_of(), make_model("qwen2"), apple, TOKENS)
     assert not isinstance(getattr(made.add_gradients, "__self__", None), TrainingDecoder)
-    assert reported()[0] == "General kernels, slower and with more memory: ours have not been tried on mps."
+    assert reported()[0] == "Using general kernels (slower, more memory): the fast ones were not tested on mps."
 
 
 def test_dropout_of_adapters_is_not_full_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_passes_are_made_as_small_as_the_memory_demands(
     ):
         make_engine(config, model, CPU, TOKENS)
     monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: gradients // 2)
-    with pytest.raises(UserError, match=r"training needs more memory .* Choose what takes less: LoRA"):
+    with pytest.raises(UserError, match=r"training needs more memory .* Use less memory: LoRA"):
         make_engine(config, model, CPU, TOKENS)
 
 
@@ -213,9 +213,9 @@ def test_after_a_pass_that_did_not_fit_smaller_ones_are_planned_and_memory_is_gi
     samples = [Sample(np.arange(3, 60, dtype=np.int32), np.ones(57, dtype=np.bool_), f"row:{n}") for n in range(4)]
     made.loss(collate(samples))
     assert decoder.workspace.held_bytes() > 0
-    assert "passes of at most 114 tokens" in made.shrink(collate(samples))
+    assert "passes have at most 114 tokens" in made.shrink(collate(samples))
     assert (made.most_tokens, decoder.most_tokens, decoder.workspace.held_bytes()) == (114, 114, 0)
-    assert "all layers are computed again" in made.shrink(collate(samples[:1]))
+    assert "all layers are recomputed" in made.shrink(collate(samples[:1]))
     assert decoder.recompute == len(decoder.mlp)
     with pytest.raises(
         UserError, match=r"row:0: out of memory with a single sample of 57 tokens\. Set max_seq_length to 28"

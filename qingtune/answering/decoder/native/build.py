@@ -36,7 +36,7 @@ def native_library() -> ctypes.CDLL | str:
     try:
         compiler = _compiler()
     except ValueError as error:
-        return f"CC cannot be read as a command: {error}"
+        return f"CC is not a valid command: {error}"
     if compiler is None:
         return "there is no C compiler (cc, gcc or clang)"
     try:
@@ -79,7 +79,7 @@ def _loaded(compiler: list[str]) -> ctypes.CDLL:
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     folder = _own_folder()
     path = folder / f"answer_step-{name}.so"
-    with suppress(OSError):  # missing, cut off, or somebody else's: made anew
+    with suppress(OSError):  # missing, truncated, or somebody else's: compile it again
         return _load(path)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / path.name

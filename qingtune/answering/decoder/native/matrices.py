@@ -74,7 +74,7 @@ class NativeMatrix(ABC):
         """bf16 [T, K] -> [T, N], with the bias."""
 
     def _multiply_in_c(self, x: torch.Tensor) -> torch.Tensor:
-        """fp32 [T, K] -> [T, N], with the bias; beside 4 and 8 bits x is rounded as the kernels do."""
+        """fp32 [T, K] -> [T, N], with the bias; for 4 and 8 bits x is rounded as the kernels do."""
         matrix, count, threads = ctypes.byref(self.struct()), ctypes.c_int64(len(x)), _threads()
         scratch = torch.empty(self._library.product_scratch_bytes(matrix, count, threads), dtype=torch.uint8)
         y = torch.empty(len(x), self.shape[0])
@@ -162,7 +162,7 @@ class PackedBlocks(NativeMatrix):
         return self.blocks, self.scale
 
     def dense(self) -> torch.Tensor:
-        """The weight that it stands for, transposed: bf16 [K, N], until the next matrix is unpacked."""
+        """The unpacked weight, transposed: bf16 [K, N], until the next matrix is unpacked."""
         out = self.workspace.take("unpacked", (self.shape[1], self.shape[0]), torch.bfloat16)
         self._library.unpack(ctypes.byref(self.struct()), ctypes.c_void_p(out.data_ptr()), _threads())
         return out
