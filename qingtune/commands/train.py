@@ -119,10 +119,10 @@ def train(config: TrainConfig, *, notices: Sequence[str] = (), command: str = ""
     with ExitStack() as stack:
         if not first:
             stack.enter_context(labelled(None))
-        processes.by_first(lambda: _check_output(config))
         processes.by_all(
             lambda: check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
         )
+        processes.by_first(lambda: _check_output(config))
         processes.by_first(lambda: stack.enter_context(only_run_in(output_dir)))
         for notice in [*notices, *filter(None, [describe_processes(processes.count)])]:
             say(notice)
@@ -405,7 +405,7 @@ def _loss_line(config: TrainConfig, result: Result) -> list[str]:
         return []
     start = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f} -> "
     best = result.best_step if config.load_best_model_at_end else None
-    kept = "" if best is None else f", at step {best:,}, which was the best"
+    kept = "" if best is None else f", at step {best:,} (the best)"
     return [f"eval_loss {start}{loss:.4f} on {result.eval_samples:,} samples{kept}"]
 
 

@@ -147,7 +147,7 @@ def check_same(name: str, found: torch.Tensor, wanted: torch.Tensor, folder: Pat
     """
     one, two = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (found, wanted))
     if found.shape != wanted.shape or not torch.equal(one, two):
-        raise UserError(f"{name} differs from the merged weight; the files were removed", where=str(folder))
+        raise UserError(f"{name} differs from the merged weight; nothing was written", where=str(folder))
 
 
 def judge_merging(merging: LogitDifference) -> str:

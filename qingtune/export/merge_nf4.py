@@ -112,7 +112,9 @@ def check_weights(folder: Path, base: Path, adapter: StoredAdapter) -> str:
             continue
         error = _apart(found, merged)
         if not error <= MOST_WEIGHT_ERROR:
-            raise UserError(f"{name} is not what was merged: {error:.1%} off; nothing was written", where=str(folder))
+            raise UserError(
+                f"{name} differs from the merged weight by {error:.1%}; nothing was written", where=str(folder)
+            )
         worst, sum_of_errors = max(worst, (error, name)), sum_of_errors + error
     count = len(in_4bit)
     return (

@@ -252,8 +252,8 @@ def _check_replaceable(
     listed = Listed(target)
     if listed.maker is None:
         raise UserError(
-            f"output_dir holds files ({shown(sorted(before) or ['empty folders'])}) and no list of what qingtune wrote "
-            f"({RESULT_FILES}, which version 0.1.0 did not write either); they are left alone",
+            f"output_dir contains files ({shown(sorted(before) or ['empty folders'])}) and no list of what qingtune "
+            f"wrote ({RESULT_FILES}, which version 0.1.0 did not write either); they are left alone",
             where=str(output_dir),
             fix="Choose another output_dir, or remove the folder by hand.",
         )

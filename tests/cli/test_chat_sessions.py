@@ -211,7 +211,7 @@ def test_a_pipe_gets_answers_alone_and_loads_no_editor(tiny: Callable[..., Path]
     assert ended.returncode == 0, ended.stderr
     assert "> " not in ended.stderr
     assert "tokens in" in ended.stderr
-    assert "/zzz is no command" in ended.stderr
+    assert "/zzz is not a command" in ended.stderr
     assert ended.stderr.endswith("editor: False\n")
     assert "tokens" not in ended.stdout
     assert len(ended.stdout.splitlines()) >= 2

@@ -244,7 +244,7 @@ def test_folder_of_other_files_is_left_alone(
         "merge": ("--base_model", tiny(), "--lora_model", adapter),
         "export": ("--base_model", tiny()),
     }
-    assert_refused(empty, (command, *what[command], "--output_dir", theirs, *flags), f"{theirs}: output_dir holds")
+    assert_refused(empty, (command, *what[command], "--output_dir", theirs, *flags), f"{theirs}: output_dir contains")
     assert [path.name for path in theirs.iterdir()] == ["thesis.txt"]
     assert (theirs / "thesis.txt").read_text(encoding="utf-8") == "years of work"
 

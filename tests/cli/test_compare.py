@@ -48,7 +48,7 @@ def test_interrupted_comparison_goes_on_and_is_reported(
     code, shown, told = call(*argv[2:])
     assert code == 0, told
     assert "One seed (42)" in shown
-    assert re.match(r"Evaluated on \d+ samples?\. With so few, small differences may be chance\.\n", shown)
+    assert re.match(r"Evaluated on \d+ samples?\. With so few, small differences may be noise\.\n", shown)
     assert max(map(len, shown.splitlines()[:8])) <= 80
     log = (tmp_path / "compared" / "trials" / "lora-seed42.log").read_text(encoding="utf-8")
     assert "Stopped and saved after step" in log
@@ -113,7 +113,7 @@ def _nothing_is_trained_again(argv: list[str], tmp_path: Path) -> None:
     [
         ((), "a comparison needs evaluation data"),
         (("--val_size", "2", "--eval_strategy", "no"), 'eval_strategy is "no"'),
-        (("--val_size", "2", "--pruner", "halving"), "pruner halving without space"),
+        (("--val_size", "2", "--pruner", "halving"), "pruner halving needs space"),
         (("--val_size", "2", "--trials", "3"), "trials needs space"),
         (("--val_size", "2", "--dry_run"), "dry_run does not apply to a comparison"),
         (("--val_size", "2", "--grid", "lora_rr=8"), 'Did you mean "lora_r"?'),

@@ -46,7 +46,7 @@ def test_it_answers(flags: tuple[str, ...], work: Work) -> None:
     assert "stored in 4 bits (NF4)" in err
     assert "tok/s" in err
     packed = flags == ("--load_in_4bit",) and has_int4_kernels() and not torch.cuda.is_available()
-    assert ("rounded once more" in err) == packed
+    assert ("again into the format" in err) == packed
 
 
 def test_it_chats(work: Work) -> None:

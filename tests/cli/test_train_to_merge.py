@@ -144,7 +144,7 @@ def test_same_run_again_says_finished_and_changes_nothing(
     for config, flags in ((work / f"{method}.json", ()), (work / f"{method}.json", halved), (output / SETTINGS, ())):
         code, out, err = call("train", "--config_file", config, *flags)
         assert (code, out) == (0, "")
-        assert "finished already" in err
+        assert "already finished" in err
     assert contents(output) == before
 
 
@@ -230,7 +230,7 @@ def test_chat_obeys_its_commands(tmp_path: Path, trained: Callable[[str], Path])
         (f"/save {tmp_path / 'none' / 'x'}", "cannot be written"),
         ("/clear", "[cleared]"),
         ("/undo", "[nothing to undo]"),
-        ("/zzz", "/zzz is no command"),
+        ("/zzz", "/zzz is not a command"),
         ("", None),
         ("/exit", None),
         ("Not answered.", None),
@@ -282,7 +282,7 @@ def test_merged_model_is_replaced_only_if_asked(tmp_path: Path, trained: Callabl
 def test_an_export_can_be_published_and_is_not_unasked(tmp_path: Path, trained: Callable[[str], Path]) -> None:
     shop = tmp_path / "shop"
     code, out, err = call("export", "--lora_model", trained("qlora4"), "--output_dir", shop)
-    assert (code, "the largest error of a tensor: " in err) == (0, True), err
+    assert (code, "largest error of a tensor: " in err) == (0, True), err
     assert out.startswith(f"Exported: {shop} (shop-q8_0.gguf, Modelfile, README.md)\n")
     assert [path.name for path in tmp_path.iterdir()] == ["shop"]
     code, out, err = call("push", "--folder", shop, "--repo", "me/shop", "--private")
@@ -302,7 +302,7 @@ def test_adapter_on_another_base_is_refused(
     assert "trained on weights other than those of this base" in err
     assert list(tmp_path.iterdir()) == []
     code, _, err = call(*argv, "--allow_other_base")
-    assert (code, "Warning: the adapter was trained on other weights" in err) == (0, True)
+    assert (code, "Warning: the adapter was trained on weights other" in err) == (0, True)
 
 
 def test_full_result_is_no_adapter(tmp_path: Path, trained: Callable[[str], Path]) -> None:

@@ -119,7 +119,7 @@ def test_training_in_a_notebook(
 def test_a_picture_that_cannot_be_drawn_costs_nothing(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qingtune.runs.plots.font_for", lambda _: 1 / 0)
+    monkeypatch.setattr("qingtune.runs.plots.lettering", lambda *_: 1 / 0)
     assert main(flags) == 0
     assert "Warning: loss_curve.png was not drawn: ZeroDivisionError" in capsys.readouterr().err
     assert read_record(tmp_path / "out")

@@ -44,7 +44,7 @@ def test_a_checkpoint_is_resumed_to_the_same_end(written: Path, capsys: pytest.C
 def test_a_finished_run_is_recognised(name: str, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in (written / name).rglob("*") if path.is_file()}
     assert train(name) == 0
-    assert "finished already" in capsys.readouterr().err
+    assert "already finished" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (written / name).rglob("*") if path.is_file()} == before
 
 

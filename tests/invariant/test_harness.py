@@ -128,7 +128,7 @@ def test_prompts_are_those_of_training(harness: Any, speak: Callable[..., Speake
     assert "You help." not in model.apply_chat_template(own)
     begun = model.apply_chat_template([*own, {"role": "assistant", "content": "The answer"}], False)
     assert begun == model.apply_chat_template(own) + "The answer"
-    with pytest.raises(UserError, match='turns of a "tool"'):
+    with pytest.raises(UserError, match='turns with the role "tool"'):
         model.apply_chat_template([{"role": "tool", "content": "x"}])
 
 

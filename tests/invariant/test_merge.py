@@ -168,7 +168,7 @@ def test_other_base_is_refused(trained: Callable[..., Path], merge: Merge, tmp_p
 def test_base_and_adapter_are_no_places_for_the_result(trained: Callable[..., Path], tmp_path: Path) -> None:
     adapter = trained("qwen2")
     for place in (tmp_path / "model", adapter, tmp_path / "model" / ".." / "model"):
-        with pytest.raises(UserError, match="output_dir holds"):
+        with pytest.raises(UserError, match="output_dir contains"):
             recipe.merge(MergeConfig(lora_model=str(adapter), output_dir=str(place), overwrite_output_dir=True))
     assert (tmp_path / "model" / "config.json").exists()
     assert (adapter / "adapter_config.json").exists()
@@ -202,7 +202,7 @@ def test_values_too_large_for_the_dtype_are_told(trained: Callable[..., Path], m
     AutoModelForCausalLM.from_pretrained(tmp_path / "model").half().save_pretrained(half)
     make_tokenizer().save_pretrained(half)
     for settings in ({}, {"save_dtype": "float16"}):
-        with pytest.raises(UserError, match=r"proj\.weight holds .* float16 ends at 65504\. .*--save_dtype"):
+        with pytest.raises(UserError, match=r"proj\.weight contains .* float16 ends at 65504\. .*--save_dtype"):
             merge(adapter, base_model=str(half), allow_other_base=True, **settings)
         assert not (tmp_path / "merged").exists()
 
@@ -298,7 +298,7 @@ def test_a_weight_that_is_not_the_merged_one_rounded_is_found_out(
 
     monkeypatch.setattr(shards, "rounded", one_bit_off)
     with pytest.raises(
-        UserError, match=r"layers\.1\.mlp\.up_proj\.weight differs from the merged weight; the files were removed"
+        UserError, match=r"layers\.1\.mlp\.up_proj\.weight differs from the merged weight; nothing was written"
     ):
         merge(adapter, **base)
     assert not (tmp_path / "merged").exists()

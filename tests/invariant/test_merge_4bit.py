@@ -146,12 +146,12 @@ def pack_wrongly(weight: torch.Tensor, dtype: torch.dtype | None = None) -> dict
 pack = NF4Linear.pack
 FAULTS: dict[str, tuple[Any, str, Any, str]] = {
     "adapter left out": (StoredAdapter, "merged", unmerged, "merged in fp32, the logits differ"),
-    "rows turned round": (NF4Linear, "pack", staticmethod(pack_wrongly), "is not what was merged"),
+    "rows turned round": (NF4Linear, "pack", staticmethod(pack_wrongly), "differs from the merged weight"),
     "a norm changed": (
         merge_nf4,
         "rounded",
         lambda name, tensor, dtype, _: tensor.to(dtype) * (1.01 if "norm" in name else 1),
-        r"norm\.weight is not what was merged",
+        r"norm\.weight differs from the merged weight",
     ),
     "beyond the bound": (merge_nf4, "MOST_MEAN_DIFFERENCE", 1e-6, "in 4 bits the model differs"),
 }
@@ -173,7 +173,7 @@ def test_a_wrong_merge_is_found_out_and_leaves_nothing(
 
 def test_layers_that_are_stored_turned_round_are_refused(trained: Trained, tmp_path: Path) -> None:
     adapter = trained("gpt2")
-    with pytest.raises(UserError, match=r"turned round.*Leave out --save_in_4bit"):
+    with pytest.raises(UserError, match=r"transposed.*Remove --save_in_4bit"):
         merge(adapter)
     assert not (tmp_path / "merged").exists()
 
@@ -181,7 +181,7 @@ def test_layers_that_are_stored_turned_round_are_refused(trained: Trained, tmp_p
 def test_values_that_are_no_numbers_are_refused(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = trained("qwen2")
     monkeypatch.setattr(StoredAdapter, "merged", lambda _, name, weight: weight * float("inf"))
-    with pytest.raises(UserError, match="values that are no numbers"):
+    with pytest.raises(UserError, match="values that are not numbers"):
         merge(adapter)
 
 

@@ -64,7 +64,7 @@ def test_two_processes_equal_one(tmp_path: Path, run: Run) -> None:
     assert folders[0] == folders[1]
     assert ended.stderr.count("Processes: 2. Each holds the whole model") == 1
     assert ended.stderr.count("Device: ") == 1  # the second process says nothing
-    assert ended.stdout.count("Talk to it") == 1
+    assert ended.stdout.count("Chat with it") == 1
 
 
 def test_accelerate_launch_that_starts_one_process_of_two_is_reported(tmp_path: Path, run: Run) -> None:

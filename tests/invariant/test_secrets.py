@@ -38,7 +38,7 @@ def test_a_token_in_paths_reaches_no_file_and_the_run_is_known_again(
     assert files_with(tmp_path / "out", TOKEN) == []
     assert "***" in (tmp_path / "out" / RECORD).read_text()
     assert train(tmp_path / "out", place / "model", rows, **settings)
-    assert "This run is finished already" in capsys.readouterr().err
+    assert "This run is already finished" in capsys.readouterr().err
     (tmp_path / "out" / RECORD).unlink()
     with pytest.raises(UserError, match="max_grad_norm was"):
         train(tmp_path / "out", place / "model", rows, **settings, max_grad_norm=2)
@@ -72,7 +72,7 @@ def test_a_password_that_is_a_word_changes_no_run(
     assert record is not None
     assert record.system_prompt == record.settings["system_prompt"] == "You know postgres."
     assert train(tmp_path / "out", tiny(), data_file, **settings)
-    assert "This run is finished already" in capsys.readouterr().err
+    assert "This run is already finished" in capsys.readouterr().err
 
 
 def test_records_of_the_first_version_are_known_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,7 +296,7 @@ def test_a_header_that_is_nowhere_is_told_as_a_model_is(monkeypatch: pytest.Monk
     hugging_face(monkeypatch, info=bare(RepositoryNotFoundError))
     with pytest.raises(UserError, match="the model was not found") as caught:
         find_header(NAME, None, "auto")
-    for told in ("no such model", "ModelScope: its package is not installed", "Three ways on"):
+    for told in ("no such model", "ModelScope: its package is not installed", "To fix it, download"):
         assert told in str(caught.value)
 
 

@@ -168,7 +168,7 @@ def test_a_plan_leaves_no_trace_in_the_next_one() -> None:
     [
         ({"lora_target_modules": "q_prj"}, "lora_target_modules", 'Did you mean "q_proj"'),
         ({"layers_to_transform": "9"}, "layers_to_transform", "there is no layer 9"),
-        ({"rank_pattern": "none=3"}, "rank_pattern", '"none" matches none'),
+        ({"rank_pattern": "none=3"}, "rank_pattern", '"none" does not match any adapted layer'),
         ({"modules_to_save": "lm_hed"}, "modules_to_save", 'Did you mean "lm_head"'),
     ],
 )
@@ -192,7 +192,7 @@ def test_settings_that_name_what_is_not_there_are_refused(settings: dict[str, An
         ({"model_type": None}, "names no model_type"),
         ({"model_type": ["qwen2"]}, '"model_type" is'),
         ({"model_type": "brand_new"}, '"brand_new" is not known'),
-        ({"model_type": "brand_new", "auto_map": {}}, "needs code of its own"),
+        ({"model_type": "brand_new", "auto_map": {}}, "needs its own code"),
         ({"model_type": "vit"}, "vit"),
     ],
 )

@@ -81,7 +81,9 @@ def test_a_project_is_no_result(overwrite: bool, tmp_path: Path) -> None:
     for name in ("config.json", "src/main.py", ".git/HEAD"):
         (project / name).write_text("years of work")
     before = contents(project)
-    with pytest.raises(UserError, match=r"output_dir holds files \(\.git/HEAD, config\.json, src/main\.py\)") as error:
+    with pytest.raises(
+        UserError, match=r"output_dir contains files \(\.git/HEAD, config\.json, src/main\.py\)"
+    ) as error:
         look(project, overwrite=overwrite)
     assert "overwrite" not in str(error.value)
     assert contents(project) == before
