@@ -51,6 +51,7 @@ def test_slots_are_those_that_fit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     decoder = decoder_of(tiny())
+    capsys.readouterr()  # the bars of a model that is written for the first time
     free(monkeypatch, slots)
     inference._fit_slots(decoder, questions([3, 90, 40], 100), "p.jsonl")
     assert decoder.slots == taken
