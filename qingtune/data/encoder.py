@@ -10,6 +10,7 @@ takes the usual way.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -24,6 +25,7 @@ from qingtune.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MOST_CHARACTERS_OF_ENDS = 100_000_000  # twice what all ends of all added tokens may have
 _MARK = re.compile(f"\ufdd0{SECRET}:([0-9]+)\ufdd1")
 
 
@@ -173,8 +175,9 @@ class Encoder:
             if token.content in self._control.ids
             and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
             and not _belongs_to_words(token.content[0])
-            and not any(_covers(other, token.content) for other in as_it_is)
         ]
+        covered = _covered(found, as_it_is)
+        found = [text for text in found if text not in covered]
         probe = "".join(f"{text}user\n Is it 12,345?  Yes!{text}\n\n{text} é" for text in found)
         whole = encode(self._tokenizer, probe)
         parts = [text for text in re.split(f"(?={_pattern(found).pattern})", probe) if text]
@@ -230,9 +233,23 @@ def _belongs_to_words(character: str) -> bool:
     return character.isalnum() or character.isspace() or character == "_"
 
 
-def _covers(token: str, text: str) -> bool:
-    """Whether another token could be found in a text in such a way that it holds the beginning of this one."""
-    return token != text and (text in token or any(token.endswith(text[:end]) for end in range(1, len(text))))
+def _covered(texts: Sequence[str], tokens: Sequence[str]) -> set[str]:
+    """Texts whose beginning another of the tokens could hold: one that contains a text, or ends as a text begins.
+
+    In time that grows with the tokens' number, of which a tokenizer may have thousands. All are covered where tokens
+    are so long that their ends would take too much memory.
+    """
+    distinct = set(tokens)
+    if sum(len(token) ** 2 for token in distinct) > MOST_CHARACTERS_OF_ENDS:
+        return set(texts)
+    ends = Counter(token[start:] for token in distinct for start in range(len(token)))
+    joined = "\0".join(distinct)
+    return {
+        text
+        for text in texts
+        if joined.count(text) > (text in distinct)
+        or any(ends[text[:end]] > (text in distinct and text.endswith(text[:end])) for end in range(1, len(text)))
+    }
 
 
 def _normalizer_of(tokenizer: PreTrainedTokenizerBase, control: ControlTokens) -> Any:
