@@ -15,7 +15,7 @@ from pathlib import Path
 
 from workload import model_folder
 
-from qingtune.runs.speed import tokens_per_second
+from qingtune.runs.measures import tokens_per_second
 
 STEPS = 3
 TRAINED_SHARE = 0.6

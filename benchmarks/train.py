@@ -30,7 +30,7 @@ from peers.environments import make_environment
 from roofline import flops_per_token, work_of
 from workload import DATA, MAX_LENGTH, SEED, SYSTEM_PROMPT, cache_folder, model_folder, write_rows
 
-from qingtune.runs.speed import tokens_per_second
+from qingtune.runs.measures import tokens_per_second
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -269,13 +269,11 @@ def _rows_line(rows: int) -> str:
 
 def _draw(comparison: Comparison, picture: Path) -> None:
     """Quality over memory; eval_loss where there is no quality."""
-    rows = [row for row in comparison.rows if row.eval_loss and row.peak_bytes]
-    related = all(row.quality and row.quality.least >= 0 for row in rows)
+    rows = [row for row in comparison.rows if row.measured]
+    related = all("quality" in row.measured and row.measured["quality"].least >= 0 for row in rows)
     points: list[tuple[str, tuple[float, float, float], tuple[float, float, float]]] = []
     for row in rows:
-        across, up = row.peak_bytes, row.quality if related else row.eval_loss
-        assert across is not None
-        assert up is not None
+        across, up = row.measured["peak_bytes"], row.measured["quality" if related else "eval_loss"]
         sizes = (across.median / 1e9, across.least / 1e9, across.most / 1e9)
         scale = 100 if related else 1
         points.append((row.setup.name, sizes, (up.median * scale, up.least * scale, up.most * scale)))

@@ -37,7 +37,7 @@ from qingtune.runs.folder import (
     put_result,
     refuse_inputs,
 )
-from qingtune.runs.losses import loss_of_result
+from qingtune.runs.measures import loss_of_result
 from qingtune.runs.page.source import read_curves
 from qingtune.runs.page.write import PageOfRun
 from qingtune.runs.plots import plot_losses, try_to_draw

@@ -24,8 +24,8 @@ from qingtune.planning.blueprint import read_blueprint
 from qingtune.planning.planner import CONTEXT_ON_GPU, Planner, Samples, fullest_group, most_tokens_of, training_batches
 from qingtune.planning.report import Report, make_report
 from qingtune.planning.speed import Speed, flops_of, keep_speed, read_speeds
+from qingtune.runs.measures import after_warm_up
 from qingtune.runs.page.source import read_curves
-from qingtune.runs.speed import after_warm_up
 
 # A rate is kept if it rests on at least so much, beyond the first logged line, which holds the warm-up.
 LEAST_SECONDS, LEAST_STEPS = 2.0, 5

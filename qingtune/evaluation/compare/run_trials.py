@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 from qingtune.config.commands import CompareConfig
 from qingtune.config.load import Loaded
@@ -18,9 +16,9 @@ from qingtune.evaluation.compare.trial import (
     State,
     Trial,
     TrialOutcome,
+    Watch,
     check_same_settings,
     check_same_work,
-    evaluations,
     finished_outcome,
     last_evaluation,
     remove_checkpoints,
@@ -28,9 +26,9 @@ from qingtune.evaluation.compare.trial import (
     run_trial,
 )
 from qingtune.output.console import console, safe
+from qingtune.runs.page.source import Curves
 
 TRIALS = "trials"  # the folder of them
-Watch = Callable[[Sequence[dict[str, Any]]], bool]
 
 
 @dataclass
@@ -69,9 +67,9 @@ class Bench:
             self.console.print(safe(f"{name} ..."), markup=False)
             with self.console.status("") as status:
 
-                def look(lines: Sequence[dict[str, Any]]) -> bool:
-                    status.update(_progress(lines))
-                    return watch(lines)
+                def look(curves: Curves) -> bool:
+                    status.update(_progress(curves))
+                    return watch(curves)
 
                 outcome = run_trial(trial, self.stopping, look)
             self.console.print(safe(f"{name}: {_told(outcome)}"), markup=False)
@@ -96,19 +94,10 @@ class Bench:
         """Collect how a trial ended."""
         self.outcomes.setdefault(trial.setup.name, (trial.setup, {}))[1][trial.seed] = outcome
 
-    def keep_pruned(self, setup: Setup) -> None:
-        """Keep that a setup's first trial was stopped in an earlier start."""
-        trial = self.trial(setup, self.seeds[0])
-        self.keep(trial, TrialOutcome("pruned", last_evaluation(trial)))
-
     def losses_of(self, setup: Setup) -> list[float]:
         """Of its finished trials."""
         _, outcomes = self.outcomes[setup.name]
         return [outcome.numbers.eval_loss for outcome in outcomes.values() if outcome.numbers]
-
-    def end_of(self, setup: Setup) -> State:
-        """How the last of its trials ended."""
-        return [*self.outcomes[setup.name][1].values()][-1].state
 
     def any_failed(self) -> bool:
         """Whether a trial did."""
@@ -125,7 +114,7 @@ def run_all(bench: Bench, setups: Sequence[Setup]) -> None:
 
 def run_search(bench: Bench, search: Search) -> None:
     """One point after another, each with all seeds; whether one falls behind is judged by its first seed."""
-    reported = [(make_setup(bench.loaded, point.method, point.varied), point.state) for point in search.reported()]
+    reported = [(make_setup(bench.loaded, method, varied), state) for method, varied, state in search.reported()]
     check_same_settings([bench.trial(setup, seed) for setup, _ in reported for seed in bench.seeds])
     ends: dict[str, str] = {}
     count = max(search.config.trials, len(reported))
@@ -134,57 +123,49 @@ def run_search(bench: Bench, search: Search) -> None:
         if state == "finished":  # there may be more seeds than before
             _run_seeds(bench, setup, f"[{number}/{count}]", lambda _: False)
         else:
-            bench.keep_pruned(setup)
+            trial = bench.trial(setup, bench.seeds[0])
+            bench.keep(trial, TrialOutcome("pruned", last_evaluation(trial)))
     while not bench.stopping.asked and (asked := search.ask()):
         setup = make_setup(bench.loaded, asked.method, asked.varied)
-        watch = _Watch(search, asked, setup)
-        if setup.name not in ends:
-            losses = _run_seeds(bench, setup, f"[{asked.number}/{search.config.trials}]", watch)
-            ends[setup.name] = bench.end_of(setup)
-        else:  # drawn once more
-            losses = bench.losses_of(setup)
+        if setup.name not in ends:  # else it is drawn once more
+            of_all = f"[{asked.number}/{search.config.trials}]"
+            ends[setup.name] = _run_seeds(bench, setup, of_all, _watch(search, asked, setup))
         if ends[setup.name] in ("stopped", "not run"):  # repeated when the search resumes
             return
-        search.tell(asked, ends[setup.name], losses)
+        search.tell(asked, ends[setup.name], bench.losses_of(setup))
 
 
-def _run_seeds(bench: Bench, setup: Setup, of_all: str, watch: Watch) -> list[float]:
-    """Train a setup with each seed as long as that succeeds; `watch` sees the first only. Returns the losses."""
+def _run_seeds(bench: Bench, setup: Setup, of_all: str, watch: Watch) -> State:
+    """Train a setup with each seed as long as that succeeds, and return how the last ended; `watch` sees the first."""
+    state: State = "not run"
     for seed in bench.seeds:
-        outcome = bench.run(bench.trial(setup, seed), of_all, watch if seed == bench.seeds[0] else lambda _: False)
-        if outcome.state != "finished":
+        state = bench.run(bench.trial(setup, seed), of_all, watch if seed == bench.seeds[0] else lambda _: False).state
+        if state != "finished":
             break
-    return bench.losses_of(setup)
+    return state
 
 
-@dataclass
-class _Watch:
+def _watch(search: Search, asked: AskedPoint, setup: Setup) -> Watch:
     """Reports a trial's evaluations to the search, and says whether it falls behind; never at its last step."""
+    config, heard = setup.config, 0
 
-    search: Search
-    asked: AskedPoint
-    setup: Setup
-    heard: int = 0
+    def watch(curves: Curves) -> bool:
+        nonlocal heard
+        losses = [loss for _, loss in curves.evaluations]
+        behind = search.falls_behind(asked, losses, heard)
+        heard = len(losses)
+        done, most = curves.values["epoch"], config.num_train_epochs
+        if config.max_steps > 0:
+            done, most = curves.steps, config.max_steps
+        return behind and not (done and done[-1] >= most)
 
-    def __call__(self, lines: Sequence[dict[str, Any]]) -> bool:
-        """Take all lines so far."""
-        found = evaluations(lines)
-        losses = [loss for _, loss in found]
-        behind = self.search.falls_behind(self.asked, losses, self.heard)
-        self.heard = len(losses)
-        return behind and not self._is_over(lines[-1])
-
-    def _is_over(self, line: dict[str, Any]) -> bool:
-        config = self.setup.config
-        return line["step"] >= config.max_steps if config.max_steps > 0 else line["epoch"] >= config.num_train_epochs
+    return watch
 
 
-def _progress(lines: Sequence[dict[str, Any]]) -> str:
+def _progress(curves: Curves) -> str:
     """The last step and evaluation, for a line that changes."""
-    steps = [line for line in lines if "tokens" in line]
-    found = evaluations(lines)
-    progress = f"step {steps[-1]['step']}, loss {steps[-1]['loss'] or math.nan:.4f}" if steps else "starting"
-    return progress + (f", eval_loss {found[-1][1]:.4f}" if found else "")
+    progress = f"step {curves.steps[-1]}, loss {curves.values['loss'][-1]:.4f}" if curves.steps else "starting"
+    return progress + (f", eval_loss {curves.evaluations[-1][1]:.4f}" if curves.evaluations else "")
 
 
 def _told(outcome: TrialOutcome) -> str:

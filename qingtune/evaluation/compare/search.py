@@ -24,15 +24,6 @@ _TOLD = "how it ended"
 
 
 @dataclass(frozen=True)
-class Point:
-    """A method and values for what is searched; `state` is finished, pruned or failed."""
-
-    method: TrainingMethod
-    varied: dict[str, Any]
-    state: str
-
-
-@dataclass(frozen=True)
 class AskedPoint:
     """A point to try, the `number`th; `handle` is Optuna's."""
 
@@ -56,11 +47,8 @@ class Search:
         self.config = config
         self.methods = methods_to_compare(config)
         self.distributions = _distributions(config, self.methods)
-        pruner = (
-            optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
-            if config.pruner == "halving"
-            else optuna.pruners.NopPruner()
-        )
+        halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+        pruner = halving if config.pruner == "halving" else optuna.pruners.NopPruner()
         refuse_links(journal.parent, [journal.name])
         storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal))))
         self.study = optuna.create_study(
@@ -83,13 +71,13 @@ class Search:
                 self.study.tell(trial.number, state=TrialState.FAIL)
         return {trial.number for trial in unsettled}
 
-    def reported(self) -> list[Point]:
-        """The points whose end is known, in their order; failures of earlier starts are not among them."""
-        trials = [
-            trial for trial in self.study.get_trials()
+    def reported(self) -> list[tuple[TrainingMethod, dict[str, Any], str]]:
+        """Points whose end (finished, pruned, failed) is known, in their order, without failures of earlier starts."""
+        return [
+            (*self._values(trial.params), trial.user_attrs[_TOLD])
+            for trial in self.study.get_trials()
             if _TOLD in trial.user_attrs and trial.number not in self._asked_again
-        ]  # fmt: skip
-        return [Point(*self._values(trial.params), state=trial.user_attrs[_TOLD]) for trial in trials]
+        ]
 
     def ask(self) -> AskedPoint | None:
         """The next point; None where all are told."""
@@ -97,12 +85,8 @@ class Search:
         count = len(self.reported())
         if count >= self.config.trials:
             return None
-        seed = self.config.seed + count
-        self.study.sampler = (
-            optuna.samplers.RandomSampler(seed=seed)
-            if self.config.sampler == "random"
-            else optuna.samplers.TPESampler(seed=seed)
-        )
+        samplers = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
+        self.study.sampler = samplers[self.config.sampler](seed=self.config.seed + count)
         trial = self.study.ask(self.distributions)
         return AskedPoint(count + 1, *self._values(trial.params), handle=trial)
 
@@ -134,15 +118,11 @@ class Search:
 def extremes(space: dict[str, list[Any] | Interval]) -> list[dict[str, Any]]:
     """Points that hold every value of the space that can be wrong by itself: each alternative, each interval's ends."""
     values = {
-        name: [_number(part.low, part), _number(part.high, part)] if isinstance(part, Interval) else part
+        name: [int(end) if part.whole else end for end in (part.low, part.high)] if isinstance(part, Interval) else part
         for name, part in space.items()
     }
     most = max(len(of_one) for of_one in values.values())
     return [{name: of_one[min(number, len(of_one) - 1)] for name, of_one in values.items()} for number in range(most)]
-
-
-def _number(value: float, interval: Interval) -> float | int:
-    return int(value) if interval.whole else value
 
 
 def _three_figures(value: Any, part: list[Any] | Interval) -> Any:

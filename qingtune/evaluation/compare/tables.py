@@ -9,7 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from qingtune.evaluation.compare.summary import Comparison, SetupRow, Spread
-from qingtune.evaluation.compare.trial import State
+from qingtune.evaluation.compare.trial import Numbers, State
+from qingtune.output.markdown import table
 from qingtune.output.units import duration
 
 LONGEST_MESSAGE = 300
@@ -21,33 +22,64 @@ _STATES: dict[State, str] = {
 }
 
 
+def _figures(number: float) -> str:
+    """Three or more figures, without an exponent where it can be."""
+    return f"{number:.2f}" if number < 1000 else f"{number:.4g}"
+
+
+# Each measure as text, in the order of the columns. How far a quality lies below nothing tells nothing.
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "peak_bytes": lambda count: f"{count / 1e9:.2f} GB",
+    "trained_share": lambda share: f"{share * 100:.3g} %",
+    "tokens_per_second": "{:,.0f}".format,
+    "seconds": duration,
+    "eval_loss_before": "{:.4f}".format,
+    "eval_loss": "{:.4f}".format,
+    "perplexity_before": _figures,
+    "perplexity": _figures,
+    "quality": lambda share: f"{share * 100:.1f} %" if share >= 0 else "< 0 %",
+    "perplexity_ratio": "{:.3f}".format,
+}
+_ON_SCREEN = {
+    "peak_bytes": "peak\nmemory",
+    "trained_share": "train-\nable",
+    "tokens_per_second": "tokens\n/s",
+    "seconds": "time",
+    "eval_loss_before": "loss\nbefore",
+    "eval_loss": "loss\nafter",
+    "perplexity": "perpl.\nafter",
+    "quality": "quality\nto {}",
+}
+_WITH_RANGE = ("eval_loss", "perplexity", "quality")  # on the screen
+
+
 def as_markdown(comparison: Comparison, about: Sequence[str]) -> str:
     """The page: a table of the finished setups and what has to be said of it.
 
     Args:
         about: lines on model, data and settings, that come first.
     """
-    several = _several_seeds(comparison)
-    columns: list[tuple[str, Callable[[SetupRow], Spread | None], Callable[[float], str]]] = [
-        ("peak memory", lambda row: row.peak_bytes, gigabytes),
-        ("trainable", lambda row: row.trained_share, share),
-        ("tokens/s", lambda row: row.tokens_per_second, whole),
-        ("time", lambda row: row.seconds, duration),
-        ("eval_loss before", lambda row: row.eval_loss_before, loss),
-        ("after", lambda row: row.eval_loss, loss),
-        ("perplexity before", lambda row: row.perplexity_before, figures),
-        ("after", lambda row: row.perplexity, figures),
-        (f"quality relative to {reference_name(comparison)}", lambda row: row.quality, percent),
-        (f"perplexity over that of {reference_name(comparison)}", lambda row: row.perplexity_ratio, ratio),
-    ]
-    lines = ["# Comparison", "", *(f"- {line}" for line in about), ""]
-    lines += [f"| setup | {' | '.join(name for name, _, _ in columns)} |", f"|---|{'---|' * len(columns)}"]
+    several, name = _several_seeds(comparison), reference_name(comparison)
+    heading = (
+        "setup", "peak memory", "trainable", "tokens/s", "time", "eval_loss before", "after", "perplexity before",
+        "after", f"quality relative to {name}", f"perplexity over that of {name}",
+    )  # fmt: skip
+    rows: list[list[str]] = []
     for row in comparison.rows:
-        if row.eval_loss:
-            cells = [_with_range(get(row), shown, several) for _, get, shown in columns]
+        if row.measured:
+            cells = [_with_range(row, measure, several) for measure in _SHOWN]
             cells[-2] += " ~" * bool(row.alike)
-            lines.append(f"| {row.setup.name.replace('|', chr(92) + '|')} | {' | '.join(cells)} |")
+            rows.append([row.setup.name, *cells])
+    lines = ["# Comparison", "", *(f"- {line}" for line in about), "", *table(heading, rows)]
     return "\n".join([*lines, "", *(f"- {line}" for line in notes(comparison)), ""])
+
+
+def _with_range(row: SetupRow, measure: str, several: bool) -> str:
+    if measure not in row.measured:
+        return "-"
+    spread, shown = row.measured[measure], _SHOWN[measure]
+    least, most = shown(spread.least), shown(spread.most)
+    return shown(spread.median) + (f" ({least} - {most})" if several and least != most else "")
 
 
 def as_console(comparison: Comparison, width: int = 80) -> str:
@@ -57,39 +89,28 @@ def as_console(comparison: Comparison, width: int = 80) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    table.add_column("setup", overflow="fold")
-    for heading in (
-        "peak\nmemory",
-        "train-\nable",
-        "tokens\n/s",
-        "time",
-        "loss\nbefore",
-        "loss\nafter",
-        "perpl.\nafter",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column(f"quality\nto {reference_name(comparison)}", justify="right", no_wrap=True)
+    grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    grid.add_column("setup", overflow="fold")
+    for heading in _ON_SCREEN.values():
+        grid.add_column(heading.format(reference_name(comparison)), justify="right", no_wrap=True)
     for row in comparison.rows:
-        if not row.eval_loss:
-            continue
-        cells = [
-            _median(row.peak_bytes, gigabytes),
-            _median(row.trained_share, share),
-            _median(row.tokens_per_second, whole),
-            _median(row.seconds, duration),
-            _median(row.eval_loss_before, loss),
-            _with_half_range(row.eval_loss, loss),
-            _with_half_range(row.perplexity, figures),
-            _with_half_range(row.quality, percent, " ~" * bool(row.alike)),
-        ]
-        table.add_row(Text(row.setup.name), *cells)
+        if row.measured:
+            grid.add_row(Text(row.setup.name), *(_on_screen(row, measure) for measure in _ON_SCREEN))
     screen = io.StringIO()
     console = Console(file=screen, width=width, color_system=None, highlight=False)
-    console.print(table)
+    console.print(grid)
     for line in notes(comparison):
         console.print(Text(line))
     return "\n".join(line.rstrip() for line in screen.getvalue().splitlines())
+
+
+def _on_screen(row: SetupRow, measure: str) -> str:
+    if measure not in row.measured:
+        return "-"
+    spread, shown = row.measured[measure], _SHOWN[measure]
+    mark = " ~" * (measure == "quality" and bool(row.alike))
+    half = f"\n±{shown(spread.range / 2)}" if spread.range and measure in _WITH_RANGE else ""
+    return shown(spread.median) + mark + half
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -106,7 +127,7 @@ def notes(comparison: Comparison) -> list[str]:
             "tokens/s: over the logged steps but the first line. time: in steps and evaluations. "
             "memory: the peak of a trial's process."
         )
-        lines += _about_best(comparison)
+        lines += _about_best(comparison, comparison.best)
     for row in comparison.rows:
         for seed, outcome in row.outcomes.items():
             if outcome.state != "finished":
@@ -137,31 +158,22 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _json_of_row(row: SetupRow) -> dict[str, Any]:
-    measured = {name: value for name, value in vars(row).items() if isinstance(value, Spread)}
     return {
         "name": row.setup.name,
         "method": row.setup.method,
         "varied": row.setup.varied,
         "learning_rate": row.setup.config.learning_rate,
-        **{name: {key: _finite(number) for key, number in asdict(spread).items()} for name, spread in measured.items()},
+        **{name: _finite(spread) for name, spread in row.measured.items()},
         "not told apart from the reference": row.alike,
         "trials": [
-            {
-                "seed": seed,
-                "state": outcome.state,
-                "message": outcome.message,
-                **{
-                    name: _finite(number)
-                    for name, number in (asdict(outcome.numbers) if outcome.numbers else {}).items()
-                },
-            }
-            for seed, outcome in row.outcomes.items()
+            {"seed": seed, "state": end.state, "message": end.message, **(_finite(end.numbers) if end.numbers else {})}
+            for seed, end in row.outcomes.items()
         ],
     }
 
 
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
+def _finite(numbers: Spread | Numbers) -> dict[str, float | None]:
+    return {name: number if math.isfinite(number) else None for name, number in asdict(numbers).items()}
 
 
 # --- Notes -----------------------------------------------------------------------------------------------------------
@@ -190,11 +202,9 @@ def _about_seeds(comparison: Comparison) -> list[str]:
 
 def _about_quality(comparison: Comparison) -> list[str]:
     assert comparison.reference is not None
-    name, reference = comparison.reference.setup.name, comparison.reference
-    if reference.quality is None:
-        assert reference.eval_loss_before is not None
-        assert reference.eval_loss is not None
-        gain = reference.eval_loss_before.median - reference.eval_loss.median
+    name, measured = comparison.reference.setup.name, comparison.reference.measured
+    if "quality" not in measured:
+        gain = measured["eval_loss_before"].median - measured["eval_loss"].median
         if gain <= 0:
             return [f"no quality is shown: {name} did not lower eval_loss, so there is no reference."]
         return [
@@ -210,77 +220,16 @@ def _about_quality(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _about_best(comparison: Comparison) -> list[str]:
-    best = comparison.best
-    if best is None or best.eval_loss is None:
-        return []
-    lines = [f"Lowest eval_loss: {best.setup.name} ({loss(best.eval_loss.median)})."]
+def _about_best(comparison: Comparison, best: SetupRow) -> list[str]:
+    def median(row: SetupRow, measure: str) -> str:
+        return _SHOWN[measure](row.measured[measure].median)
+
+    lines = [f"Lowest eval_loss: {best.setup.name} ({median(best, 'eval_loss')})."]
     if comparison.alike_best:
         names = [row.setup.name for row in comparison.alike_best]
-        leanest = min([best, *comparison.alike_best], key=_bytes)
+        leanest = min([best, *comparison.alike_best], key=lambda row: row.measured["peak_bytes"].median)
         lines.append(
             f"Within the spread of it: {'; '.join(names)}. Least memory among them: {leanest.setup.name} "
-            f"({gigabytes(_bytes(leanest))})."
+            f"({median(leanest, 'peak_bytes')})."
         )
     return lines
-
-
-def _bytes(row: SetupRow) -> float:
-    assert row.peak_bytes is not None
-    return row.peak_bytes.median
-
-
-# --- Cells -----------------------------------------------------------------------------------------------------------
-
-
-def _median(spread: Spread | None, shown: Callable[[float], str]) -> str:
-    return shown(spread.median) if spread else "-"
-
-
-def _with_range(spread: Spread | None, shown: Callable[[float], str], several: bool) -> str:
-    if spread is None:
-        return "-"
-    least, most = shown(spread.least), shown(spread.most)
-    return shown(spread.median) + (f" ({least} - {most})" if several and least != most else "")
-
-
-def _with_half_range(spread: Spread | None, shown: Callable[[float], str], mark: str = "") -> str:
-    if spread is None:
-        return "-"
-    half = f"\n±{shown(spread.range / 2)}" if spread.range else ""
-    return shown(spread.median) + mark + half
-
-
-def gigabytes(number: float) -> str:
-    """Bytes in GB."""
-    return f"{number / 1e9:.2f} GB"
-
-
-def share(number: float) -> str:
-    """A share in percent, three figures."""
-    return f"{number * 100:.3g} %"
-
-
-def percent(number: float) -> str:
-    """A share in percent, to one place; how far below nothing it is tells nothing."""
-    return f"{number * 100:.1f} %" if number >= 0 else "< 0 %"
-
-
-def loss(number: float) -> str:
-    """A loss in nats."""
-    return f"{number:.4f}"
-
-
-def figures(number: float) -> str:
-    """Three or more figures, without an exponent where it can be."""
-    return f"{number:.2f}" if number < 1000 else f"{number:.4g}"
-
-
-def ratio(number: float) -> str:
-    """A ratio near 1."""
-    return f"{number:.3f}"
-
-
-def whole(number: float) -> str:
-    """A whole number."""
-    return f"{number:,.0f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -27,12 +26,13 @@ from qingtune.machine.signals import handled, heeded, tell_at_once
 from qingtune.output.console import say
 from qingtune.output.invocation import command_line
 from qingtune.runs.folder import who_writes_to, why_no_checkpoint
-from qingtune.runs.losses import loss_of_result
-from qingtune.runs.page.source import read_curves
+from qingtune.runs.measures import loss_of_result
+from qingtune.runs.page.source import Curves, read_curves
 from qingtune.runs.record import LATEST, METRICS, RECORD, WEIGHTS_REMOVED, differences, read_record, settings_to_compare
 
 SECONDS_BETWEEN_LOOKS = 0.2
 State = Literal["finished", "failed", "stopped", "pruned", "not run"]
+Watch = Callable[[Curves], bool]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Numbers:
     Attributes:
         peak_bytes: the most memory its process held.
         trained_parameters: of `parameters` in all.
-        tokens_per_second: after the warm-up; see runs/speed.py.
+        tokens_per_second: after the warm-up; see runs/measures.py.
         seconds: in steps and evaluations, over all starts of the trial.
         eval_loss_before: mean over the trained tokens of the evaluation data, in nats; before the first step.
         eval_loss: the same of the result.
@@ -94,16 +94,12 @@ class TrialOutcome:
     numbers: Numbers | None = None
 
 
+@dataclass
 class Interruption:
-    """Signals that end a command, passed on to the trial that runs: its process saves and ends, and no other begins.
+    """Signals that end a command, passed on to the trial that runs: its process saves and ends, and no other begins."""
 
-    Attributes:
-        asked: whether one came.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.child: subprocess.Popen[bytes] | None = None
+    asked: bool = False
+    child: subprocess.Popen[bytes] | None = None
 
     def note(self, number: int, _frame: object) -> None:
         """Take a signal; the trial's process takes a second one as training does."""
@@ -116,18 +112,11 @@ class Interruption:
 
 
 def wait_for_left_behind(trials: Path, stopping: Interruption) -> None:
-    """Wait for trials of an earlier start that was killed: they train on, and two at once would slow each other.
-
-    Args:
-        trials: the folder of them; it need not be there.
-        stopping: once it is asked for, waiting ends.
-    """
+    """Wait for trials of an earlier start that was killed: they train on, and two at once would slow each other."""
     for folder in sorted(trials.glob("*/")):
-        announced = False
-        while (holder := who_writes_to(folder)) and not stopping.asked:
-            if not announced:
-                say(f"{folder} is still being trained by {holder} of an earlier start; waiting for it.")
-                announced = True
+        if (holder := who_writes_to(folder)) and not stopping.asked:
+            say(f"{folder} is still being trained by {holder} of an earlier start; waiting for it.")
+        while who_writes_to(folder) and not stopping.asked:
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
@@ -139,11 +128,11 @@ def interruption() -> Generator[Interruption]:
         yield noted
 
 
-def run_trial(trial: Trial, stopping: Interruption, watch: Callable[[Sequence[dict[str, Any]]], bool]) -> TrialOutcome:
+def run_trial(trial: Trial, stopping: Interruption, watch: Watch) -> TrialOutcome:
     """Train in a new process, or resume; checkpoints of a finished trial are removed.
 
     Args:
-        watch: gets the lines of metrics.jsonl whenever there are more; True to stop the trial for good.
+        watch: gets what the run logged so far whenever there is more; True to stop the trial for good.
     """
     trial.folder.parent.mkdir(parents=True, exist_ok=True)
     write_json(trial.config_file, {**trial.config.model_dump(mode="json", exclude_defaults=True), "seed": trial.seed})
@@ -172,9 +161,7 @@ def training_command(trial: Trial) -> list[str]:
     return [sys.executable, "-m", "qingtune", "train", "--config_file", str(trial.config_file)]
 
 
-def _run_process(
-    trial: Trial, stopping: Interruption, watch: Callable[[Sequence[dict[str, Any]]], bool]
-) -> tuple[int, bool]:
+def _run_process(trial: Trial, stopping: Interruption, watch: Watch) -> tuple[int, bool]:
     """The exit code, and whether `watch` had the process stopped."""
     here = str(Path(qingtune.__file__).resolve().parent.parent)  # a clone may not be installed
     paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
@@ -196,7 +183,7 @@ def _run_process(
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 size = metrics_size(trial.folder)  # read only what changed: the trial's speed is measured meanwhile
                 if size != seen and not pruned:
-                    pruned = watch(read_metrics(trial.folder))
+                    pruned = watch(read_curves(trial.folder / METRICS))
                     if pruned:
                         child.terminate()
                 seen = size
@@ -212,21 +199,6 @@ def metrics_size(folder: Path) -> int:
     """Bytes of metrics.jsonl."""
     path = folder / METRICS
     return path.stat().st_size if path.exists() else 0
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl so far."""
-    try:
-        text = (folder / METRICS).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-
-
-def evaluations(lines: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
-    """Step and loss of each evaluation after the first step; NaN where it was not finite."""
-    found = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line and line["step"] > 0]
-    return [(step, float("nan") if loss is None else loss) for step, loss in found]
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -250,7 +222,7 @@ def remove_model(trial: Trial) -> None:
 
 def last_evaluation(trial: Trial) -> str:
     """Where a trial stands, in words."""
-    found = evaluations(read_metrics(trial.folder))
+    found = read_curves(trial.folder / METRICS).evaluations
     return f"step {found[-1][0]}: eval_loss {found[-1][1]:.4f}" if found else ""
 
 
@@ -274,8 +246,7 @@ def finished_outcome(trial: Trial) -> TrialOutcome:
     record = read_record(trial.folder)
     if record is None:
         return TrialOutcome("not run")
-    results, lines = record.results, read_metrics(trial.folder)
-    curves = read_curves(trial.folder / METRICS)
+    results, curves = record.results, read_curves(trial.folder / METRICS)
     before = curves.eval_loss_before
     after = loss_of_result(results, best_kept=trial.config.load_best_model_at_end)
     if before is None or after is None or not math.isfinite(before + after):
@@ -283,11 +254,11 @@ def finished_outcome(trial: Trial) -> TrialOutcome:
     return TrialOutcome(
         "finished",
         numbers=Numbers(
-            peak_bytes=max(results["peak_bytes"], *(line.get("peak_bytes", 0) for line in lines)),
+            peak_bytes=int(max(results["peak_bytes"], *curves.values["peak_bytes"])),
             trained_parameters=results["trained_parameters"],
             parameters=results["parameters"],
             tokens_per_second=curves.tokens_per_second or math.nan,
-            seconds=sum(line.get("seconds", 0.0) + line.get("eval_seconds", 0.0) for line in lines),
+            seconds=sum(filter(math.isfinite, [*curves.values["seconds"], *curves.eval_seconds])),
             eval_loss_before=before,
             eval_loss=after,
         ),

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,8 @@ MOST_TICKS = 5
 MOST_DOTS = 30  # points of a line that are marked
 SMOOTHED_FROM = 20  # points; fewer are readable as they are
 
-Values = Sequence[float]
+Show = Callable[[float], str]  # a value as text, with its unit
+_Box = tuple[float, float, float, float]  # left, right, bottom and top of what is drawn
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,16 @@ class Column:
     kind: str
     label: Words
     steps: Sequence[int]
-    values: Values
+    values: Sequence[float]
 
 
 def make_chart(
-    title: Words, unit: Words, columns: Sequence[Column], show: Callable[[float], str], *, from_zero: bool = False
+    title: Words, unit: Words, columns: Sequence[Column], show: Show, *, from_zero: bool = False
 ) -> Chart | None:
     """A chart of lines over the steps; None if there is no number to draw.
 
     Args:
         unit: of the values, in which they are given.
-        show: a value as text, with its unit.
         from_zero: let the y axis begin at zero.
     """
     lines = [(column, np.asarray(column.steps), np.asarray(column.values, dtype=np.float64)) for column in columns]
@@ -98,11 +99,11 @@ def make_chart(
             (100 - 100 * number * step / (top - bottom), _tick((bottom + number * step) / 10**power, step / 10**power))
             for number in range(round((top - bottom) / step) + 1)
         ],
-        [_line(column, x, y, (left, right), (bottom, top), show) for column, x, y in lines],
+        [_line(column, x, y, (left, right, bottom, top), show) for column, x, y in lines],
     )
 
 
-def smooth(values: Values) -> tuple[list[float], int] | None:
+def smooth(values: Sequence[float]) -> tuple[list[float], int] | None:
     """The exponential moving average over a thirtieth of the points, without the pull of its start.
 
     Returns:
@@ -121,18 +122,11 @@ def smooth(values: Values) -> tuple[list[float], int] | None:
     return averages, window
 
 
-def _line(
-    column: Column,
-    x: NDArray[np.int64],
-    y: NDArray[np.float64],
-    x_range: tuple[int, int],
-    y_range: tuple[float, float],
-    show: Callable[[float], str],
-) -> Line:
+def _line(column: Column, x: NDArray[np.int64], y: NDArray[np.float64], box: _Box, show: Show) -> Line:
     kept = _thin(x, y)
     x, y = x[kept], y[kept]
     known = np.isfinite(y)
-    (left, right), (bottom, top) = x_range, y_range
+    left, right, bottom, top = box
     across = (x - left) / (right - left) * BOX if right > left else np.full(len(x), BOX / 2)
     down = (1 - (y - bottom) / (top - bottom)) * BOX
     return Line(
@@ -150,7 +144,7 @@ def _thin(x: NDArray[np.int64], y: NDArray[np.float64]) -> NDArray[np.int64]:
         return np.arange(len(x))
     edges = np.searchsorted(x, np.linspace(x[0], x[-1], COLUMNS + 1)[1:-1])
     kept: set[int] = {0, len(x) - 1}
-    for start, end in zip([0, *edges.tolist()], [*edges.tolist(), len(x)], strict=True):
+    for start, end in pairwise([0, *edges.tolist(), len(x)]):
         if start == end:
             continue
         part = y[start:end]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from qingtune.config.roles import is_answer
 from qingtune.errors import UserError
@@ -15,6 +16,7 @@ from qingtune.files.json_files import (
     INDEX_BYTES,
     OBJECT,
     TEXT,
+    Kind,
     check_fields,
     list_of,
     number,
@@ -24,16 +26,16 @@ from qingtune.files.json_files import (
     whole,
 )
 from qingtune.output.redaction import redact, redact_values
+from qingtune.runs.measures import tokens_per_second
 from qingtune.runs.record import FACTS, METRICS, SAMPLES, SETTINGS, Record, read_record
-from qingtune.runs.speed import tokens_per_second
 
 EVALUATION = "evaluation.json"
 PREDICTIONS = ("predictions_before.jsonl", "predictions_after.jsonl")
 MOST_SAMPLES = 12
-# What is drawn of each logged line, as training/events.py writes it; speed is tokens / seconds.
-LOGGED = ("loss", "learning_rate", "grad_norm", "tokens", "seconds", "peak_bytes")
-LARGEST_STEP = 2**63 - 1  # that a column of whole numbers holds
-_Read = TypeVar("_Read")
+# What is read of each logged line, as training/events.py writes it; speed is tokens / seconds.
+LOGGED = ("epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "peak_bytes")
+_STEP = whole(0, 2**63 - 1)  # that a column of whole numbers holds
+_FACTS = {"data": OBJECT, "machine": OBJECT, "versions": OBJECT, "total_steps": whole(0)}
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,33 @@ class Curves:
         values: by the names of LOGGED, float [N] each.
         eval_steps: of the evaluations, int [M].
         eval_losses: mean over the trained tokens, in nats, float [M].
+        eval_seconds: what they took, float [M].
     """
 
     steps: array[int] = field(default_factory=lambda: array("q"))
     values: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in LOGGED})
     eval_steps: array[int] = field(default_factory=lambda: array("q"))
     eval_losses: array[float] = field(default_factory=lambda: array("d"))
+    eval_seconds: array[float] = field(default_factory=lambda: array("d"))
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the whole run; see runs/speed.py."""
+        """Of the whole run; see runs/measures.py."""
         return tokens_per_second(self.values["tokens"], self.values["seconds"])
+
+    def known(self, name: str) -> list[float]:
+        """The numbers of a column that are there."""
+        return [value for value in self.values[name] if math.isfinite(value)]
 
     @property
     def eval_loss_before(self) -> float | None:
         """Of the evaluation before the first step; None without one."""
         return self.eval_losses[0] if self.eval_steps and self.eval_steps[0] == 0 else None
+
+    @property
+    def evaluations(self) -> list[tuple[int, float]]:
+        """Step and loss of each evaluation after the first step."""
+        return [(step, loss) for step, loss in zip(self.eval_steps, self.eval_losses, strict=True) if step > 0]
 
 
 @dataclass(frozen=True)
@@ -75,13 +88,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class PageMetric:
-    """A measure of answers.
-
-    Attributes:
-        before: None where there is no such model or value; likewise the others.
-        interval: the 95 % interval of the difference.
-        sure: whether that excludes zero.
-    """
+    """A measure of answers; None where there is none. `sure`: the difference's 95 % interval excludes zero."""
 
     name: str
     before: float | None
@@ -135,40 +142,32 @@ def read_run(folder: Path) -> Source:
     if not answers:
         answers = _predictions(folder)
     record = read_record(folder)
+    metrics, evaluated = _evaluation(folder / EVALUATION)
+    facts = _json(folder / FACTS, _FACTS)
+    check_fields(facts.get("machine") or {}, {"memory_bytes": number(least=0)}, f"{folder / FACTS}: machine")
     return Source(
         folder=redact(str(folder)),
-        settings=_settings(folder / SETTINGS),
+        settings=_json(folder / SETTINGS, {"eval_data_path": list_of(TEXT)}),
         record=Record(**redact_values(vars(record))) if record else None,
-        facts=_facts(folder / FACTS),
+        facts=facts,
         curves=read_curves(folder / METRICS),
         answers=answers[:MOST_SAMPLES],
         steps_of_answers=steps,
         more_answers=max(0, len(answers) - MOST_SAMPLES),
-        metrics=_metrics(folder / EVALUATION),
-        evaluated=_evaluated(folder / EVALUATION),
+        metrics=metrics,
+        evaluated=evaluated,
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """An object; empty if there is no such file."""
-    return redact_values(read_object_if_there(path, INDEX_BYTES, nan=True) or {})
+def _json(path: Path, kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """An object without secrets, of whose fields some are checked; empty if there is no such file."""
+    content = redact_values(read_object_if_there(path, INDEX_BYTES, nan=True) or {})
+    check_fields(content, kinds, str(path))
+    return content
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    settings = _json(path)
-    check_fields(settings, {"eval_data_path": list_of(TEXT)}, str(path))
-    return settings
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    facts = _json(path)
-    check_fields(facts, {"data": OBJECT, "machine": OBJECT, "versions": OBJECT, "total_steps": whole(0)}, str(path))
-    check_fields(facts.get("machine") or {}, {"memory_bytes": number(least=0)}, f"{path}: machine")
-    return facts
-
-
-def _lines(path: Path, read: Callable[[dict[str, Any]], _Read]) -> Iterator[_Read]:
-    """What `read` makes of each object in a file of JSON lines; a line that is still being written is left out."""
+def _each_line(path: Path, take: Callable[[dict[str, Any]], object]) -> None:
+    """Hand over each object in a file of JSON lines, if there is one; a line still being written is left out."""
     try:
         opened = open_plain(path)
     except FileNotFoundError:
@@ -178,12 +177,11 @@ def _lines(path: Path, read: Callable[[dict[str, Any]], _Read]) -> Iterator[_Rea
             if not line.endswith(b"\n"):
                 return
             try:
-                found = read(parse_object(line, f"{path}:{number}", nan=True))
+                take(parse_object(line, f"{path}:{number}", nan=True))
             except KeyError as error:
                 raise UserError(f"{error.args[0]} is missing in this line", where=f"{path}:{number}") from None
             except (ValueError, TypeError, OverflowError) as error:
                 raise UserError(f"this line is broken ({error})", where=f"{path}:{number}") from None
-            yield found
 
 
 def read_curves(path: Path) -> Curves:
@@ -193,29 +191,26 @@ def read_curves(path: Path) -> Curves:
         UserError: it is broken.
     """
     curves = Curves()
-    for step, eval_loss, values in _lines(path, _measured):
-        if values is None:
+
+    def take(line: dict[str, Any]) -> None:
+        step = _step(line)
+        if "eval_loss" in line:
             curves.eval_steps.append(step)
-            curves.eval_losses.append(eval_loss)
+            curves.eval_losses.append(_number(line["eval_loss"]))
+            curves.eval_seconds.append(_number(line.get("eval_seconds")))
         else:
             curves.steps.append(step)
-            for column, value in zip(curves.values.values(), values, strict=True):
-                column.append(value)
+            for name, column in curves.values.items():
+                column.append(_number(line.get(name)))
+
+    _each_line(path, take)
     return curves
 
 
-def _measured(line: dict[str, Any]) -> tuple[int, float, list[float] | None]:
-    """The step of a line of metrics.jsonl with its evaluation's loss, or with None and its values, as in LOGGED."""
-    if "eval_loss" in line:
-        return _step(line), _number(line["eval_loss"]), None
-    return _step(line), math.nan, [_number(line.get(name)) for name in LOGGED]
-
-
 def _step(line: dict[str, Any]) -> int:
-    step = line["step"]
-    if not isinstance(step, int) or not 0 <= step <= LARGEST_STEP:
-        raise ValueError(f"step is {step!r}, not a whole number")
-    return step
+    if not _STEP.fits(line["step"]):
+        raise ValueError(f"step is {line['step']!r}, not a whole number")
+    return line["step"]
 
 
 def _number(value: Any) -> float:
@@ -226,8 +221,15 @@ def _number(value: Any) -> float:
 def _eval_samples(path: Path) -> tuple[list[Answers], tuple[int, int] | None]:
     """The answers of the first and the last evaluation."""
     by_step: dict[int, dict[str, dict[str, Any]]] = {}
-    for step, line in _lines(path, _answered):
-        by_step.setdefault(step, {})[line["prompt"]] = line
+
+    def take(line: dict[str, Any]) -> None:
+        for name in ("prompt", "answer"):
+            if not isinstance(line[name], str):
+                raise ValueError(f"{name} is not text")
+        row = redact_values(line)
+        by_step.setdefault(_step(line), {})[row["prompt"]] = row
+
+    _each_line(path, take)
     if not by_step:
         return [], None
     first, last = min(by_step), max(by_step)
@@ -239,19 +241,14 @@ def _eval_samples(path: Path) -> tuple[list[Answers], tuple[int, int] | None]:
     return answers, (first, last)
 
 
-def _answered(line: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    for name in ("prompt", "answer"):
-        if not isinstance(line[name], str):
-            raise ValueError(f"{name} is not text")
-    return _step(line), redact_values(line)
-
-
 def _predictions(folder: Path) -> list[Answers]:
     """The answers of `qingtune evaluate`: rows of the data, each with its answer, in the same order in both files."""
-    before, after = (list(_lines(folder / name, redact_values)) for name in PREDICTIONS)
+    before: list[dict[str, Any]] = []
+    after: list[dict[str, Any]] = []
+    for name, rows in zip(PREDICTIONS, (before, after), strict=True):
+        _each_line(folder / name, rows.append)
     answers: list[Answers] = []
-    for place in range(max(len(before), len(after))):
-        one, two = (rows[place] if place < len(rows) else {} for rows in (before, after))
+    for one, two in redact_values(list(zip_longest(before, after, fillvalue={}))):
         if "answer" in one or "answer" in two:
             prompt, reference = _asked(two or one)
             answers.append(Answers(prompt, reference, one.get("answer"), two.get("answer")))
@@ -277,27 +274,20 @@ def _as_text(turns: Any) -> str | None:
     return None if turns is None else str(turns)
 
 
-def _metrics(path: Path) -> list[PageMetric]:
+def _evaluation(path: Path) -> tuple[list[PageMetric], tuple[int, list[str]] | None]:
+    """What `qingtune evaluate` measured, and over how many rows of which files; None where that is not said."""
+    content = _json(path, {})
+    rows, data = content.get("rows"), content.get("data")
+    evaluated = (rows, list(data)) if isinstance(rows, int) and isinstance(data, dict) else None
     try:
-        return [_metric(name, about) for name, about in dict(_json(path).get("metrics", {})).items()]
+        return [_metric(name, about) for name, about in dict(content.get("metrics", {})).items()], evaluated
     except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise UserError(f"`qingtune evaluate` did not write this ({error})", where=str(path)) from None
 
 
 def _metric(name: str, about: dict[str, Any]) -> PageMetric:
-    before, after, difference = (about[part] or {} for part in ("before", "after", "difference"))
-    ends = difference.get("interval")
+    parts = [about[part] or {} for part in ("before", "after", "difference")]
+    before, after, difference = (None if part.get("value") is None else float(part["value"]) for part in parts)
+    ends = parts[-1].get("interval")
     interval = (float(ends[0]), float(ends[1])) if ends else None
-    sure = about["difference_excludes_zero"] is True
-    return PageMetric(name, _value(before), _value(after), _value(difference), interval, sure)
-
-
-def _value(estimate: dict[str, Any]) -> float | None:
-    value = estimate.get("value")
-    return None if value is None else float(value)
-
-
-def _evaluated(path: Path) -> tuple[int, list[str]] | None:
-    content = _json(path)
-    rows, data = content.get("rows"), content.get("data")
-    return (rows, list(data)) if isinstance(rows, int) and isinstance(data, dict) else None
+    return PageMetric(name, before, after, difference, interval, about["difference_excludes_zero"] is True)

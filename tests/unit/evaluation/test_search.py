@@ -75,7 +75,7 @@ def test_what_was_told_is_known_again(tmp_path: Path) -> None:
         found.tell(asked(found), state, [2.0] if state == "finished" else [])
     asked(found)
     again = search(tmp_path / "journal")
-    assert [point.state for point in again.reported()] == ["finished", "pruned"]
+    assert [state for _, _, state in again.reported()] == ["finished", "pruned"]
     assert asked(again).number == 3
 
 
@@ -85,7 +85,7 @@ def test_what_failed_is_asked_again_by_the_next_start(tmp_path: Path) -> None:
     for _ in range(2):
         points.append(asked(found))
         found.tell(points[-1], "failed", [])
-    assert [point.state for point in found.reported()] == ["failed", "failed"]
+    assert [state for _, _, state in found.reported()] == ["failed", "failed"]
     for _ in range(2):  # a start that ends before it asks changes nothing
         again = search(tmp_path / "journal")
         assert not again.reported()
@@ -94,7 +94,7 @@ def test_what_failed_is_asked_again_by_the_next_start(tmp_path: Path) -> None:
         assert (repeated.number, repeated.varied) == (number, point.varied)
         again.tell(repeated, "finished", [2.0])
     last = search(tmp_path / "journal")
-    assert [point.varied for point in last.reported()] == [point.varied for point in points]
+    assert [varied for _, varied, _ in last.reported()] == [point.varied for point in points]
     assert asked(last).varied not in [point.varied for point in points]
 
 

@@ -46,43 +46,38 @@ def row(comparison: Comparison, name: str) -> SetupRow:
     return next(row for row in comparison.rows if row.setup.name == name)
 
 
-def median(spread: Spread | None) -> float:
-    assert spread is not None
-    return spread.median
-
-
 # --- Numbers ---------------------------------------------------------------------------------------------------------
 
 
 def test_spread_over_seeds() -> None:
-    assert row(compared(full=[3.0, 3.4, 3.1]), "full").eval_loss == Spread(3.1, 3.0, 3.4)
+    assert row(compared(full=[3.0, 3.4, 3.1]), "full").measured["eval_loss"] == Spread(3.1, 3.0, 3.4)
 
 
 def test_quality_is_a_share_of_fulls_way() -> None:
     found = compared(lora=[3.25], full=[3.0])
     assert found.reference is not None
     assert found.reference.setup.name == "full"
-    assert row(found, "lora").quality == Spread(0.75, 0.75, 0.75)
-    assert row(found, "full").quality == Spread(1, 1, 1)
-    assert median(row(found, "lora").perplexity_ratio) == pytest.approx(math.exp(0.25))
+    assert row(found, "lora").measured["quality"] == Spread(0.75, 0.75, 0.75)
+    assert row(found, "full").measured["quality"] == Spread(1, 1, 1)
+    assert row(found, "lora").measured["perplexity_ratio"].median == pytest.approx(math.exp(0.25))
 
 
 def test_what_quantisation_costs_counts_against_a_method() -> None:
     """Its way begins where full training's does, not at its own worse start."""
     found = compared(full=[3.0], qlora4=[finished(3.5, before=4.5)])
-    assert row(found, "qlora4").quality == Spread(0.5, 0.5, 0.5)
+    assert row(found, "qlora4").measured["quality"] == Spread(0.5, 0.5, 0.5)
 
 
 def test_quality_is_taken_seed_by_seed_from_seeds_that_both_have() -> None:
     found = compared(full=[3.0, 2.0, TrialOutcome("failed")], lora=[3.5, 3.0, 1.0])
-    assert row(found, "lora").quality == Spread(0.5, 0.5, 0.5)
+    assert row(found, "lora").measured["quality"] == Spread(0.5, 0.5, 0.5)
 
 
 def test_without_full_the_best_is_the_reference() -> None:
     found = compared(lora=[3.4], qlora8=[3.2], qlora4=[3.6])
     assert found.reference is not None
     assert (found.reference, found.reference.setup.name) == (found.best, "qlora8")
-    assert median(row(found, "qlora4").quality) == pytest.approx(0.5)
+    assert row(found, "qlora4").measured["quality"].median == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +91,7 @@ def test_without_full_the_best_is_the_reference() -> None:
 def test_no_quality_where_the_reference_learned_too_little_to_tell(best: list[float], gain: str | None) -> None:
     found = compared(lora=best, qlora4=[BEFORE + 0.037] * len(best))
     page, screen = as_markdown(found, []), as_console(found)
-    assert (row(found, "qlora4").quality is None) is (gain != "")
+    assert ("quality" not in row(found, "qlora4").measured) is (gain != "")
     assert ("too little to compare others with" in page) is (gain != "")
     assert (gain or "") in page
     assert "-3" not in screen.replace("---", "")
@@ -107,7 +102,7 @@ def test_no_quality_where_the_reference_learned_too_little_to_tell(best: list[fl
 
 def test_no_quality_where_the_reference_learned_nothing() -> None:
     found = compared(full=[4.1], lora=[3.0])
-    assert row(found, "lora").quality is None
+    assert "quality" not in row(found, "lora").measured
     assert "full did not lower eval_loss" in as_markdown(found, [])
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qingtune.evaluation.compare import trial as trials
 from qingtune.evaluation.compare.setups import Setup
 from qingtune.evaluation.compare.trial import Interruption, Trial, TrialOutcome, interruption, run_trial
 from qingtune.files.digests import write_manifest
+from qingtune.runs.page.source import Curves
 from qingtune.runs.record import Record, write_record
 
 # A stand-in for training: it waits for a signal and ends as training does then.
@@ -43,7 +44,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trial
     return make_trial
 
 
-def run(trial: Trial, watch: Callable[[Sequence[dict[str, Any]]], bool] = lambda _: False) -> TrialOutcome:
+def run(trial: Trial, watch: Callable[[Curves], bool] = lambda _: False) -> TrialOutcome:
     with interruption() as stopping:
         return run_trial(trial, stopping, watch)
 
@@ -89,7 +90,7 @@ def test_failed_trial_says_why(make: Callable[..., Trial], script: str, message:
 def test_signals_are_passed_on(make: Callable[..., Trial], number: int) -> None:
     trial = make(WAITS)
 
-    def look(_: Sequence[dict[str, Any]]) -> bool:
+    def look(_: Curves) -> bool:
         if "here" in trial.log_file.read_text():
             os.kill(os.getpid(), number)
         return False
@@ -102,7 +103,7 @@ def test_signals_are_passed_on(make: Callable[..., Trial], number: int) -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def _each_time(stopping: Interruption, trial: Trial, look: Callable[[Sequence[dict[str, Any]]], bool]) -> TrialOutcome:
+def _each_time(stopping: Interruption, trial: Trial, look: Callable[[Curves], bool]) -> TrialOutcome:
     """Run with `look` called at every look, as new lines would have it called."""
     sizes = iter(range(1, 10_000))
     with pytest.MonkeyPatch.context() as patch:

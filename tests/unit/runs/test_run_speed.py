@@ -15,10 +15,10 @@ from qingtune.evaluation.compare.setups import Setup
 from qingtune.evaluation.compare.trial import Trial, finished_outcome
 from qingtune.export.model_card import _last_line
 from qingtune.planning.of_run import measured_speed
+from qingtune.runs.measures import tokens_per_second
 from qingtune.runs.page.render import _figures
 from qingtune.runs.page.source import read_run
 from qingtune.runs.record import METRICS, Record, write_record
-from qingtune.runs.speed import tokens_per_second
 
 RESULT = Result(True, 30, 20.0, 10**9, None, 1, 2, 4.0, 3.0, None, None)
 
