@@ -7,6 +7,7 @@ which it stopped, and a model whose file is whole is not loaded again.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
@@ -351,11 +352,12 @@ def _outcome(row: RowWithForm, record: dict[str, Any], *, asks: bool) -> Outcome
 
 def _run_harness(name: str, speaker: Speaker, identity: dict[str, Any], config: EvaluateConfig) -> dict[str, Any]:
     """The harness's results, kept in a file until the evaluation is whole, as its tasks take long."""
-    from qingtune.evaluation.harness import run_tasks, version_of_harness
+    from qingtune.evaluation.harness import run_tasks
 
     assert config.lm_eval
     path = Path(config.output_dir) / f"lm_eval_{name}.json"
-    made_by = json.loads(json.dumps({**identity, "tasks": config.lm_eval, "lm_eval": version_of_harness()}))
+    installed = importlib.metadata.version("lm_eval")
+    made_by = json.loads(json.dumps({**identity, "tasks": config.lm_eval, "lm_eval": installed}))
     kept = read_object_if_there(path, INDEX_BYTES, nan=True)
     if kept and kept.get("made_by") == made_by:
         return kept["results"]

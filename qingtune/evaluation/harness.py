@@ -7,7 +7,6 @@ thinking model's thinking is taken out of its answers.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,6 @@ from qingtune.output.console import say
 
 Tasks = dict[str, dict[str, dict[str, float | None]]]
 TELL_EVERY = 50  # requests
-
-
-def version_of_harness() -> str:
-    """Of the installed one."""
-    return importlib.metadata.version("lm_eval")
 
 
 def find_tasks(names: Sequence[str]) -> list[str | dict[str, Any]]:

@@ -5,7 +5,7 @@ Efron & Tibshirani 1993, chapters 13 and 16; for metrics of a corpus, Koehn 2004
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,25 +20,18 @@ SHARE = 0.95  # of resampled values within an interval
 SEED = 42
 FEWEST_ROWS = 2  # one row says nothing of how rows differ
 
-Interval = tuple[float, float]
-
 
 @dataclass(frozen=True)
 class ValueWithInterval:
     """A metric's value, with its interval where there can be one."""
 
     value: float
-    interval: Interval | None
+    interval: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
 class Change:
-    """A metric before and after.
-
-    Attributes:
-        difference: after minus before; None where one of them is missing, and where rows differ.
-        sure: whether the difference's interval excludes zero; None without an interval.
-    """
+    """A metric before and after; `difference`, after minus before, is None where one is missing or rows differ."""
 
     name: str
     digits: int
@@ -67,35 +60,29 @@ def compare(before: Metric | None, after: Metric, resamples: int = RESAMPLES) ->
     Raises:
         ValueError: the two are not of the same rows, so that they cannot be paired.
     """
-    if before is not None and before.rows.shape[0] != after.rows.shape[0]:
-        raise ValueError(f"{after.name}: {before.rows.shape[0]} rows before, {after.rows.shape[0]} after")
-    of_after = _resampled(after, resamples)
-    of_before = None if before is None else _resampled(before, resamples)
-    difference = None
-    if before is not None:
-        apart = None if of_before is None or of_after is None else of_after - of_before
-        difference = ValueWithInterval(after.total - before.total, _interval(apart))
-    return Change(
-        name=after.name,
-        digits=after.digits,
-        rows=after.rows.shape[0],
-        before=None if before is None else ValueWithInterval(before.total, _interval(of_before)),
-        after=ValueWithInterval(after.total, _interval(of_after)),
-        difference=difference,
-    )
+    drawn_after = _resampled(after, resamples)
+    change = Change(after.name, after.digits, len(after.rows), None, _with_interval(after.total, drawn_after), None)
+    if before is None:
+        return change
+    if len(before.rows) != change.rows:
+        raise ValueError(f"{after.name}: {len(before.rows)} rows before, {change.rows} after")
+    drawn_before = _resampled(before, resamples)
+    apart = None if drawn_before is None or drawn_after is None else drawn_after - drawn_before
+    difference = _with_interval(after.total - before.total, apart)
+    return replace(change, before=_with_interval(before.total, drawn_before), difference=difference)
 
 
 def _resampled(metric: Metric, resamples: int) -> NDArray[np.float64] | None:
     """The metric of each resampled data set, [resamples]; the draws depend on the number of rows alone."""
-    count = metric.rows.shape[0]
+    count = len(metric.rows)
     if not metric.additive or count < FEWEST_ROWS:
         return None
     draws = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), size=resamples)
     return np.array([metric.value(sums) for sums in draws @ metric.rows])
 
 
-def _interval(values: NDArray[np.float64] | None) -> Interval | None:
-    if values is None:
-        return None
-    low, high = np.quantile(values, [(1 - SHARE) / 2, (1 + SHARE) / 2])
-    return float(low), float(high)
+def _with_interval(value: float, resampled: NDArray[np.float64] | None) -> ValueWithInterval:
+    if resampled is None:
+        return ValueWithInterval(value, None)
+    low, high = np.quantile(resampled, [(1 - SHARE) / 2, (1 + SHARE) / 2])
+    return ValueWithInterval(value, (float(low), float(high)))

@@ -23,7 +23,6 @@ CHINESE_FROM = 0.1
 
 _HAN = regex.compile(r"\p{Han}")
 _TOKEN = regex.compile(r"\p{Han}|[[\p{Letter}\p{Number}]--\p{Han}]+", regex.V1)
-Tokens = Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def metrics_of(outcomes: Sequence[Outcome]) -> list[Metric]:
     pairs = [(one.answer, one.reference) for one in answered if one.answer is not None and one.reference is not None]
     found: list[Metric] = []
     if scored:
-        sums = _array([[one.loss, one.trained_tokens] for one in scored])
+        sums = np.array([[one.loss, one.trained_tokens] for one in scored], dtype=np.float64)
         found += [
             Metric("loss", sums, _ratio, digits=4),
             Metric("perplexity", sums, lambda sums: math.exp(min(_ratio(sums), 700.0)), digits=3),
@@ -94,9 +93,10 @@ def metrics_of(outcomes: Sequence[Outcome]) -> list[Metric]:
 
 def signatures(references: Sequence[str]) -> dict[str, str]:
     """How sacrebleu computes BLEU and chrF on these references, in its own words."""
-    return {
-        name: _sacrebleu_rows(metric, ["x"], ["x"])[1] for name, metric in _sacrebleu(is_chinese(references)).items()
-    }
+    metrics = _sacrebleu(is_chinese(references))
+    for metric in metrics.values():
+        metric.corpus_score(["x"], [["x"]])  # its signature names the number of references
+    return {name: str(metric.get_signature()) for name, metric in metrics.items()}
 
 
 def is_chinese(texts: Iterable[str]) -> bool:
@@ -109,11 +109,11 @@ def _against_references(pairs: Sequence[tuple[str, str]]) -> list[Metric]:
     answers, references = [answer for answer, _ in pairs], [reference for _, reference in pairs]
     found = [_share("exact match %", [answer == reference for answer, reference in pairs])]
     for name, metric in _sacrebleu(is_chinese(references)).items():
-        rows, _ = _sacrebleu_rows(metric, answers, references)
+        rows = np.array(metric._extract_corpus_statistics(answers, [references]), dtype=np.float64)
         found.append(Metric(name, rows, _score_of(metric)))
     scores = np.array([rouge(answer, reference) for answer, reference in pairs])
     found += [_mean(name, 100 * scores[:, place]) for place, name in enumerate(("ROUGE-1", "ROUGE-2", "ROUGE-L"))]
-    lengths = _array([[len(answer), len(reference)] for answer, reference in pairs])
+    lengths = np.array([[len(answer), len(reference)] for answer, reference in pairs], dtype=np.float64)
     return [*found, Metric("length ratio", lengths, _ratio, digits=3)]
 
 
@@ -148,11 +148,11 @@ def _f1(common: int, in_answer: int, in_reference: int) -> float:
     return 2 * common / (in_answer + in_reference) if common else 0.0
 
 
-def _ngrams(tokens: Tokens, n: int) -> Counter[tuple[str, ...]]:
+def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(zip(*(tokens[start:] for start in range(n)), strict=False))
 
 
-def longest_common_subsequence(a: Tokens, b: Tokens) -> int:
+def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     """Its length, by bits of whole numbers (Hyyrö 2004, "Bit-parallel LCS-length computation revisited").
 
     Bit i of `free` is 0 where the prefix b[:i + 1] has a longer subsequence in common with a than b[:i].
@@ -176,7 +176,7 @@ def _distinct(texts: Sequence[str], n: int) -> Metric:
     ngrams = Counter[tuple[str, ...]]()
     for text in texts:
         ngrams.update(_ngrams(tokens_of(text), n))
-    rows = _array([[len(ngrams), sum(ngrams.values())]])
+    rows = np.array([[len(ngrams), sum(ngrams.values())]], dtype=np.float64)
     return Metric(f"distinct-{n}", rows, _ratio, digits=3, additive=False)
 
 
@@ -184,16 +184,11 @@ def _distinct(texts: Sequence[str], n: int) -> Metric:
 
 
 def _sacrebleu(chinese: bool) -> dict[str, Any]:
+    """Its metrics. Rows' counts are taken as its own resampling takes them; it has no other door to them."""
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
     return {"BLEU": BLEU(tokenize="zh" if chinese else "13a", force=True), "chrF": CHRF()}
-
-
-def _sacrebleu_rows(metric: Any, answers: Sequence[str], references: Sequence[str]) -> tuple[NDArray[np.float64], str]:
-    """Each row's counts, and the signature. sacrebleu's own resampling takes these; it has no other door to them."""
-    rows = metric._extract_corpus_statistics(answers, [references])
-    return _array(rows), str(metric.get_signature())
 
 
 def _score_of(metric: Any) -> Callable[[NDArray[np.float64]], float]:
@@ -201,10 +196,6 @@ def _score_of(metric: Any) -> Callable[[NDArray[np.float64]], float]:
 
 
 # --- Small change ----------------------------------------------------------------------------------------------------
-
-
-def _array(rows: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    return np.asarray(rows, dtype=np.float64)
 
 
 def _ratio(sums: NDArray[np.float64]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from qingtune.evaluation.intervals import RESAMPLES, SHARE, Change, ValueWithInt
 from qingtune.evaluation.metrics import Metric, Outcome, metrics_of, signatures
 from qingtune.files.write import write_json, write_text
 from qingtune.output.console import show
+from qingtune.output.markdown import table
 from qingtune.output.redaction import redact, redact_values
 from qingtune.runs.record import versions
 
@@ -25,14 +26,7 @@ AFTER = "after"
 
 @dataclass(frozen=True)
 class About:
-    """What was evaluated.
-
-    Attributes:
-        data: the files, each with its SHA-256.
-        rows: how many were read.
-        references: how many have a text to compare with.
-        settings: of the command.
-    """
+    """What was evaluated: files with their SHA-256, the rows read, those with a reference, the command's settings."""
 
     data: dict[str, str]
     rows: int
@@ -67,8 +61,7 @@ def changes_of(sides: Mapping[str, Side]) -> list[Change]:
 
 def _change(before: Metric | None, after: Metric) -> Change:
     if before is not None and after.name in PER_TOKEN and not _same_tokens(before, after):
-        alone, other = compare(None, after), compare(None, before)
-        return Change(alone.name, alone.digits, alone.rows, other.after, alone.after, None)
+        return replace(compare(None, after), before=compare(None, before).after)
     return compare(before, after)
 
 
@@ -108,18 +101,15 @@ def _signatures(side: Side) -> dict[str, str]:
 
 
 def _change_as_json(change: Change) -> dict[str, Any]:
+    estimates = {"before": change.before, "after": change.after, "difference": change.difference}
     return {
-        "before": _estimate_as_json(change.before),
-        "after": _estimate_as_json(change.after),
-        "difference": _estimate_as_json(change.difference),
+        **{name: estimate and _estimate_as_json(estimate) for name, estimate in estimates.items()},
         "difference_excludes_zero": change.sure,
         "rows": change.rows,
     }
 
 
-def _estimate_as_json(estimate: ValueWithInterval | None) -> dict[str, Any] | None:
-    if estimate is None:
-        return None
+def _estimate_as_json(estimate: ValueWithInterval) -> dict[str, Any]:
     value = estimate.value if math.isfinite(estimate.value) else None
     return {"value": value, "interval": estimate.interval and list(estimate.interval)}
 
@@ -156,15 +146,13 @@ def _line(name: str, cells: Sequence[str]) -> str:
 def as_markdown(about: About, changes: Sequence[Change], sides: Mapping[str, Side]) -> str:
     """The same as a page, with the intervals of both models."""
     compared = "before" in sides
-    share = f"[{SHARE:.0%}]"
-    columns = ["metric", *([f"before {share}"] if compared else []), f"after {share}"]
-    columns += [f"difference {share}"] if compared else []
-    lines = ["# Evaluation", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    names = ("before", "after", "difference") if compared else ("after",)
+    rows: list[list[str]] = []
     for change in changes:
-        cells = [_with_interval(change.before, change.digits)] if compared else []
-        cells.append(_with_interval(change.after, change.digits))
-        cells += [_difference(change)] if compared else []
-        lines.append(f"| {change.name} | {' | '.join(cells).replace('*', chr(92) + '*')} |")
+        after = _with_interval(change.after, change.digits)
+        cells = [_with_interval(change.before, change.digits), after, _difference(change)] if compared else [after]
+        rows.append([change.name, *(cell.replace("*", "\\*") for cell in cells)])
+    lines = ["# Evaluation", "", *table(["metric", *(f"{name} [{SHARE:.0%}]" for name in names)], rows)]
     if harness := _harness_lines(sides):
         lines += ["", "```", *harness, "```"]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(about, changes, sides))]) + "\n"

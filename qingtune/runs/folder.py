@@ -80,22 +80,14 @@ def check_output_folder(
         raise UserError("output_dir cannot be written", where=str(existing), fix="Choose another output_dir.")
     if first_file == SETTINGS:
         refuse_links(output_dir, (SETTINGS, RECORD, METRICS, CURVE, LATEST, FACTS, PAGE, SAMPLES, _TRACKERS))
-    if output_dir.is_dir() and _holds_files_of_others(output_dir, first_file):
-        raise UserError(
-            f"output_dir contains files that do not belong to {what}; they are kept"
-            + overwrite * " (also with --overwrite_output_dir)",
-            where=str(output_dir),
-            fix="Choose another output_dir.",
-        )
+    begun = is_run(output_dir) if first_file == SETTINGS else (output_dir / first_file).exists()
+    around = output_dir.iterdir() if output_dir.is_dir() and not begun else ()
+    if any(path.name != LOCK and not _HALF_DONE.fullmatch(path.name) for path in around):
+        also = " (also with --overwrite_output_dir)" * overwrite
+        text = f"output_dir contains files that do not belong to {what}; they are kept{also}"
+        raise UserError(text, where=str(output_dir), fix="Choose another output_dir.")
     if first_file == SETTINGS and (overwrite or not (output_dir / RECORD).exists()):
         refuse_files_in_the_way(output_dir, checkpoints=overwrite)
-
-
-def _holds_files_of_others(output_dir: Path, first_file: str) -> bool:
-    """Whether there is anything although no run has begun here."""
-    if is_run(output_dir) if first_file == SETTINGS else (output_dir / first_file).exists():
-        return False
-    return any(path.name != LOCK and not _HALF_DONE.fullmatch(path.name) for path in output_dir.iterdir())
 
 
 def is_run(folder: Path) -> bool:
@@ -116,17 +108,11 @@ def refuse_files_in_the_way(output_dir: Path, *, checkpoints: bool = False) -> N
         UserError: names what is in the way.
     """
     _, others = ours_and_others(output_dir)
-    in_the_way = [
-        f"{name} ({reason})"
-        for name, reason in others.items()
-        if (checkpoints or not _CHECKPOINT.fullmatch(name)) and _may_be_ours(name)
-    ]
+    taken = [name for name in others if _may_be_ours(name) and (checkpoints or not _CHECKPOINT.fullmatch(name))]
+    in_the_way = [f"{name} ({others[name]})" for name in taken]
     if in_the_way:
-        raise UserError(
-            f"output_dir contains changed or unknown files where this run writes: {shown(in_the_way)}",
-            where=str(output_dir),
-            fix="Move them away, or choose another output_dir.",
-        )
+        what = f"output_dir contains changed or unknown files where this run writes: {shown(in_the_way)}"
+        raise UserError(what, where=str(output_dir), fix="Move them away, or choose another output_dir.")
 
 
 def refuse_inputs(output_dir: Path, inputs: Mapping[str, Iterable[Path]]) -> None:
@@ -161,16 +147,12 @@ def ours_and_others(folder: Path) -> tuple[list[Path], dict[str, str]]:
     A result is known by its list. One of version 0.1.0, which wrote none, is known by its record: it consists of the
     files that a run of its method writes.
     """
-    ours: list[Path] = []
-    others: dict[str, str] = {}
-    if folder.is_dir():
-        in_result = _InResult(folder)
-        for path in sorted(path for path in folder.iterdir() if path.name != LOCK):
-            if reason := _why_not_ours(path, in_result):
-                others[path.name] = reason
-            else:
-                ours.append(path)
-    return ours, others
+    if not folder.is_dir():
+        return [], {}
+    in_result = _InResult(folder)
+    reasons = {path: _why_not_ours(path, in_result) for path in sorted(folder.iterdir()) if path.name != LOCK}
+    ours = [path for path, reason in reasons.items() if reason is None]
+    return ours, {path.name: reason for path, reason in reasons.items() if reason is not None}
 
 
 def _why_not_ours(path: Path, in_result: _InResult) -> str | None:
@@ -249,15 +231,11 @@ def only_run_in(output_dir: Path) -> Generator[None]:
         lock = filelock.FileLock(path, timeout=0)
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(
-            f"another run is writing to this output_dir ({_holder(path)})",
-            where=str(output_dir),
-            fix="Wait until it ends, or choose another output_dir.",
-        ) from None
+        what = f"another run is writing to this output_dir ({_holder(path)})"
+        raise UserError(what, where=str(output_dir), fix="Wait until it ends, or choose another output_dir.") from None
     except OSError as error:  # permissions do not tell all: a read-only disk, an odd file system
-        raise UserError(
-            f"output_dir cannot be written ({error.strerror})", where=str(output_dir), fix="Choose another output_dir."
-        ) from None
+        what = f"output_dir cannot be written ({error.strerror})"
+        raise UserError(what, where=str(output_dir), fix="Choose another output_dir.") from None
     try:
         with open_in_place(path) as file:
             file.truncate()
@@ -295,10 +273,8 @@ def _holder(path: Path) -> str:
 
 def prepare_output_folder(output_dir: Path, *, start_over: bool) -> None:
     """Remove what a killed run left half done; `start_over` removes an earlier run's files too, and no others."""
-    ours, _ = ours_and_others(output_dir) if start_over else (list(output_dir.iterdir()), {})
-    for path in ours:
-        if not start_over and not _HALF_DONE.fullmatch(path.name):
-            continue
+    half_done = [path for path in output_dir.iterdir() if _HALF_DONE.fullmatch(path.name)]
+    for path in ours_and_others(output_dir)[0] if start_over else half_done:
         if path.name == _TRACKERS:
             _remove_trackers(path)
         elif path.is_dir() and not path.is_symlink():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -143,9 +142,7 @@ def _errors(spread: tuple[float, float, float]) -> list[list[float]]:
 
 def _matplotlib() -> Any:
     """The library; it refuses to be imported while MPLBACKEND names nothing that it knows."""
-    before = os.environ.get("MPLBACKEND")
-    if "matplotlib" not in sys.modules and before is not None:
-        del os.environ["MPLBACKEND"]
+    before = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
     finally:
@@ -157,11 +154,9 @@ def _matplotlib() -> Any:
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     """An empty picture of so many inches."""
     _matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120)
-    FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
 

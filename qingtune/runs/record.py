@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -169,11 +171,8 @@ def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two runs' settings, a line each; see `changed_names`."""
-    return [
-        f"{name} was {json.dumps(before.get(name), ensure_ascii=False)}, "
-        f"is {json.dumps(now.get(name), ensure_ascii=False)}"
-        for name in changed_names(before, now)
-    ]
+    shown = functools.partial(json.dumps, ensure_ascii=False)
+    return [f"{name} was {shown(before.get(name))}, is {shown(now.get(name))}" for name in changed_names(before, now)]
 
 
 def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -184,31 +183,22 @@ def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
         now: as they are.
     """
     digests = before.get(_DIGESTS, {})
-    names = sorted({*before, *now} - {_DIGESTS})
-    return [name for name in names if not _same(name, before.get(name), now.get(name), digests)]
 
+    def same(name: str) -> bool:
+        written, value = before.get(name), now.get(name)
+        if written == value:
+            return True
+        return _digest(value, digests["salt"]) == digests[name] if name in digests else _could_be(written, value)
 
-def _same(name: str, before: Any, now: Any, digests: Mapping[str, str]) -> bool:
-    if name in digests:
-        return before == now or _digest(now, digests["salt"]) == digests[name]
-    return before == now or _could_be(before, now)
+    return [name for name in sorted({*before, *now} - {_DIGESTS}) if not same(name)]
 
 
 def _could_be(hidden: Any, value: Any) -> bool:
     """Whether a value becomes this one when secrets in it are hidden, whichever these are."""
-    pieces = json.dumps(hidden, ensure_ascii=False).split(HIDDEN)
-    if len(pieces) == 1:
-        return False
-    text, place = json.dumps(value, ensure_ascii=False), 0
-    for index, piece in enumerate(pieces):
-        found = text.find(piece, place)
-        if found < 0 or (index == 0 and found > 0):
-            return False
-        place = found + len(piece)
-    return text.endswith(pieces[-1])
+    pieces, text = json.dumps(hidden, ensure_ascii=False).split(HIDDEN), json.dumps(value, ensure_ascii=False)
+    return 1 < len(pieces) <= len(text) and fnmatch.fnmatchcase(text, "*".join(map(glob.escape, pieces)))
 
 
 def _digest(value: Any, salt: str) -> str:
-    return hashlib.sha256(
-        (salt + json.dumps(value, ensure_ascii=False)).encode("utf-8", "backslashreplace")
-    ).hexdigest()
+    text = salt + json.dumps(value, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -96,9 +96,8 @@ class Listed:
 def looks_of(folder: Path) -> dict[str, _Looks]:
     """Every file below a folder, by its path in it, and how it looks; links are not followed."""
     found: dict[str, _Looks] = {}
-    for where, folders, files in os.walk(folder):
-        links = [name for name in folders if (Path(where) / name).is_symlink()]
-        for path in (Path(where) / name for name in [*files, *links]):
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not path.is_dir():
             status = path.lstat()
             looks = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
             found[path.relative_to(folder).as_posix()] = looks
@@ -115,14 +114,7 @@ def shown(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class ResultFolder:
-    """A folder in which a result may be put.
-
-    Attributes:
-        named: as the user did.
-        target: with all links resolved.
-        maker: the command.
-        before: what it held when that was decided.
-    """
+    """A folder for a result of a command: as the user named it, with all links resolved, and what it held then."""
 
     named: Path
     target: Path
@@ -136,19 +128,16 @@ class ResultFolder:
         Raises:
             UserError: it cannot be made.
         """
-        staged = staging_folder(self.target)
-        with disk_errors("a folder next to output_dir", self.target.parent, _ELSEWHERE):
-            folder = staged.__enter__()
-        try:
+        with ExitStack() as stack:
+            with disk_errors("a folder next to output_dir", self.target.parent, _ELSEWHERE):
+                folder = stack.enter_context(staging_folder(self.target))
             yield folder
-        finally:
-            staged.__exit__(None, None, None)
 
     def refuse_input(self, name: str, folder: Path | None) -> None:
-        """Make sure that a folder that is read is not this one, nor in it, by any name or link.
+        """Make sure that a folder that is read is not this one, nor in it, by any name or link; `name` says what it is.
 
         Raises:
-            UserError: it is; `name` says what it is in words.
+            UserError: it is.
         """
         if folder:
             read = Path(os.path.realpath(folder))
@@ -194,16 +183,10 @@ class ResultFolder:
 
 
 def open_result_folder(output_dir: Path, maker: str, what: str, *, overwrite: bool) -> ResultFolder:
-    """Make sure before anything is loaded that a result may and can be put in a folder.
-
-    Args:
-        output_dir: the setting.
-        maker: the command.
-        what: it makes, in words.
-        overwrite: whether an earlier result of the same command may be replaced.
+    """Make sure before anything is loaded that what a command (`maker`) makes may and can be put in a folder.
 
     Raises:
-        UserError: names what is in the way.
+        UserError: names what is in the way; with `overwrite`, an earlier result of the same command is not.
     """
     refuse_no_path(output_dir, "output_dir")
     target = Path(os.path.realpath(output_dir))
@@ -251,31 +234,19 @@ def _check_replaceable(
 ) -> None:
     listed = Listed(target)
     if listed.maker is None:
-        raise UserError(
-            f"output_dir contains files ({shown(sorted(before) or ['empty folders'])}) and no list of what qingtune "
-            f"wrote ({RESULT_FILES}, which version 0.1.0 did not write either); they are left alone",
-            where=str(output_dir),
-            fix="Choose another output_dir, or remove the folder by hand.",
-        )
-    if listed.maker != maker:
-        raise UserError(
-            f"output_dir contains the result of another command, qingtune {listed.maker}",
-            where=str(output_dir),
-            fix=_ELSEWHERE,
-        )
-    why = {name: listed.why_not(name) for name in sorted(before)}
-    if theirs := [f"{name} ({reason})" for name, reason in why.items() if reason]:
-        raise UserError(
-            f"output_dir contains {what} and files that qingtune did not write or that changed: {shown(theirs)}",
-            where=str(output_dir),
-            fix="Move them away, or choose another output_dir.",
-        )
-    if not overwrite:
-        raise UserError(
-            f"output_dir already contains {what}",
-            where=str(output_dir),
-            fix="Pass --overwrite_output_dir to replace it.",
-        )
+        found = f"contains files ({shown(sorted(before) or ['empty folders'])}) and no list of what qingtune wrote "
+        found += f"({RESULT_FILES}, which version 0.1.0 did not write either); they are left alone"
+        fix = "Choose another output_dir, or remove the folder by hand."
+    elif listed.maker != maker:
+        found, fix = f"contains the result of another command, qingtune {listed.maker}", _ELSEWHERE
+    elif theirs := [f"{name} ({reason})" for name in sorted(before) if (reason := listed.why_not(name))]:
+        found = f"contains {what} and files that qingtune did not write or that changed: {shown(theirs)}"
+        fix = "Move them away, or choose another output_dir."
+    elif not overwrite:
+        found, fix = f"already contains {what}", "Pass --overwrite_output_dir to replace it."
+    else:
+        return
+    raise UserError(f"output_dir {found}", where=str(output_dir), fix=fix)
 
 
 def _finish_earlier_switch(target: Path) -> None:

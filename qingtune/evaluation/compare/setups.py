@@ -174,11 +174,10 @@ def about_full_training(config: CompareConfig) -> str | None:
 
 def about_learning_rates(config: CompareConfig, given: Mapping[str, Any]) -> str | None:
     """A line for the user on which method a given learning rate applies to; None if it is obvious."""
-    others: list[TrainingMethod] = [
-        method for method in methods_to_compare(config) if not method.startswith(config.method)
-    ]
-    per_method = config.per_method or {}
-    others = [method for method in others if "learning_rate" not in per_method.get(method, {})]
+    others = [
+        method for method in methods_to_compare(config)
+        if not method.startswith(config.method) and "learning_rate" not in (config.per_method or {}).get(method, {})
+    ]  # fmt: skip
     varied = {*(config.grid or {}), *(config.space or {})}
     if not others or given.get("learning_rate") is None or "learning_rate" in varied:
         return None
