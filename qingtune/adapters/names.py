@@ -82,7 +82,7 @@ def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> fl
     Raises:
         PatternError: a key is no regular expression.
     """
-    return next((value for key, value in pattern.items() if parse_pattern(key).ends(name)), default)
+    return next((value for key, value in pattern.items() if parse_pattern(key)(name)), default)
 
 
 def layer_number(name: str) -> int | None:

@@ -1,231 +1,93 @@
 """Regular expressions of strangers, matched in a time that grows with the text and not faster.
 
-Python's `re` tries one way through an expression after the other, and a short one can take it years. Here all ways
-are followed at once, character by character (Thompson 1968, https://doi.org/10.1145/363347.363387), which needs the
-expression to be a regular one: without references back and without looking around.
+Python's `re` tries one way through an expression after the other, and a short one can take it years. Rust's `regex`,
+which pydantic includes, follows all ways at once (https://docs.rs/regex/latest/regex/#untrusted-input). It knows no
+look-around and no references back; an expression that it would not read as Python does is refused.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import lru_cache, reduce
+from collections.abc import Callable
+from functools import lru_cache
+
+from pydantic_core import SchemaError, SchemaValidator, core_schema
+
+from qingtune.errors import reason_of
 
 MOST_CHARACTERS = 300  # of an expression
-MOST_STATES = 1000  # after counted repetitions are written out
-_MOST_GROUPS = 30  # one within the other
-# One character of the text: a class, an escape that is no letter or digit but those of kinds, or the character itself.
-_ATOM = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[dDwWsS]|\\[^A-Za-z0-9]|[^\\\[(){*+?|^$]")
-_GROUP = re.compile(r"\((?:\?:|\?P<[A-Za-z_]\w*>|(?!\?))")
-_ANCHOR = re.compile(r"\^|\$|\\A|\\Z")
-_TIMES = re.compile(r"([*+?]|\{(\d{1,4})?(?:(,)(\d{1,4})?)?\})(\??)")
+_MOST_PARTS = 2000  # of an expression, times all its counted repetitions: as many as they may be written out
+_COUNT = r"\{(?:\d+(?:,\d*)?|,\d*)\}"
+_TOKEN = re.compile(
+    rf"""
+      (?P<anchor> \^ | \$ | \\[AZ] )
+    | (?P<group> \( (?: \?: | \?P<[A-Za-z_]\w*> | (?!\?) ) )
+    | \[ (?P<characters> \^? \]? (?: \\. | (?!--) [^\]\\] )* ) \]
+    | (?P<times> (?: [*+?] | {_COUNT} ) \?? ) (?! [*+?] )
+    | (?P<kind> \\[dDwWsS] )
+    | (?P<same> [.|)] )
+    | (?P<character> \\[^A-Za-z0-9] | (?! {_COUNT} ) [^\\\[(*+?] )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
 
 
 class PatternError(ValueError):
     """An expression that is invalid or not supported here, with the reason."""
 
 
-@dataclass
-class _State:
-    """A point on the way through an expression.
-
-    Attributes:
-        takes: whether a character leads on from here; None where none is needed.
-        next: the states that it leads to.
-        at: "start" or "end", where the way on is open there only.
-    """
-
-    takes: Callable[[str], bool] | None
-    next: list[int]
-    at: str | None = None
-
-
-class Pattern:
-    """An expression, to be compared with names.
-
-    Raises:
-        PatternError: it is invalid, too long, or not regular.
-    """
-
-    def __init__(self, text: str) -> None:
-        parser = _Parser(text)
-        # Names alone, as adapters written here hold them by the hundred, leave `re` one way only, and it is faster.
-        self._name = re.compile(rf"(.*\.)?{text}$") if re.fullmatch(r"[\w.]*", text) else None
-        self._states = parser.states
-        self._anywhere = self._reached([parser.first], at_start=False)
-        self._beginning = self._reached([parser.first], at_start=True)
-        self._steps: dict[tuple[frozenset[int], str], frozenset[int]] = {}
-
-    def ends(self, name: str) -> bool:
-        """Whether a name is what the expression describes, or ends with it at a dot."""
-        if self._name:
-            return self._name.match(name) is not None
-        now = self._beginning
-        for character in name:
-            now = self._step(now, character)
-        return _Parser.DONE in self._reached(now, at_start=False, at_end=True)
-
-    def _step(self, now: frozenset[int], character: str) -> frozenset[int]:
-        key = now, character
-        if key not in self._steps:
-            taken = [self._states[number] for number in now]
-            next_ones = [n for state in taken if state.takes and state.takes(character) for n in state.next]
-            reached = self._reached(next_ones, at_start=False)
-            self._steps[key] = reached | self._anywhere if character == "." else reached
-        return self._steps[key]
-
-    def _reached(self, numbers: Iterable[int], *, at_start: bool, at_end: bool = False) -> frozenset[int]:
-        """The states that are reached from some without a character."""
-        open_at = {None, "start" if at_start else None, "end" if at_end else None}
-        reached, waiting = set[int](), list(numbers)
-        while waiting:
-            number = waiting.pop()
-            if number in reached:
-                continue
-            reached.add(number)
-            state = self._states[number]
-            if state.takes is None and state.at in open_at:
-                waiting += state.next
-        return frozenset(reached)
-
-
 @lru_cache(maxsize=4096)
-def parse_pattern(text: str) -> Pattern:
-    """The pattern of an expression.
+def parse_pattern(text: str) -> Callable[[str], bool]:
+    """Whether a name is what an expression describes, or ends with it at a dot: a function of the name.
 
     Raises:
-        PatternError: it is invalid, too long, or not regular.
+        PatternError: the expression is invalid, too long, or not supported.
     """
-    return Pattern(text)
-
-
-@lru_cache(maxsize=1024)
-def _takes(atom: str) -> Callable[[str], bool]:
-    """Whether a character is one that an atom describes."""
+    if len(text) > MOST_CHARACTERS:
+        raise PatternError(f"it has {len(text):,} characters; the limit is {MOST_CHARACTERS}")
+    parts: list[str] = []
+    place = 0
+    while place < len(text):
+        token = _TOKEN.match(text, place)
+        if not token:
+            raise PatternError(
+                f"{text[place : place + 4]!r} at position {place} is not understood; names, dots, classes such as "
+                "[0-9] and \\d, groups, |, *, +, ? and {m,n} are"
+            )
+        parts.append(_in_rust(token))
+        place = token.end()
+    if len(parts) * math.prod(max(1, int(most)) for most in re.findall(r"(\d+),?\}", text)) > _MOST_PARTS:
+        raise PatternError("it has too many repetitions")
     try:
-        compiled = re.compile(atom)
-    except re.error as error:
-        raise PatternError(f"{atom} is not a character class ({error.msg})") from None
-    known: dict[str, bool] = {}
-
-    def takes(character: str) -> bool:
-        if character not in known:
-            known[character] = compiled.fullmatch(character) is not None
-        return known[character]
-
-    return takes
+        re.compile(text)  # which is particular about what is repeated and how parentheses are placed
+        return SchemaValidator(core_schema.str_schema(pattern=rf"\A(?:.*\.)?(?:{''.join(parts)})\z")).isinstance_python
+    except (re.error, RecursionError, SchemaError) as error:
+        raise PatternError(reason_of(error)) from None
 
 
-# A piece of an expression, given the state that follows it: makes the states of the piece, and returns their first.
-_Piece = Callable[[int], int]
+def _in_rust(token: re.Match[str]) -> str:
+    """A part of an expression as Rust writes it; kinds of characters are of ASCII: those of Unicode take megabytes."""
+    text = token[0]
+    match token.lastgroup:
+        case "anchor":
+            return r"\A" if text in ("^", r"\A") else r"\z"
+        case "group":
+            return "(?:"
+        case "kind":
+            return f"[{_ascii(text)}]"
+        case "characters":  # in which Rust knows classes within classes and operations on them
+            inner = re.sub(r"\\.|[\[&~]", lambda found: _ascii(found[0]), token["characters"])
+            return f"[{inner}]"
+        case "times":
+            return text.replace("{,", "{0,")
+        case "character":
+            return rf"\x{{{ord(text[-1]):x}}}"
+        case _:
+            return text
 
 
-class _Parser:
-    """Reads an expression into states; `first` is where it begins, DONE where it ends."""
-
-    DONE = 0
-
-    def __init__(self, text: str) -> None:
-        if len(text) > MOST_CHARACTERS:
-            raise PatternError(f"it has {len(text):,} characters; the limit is {MOST_CHARACTERS}")
-        self.text, self.place, self.depth, self._built = text, 0, 0, 0
-        self.states = [_State(None, [])]
-        piece = self._alternatives()
-        if self.place < len(text):
-            raise PatternError(f"unbalanced parenthesis at position {self.place}")
-        self.first = piece(self.DONE)
-
-    # Reading
-
-    def _take(self, what: re.Pattern[str]) -> re.Match[str] | None:
-        found = what.match(self.text, self.place)
-        if found:
-            self.place = found.end()
-        return found
-
-    def _repeats(self) -> bool:
-        """Whether a repetition comes next; {} is none, but two characters."""
-        return bool(_TIMES.match(self.text, self.place)) and not self.text.startswith("{}", self.place)
-
-    def _alternatives(self) -> _Piece:
-        choices = [self._sequence()]
-        while self.text.startswith("|", self.place):
-            self.place += 1
-            choices.append(self._sequence())
-        return choices[0] if len(choices) == 1 else lambda then: self._fork([choice(then) for choice in choices])
-
-    def _sequence(self) -> _Piece:
-        pieces: list[_Piece] = []
-        while self.place < len(self.text) and self.text[self.place] not in "|)":
-            pieces.append(self._repeated(self._one()))
-        return lambda then: reduce(lambda following, piece: piece(following), reversed(pieces), then)
-
-    def _one(self) -> _Piece:
-        if anchor := self._take(_ANCHOR):
-            if self._repeats():
-                raise PatternError(f"nothing to repeat at position {self.place}")
-            at = "start" if anchor[0] in ("^", "\\A") else "end"
-            return lambda then: self._add(_State(None, [then], at))
-        if self._take(_GROUP):
-            self.depth += 1
-            if self.depth > _MOST_GROUPS:
-                raise PatternError(f"its groups are nested more than {_MOST_GROUPS} deep")
-            inner = self._alternatives()
-            if not self.text.startswith(")", self.place):
-                raise PatternError("a parenthesis is not closed")
-            self.place += 1
-            self.depth -= 1
-            return inner
-        if self._repeats():
-            raise PatternError(f"nothing to repeat at position {self.place}")
-        if atom := self._take(_ATOM):
-            takes = _takes(atom[0])
-            return lambda then: self._add(_State(takes, [then]))
-        if self.text[self.place] == "{":  # as itself, where it counts nothing
-            self.place += 1
-            return lambda then: self._add(_State(_takes(r"\{"), [then]))
-        raise PatternError(
-            f"{self.text[self.place : self.place + 4]!r} at position {self.place} is not understood; names, dots, "
-            "classes such as [0-9] and \\d, groups, |, *, +, ? and {m,n} are"
-        )
-
-    def _repeated(self, piece: _Piece) -> _Piece:
-        if not self._repeats() or not (found := self._take(_TIMES)):
-            return piece
-        if self._repeats():
-            raise PatternError(f"a repetition of a repetition at position {self.place}")
-        sign = found[1]
-        least = {"*": 0, "?": 0, "+": 1}.get(sign, int(found[2] or 0))
-        most = {"*": None, "?": 1, "+": None}.get(sign, int(found[4]) if found[4] else None if found[3] else least)
-        if most is not None and most < least:
-            raise PatternError(f"{sign} ends before it begins")
-        return lambda then: self._times(piece, least, most, then)
-
-    # Building
-
-    def _times(self, piece: _Piece, least: int, most: int | None, then: int) -> int:
-        if most is None:
-            loop = self._fork([then])
-            self.states[loop].next.append(piece(loop))
-            then = loop
-        else:
-            for _ in range(most - least):
-                then = self._fork([piece(then), then])
-        for _ in range(least):
-            self._count()
-            then = piece(then)
-        return then
-
-    def _fork(self, ways: list[int]) -> int:
-        return self._add(_State(None, ways))
-
-    def _add(self, state: _State) -> int:
-        self._count()
-        self.states.append(state)
-        return len(self.states) - 1
-
-    def _count(self) -> None:
-        self._built += 1
-        if self._built > MOST_STATES:
-            raise PatternError("it has too many repetitions")
+def _ascii(text: str) -> str:
+    """A kind of characters, an escape, or a character that means something to Rust alone, as it is within a class."""
+    kind = {"d": "digit", "w": "word", "s": "space"}.get(text[1:].lower())
+    return f"[:{'^' * text[1].isupper()}{kind}:]" if kind else text.rjust(2, "\\")
