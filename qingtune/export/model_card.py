@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qingtune import __version__
-from qingtune.config.load import default_settings
 from qingtune.config.methods import METHOD_NAMES
+from qingtune.config.resolve import default_settings
 from qingtune.files.json_files import open_plain
 from qingtune.files.write import write_text
 from qingtune.output.markdown import code, prose, table, value

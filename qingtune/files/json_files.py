@@ -44,14 +44,14 @@ def read_object_if_there(path: Path, most_bytes: int = MOST_BYTES, *, nan: bool 
         return None
 
 
-def read_bytes(path: Path, most_bytes: int) -> bytes:
-    """What a plain file holds.
+def read_bytes(path: Path, most_bytes: int, *, pipes: bool = False) -> bytes:
+    """What a plain file holds; `pipes` as in open_plain.
 
     Raises:
         FileNotFoundError: there is no such file.
         UserError: it cannot be read, is no plain file, or is larger.
     """
-    with open_plain(path) as file:
+    with open_plain(path, pipes=pipes) as file:
         try:
             content = file.read(most_bytes + 1)
         except OSError as error:
@@ -61,8 +61,11 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
     return content
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path, *, pipes: bool = False) -> BinaryIO:
     """Open a plain file to read; a folder, a pipe or a device in its place is not waited for.
+
+    Args:
+        pipes: whether a pipe or a device may take its place, such as /dev/stdin; a pipe that nobody writes to is empty.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -78,9 +81,12 @@ def open_plain(path: Path) -> BinaryIO:
         raise FileNotFoundError(str(path)) from None
     except (OSError, ValueError) as error:  # Python's own error is for a null byte in the name
         raise UserError(f"cannot be read: {reason_of(error)}", where=str(path)) from None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    kind = stat.S_IFMT(os.fstat(handle).st_mode)
+    if kind != stat.S_IFREG and not (pipes and kind in (stat.S_IFIFO, stat.S_IFCHR)):
         os.close(handle)
         raise UserError("this is not a regular file", where=str(path), fix="Replace it with the file.")
+    if kind != stat.S_IFREG:
+        os.set_blocking(handle, True)
     return os.fdopen(handle, "rb")
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ from qingtune.config.load import Loaded, load_train_config
 from qingtune.config.no_effect import NO_EFFECT
 from qingtune.config.training import ALIASES, TrainConfig
 from qingtune.errors import UserError
+from qingtune.files.json_files import MOST_BYTES
 
 DATA = {"data_path": "train.jsonl"}
 
@@ -123,6 +128,42 @@ def test_typical_training_arguments_load(file: Path) -> None:
     (told,) = (notice for notice in loaded.notices if notice.startswith("No effect here: "))
     assert all(name in told for name in ("group_by_length", "deepspeed", "dataloader_num_workers"))
     assert not any(name in told for name in ("do_eval", "disable_tqdm", "ddp_find_unused_parameters"))
+
+
+# --- Pipes, and files where pipes usually are ---------------------------------------------------------------------
+
+SHARED_MEMORY = Path("/dev/shm")
+needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+
+
+@needs_pipes
+def test_a_pipe_that_is_written_to_is_read_to_its_end(file: Path) -> None:
+    """As in --config_file <(command), whose /dev/fd/63 is open before anything is written."""
+    plain = load(file, silence())
+    reading, writing = os.pipe()
+    with ThreadPoolExecutor() as pool, open(reading):
+        loading = pool.submit(load_train_config, f"/dev/fd/{reading}", {})
+        with open(writing, "wb") as pipe:
+            time.sleep(0.1)
+            pipe.write(file.read_bytes())
+        assert loading.result(timeout=20) == plain
+
+
+@needs_pipes
+@pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="this system has no /dev/shm")
+def test_what_a_file_is_does_not_follow_from_its_path() -> None:
+    with TemporaryDirectory(dir=SHARED_MEMORY) as folder:
+        file, pipe, large = (Path(folder, name) for name in ("config.json", "pipe", "large.json"))
+        assert load(file, silence()).config.learning_rate == 1e-4
+        large.write_bytes(b" " * (MOST_BYTES + 1))
+        os.mkfifo(pipe)
+        for path, what in (
+            (large, "has more than 2 MB"),
+            (Path(folder), "not a regular file"),
+            (pipe, "nothing was wr"),
+        ):
+            with pytest.raises(UserError, match=what):
+                load_train_config(str(path), {})
 
 
 # --- Older names, and names without effect ---------------------------------------------------------------------------

@@ -103,7 +103,6 @@ def test_a_kind_takes_its_values_alone(kind: Kind, fits: list[Any], does_not: li
 # Modules that parse JSON by themselves, and of what.
 _OWN = {
     "files/json_files": "the reader",
-    "config/load": "the user's settings, with lines and columns of its own",
     "config/types": "a flag",
     "data/read": "rows of data, in limits of their own",
     "data/worker": "what our own processes answer",
