@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from qingtune import cli  # noqa: E402
-from qingtune.config.flags import default_of, group_of, other_flag_of, value_of  # noqa: E402
+from qingtune.config.flags import default_of, extra_of, value_of  # noqa: E402
 from qingtune.config.no_effect import NO_EFFECT  # noqa: E402
 from qingtune.config.training import ALIASES, Settings, TrainConfig  # noqa: E402
 
@@ -45,12 +45,13 @@ def settings_page() -> str:
         for name, field in schema.model_fields.items():
             if name in shared:
                 continue
-            if group_of(field) != heading:
-                heading = group_of(field)
+            if extra_of(field, "group") != heading:
+                heading = extra_of(field, "group")
                 lines += ["", f"### {heading}", "", "| setting | value | default | meaning |", "|---|---|---|---|"]
             default = "required" if field.is_required() else default_of(field).strip("[]") or "-"
             value = value_of(field).replace("|", "\\|")
-            also = f" (`--{other_flag_of(field)}`)" if other_flag_of(field) else ""
+            flag = extra_of(field, "flag")
+            also = f" (`--{flag}`)" if flag else ""
             lines.append(
                 f"| `{name}`{also} | {value} | {default} | {(field.description or '').replace('|', chr(92) + '|')} |"
             )

@@ -6,7 +6,7 @@ import argparse
 import re
 import types
 from collections.abc import Sequence
-from typing import Any, Literal, Union, cast, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -34,26 +34,24 @@ def parse_flags(
         parser.add_argument("--config_file", metavar="FILE", help="A JSON file of settings; flags override it.")
     headings: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
-        heading = group_of(field)
+        heading = extra_of(field, "group")
         if heading not in headings:
             headings[heading] = parser.add_argument_group(heading)
-        switch = bool in kinds_of(field)
+        switch, several = bool in kinds_of(field), bool(extra_of(field, "words"))
         value, choices = value_of(field), ""
         if len(value) > LONGEST_VALUE:
             value, choices = "NAME", f"One of {value.replace('|', ', ')}."
         headings[heading].add_argument(
-            *(f"--{word}" for word in (name, other_flag_of(field)) if word),
-            nargs="?" if switch else "+" if words_of(field) else None,
+            *(f"--{word}" for word in (name, extra_of(field, "flag")) if word),
+            nargs="?" if switch else "+" if several else None,
             const="true" if switch else None,
             default=argparse.SUPPRESS,
-            action="extend" if words_of(field) else "store",
+            action="extend" if several else "store",
             metavar=value,
             help=f"{field.description} {choices} {default_of(field)}".strip().replace("%", "%%"),
         )
     known, unknown = parser.parse_known_args([_with_underscores(word) for word in argv])
-    flags: dict[str, str] = {
-        name: " ".join(value) if isinstance(value, list) else value for name, value in vars(known).items()
-    }
+    flags = {name: " ".join(value) if isinstance(value, list) else value for name, value in vars(known).items()}
     return flags.pop("config_file", None), flags | _pair(unknown)
 
 
@@ -78,27 +76,11 @@ def _pair(words: Sequence[str]) -> dict[str, str]:
     return flags
 
 
-def group_of(field: FieldInfo) -> str:
-    """The heading under which a setting is listed."""
+def extra_of(field: FieldInfo, name: Literal["group", "flag", "words"]) -> str:
+    """What `setting` keeps with a field: its heading, its second flag, or the form of its words; empty if not given."""
     extra = field.json_schema_extra
     assert isinstance(extra, dict)
-    return str(extra["group"])
-
-
-def other_flag_of(field: FieldInfo) -> str | None:
-    """Another name by which the command line knows a setting."""
-    return _extra(field, "flag")
-
-
-def words_of(field: FieldInfo) -> str | None:
-    """The form of a word of a setting whose flag takes several; None for those of one word."""
-    return _extra(field, "words")
-
-
-def _extra(field: FieldInfo, name: str) -> str | None:
-    extra = field.json_schema_extra
-    assert isinstance(extra, dict)
-    return cast("str | None", extra.get(name))
+    return str(extra.get(name, ""))
 
 
 def kinds_of(field: FieldInfo) -> list[Any]:
@@ -116,7 +98,7 @@ def kinds_of(field: FieldInfo) -> list[Any]:
 
 def value_of(field: FieldInfo) -> str:
     """Placeholder of the value in help and docs: the choices, or the type in capitals."""
-    if words := words_of(field):
+    if words := extra_of(field, "words"):
         return words
     names = []
     for kind in kinds_of(field):
@@ -130,7 +112,7 @@ def value_of(field: FieldInfo) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
-    """The default in brackets; nothing where the description tells what happens without a value."""
+    """The default in brackets; empty where the description says what happens without a value."""
     if field.default is None or field.is_required():
         return ""
     if isinstance(field.default, list):

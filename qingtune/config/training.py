@@ -39,13 +39,9 @@ class Settings(BaseModel):
         """Read the text "null" from flags and grids as None, for settings that may be None."""
         if not isinstance(values, dict):
             return values  # the model refuses it with a reason
+        optional = {name for name, field in cls.model_fields.items() if NoneType in get_args(field.annotation)}
         given = cast("dict[str, Any]", values)
-        nulls = {
-            name: None
-            for name, field in cls.model_fields.items()
-            if NoneType in get_args(field.annotation) and given.get(name) == "null"
-        }
-        return {**given, **nulls}
+        return {name: None if value == "null" and name in optional else value for name, value in given.items()}
 
 
 def setting(

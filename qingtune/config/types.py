@@ -144,7 +144,7 @@ def _settings_of_words(value: object) -> object:
     return dict(zip(names, (text for _, _, text in pairs), strict=True)) or None
 
 
-def _alternatives(name: str, value: object) -> object:
+def _values(name: str, value: object) -> object:
     """Let "8,16" and "q_proj,v_proj;all" be lists, and a value alone a list of it."""
     if isinstance(value, str):
         value = [part.strip() for part in value.split(";" if ";" in value else ",") if part.strip()]
@@ -153,19 +153,12 @@ def _alternatives(name: str, value: object) -> object:
     return cast("list[object]", value) if isinstance(value, list) else [value]
 
 
-def _alternatives_of_each(value: object) -> object:
-    value = _settings_of_words(value)
-    if not isinstance(value, dict):
-        return value
-    return {name: _alternatives(name, values) for name, values in cast("dict[str, object]", value).items()}
-
-
-def _alternatives_or_interval_of_each(value: object) -> object:
+def _values_of_each(value: object, *, intervals: bool = False) -> object:
     value = _settings_of_words(value)
     if not isinstance(value, dict):
         return value
     return {
-        name: _interval(values) if isinstance(values, str) and ".." in values else _alternatives(name, values)
+        name: _interval(values) if intervals and isinstance(values, str) and ".." in values else _values(name, values)
         for name, values in cast("dict[str, object]", value).items()
     }
 
@@ -192,16 +185,15 @@ def _no_repeats(values: list[Any]) -> list[Any]:
 Text = Annotated[str, BeforeValidator(_characters)]
 Integer = Annotated[int, BeforeValidator(_number_not_bool)]
 Number = Annotated[float, BeforeValidator(_number_not_bool)]
-_TEXT_OR_LIST = WithJsonSchema(
-    {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
-)
 
 
 def _any_of(*kinds: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [*kinds, {"type": "string"}, {"type": "null"}]})
 
 
-CommaList = Annotated[list[str] | None, BeforeValidator(_split_commas), _TEXT_OR_LIST]
+CommaList = Annotated[
+    list[str] | None, BeforeValidator(_split_commas), _any_of({"type": "array", "items": {"type": "string"}})
+]
 Quantizations = Annotated[list[Literal["f32", "f16", "bf16", "q8_0", "q4_0"]], BeforeValidator(_split_commas)]
 RepositoryName = Annotated[str, BeforeValidator(_owner_and_name)]
 Numbers = Annotated[
@@ -209,15 +201,13 @@ Numbers = Annotated[
     BeforeValidator(_split_numbers),
     _any_of({"type": "integer"}, {"type": "array", "items": {"type": "integer"}}),
 ]
-_Rank = Annotated[int, BeforeValidator(_number_not_bool), Field(gt=0, le=65536)]
-_Alpha = Annotated[float, BeforeValidator(_number_not_bool), Field(gt=0, le=65536)]
 RankPattern = Annotated[
-    dict[str, _Rank] | None,
+    dict[str, Annotated[Integer, Field(gt=0, le=65536)]] | None,
     BeforeValidator(_pattern),
     _any_of({"type": "object", "additionalProperties": {"type": "integer"}}),
 ]
 AlphaPattern = Annotated[
-    dict[str, _Alpha] | None,
+    dict[str, Annotated[Number, Field(gt=0, le=65536)]] | None,
     BeforeValidator(_pattern),
     _any_of({"type": "object", "additionalProperties": {"type": "number"}}),
 ]
@@ -226,10 +216,9 @@ Start = Annotated[Literal["default", "gaussian", "pissa", "pissa_niter_16", "olo
 
 # What `qingtune compare` varies.
 TrainingMethods = Annotated[list[TrainingMethod] | None, BeforeValidator(_split_commas)]
-_Alternatives = Annotated[list[Any], AfterValidator(_no_repeats)]
-Grid = Annotated[dict[str, _Alternatives] | None, BeforeValidator(_alternatives_of_each)]
-Space = Annotated[dict[str, Interval | _Alternatives] | None, BeforeValidator(_alternatives_or_interval_of_each)]
-SettingsOfMethods = Annotated[
-    dict[TrainingMethod, dict[str, Any]] | None,
-    BeforeValidator(_settings_of_methods),
+_Values = Annotated[list[Any], AfterValidator(_no_repeats)]
+Grid = Annotated[dict[str, _Values] | None, BeforeValidator(_values_of_each)]
+Space = Annotated[
+    dict[str, Interval | _Values] | None, BeforeValidator(lambda value: _values_of_each(value, intervals=True))
 ]
+SettingsOfMethods = Annotated[dict[TrainingMethod, dict[str, Any]] | None, BeforeValidator(_settings_of_methods)]

@@ -12,7 +12,7 @@ from conftest import ROOT, load_tool
 from pydantic import ValidationError
 
 from qingtune.config.commands import CompareConfig, ExportConfig, InferConfig, MergeConfig, PushConfig
-from qingtune.config.flags import group_of
+from qingtune.config.flags import extra_of
 from qingtune.config.load import load_train_config
 from qingtune.config.no_effect import NO_EFFECT
 from qingtune.config.training import ALIASES, Settings, TrainConfig
@@ -215,12 +215,12 @@ def test_settings_cannot_change_once_checked() -> None:
 @pytest.mark.parametrize("schema", [TrainConfig, InferConfig, MergeConfig, ExportConfig, PushConfig, CompareConfig])
 def test_every_setting_has_a_heading_and_a_sentence(schema: type[Settings]) -> None:
     for name, field in schema.model_fields.items():
-        assert group_of(field), name
+        assert extra_of(field, "group"), name
         assert re.search(r"[.)]$", field.description or ""), name
 
 
 def test_names_without_effect_and_older_names_do_not_overlap_with_others() -> None:
-    heading = {name for name, field in TrainConfig.model_fields.items() if group_of(field) == "No effect here"}
+    heading = {name for name, field in TrainConfig.model_fields.items() if extra_of(field, "group") == "No effect here"}
     assert heading == set(NO_EFFECT) & set(TrainConfig.model_fields)
     assert set(ALIASES) & (set(TrainConfig.model_fields) | set(NO_EFFECT)) == set()
     assert set(ALIASES.values()) <= set(TrainConfig.model_fields)
