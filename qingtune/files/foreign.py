@@ -1,4 +1,4 @@
-"""Libraries at work on the files of strangers: whatever they raise is a fault of the files, and is said in a line."""
+"""Libraries at work on the files of strangers: any error of theirs is a fault of the files, reported in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def foreign_files(what: str, where: Path, fix: str | None = None) -> Generator[N
     """Turn what a library raises on a file into a UserError that keeps the reason.
 
     Only calls into libraries belong inside: their errors on broken files are of every class, from KeyError to
-    ZeroDivisionError, and tell nothing of whose fault it is. What lacks memory is passed on.
+    ZeroDivisionError, and do not show whether the file is at fault. A lack of memory is passed on.
 
     Args:
         what: could not be done, such as "the model cannot be loaded".

@@ -6,19 +6,18 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from qingtune.errors import UserError, shorten
+from qingtune.errors import UserError, reason_of, shorten
 
 
 def refuse_same_file(output: Path, setting: str, inputs: Mapping[str, Iterable[Path]]) -> None:
     """Refuse to write to a file that is read, by whatever name or link.
 
     Args:
-        output: to be written.
-        setting: by which it was chosen.
+        setting: by which `output` was chosen.
         inputs: files that are read, by what they are in words.
 
     Raises:
-        UserError: it is one of them.
+        UserError: `output` is one of them.
     """
     for what, paths in inputs.items():
         for path in paths:
@@ -31,16 +30,13 @@ def refuse_odd_name(path: Path, what: str) -> None:
     """Refuse a path that is not UTF-8: libraries in Rust open none, and no record of a run, which is JSON, can name it.
 
     Raises:
-        UserError: it is such a path; `what` says in words what it leads to.
+        UserError: it is such a path; `what` is what it leads to, in words.
     """
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
-        raise UserError(
-            f"the path of {what} is not UTF-8, and a run can neither record nor open it everywhere",
-            where=str(path),
-            fix="Rename it.",
-        ) from None
+        message = f"the path of {what} is not UTF-8, and a run can neither record nor open it everywhere"
+        raise UserError(message, where=str(path), fix="Rename it.") from None
 
 
 def refuse_no_path(path: Path, setting: str) -> None:
@@ -54,12 +50,11 @@ def refuse_no_path(path: Path, setting: str) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{setting} is not a path ({reason})", where=shorten(str(path))) from None
+        raise UserError(f"{setting} is not a path ({reason_of(error)})", where=shorten(str(path))) from None
 
 
 def default_cache() -> Path:
-    """Where what can be had again is kept: downloads, conversions, compiled kernels.
+    """The folder for what can be made again: downloads, conversions, compiled kernels.
 
     Raises:
         UserError: there is no home folder to keep it in.
@@ -69,7 +64,5 @@ def default_cache() -> Path:
     try:
         return Path.home() / ".cache" / "qingtune"
     except RuntimeError:
-        raise UserError(
-            "your home folder is not known, as HOME is not set",
-            fix="Set it, or name a folder for the cache in the environment variable QINGTUNE_CACHE.",
-        ) from None
+        fix = "Set it, or name a folder for the cache in the environment variable QINGTUNE_CACHE."
+        raise UserError("your home folder is not known, as HOME is not set", fix=fix) from None

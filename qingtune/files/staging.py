@@ -14,14 +14,14 @@ from qingtune.files.write import LONGEST_NAME, flush
 
 
 @contextmanager
-def staging_folder(beside: Path) -> Generator[Path]:
+def staging_folder(target: Path) -> Generator[Path]:
     """A new folder next to a path, on the same disk; whatever is left of it at the end is removed.
 
-    It is locked while its process lives; those that killed processes left next to this path are removed.
+    It is locked while its process lives; those of killed processes next to this path are removed.
     """
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left_behind(beside)
-    folder, handle = _locked_folder(beside)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    is_staged(target)
+    folder, handle = _locked_folder(target)
     try:
         yield folder
     finally:
@@ -30,10 +30,10 @@ def staging_folder(beside: Path) -> Generator[Path]:
             os.close(handle)
 
 
-def _locked_folder(beside: Path) -> tuple[Path, int | None]:
+def _locked_folder(target: Path) -> tuple[Path, int | None]:
     """A new staging folder with its lock."""
     while True:
-        folder = beside.with_name(f"{_staging_prefix(beside)}{secrets.token_hex(8)}.unfinished")
+        folder = target.with_name(f"{_staging_prefix(target)}{secrets.token_hex(8)}.unfinished")
         folder.mkdir(mode=0o700)
         handle = _lock(folder, wait=True)
         if handle is None or folder.exists():  # else another process took it for a dead one's, just before the lock
@@ -41,33 +41,27 @@ def _locked_folder(beside: Path) -> tuple[Path, int | None]:
         os.close(handle)
 
 
-def is_staged(beside: Path) -> bool:
-    """Whether a living process stages something next to this path."""
-    for folder in _staging_folders(beside):
+def is_staged(target: Path) -> bool:
+    """Whether a living process stages something next to this path; removes what dead processes left there."""
+    alive = False
+    for folder in _staging_folders(target):
         handle = _lock(folder, wait=False)
         if handle is None:
-            return True
-        os.close(handle)
-    return False
-
-
-def _remove_left_behind(beside: Path) -> None:
-    """Remove staging folders whose process is gone, however it ended."""
-    for folder in _staging_folders(beside):
-        handle = _lock(folder, wait=False)
-        if handle is not None:
+            alive = True
+        else:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(handle)
+    return alive
 
 
-def _staging_folders(beside: Path) -> list[Path]:
-    name = re.compile(re.escape(_staging_prefix(beside)) + r"[0-9a-f]{16}\.unfinished")
-    around = beside.parent.iterdir() if beside.parent.is_dir() else ()
+def _staging_folders(target: Path) -> list[Path]:
+    name = re.compile(re.escape(_staging_prefix(target)) + r"[0-9a-f]{16}\.unfinished")
+    around = target.parent.iterdir() if target.parent.is_dir() else ()
     return [path for path in around if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
 
 
-def _staging_prefix(beside: Path) -> str:
-    return f".{beside.name.encode(errors='replace')[:LONGEST_NAME].decode(errors='ignore')}-"
+def _staging_prefix(target: Path) -> str:
+    return f".{target.name.encode(errors='replace')[:LONGEST_NAME].decode(errors='ignore')}-"
 
 
 def _lock(folder: Path, *, wait: bool) -> int | None:

@@ -1,4 +1,4 @@
-"""Writing so that a result is there whole or not at all, and reading so that it is known to be whole.
+"""Writing so that a result is there whole or not at all.
 
 This is the one module that opens files for writing. Folders of runs and models come from strangers: what lies in them
 may be a link to anywhere, so no link is written through, and no name that others could have laid out is written to.
@@ -14,6 +14,7 @@ import shutil
 import stat
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,8 +59,7 @@ def copy_file(source: Path, target: Path) -> None:
 def replacing(path: Path, mode: int = 0o666) -> Generator[BinaryIO]:
     """A file to write to that takes the place of `path` at the end, flushed to the disk, or of which nothing is left.
 
-    It is made under a random name in the opened folder, so that nothing that lies there, a link above all, is written
-    to.
+    It is made under a random name in the opened folder: nothing that is already there, a link above all, is written to.
 
     Args:
         path: to write.
@@ -69,7 +69,7 @@ def replacing(path: Path, mode: int = 0o666) -> Generator[BinaryIO]:
         UserError: `path` is a link, or no file.
     """
     half_done = f".qingtune-{secrets.token_hex(8)}.tmp"
-    with _opened(path.parent) as folder, _named(path):
+    with _folder_of(path) as folder:
         folder.refuse_link(path)
         handle = folder.open(half_done, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
@@ -77,9 +77,11 @@ def replacing(path: Path, mode: int = 0o666) -> Generator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(handle)
-            folder.replace(half_done, path.name)
+            names = folder.name(half_done), folder.name(path.name)
+            os.replace(*names, src_dir_fd=folder.handle, dst_dir_fd=folder.handle)
         except BaseException:
-            folder.unlink(half_done)
+            with suppress(FileNotFoundError):
+                os.unlink(folder.name(half_done), dir_fd=folder.handle)
             raise
     flush(path.parent)
 
@@ -95,7 +97,7 @@ def open_in_place(path: Path, *, append: bool = False, mode: int = 0o666) -> io.
     Raises:
         UserError: it is a link, or no file.
     """
-    with _opened(path.parent) as folder, _named(path):
+    with _folder_of(path) as folder:
         folder.refuse_link(path)
         handle = folder.open(path.name, os.O_RDWR | os.O_CREAT | (os.O_APPEND if append else 0), mode)
     file = io.FileIO(handle, "r+")
@@ -137,21 +139,26 @@ def _no_file(path: Path) -> UserError:
     return UserError(what, where=str(path), fix="Remove it, or choose another place.")
 
 
+@dataclass(frozen=True)
 class _Folder:
     """A folder that is open: names are looked up in it, whatever happens to its path meanwhile.
 
-    Args:
+    Attributes:
         path: may lead there by links, as output folders on other disks do.
         handle: None where the system cannot look names up in an open folder.
     """
 
-    def __init__(self, path: Path, handle: int | None) -> None:
-        self._path, self._handle = path, handle
+    path: Path
+    handle: int | None
+
+    def name(self, name: str) -> str:
+        """A name in the folder, for calls that take the handle too."""
+        return name if self.handle is not None else str(self.path / name)
 
     def refuse_link(self, path: Path) -> None:
         """Let through what is missing or a file."""
         try:
-            status = os.stat(self._in(path.name), dir_fd=self._handle, follow_symlinks=False)
+            status = os.stat(self.name(path.name), dir_fd=self.handle, follow_symlinks=False)
         except FileNotFoundError:
             return
         if not stat.S_ISREG(status.st_mode):
@@ -159,41 +166,21 @@ class _Folder:
 
     def open(self, name: str, flags: int, mode: int) -> int:
         """A handle of a file, which is no link."""
-        return os.open(self._in(name), flags | _NO_LINK, mode, dir_fd=self._handle)
-
-    def replace(self, name: str, target: str) -> None:
-        """Rename in the folder."""
-        os.replace(self._in(name), self._in(target), src_dir_fd=self._handle, dst_dir_fd=self._handle)
-
-    def unlink(self, name: str) -> None:
-        """Remove a file, if it is there."""
-        with suppress(FileNotFoundError):
-            os.unlink(self._in(name), dir_fd=self._handle)
-
-    def _in(self, name: str) -> str:
-        return name if self._handle is not None else str(self._path / name)
+        return os.open(self.name(name), flags | _NO_LINK, mode, dir_fd=self.handle)
 
 
 @contextmanager
-def _opened(path: Path) -> Generator[_Folder]:
-    if not _BY_FOLDER:
-        yield _Folder(path, None)
-        return
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _folder_of(path: Path) -> Generator[_Folder]:
+    """The folder of a file that is to be written, which the system's errors name."""
+    handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY) if _BY_FOLDER else None
     try:
-        yield _Folder(path, handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _named(path: Path) -> Generator[None]:
-    """Have the system's errors name the file that was to be written."""
-    try:
-        yield
+        yield _Folder(path.parent, handle)
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 # --- Folders ---------------------------------------------------------------------------------------------------------
@@ -201,7 +188,7 @@ def _named(path: Path) -> Generator[None]:
 
 @contextmanager
 def disk_errors(what: str, where: Path, fix: str) -> Generator[None]:
-    """Tell as a UserError what goes wrong with the disk; libraries in Rust wrap such errors in one of their own.
+    """Turn errors of the disk into a UserError; libraries in Rust wrap them in an exception of their own.
 
     Args:
         what: could not be written.
@@ -213,20 +200,11 @@ def disk_errors(what: str, where: Path, fix: str) -> Generator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = _reason_of_disk(error)
-        if reason is None:
+        # tokenizers raises a plain Exception: "No space left on device (os error 28)"
+        if not (isinstance(error, OSError | SafetensorError) or "(os error " in str(error)):
             raise
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise UserError(f"{what} could not be written: {reason}", where=str(where), fix=fix) from error
-
-
-def _reason_of_disk(error: Exception) -> str | None:
-    """Why the disk did not take something; None for errors of other kinds."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    # tokenizers raises an Exception of no class of its own: "No space left on device (os error 28)"
-    if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):
-        return str(error)
-    return None
 
 
 def flush(path: Path) -> None:
@@ -238,6 +216,3 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-# --- Manifests -------------------------------------------------------------------------------------------------------
