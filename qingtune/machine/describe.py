@@ -1,17 +1,16 @@
-"""The machine that a run computes on, as its report tells it."""
+"""The machine and the processes of a run, as its report describes them."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from qingtune.errors import UserError, shorten
+from qingtune.machine.resources import processor, usable_cores
 
 TORCHRUN = "torchrun --nproc_per_node 2 -m qingtune train ..."
 
@@ -21,8 +20,8 @@ def describe_machine() -> dict[str, Any]:
     return {
         "system": platform.platform(),
         "python": platform.python_version(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "processor": processor(),
+        "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
     }
 
@@ -37,11 +36,11 @@ def launched_processes() -> int:
     for name, least in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", -1)):
         value = os.environ.get(name, str(least))
         if not re.fullmatch(r"-?\d{1,9}", value) or int(value) < least:
-            where, fix = (
-                f"the environment variable {name}",
-                f"Unset it, or start the run with {TORCHRUN}.",
+            raise UserError(
+                f"{shorten(value)!r} is not a whole number of at least {least}",
+                where=f"the environment variable {name}",
+                fix=f"Unset it, or start the run with {TORCHRUN}.",
             )
-            raise UserError(f"{shorten(value)!r} is not a whole number of at least {least}", where=where, fix=fix)
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -95,12 +94,3 @@ def describe_processes(count: int) -> str | None:
             f"fewer than two GPUs. Use {TORCHRUN}."
         )
     return None
-
-
-def _processor() -> str:
-    """Its name as sold, where the system tells it, else its architecture."""
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,15 +74,11 @@ def supposed_gpu(memory_gib: float) -> Machine:
 
 def _gpus() -> list[tuple[str, int, int]]:
     """Name, free and total bytes of each NVIDIA GPU that this process may see, by nvidia-smi."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
     query = ["--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(
-            [program, *query], capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):  # no driver, or one that does not answer: torch finds no GPU either
+        command = ["nvidia-smi", *query]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):  # no driver, or none that answers: torch finds no GPU either
         return []
     found: list[tuple[str, int, int]] = []
     for line in answer.splitlines():
@@ -118,28 +114,29 @@ def _torch_has_cuda() -> bool:
 # --- CPU -------------------------------------------------------------------------------------------------------------
 
 
+def processor() -> str:
+    """The processor's name as sold, if the system knows it, else its architecture."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def usable_cores() -> int | None:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+
+
 def cpu_name() -> str:
     """The processor's name and how many of its cores may be used."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    return f"{name}, {cores} cores"
+    return f"{processor()}, {usable_cores()} cores"
 
 
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 natively; else it can be tens of times slower than fp32 (pytorch #146508)."""
-    if sys.platform != "linux":
-        return False
     return bool(cpu_flags() & ({"avx512_bf16", "amx_bf16"} if _is_x86() else {"bf16"}))
 
 
 def cpu_has_int8_units() -> bool:
     """Whether torch multiplies int8 matrices on this CPU at a multiple of the rate of 16-bit ones."""
-    if sys.platform != "linux" or not _is_x86():
-        return False
-    return bool(cpu_flags() & {"avx512_vnni", "amx_int8"})
+    return _is_x86() and bool(cpu_flags() & {"avx512_vnni", "amx_int8"})
 
 
 def _is_x86() -> bool:
@@ -147,13 +144,21 @@ def _is_x86() -> bool:
 
 
 def cpu_flags() -> set[str]:
-    """What the CPU says it can do; on Linux.
+    """What the CPU can do, by the names of Linux; empty on other systems.
 
     QINGTUNE_CPU_WITHOUT names flags to leave out, separated by commas, so that a lesser CPU can be tried on this one.
     """
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return set(flags.split()) - set(os.environ.get("QINGTUNE_CPU_WITHOUT", "").split(","))
+    return set(_cpuinfo("flags", "features").split()) - set(os.environ.get("QINGTUNE_CPU_WITHOUT", "").split(","))
+
+
+def _cpuinfo(*names: str) -> str:
+    """What Linux says of the first processor under one of these names; empty where it says nothing."""
+    text = ""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    lines = (line.partition(":") for line in text.splitlines())
+    return next((value.strip() for name, _, value in lines if name.strip().lower() in names), "")
 
 
 # --- Free memory -----------------------------------------------------------------------------------------------------
@@ -169,38 +174,27 @@ def free_ram_bytes(*, swap: bool = False) -> int:
     return max(0, min([machine, *_left_by_control_groups(), *_left_by_shell_limits()]))
 
 
-def _left_by_control_groups() -> list[int]:
-    """What each control group that this process is in, and each one around it, may still take."""
-    left: list[int] = []
-    for folder, limit, used in _control_groups():
-        try:
-            most, now = (int((folder / name).read_text(encoding="utf-8")) for name in (limit, used))
-        except (OSError, ValueError):  # no such control group, or its limit is "max"
-            continue
-        left.append(most - now + _cached_file_bytes(folder))
-    return left
-
-
-def _control_groups() -> list[tuple[Path, str, str]]:
-    """Folders, and the names of the files with the memory limit and what is used, for versions 1 and 2.
+def _left_by_control_groups() -> Iterator[int]:
+    """What each control group that this process is in, and each one around it, may still take; versions 1 and 2.
 
     In a container the groups that /proc names may be invisible; the process's own group is then the root.
     """
-    kinds = {
-        "memory": (_V1, "memory.limit_in_bytes", "memory.usage_in_bytes"),
-        "": (_V2, "memory.max", "memory.current"),
-    }
     mine: dict[str, str] = {}
     with suppress(OSError):
         for line in _MY_GROUPS.read_text(encoding="utf-8").splitlines():
             _, controllers, name = line.split(":", 2)
             mine |= dict.fromkeys(controllers.split(","), name)
-    groups: list[tuple[Path, str, str]] = []
-    for kind, (root, limit, used) in kinds.items():
-        folder = root / mine.get(kind, "/").lstrip("/")
-        around = [place for place in (folder, *folder.parents) if place.is_relative_to(root)]
-        groups += [(place, limit, used) for place in around]
-    return groups
+    for controller, root, limit, used in (
+        ("memory", _V1, "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ("", _V2, "memory.max", "memory.current"),
+    ):
+        group = root / mine.get(controller, "/").lstrip("/")
+        for place in (place for place in (group, *group.parents) if place.is_relative_to(root)):
+            try:
+                most, now = (int((place / name).read_text(encoding="utf-8")) for name in (limit, used))
+            except (OSError, ValueError):  # no such control group, or its limit is "max"
+                continue
+            yield most - now + _cached_file_bytes(place)
 
 
 def _cached_file_bytes(group: Path) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from contextlib import AbstractContextManager, contextmanager, suppress
+from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object]
 # A kill, a terminal that is gone, and SLURM's warning that a job's time is nearly over; Windows has only the first.
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-# A person means it when one of these comes again; a terminal that goes away may tell so several times.
+# A second one of these is deliberate; a terminal that goes away may send its signal several times.
 _DELIBERATE = {signal.SIGINT, signal.SIGTERM}
 
 
@@ -25,7 +25,7 @@ class Terminated(SystemExit):
 
 @contextmanager
 def handled(numbers: Sequence[int], handler: Handler) -> Generator[None]:
-    """Have a function called for signals meanwhile; outside of the main thread they are somebody else's."""
+    """Have a function called for signals meanwhile; outside of the main thread this does nothing."""
     before: dict[int, object] = {}
     with suppress(ValueError):  # not the main thread
         for number in numbers:
@@ -94,7 +94,7 @@ def tell_at_once(message: str) -> None:
 
 
 class Interruptible:
-    """Has Ctrl-C break off the wait for a model's next piece of text, and nothing that is done with one.
+    """Has Ctrl-C stop the wait for a model's next piece of text, but not the work on one.
 
     Pressed at another time it counts as well: no further piece is waited for. More presses change nothing.
 
@@ -106,17 +106,9 @@ class Interruptible:
         self.pressed = False
         self._waiting = False
 
-    def __enter__(self) -> Interruptible:
-        """Take over Ctrl-C."""
-        self._taken = handled([signal.SIGINT], self._press)
-        self._taken.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Give it back."""
-        self._taken.__exit__(kind, error, traceback)
+    def handling(self) -> AbstractContextManager[None]:
+        """Take over Ctrl-C meanwhile."""
+        return handled([signal.SIGINT], self._press)
 
     def pieces(self, source: Iterator[str]) -> Iterator[str]:
         """The pieces of an answer until it ends or Ctrl-C is pressed."""

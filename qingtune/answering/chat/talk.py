@@ -104,7 +104,8 @@ class Chat:
             question: not among the turns.
             before: the turns to go back to if there is no answer.
         """
-        with Interruptible() as ctrl_c:
+        ctrl_c = Interruptible()
+        with ctrl_c.handling():
             self._settle(question, before, ctrl_c)
 
     def _settle(self, question: Message, before: list[Message], ctrl_c: Interruptible) -> None:
