@@ -1,7 +1,7 @@
 """What reaches the screen: progress on stderr, results on stdout, made safe for terminals; no run fails over it.
 
-`say` tells progress and `show` results that lie in files; when their stream fails, the work continues. `give` hands out
-what a command was asked for and writes nowhere else, so there a failure ends the command.
+`say` reports progress and `show` results that are also in files; if their stream fails, the work continues. `give`
+writes what a command was asked for, which exists nowhere else, so there a failure ends the command.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import os
 import re
 import sys
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
-from qingtune.errors import UserError
+from qingtune.errors import UserError, reason_of
 from qingtune.output.redaction import redact
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Room may come back, and a reader that is slow may read on; other faults of a stream stay.
+# A disk may get room again, and a slow reader may read on; other faults of a stream are permanent.
 _PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}
 # Controls but line feed and tab, and what turns the direction of text or ends a line unseen.
 _UNSAFE = [*range(9), *range(11, 32), *range(127, 160), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -61,11 +61,9 @@ def labelled(label: str | None) -> Generator[None]:
 
 def say(text: str, around: tuple[str, str] = ("", "")) -> None:
     """Report progress, on stderr; `around` are escape sequences of ours."""
-    if _label is None:
-        return
-    text = f"{_label}: {text}" if _label else text
-    before, after = around
-    _guarded(sys.stderr, "stderr").put(f"{before}{safe(redact(text))}{after}\n")
+    if _label is not None:
+        text = safe(redact(f"{_label}: {text}" if _label else text))
+        _guarded(sys.stderr, "stderr").put(f"{around[0]}{text}{around[1]}\n")
 
 
 def show(text: str) -> None:
@@ -90,8 +88,7 @@ def give(text: str, end: str = "\n", around: tuple[str, str] = ("", "")) -> None
         UserError: it cannot be written.
     """
     stdout = _guarded(sys.stdout, "stdout")
-    before, after = around
-    stdout.put(f"{before}{safe_piece(text) if stdout.isatty() else text}{after}{end}")
+    stdout.put(f"{around[0]}{safe_piece(text) if stdout.isatty() else text}{around[1]}{end}")
     if stdout.fault:
         raise stdout.fault
 
@@ -152,12 +149,7 @@ class Guarded:
 
     def flush(self) -> None:
         """Write out what a library put into the stream's own buffer, as line editors do; of ours nothing waits."""
-        if self._stream is None or (self.fault and not self._may_pass):
-            return
-        try:
-            self._stream.flush()
-        except (OSError, ValueError) as error:
-            self._note(error)
+        self.put("")
 
     def isatty(self) -> bool:
         """Whether a terminal shows it."""
@@ -169,7 +161,7 @@ class Guarded:
 
     @property
     def encoding(self) -> str:
-        """Of the text; a notebook's streams do not tell theirs."""
+        """Of the text; a notebook's streams have none."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def let_go(self) -> None:
@@ -179,10 +171,13 @@ class Guarded:
         try:
             self._stream.flush()
         except (OSError, ValueError):
-            _point_nowhere(self._stream)
+            with suppress(AttributeError, OSError, ValueError):  # no file of the system's, so that nobody flushes it
+                number, nowhere = self._stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)
+                os.close(nowhere)
 
     def _note(self, error: OSError | ValueError) -> None:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        reason = reason_of(error)
         self._may_pass = isinstance(error, OSError) and error.errno in _PASSING
         self.lost = self.lost or reason
         if isinstance(error, BrokenPipeError):
@@ -213,16 +208,6 @@ class _Drawn:
 
 def _guarded(stream: TextIO | None, name: str) -> Guarded:
     return stream if isinstance(stream, Guarded) else Guarded(stream, name)
-
-
-def _point_nowhere(stream: TextIO) -> None:
-    try:
-        number = stream.fileno()
-    except (AttributeError, OSError, ValueError):  # no file of the system's, so that nobody flushes it
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, number)
-    os.close(nowhere)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from qingtune.output.secret_patterns import NAMED, NO_SECRET_NAME, SECRET_NAME, SHORTEST_VALUE, TOKENS, WORD
@@ -16,20 +17,15 @@ HIDDEN = "***"
 
 def redact(text: str) -> str:
     """The text with three stars for each secret: values of such environment variables, and what looks like one."""
-    return _without(text, _longest_first())
+    return _without(text, _secrets_of_environment())
 
 
 def redact_values(value: Any) -> Any:
     """The same for every text in a JSON value, keys of objects included."""
-    return _values_without(value, _longest_first())
+    return _values_without(value, _secrets_of_environment())
 
 
-def _longest_first() -> list[str]:
-    """The values of secret variables, each before those that are a part of it."""
-    return sorted(_secrets_of_environment(), key=len, reverse=True)
-
-
-def _without(text: str, secrets: list[str]) -> str:
+def _without(text: str, secrets: Iterable[str]) -> str:
     for value in secrets:
         text = text.replace(value, HIDDEN)
     for pattern in (*TOKENS.values(), *NAMED.values()):
@@ -37,7 +33,7 @@ def _without(text: str, secrets: list[str]) -> str:
     return text
 
 
-def _values_without(value: Any, secrets: list[str]) -> Any:
+def _values_without(value: Any, secrets: Iterable[str]) -> Any:
     if isinstance(value, str):
         return _without(value, secrets)
     if isinstance(value, dict):
@@ -52,7 +48,7 @@ def _values_without(value: Any, secrets: list[str]) -> Any:
 
 
 def find_token(text: str) -> str | None:
-    """What a text holds that is certainly a secret, in words: a known kind of token, or a variable's value."""
+    """What certain secret a text holds, in words: a known kind of token, or a variable's value; None without one."""
     for value, name in _secrets_of_environment().items():
         if value in text:
             return f"the value of {name}"
@@ -60,7 +56,7 @@ def find_token(text: str) -> str | None:
 
 
 def find_secret(text: str) -> str | None:
-    """The same, or what is a secret by the name that stands before it."""
+    """The same, or what is a secret by the name in front of it."""
     found = find_token(text)
     return found or next((kind for kind, pattern in NAMED.items() if pattern.search(text)), None)
 
@@ -73,10 +69,11 @@ def _hide(found: re.Match[str]) -> str:
 
 
 def _secrets_of_environment() -> dict[str, str]:
-    """Values of secret variables, each with a variable's name."""
+    """Values of secret variables, each with a variable's name; before each value those that it is a part of."""
+    longest_first = sorted(os.environ.items(), key=lambda variable: len(variable[1]), reverse=True)
     return {
         value: name
-        for name, value in os.environ.items()
+        for name, value in longest_first
         if len(value) >= SHORTEST_VALUE
         and SECRET_NAME.search(name)
         and not NO_SECRET_NAME.fullmatch(name)
