@@ -23,7 +23,9 @@ from attack_case import (
     Place,
     Spoil,
     nothing,
+    with_word,
 )
+from attack_folders import no_script
 from attack_tensors import ADAPTER, changed_header
 from attack_values import (
     ESCAPES,
@@ -99,7 +101,7 @@ _HANG = (
 
 
 def adapter_cases() -> Iterator[Case]:
-    """adapter_config.json, the tensors, and the record that qingtune writes beside them."""
+    """adapter_config.json, the tensors, and the record that qingtune writes next to them."""
     yield from _broken(CONFIG, COMMANDS, "refused")
     yield from _broken(RECORD, OF_RECORD, "either")
     number = 0
@@ -118,7 +120,7 @@ def adapter_cases() -> Iterator[Case]:
         name = f"control-{argv[0]}"
         yield Case(GROUP, name, nothing, (argv,), "either" if argv is PUSH else "fine", ALL, stdin=b"hi\n/quit\n")
     for argv in COMMANDS:
-        foreign = tuple("foreign" if word == "adapter" else word for word in argv)
+        foreign = with_word(argv, "adapter", "foreign")
         yield Case(GROUP, f"control-foreign-{argv[0]}", nothing, (foreign,), "fine", ALL)
     for value in (1e-7, 4096, 0.5):
         yield Case(
@@ -216,10 +218,5 @@ def _record_cases() -> Iterator[Case]:
         place.write_json("run/qingtune.json", record)
 
     yield Case(
-        GROUP, "record-page", page, (REPORT,), "either", (*ALL, "run"), writes=("run/report.html",), check=_no_script
+        GROUP, "record-page", page, (REPORT,), "either", (*ALL, "run"), writes=("run/report.html",), check=no_script
     )
-
-
-def _no_script(place: Place, ended: object) -> str | None:
-    text = (place / "run/report.html").read_text(encoding="utf-8")
-    return "a script of the record is in the page" if "<script>alert(" in text else None

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from attack_case import INFER, TRAIN, Argv, Case, Ended, Expected, Place, Spoil, nothing
+from attack_case import INFER, TRAIN, Argv, Case, Ended, Expected, Place, Spoil, nothing, with_word
 from attack_folders import RESUME
 from attack_values import BROKEN_JSON, join_safetensors, shown, split_safetensors
 
 CACHES, COMPARE = "caches and checkpoints", "compare"
 IN_CACHE = {"QINGTUNE_CACHE": "{work}/cache"}
-INFER_GGUF: Argv = tuple("model.gguf" if word == "model" else word for word in INFER)
+INFER_GGUF = with_word(INFER, "model", "model.gguf")
 QLORA: Argv = (*TRAIN, "--use_qlora", "true", "--quantization_bit", "4", "--logging_steps", "1")
 STOPPED = ("model", "stopped", "rows.jsonl")
 
@@ -38,7 +38,7 @@ def cache_cases() -> Iterator[Case]:
                    writes=("cache",), env=IN_CACHE)  # fmt: skip
     yield Case(CACHES, "control-converted", nothing, (INFER_GGUF,), "fine", ("model.gguf", "cache"), env=IN_CACHE,
                writes=("cache",))  # fmt: skip
-    other = tuple("out2" if word == "out" else word for word in QLORA)
+    other = with_word(QLORA, "out", "out2")
     yield Case(CACHES, "weights-of-the-same-size-and-time", nothing, (QLORA, other), "fine", between=_other_weights,
                check=_losses_differ, writes=("out", "out2", "model"))  # fmt: skip
     yield from _checkpoint_cases()

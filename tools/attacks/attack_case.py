@@ -18,15 +18,8 @@ TINY = ("--max_new_tokens", "2", "--temperature", "0")
 INFER: Argv = ("infer", "--base_model", "model", "--prompt", "hi", *TINY)
 INFER_ADAPTER: Argv = (*INFER, "--lora_model", "adapter")
 INFER_FILE: Argv = (
-    "infer",
-    "--base_model",
-    "model",
-    "--prompt_file",
-    "rows.jsonl",
-    "--output_file",
-    "out.jsonl",
-    *TINY,
-)
+    "infer", "--base_model", "model", "--prompt_file", "rows.jsonl", "--output_file", "out.jsonl", *TINY,
+)  # fmt: skip
 CHAT: Argv = ("chat", "--base_model", "model", *TINY)
 TRAIN: Argv = (
     "train", "--model_name_or_path", "model", "--data_path", "rows.jsonl", "--output_dir", "out", "--use_lora", "true",
@@ -191,6 +184,11 @@ def numbered(cases: Iterator[Case], seed: int) -> list[Case]:
     if twice := {case.name for case in found if sum(other.name == case.name for other in found) > 1}:
         raise ValueError(f"names that come twice: {sorted(twice)}")
     return found
+
+
+def with_word(argv: Argv, word: str, other: str) -> Argv:
+    """A command with another word in the place of one."""
+    return tuple(other if one == word else one for one in argv)
 
 
 def nothing(place: Place) -> None:

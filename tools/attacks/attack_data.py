@@ -23,6 +23,7 @@ from attack_case import (
     Expected,
     Place,
     Spoil,
+    with_word,
 )
 from attack_values import ESCAPES, deep_json, fifo, made_folder, shown
 
@@ -56,7 +57,7 @@ def as_file(rows: Rows, form: str) -> bytes:
 
 
 def _reading(argv: Argv, file: str) -> Argv:
-    return tuple(file if word == "rows.jsonl" else word for word in argv)
+    return with_word(argv, "rows.jsonl", file)
 
 
 def _put(file: str, content: Callable[[], bytes] | bytes) -> Spoil:

@@ -24,13 +24,14 @@ from attack_case import (
     Place,
     Spoil,
     nothing,
+    with_word,
 )
 from attack_fixtures import COMMANDS
-from attack_values import BROKEN_JSON, ESCAPES, both, fifo, linked, replaced
+from attack_values import BROKEN_JSON, ESCAPES, both, fifo, linked, put, replaced
 
 GROUP = "folders, links and pages"
 RUN = ("model", "run", "rows.jsonl")
-RESUME: Argv = tuple("stopped" if word == "run" else word for word in COMMANDS[0])
+RESUME = with_word(COMMANDS[0], "run", "stopped")
 EVALUATE_RUN: Argv = (*EVALUATE[: EVALUATE.index("--output_dir")], "--output_dir", "run", "--max_new_tokens", "2")
 
 
@@ -92,15 +93,18 @@ def _links() -> Iterator[Case]:
     for argv, (folder, names) in _TARGETS.items():
         for name in names:
             kinds = {"link": "{outside}/site/x.pth", "link-new": "{outside}/new.txt", "link-folder": "{outside}"}
-            spoils: dict[str, Spoil] = {kind: _link(f"{folder}/{name}", target) for kind, target in kinds.items()}
-            spoils["fifo"], spoils["hard-link"] = _fifo(f"{folder}/{name}"), _hard_link(f"{folder}/{name}")
+            spoils: dict[str, Spoil] = {kind: linked(f"{folder}/{name}", target) for kind, target in kinds.items()}
+            spoils["fifo"] = fifo(f"{folder}/{name}")
+            spoils["hard-link"] = put(
+                f"{folder}/{name}", lambda path, place: os.link(place.outside / "precious.txt", path)
+            )
             for kind in [*spoils][number % 2 :: 2]:
                 yield Case(
                     GROUP, f"{argv[0]}-{name}-{kind}", spoils[kind], (argv,), "either", (*RUN, "stopped"),
                     writes=(folder,),
                 )  # fmt: skip
             number += 1
-    whole = _link("out", "{outside}")
+    whole = linked("out", "{outside}")
     for argv in (TRAIN, MERGE, EXPORT):
         for flag in ((), ("--overwrite_output_dir", "true")):
             words = (*argv, *flag)
@@ -108,7 +112,7 @@ def _links() -> Iterator[Case]:
                        ("model", "adapter", "rows.jsonl"))  # fmt: skip
     for kind, target in {"link": "{outside}/precious.txt", "dangling": "{outside}/new.txt"}.items():
         for flag in ((), ("--overwrite_output_file", "true")):
-            yield Case(GROUP, f"output-file-{kind}{'-over' * bool(flag)}", _link("out.jsonl", target),
+            yield Case(GROUP, f"output-file-{kind}{'-over' * bool(flag)}", linked("out.jsonl", target),
                        ((*INFER_FILE, *flag),), "either")  # fmt: skip
     for name in (
         ".out.jsonl.tmp",
@@ -116,38 +120,8 @@ def _links() -> Iterator[Case]:
         ".out.jsonl.unfinished.json.tmp",
         "out.jsonl.unfinished.json",
     ):
-        yield Case(GROUP, f"output-file-beside-{name}", _link(name, "{outside}/site/x.pth"), (INFER_FILE,), "either",
+        yield Case(GROUP, f"output-file-next-to-{name}", linked(name, "{outside}/site/x.pth"), (INFER_FILE,), "either",
                    writes=("out.jsonl", name))  # fmt: skip
-
-
-def _link(name: str, target: str) -> Spoil:
-    def spoil(place: Place) -> None:
-        path = place / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        linked(name, target)(place)
-
-    return spoil
-
-
-def _fifo(name: str) -> Spoil:
-    def spoil(place: Place) -> None:
-        if (place / name).is_dir():
-            shutil.rmtree(place / name)
-        fifo(name)(place)
-
-    return spoil
-
-
-def _hard_link(name: str) -> Spoil:
-    def spoil(place: Place) -> None:
-        path = place / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
-        os.link(place.outside / "precious.txt", path)
-
-    return spoil
 
 
 # --- Results on top of other things ----------------------------------------------------------------------------------
@@ -156,12 +130,12 @@ BASE = ("model", "adapter", "rows.jsonl")
 _EVALUATION = ("evaluation.json", "evaluation.md", "predictions_after.jsonl")
 
 
-def _beside(folder: str) -> tuple[str, ...]:
-    """What an evaluation may write: it lies beside a run's files on purpose, under names of its own."""
+def _evaluation_in(folder: str) -> tuple[str, ...]:
+    """What an evaluation may write: its files are meant to be next to a run's, with other names."""
     return tuple(os.path.join(folder, name) for name in _EVALUATION)
 
 
-def _unless_beside(argv: Argv) -> Expected:
+def _expected(argv: Argv) -> Expected:
     return "either" if argv is EVALUATE else "refused"
 
 
@@ -169,7 +143,7 @@ _OVER = ("--overwrite_output_dir", "true")
 
 
 def _project(place: Place) -> None:
-    """A folder of a person's own that looks like a model from afar."""
+    """A user's own folder that resembles a model."""
     place.write("out/config.json", '{"model_type": "mine"}')
     place.write("out/.git/HEAD", "ref: refs/heads/main\n")
     place.write("out/src/main.py", "print('mine')\n")
@@ -177,7 +151,7 @@ def _project(place: Place) -> None:
 
 
 def _earlier(name: str, to: str = "out") -> Spoil:
-    """An earlier result with a file of the user's own in it."""
+    """An earlier result with the user's own files in it."""
 
     def spoil(place: Place) -> None:
         shutil.copytree(place / name, place / to)
@@ -199,13 +173,13 @@ def _results_on_others() -> Iterator[Case]:
     mine = _kept("out/.git/HEAD", "out/src/main.py", "out/thesis.tex", "out/config.json")
     for argv in (TRAIN, MERGE, EXPORT, EVALUATE):
         for flag in ((), _OVER):
-            name, expect = f"{argv[0]}-over-project{'-over' * bool(flag)}", _unless_beside(argv)
-            yield Case(GROUP, name, _project, ((*argv, *flag),), expect, BASE, check=mine, writes=_beside("out"))
+            name, expect = f"{argv[0]}-over-project{'-over' * bool(flag)}", _expected(argv)
+            yield Case(GROUP, name, _project, ((*argv, *flag),), expect, BASE, check=mine, writes=_evaluation_in("out"))
     for argv, earlier in ((MERGE, "merged"), (EXPORT, "gguf"), (TRAIN, "run"), (EVALUATE, "evaluation")):
         for flag in ((), _OVER):
             yield Case(
                 GROUP,
-                f"{argv[0]}-beside-own-files{'-over' * bool(flag)}",
+                f"{argv[0]}-with-own-files{'-over' * bool(flag)}",
                 _earlier(earlier),
                 ((*argv, *flag),),
                 "either",
@@ -219,7 +193,7 @@ def _results_on_others() -> Iterator[Case]:
             words[words.index("--output_dir") + 1] = target
             folder = os.path.normpath(target)
             yield Case(GROUP, f"{argv[0]}-into-{target.replace('/', '_')}", nothing, (tuple(words),),
-                       _unless_beside(argv), BASE, writes=_beside("" if folder == "." else folder))  # fmt: skip
+                       _expected(argv), BASE, writes=_evaluation_in("" if folder == "." else folder))  # fmt: skip
     empty = both(lambda place: (place / "empty").mkdir(), linked("out", "empty"))
     for argv in (MERGE, EXPORT):
         yield Case(GROUP, f"{argv[0]}-into-link-to-empty", empty, (argv,), "either", ("model", "adapter", "rows.jsonl"),
@@ -232,7 +206,7 @@ def _results_on_others() -> Iterator[Case]:
         "weights": ("model/model.safetensors", nothing), "config": ("model/config.json", nothing),
     }  # fmt: skip
     for way, (name, spoil) in ways.items():
-        words = tuple(name if word == "out.jsonl" else word for word in over)
+        words = with_word(over, "out.jsonl", name)
         yield Case(GROUP, f"output-is-input-{way}", spoil, (words,), "refused", writes=("nowhere",))
 
 
@@ -261,7 +235,7 @@ def _pages() -> Iterator[Case]:
                 "either",
                 RUN,
                 writes=("run/report.html",),
-                check=_no_script,
+                check=no_script,
                 tty=script is ESCAPES,
             )
     for number, (way, how) in enumerate(BROKEN_JSON.items()):
@@ -321,7 +295,7 @@ def _long_metrics(place: Place) -> None:
     place.write_rows("run/metrics.jsonl", [{**first, "step": number} for number in range(30_000)])
 
 
-def _no_script(place: Place, ended: Sequence[Ended]) -> str | None:
+def no_script(place: Place, ended: Sequence[Ended]) -> str | None:
     text = (place / "run/report.html").read_text(encoding="utf-8")
     found = [bad for bad in ("<script>alert(", "<img src=x onerror", 'href="javascript:') if bad in text]
     return f"the page holds {found[0]!a} of a stranger's text" if found else None
@@ -351,7 +325,7 @@ _SECRETS = {
 
 def _published() -> Iterator[Case]:
     files = ("README.md", "tokenizer_config.json", "tokenizer.json", "adapter_config.json", "qingtune.json")
-    push_run = tuple("published" if word == "adapter" else word for word in PUSH)
+    push_run = with_word(PUSH, "adapter", "published")
     number = 0
     for name, secret in _SECRETS.items():
         for file in (files[0], files[1 + number % 4]):
@@ -420,7 +394,7 @@ def _names() -> Iterator[Case]:
     }
     for name, folder in names.items():
         for argv in (INFER, TRAIN, EXPORT, MERGE)[len(name) % 2 :: 2]:
-            words = tuple(f"./{folder}" if word == "model" else word for word in argv)
+            words = with_word(argv, "model", f"./{folder}")
             words = (*words, "--allow_other_base", "true") if argv is MERGE else words
             hostile = name in ("escapes", "newline", "not-utf8", "bidi")
             yield Case(GROUP, f"{'' if hostile else 'control-'}name-{name}-{argv[0]}", _moved(folder), (words,),

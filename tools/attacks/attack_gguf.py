@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from attack_case import CHECK_TOKENS, EXPORT, INFER, PLAN, TRAIN, Argv, Case, Expected, Place, Spoil, nothing
+from attack_case import CHECK_TOKENS, EXPORT, INFER, PLAN, TRAIN, Argv, Case, Expected, Place, Spoil, nothing, with_word
 from attack_values import ESCAPES, fifo, made_folder, replaced, shown
 
 GROUP = "GGUF"
@@ -19,7 +19,7 @@ NAMES = (FILE, "model.gguf:", "GGUF", "template", "tokenizer")
 
 
 def _of_gguf(argv: Argv) -> Argv:
-    return tuple(FILE if word == "model" else word for word in argv)
+    return with_word(argv, "model", FILE)
 
 
 COMMANDS: tuple[Argv, ...] = tuple(_of_gguf(argv) for argv in (INFER, TRAIN, PLAN, CHECK_TOKENS, EXPORT))

@@ -22,6 +22,7 @@ from attack_case import (
     Expected,
     Place,
     nothing,
+    with_word,
 )
 from attack_values import DEEP, ESCAPES, WRONG_NUMBERS, WRONG_TYPES, broken_files, edited, shown
 
@@ -66,12 +67,10 @@ def config_cases() -> Iterator[Case]:
             number += 1
             yield _config({name: value}, COMMANDS[number % len(COMMANDS)], "either")
     for argv in (*COMMANDS, CHAT):
-        command = (
-            "-".join(argv[:1]) + ("-adapter" if "adapter" in argv else "") + ("-tokens" if "check" in argv else "")
-        )
+        command = argv[0] + "-adapter" * ("adapter" in argv) + "-tokens" * ("check" in argv)
         yield Case("config", f"control-{command}", nothing, (argv,), "fine", ALL, stdin=b"hello\n/quit\n")
     for kind in ("llama", "qwen3"):
-        argv = tuple(kind if word == "model" else word for word in TRAIN)
+        argv = with_word(TRAIN, "model", kind)
         yield Case("config", f"control-{kind}", nothing, (argv,), "fine", (kind, "rows.jsonl"))
 
 

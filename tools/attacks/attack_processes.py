@@ -86,13 +86,12 @@ def _trained(place: Place, ended: Sequence[Ended]) -> str | None:
 
 
 def _saved(place: Place, ended: Sequence[Ended]) -> str | None:
-    """The second start came to the end, and went on from where the first was saved if that one could save."""
+    """The second start finished, and resumed the first if that one could save."""
     steps = [json.loads(line).get("step") for line in (place / LOG).read_text().splitlines()]
     steps = [step for step in steps if step is not None]
     if steps != sorted(set(steps)):
         return "the log has steps twice"
-    went_on = "oing on from" in ended[1].shown or "esum" in ended[1].shown or "already" in ended[1].shown
-    if ended[0].code == 130 and not went_on:
+    if ended[0].code == 130 and not any(word in ended[1].shown for word in ("Resuming", "already")):
         return "nothing was saved at the signal"
     return _trained(place, ended)
 

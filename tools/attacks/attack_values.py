@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from attack_case import Argv, Case, Expected, Place, Spoil
@@ -71,35 +73,32 @@ def edited(name: str, changes: Mapping[str, Any]) -> Spoil:
     return lambda place: place.edit_json(name, changes)
 
 
-def linked(name: str, target: str) -> Spoil:
-    """Replace a file by a link; `{outside}` is filled in."""
+def put(name: str, make: Callable[[Path, Place], object]) -> Spoil:
+    """Make something in the place of a file or folder."""
 
     def spoil(place: Place) -> None:
         path = place / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         path.unlink(missing_ok=True)
-        path.symlink_to(target.format(outside=place.outside, work=place.work))
+        make(path, place)
 
     return spoil
+
+
+def linked(name: str, target: str) -> Spoil:
+    """Replace a file by a link; `{outside}` is filled in."""
+    return put(name, lambda path, place: path.symlink_to(target.format(outside=place.outside, work=place.work)))
 
 
 def fifo(name: str) -> Spoil:
     """Replace a file by a FIFO that nobody writes to."""
-
-    def spoil(place: Place) -> None:
-        (place / name).unlink(missing_ok=True)
-        os.mkfifo(place / name)
-
-    return spoil
+    return put(name, lambda path, _: os.mkfifo(path))
 
 
 def made_folder(name: str) -> Spoil:
     """Replace a file by a folder."""
-
-    def spoil(place: Place) -> None:
-        (place / name).unlink(missing_ok=True)
-        (place / name).mkdir()
-
-    return spoil
+    return put(name, lambda path, _: path.mkdir())
 
 
 def removed(*names: str) -> Spoil:

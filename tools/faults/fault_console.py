@@ -58,8 +58,7 @@ def no_cache(bench: Bench) -> str:
     bench.train("whole", settings).expect(0)
     bench.run(bench.command("run", settings), QINGTUNE_CACHE="/proc/cache").expect(0)
     same_result(bench.folder / "run", bench.folder / "whole")
-    answer = ("infer", "--base_model", bench.model, "--prompt", "hi", "--max_new_tokens", "2")
-    bench.qingtune(*answer, QINGTUNE_CACHE="/proc/cache").expect(0)
+    bench.qingtune(*bench.answering(), QINGTUNE_CACHE="/proc/cache").expect(0)
     return "trained, the same, bit for bit; answered"
 
 
@@ -71,9 +70,8 @@ def nobody(bench: Bench) -> str:
     for path in (bench.folder.parent, bench.folder, bench.model, *bench.model.iterdir()):
         path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
     env = {name: value for name, value in environment().items() if name not in ("HOME", "QINGTUNE_CACHE", "USER")}
-    words = [sys.executable, "-m", "qingtune", "infer", "--base_model", str(bench.model), "--prompt", "hi"]
     done = subprocess.run(
-        [*words, "--max_new_tokens", "2"], cwd="/", env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        bench.python(*bench.answering()), cwd="/", env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, check=False, user=54321, group=54321, extra_groups=[],
     )  # fmt: skip
     if "Traceback" in done.stdout or done.returncode not in (0, 2):

@@ -20,7 +20,7 @@ from conftest import instruction_rows, write_jsonl  # pyright: ignore[reportMiss
 from tiny_runs import metrics, save_model  # pyright: ignore[reportMissingImports]
 
 ROOT = fault_paths.ROOT
-PATIENCE_S = 900  # for one command; thousands of steps with a checkpoint each take minutes beside other work
+PATIENCE_S = 900  # for one command; thousands of steps with a checkpoint each take minutes on a busy machine
 LORA: dict[str, Any] = {"use_lora": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 COMMON: dict[str, Any] = {
     "learning_rate": 0.005, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": False,
@@ -102,14 +102,17 @@ class Bench:
 
     def command(self, name: str, settings: Mapping[str, Any], spoil: str = "") -> list[str]:
         """A training command with its output in a folder of this name."""
-        start = ["-c", SPOILED.format(spoil=spoil)] if spoil else ["-m", "qingtune"]
-        return [sys.executable, *start, *self.training(name, settings)]
+        return self.python(*self.training(name, settings), spoil=spoil)
 
     def training(self, name: str, settings: Mapping[str, Any]) -> list[str]:
         """The words of such a command after qingtune's name."""
         values = {"model_name_or_path": self.model, "data_path": self.data, "output_dir": self.folder / name}
         values |= COMMON | dict(settings)
         return ["train", *(part for key, value in values.items() for part in (f"--{key}", str(value)))]
+
+    def answering(self, *words: object) -> list[object]:
+        """The words of a short answer."""
+        return ["infer", "--base_model", self.model, "--prompt", "hi", "--max_new_tokens", "2", *words]
 
     def train(self, name: str, settings: Mapping[str, Any], spoil: str = "") -> Ended:
         """Run a training command to its end, or until it kills itself."""
@@ -120,8 +123,12 @@ class Bench:
 
     def qingtune(self, *words: object, spoil: str = "", **env: str) -> Ended:
         """Run any command of qingtune to its end, after lines that spoil one of its parts."""
+        return self.run(self.python(*words, spoil=spoil), **env)
+
+    def python(self, *words: object, spoil: str = "") -> list[str]:
+        """The call of a command of qingtune, after lines that spoil one of its parts."""
         start = ["-c", SPOILED.format(spoil=spoil)] if spoil else ["-m", "qingtune"]
-        return self.run([sys.executable, *start, *map(str, words)], **env)
+        return [sys.executable, *start, *map(str, words)]
 
     def in_one_process(self, commands: Mapping[str, Sequence[object]], **env: str) -> dict[str, Ended]:
         """Run many commands of qingtune one after another in a process of their own, which imports once; by name."""
@@ -185,17 +192,11 @@ class Bench:
 def environment(**changes: str) -> dict[str, str]:
     """The environment of the commands: no GPU, no hub, a cache of their own, output buffered as users have it.
 
-    One thread: tiny models gain nothing by more, and beside other work threads wait for each other.
+    One thread: tiny models gain nothing by more, and on a busy machine threads wait for each other.
     """
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    return {
-        **kept,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-        **changes,
-    }
+    fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return {**kept, **fixed, **changes}
 
 
 def same_result(one: Path, two: Path) -> None:
@@ -237,12 +238,17 @@ def unchanged(before: dict[str, bytes], folder: Path) -> None:
         raise Lost(f"changed: {changed}")
 
 
-def missing_bytes(folder: Path) -> int:
-    """Bytes that the pointer and the manifest of a run promise and that are not there, or are others."""
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that a run's pointer names; None if nothing was saved yet."""
     pointer = folder / "latest_checkpoint.json"
-    if not pointer.exists():
+    return folder / json.loads(pointer.read_text(encoding="utf-8"))["folder"] if pointer.exists() else None
+
+
+def missing_bytes(folder: Path) -> int:
+    """Bytes that the pointer and the manifest of a run promise and that are missing or different."""
+    checkpoint = newest_checkpoint(folder)
+    if not checkpoint:
         return 0
-    checkpoint = folder / json.loads(pointer.read_text(encoding="utf-8"))["folder"]
     promised = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
     return sum(
         entry["bytes"]
@@ -253,12 +259,14 @@ def missing_bytes(folder: Path) -> int:
 
 
 def steps_done(folder: Path) -> int:
-    """The step that the run would go on from; 0 where nothing was saved yet."""
-    pointer = folder / "latest_checkpoint.json"
-    if not pointer.exists():
-        return 0
-    name = json.loads(pointer.read_text(encoding="utf-8"))["folder"]
-    return int(name.removeprefix("checkpoint-"))
+    """The step that the run would resume after; 0 if nothing was saved yet."""
+    checkpoint = newest_checkpoint(folder)
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+
+def edit_json(path: Path, changes: Mapping[str, object]) -> None:
+    """Set values in a JSON object in a file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 KILL = f"os.kill(os.getpid(), {int(signal.SIGKILL)})"

@@ -15,6 +15,7 @@ from fault_harness import (
     LORA,
     Bench,
     Lost,
+    edit_json,
     environment,
     same_result,
     steps_done,
@@ -161,8 +162,7 @@ LIMITED = (
 )
 def memory(bench: Bench) -> str:
     rows = bench.folder / "long.jsonl"
-    config = bench.folder / "model" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 40_000}))
+    edit_json(bench.model / "config.json", {"max_position_embeddings": 40_000})
     settings = LORA | {
         "data_path": rows, "max_seq_length": 30_000, "max_steps": 2, "per_device_train_batch_size": 8,
         "gradient_checkpointing": False,
@@ -173,8 +173,8 @@ def memory(bench: Bench) -> str:
         rows.write_text("".join(json.dumps({"instruction": f"tell {n}", "output": text}) + "\n" for n in range(16)))
 
     write(700)
-    told = bench.train("told", settings, LIMITED.format(room="200 * 2**20"))
-    told.expect(2, "memory", "Set max_seq_length to ")
+    refused = bench.train("refused", settings, LIMITED.format(room="200 * 2**20"))
+    refused.expect(2, "memory", "Set max_seq_length to ")
     write(60)
     blind = "from qingtune.training import engine as e\ne.free_bytes = lambda *a, **k: None\n"
     blind += "e.TOKENS_PER_PASS_ON_CPU = 10**6\n"

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def project(bench: Bench) -> str:
     return f"{len(commands)} times refused, nothing removed"
 
 
-@fault("files put into output_dir while merge runs", "kept; the result beside them, named")
+@fault("files put into output_dir while merge runs", "kept; the result next to them, named")
 def came_meanwhile(bench: Bench) -> str:
     harm = "self.target.mkdir(); (self.target / 'notes.txt').write_text('mine')"
     ended = bench.qingtune(*merging(bench), spoil=AT_THE_SWITCH.format(harm=harm))
@@ -118,14 +117,13 @@ def killed_while_replacing(bench: Bench) -> str:
     for _ in range(tried):
         kill_while_staging(bench, [*words, "--save_dtype", "float16"], draw.random() * 0.5)
         judge("at random")
-    return f"{len(RENAMES) + tried} kills; a whole result each time, and nothing beside it after the next start"
+    return f"{len(RENAMES) + tried} kills; a whole result each time, and nothing next to it after the next start"
 
 
 def kill_while_staging(bench: Bench, words: list[object], after_s: float) -> None:
-    """SIGKILL a command some time after it began to write beside its place."""
-    command = [sys.executable, "-m", "qingtune", *map(str, words)]
+    """SIGKILL a command some time after it began to write next to its place."""
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        bench.python(*words), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         while process.poll() is None and not list(bench.folder.glob(".out-*.unfinished")):

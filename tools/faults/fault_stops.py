@@ -83,6 +83,12 @@ MOMENTS = {
 }
 
 
+KILLED_AT_A_CHECKPOINT = (
+    "from qingtune.training import setup as w\nold, n = w.save_checkpoint, []\n"
+    f"def save(*a):\n    old(*a); n.append(1)\n    if len(n) == {{count}}: {KILL}\nw.save_checkpoint = save"
+)
+
+
 def killed_at(bench: Bench, spoil: str) -> str:
     bench.train("whole", LORA).expect(0)
     ended = bench.train("killed", LORA, spoil)
@@ -123,10 +129,11 @@ def signals(bench: Bench) -> str:
 def second_signal(bench: Bench) -> str:
     bench.train("whole", LORA).expect(0)
     twice = SIGNAL_IN_A_WINDOW.format(name="SIGINT").replace("len(n) == 8", "len(n) in (8, 9)")
-    bench.train("stopped", LORA | {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}, twice)
+    settings = LORA | {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}
+    bench.train("stopped", settings, twice)
     if steps_done(bench.folder / "stopped") >= COMMON["max_steps"]:
         raise Lost("it was not stopped")
-    bench.train("stopped", LORA | {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}).expect(0)
+    bench.train("stopped", settings).expect(0)
     return "went on from the last checkpoint"
 
 
@@ -144,10 +151,7 @@ EPOCHS = LORA | {
 )
 def kill_after_each_step(bench: Bench) -> str:
     bench.train("whole", EPOCHS).expect(0)
-    spoil = (
-        "from qingtune.training import setup as w\nold, n = w.save_checkpoint, []\n"
-        f"def save(*a):\n    old(*a); n.append(1)\n    if len(n) == 3: {KILL}\nw.save_checkpoint = save"
-    )
+    spoil = KILLED_AT_A_CHECKPOINT.format(count=3)
     starts = 0
     while not (bench.folder / "killed" / "qingtune.json").exists():
         bench.train("killed", EPOCHS, spoil)
@@ -169,11 +173,7 @@ def two_processes(bench: Bench) -> str:
 
     if launch("whole"):
         raise Lost("two processes do not run")
-    kill = (
-        "import os\nfrom qingtune.training import setup as w\nold, n = w.save_checkpoint, []\n"
-        f"def save(*a):\n    old(*a); n.append(1)\n    if len(n) == 5: {KILL}\nw.save_checkpoint = save"
-    )
-    launch("killed", kill)
+    launch("killed", "import os\n" + KILLED_AT_A_CHECKPOINT.format(count=5))
     shutil.copytree(bench.folder / "killed", bench.folder / "one")
     if launch("killed"):
         raise Lost("it did not go on")
