@@ -30,18 +30,15 @@ def attention(
     sample_starts: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each sample.
+    """Attend within each sample; the interface is that of Transformers.
 
     Args:
-        module: the calling layer; unused, part of Transformers' interface.
         query: [1, heads, T, head_dim].
-        key: [1, key-value heads, T, head_dim].
-        value: like key.
+        key: [1, key-value heads, T, head_dim]; likewise value.
         attention_mask: None for samples laid end to end.
         dropout: probability on attention weights.
         scaling: factor on the scores; 1 / sqrt(head_dim) by default.
         sample_starts: where each sample starts, and T at the end.
-        kwargs: what else Transformers passes.
 
     Returns:
         [1, T, heads, head_dim], and None for the weights, which are not kept.
@@ -52,7 +49,6 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    grouped = query.shape[1] != key.shape[1]
     parts = [
         F.scaled_dot_product_attention(
             query[:, :, start:end],
@@ -61,7 +57,7 @@ def attention(
             dropout_p=dropout,
             is_causal=True,
             scale=scaling,
-            enable_gqa=grouped,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         for start, end in pairwise(sample_starts)
     ]

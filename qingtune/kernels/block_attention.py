@@ -48,14 +48,9 @@ class BlockAttention:
     def forward(
         self, name: str, blocks: Blocks, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Write the attended values.
+        """Attend: q [N, query heads, d], k and v [T, key-value heads, d] -> out [N, query heads * d].
 
-        Args:
-            name: under which backward finds what it needs.
-            blocks: query rows and the keys they see.
-            q: [N, query heads, d].
-            k: [T, key-value heads, d]; likewise v.
-            out: [N, query heads * d].
+        Backward finds what it needs under the name; blocks: query rows and the keys they see.
         """
         packed_q = self._take(name + ".q", len(q) * self.heads.queries, q.dtype)
         keys, values = (self._pack_segments(name + end, blocks, x) for end, x in ((".k", k), (".v", v)))

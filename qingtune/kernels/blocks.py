@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from qingtune.kernels.block_attention import BlockAttention, Heads
-from qingtune.kernels.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
+from qingtune.kernels.elementwise import Norm, rotate, swiglu, swiglu_backward
 from qingtune.kernels.flash_attention import FlashAttention
 from qingtune.kernels.layout import Layout
-from qingtune.kernels.projection import Projection, gradient
+from qingtune.kernels.projection import Projection
 from qingtune.kernels.workspace import Workspace
 
 # Groups of modules that read one input -> their projections.
@@ -38,38 +38,6 @@ class Pass:
         return None if self.seed is None else (self.seed + 8 * layer + part) % 2**62
 
 
-@dataclass(frozen=True)
-class Norm:
-    """An RMSNorm's weight and epsilon."""
-
-    weight: torch.Tensor
-    epsilon: float
-    workspace: Workspace
-
-    @classmethod
-    def of(cls, module: Any, workspace: Workspace) -> Norm:
-        """The norm that a module of Transformers holds."""
-        return cls(module.weight, float(module.variance_epsilon), workspace)
-
-    def forward(self, x: torch.Tensor, name: str = "norm.out") -> torch.Tensor:
-        """[..., D] -> [..., D], in the workspace under the name."""
-        return rms_norm(x, self.weight, self.epsilon, self.workspace, name)
-
-    def add_backward(self, total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Add the gradient of x to total, a tensor like x."""
-        grad_x = self.backward(grad, x)
-        wide = self.workspace.take("norm.product", x.shape, grad_x.dtype).copy_(total)
-        return total.copy_(grad_x.add_(wide))
-
-    def backward(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The gradient of x in fp32 (fp64 for fp64); the weight's is added to it if it is trained."""
-        grad_x, normalised = rms_norm_backward(grad, x, self.weight, self.epsilon, self.workspace)
-        if self.weight.requires_grad:
-            product = normalised.mul_(grad)
-            gradient(self.weight).add_(product.flatten(0, -2).sum(0))
-        return grad_x
-
-
 class AttentionBlock:
     """x -> x + o(attention(qkv(norm(x)))); in the last layer only rows that predict go beyond keys and values.
 
@@ -87,29 +55,23 @@ class AttentionBlock:
         flash: bool,
     ) -> None:
         attention = layer.self_attn
-        self.number, self.dtype, self.workspace = number, dtype, workspace
+        self.number, self.dtype, self.workspace, self.flash = number, dtype, workspace, flash
         self.norm = Norm.of(layer.input_layernorm, workspace)
         self.q_norm, self.k_norm = (
             Norm.of(getattr(attention, name), workspace) if name in dict(attention.named_children()) else None
             for name in ("q_norm", "k_norm")
         )
-        self.q, self.kv, self.qkv, self.o = projections(
-            [attention.q_proj],
-            [attention.k_proj, attention.v_proj],
-            [attention.q_proj, attention.k_proj, attention.v_proj],
-            [attention.o_proj],
-        )
+        q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
+        self.q, self.kv, self.qkv, self.o = projections([q], [k, v], [q, k, v], [o])
         size = attention.head_dim
         q_out, k_out = (self.qkv.members[i].shape[0] for i in (0, 1))
         self.heads = Heads(q_out // size, k_out // size, size, float(attention.scaling))
-        self.flash = flash
         self.attention: Any = (FlashAttention if flash else BlockAttention)(self.heads, workspace)
 
     def forward(self, x: torch.Tensor, now: Pass, out: torch.Tensor, slot: str, rows: torch.Tensor | None) -> None:
         """x: [T, D] -> out: [T, D], or [N, D] where rows says which."""
-        normed = self.norm.forward(x)
-        q, k, v = self._project(normed, now, slot, rows)
-        q, k = self._rotated(q, k, now, rows)
+        q, k, v = self._project(self.norm.forward(x), now, slot, rows)
+        q, k = self._rotate(q, k, now, rows)
         attended = self._take(slot + ".attended", len(q), self.heads.queries * self.heads.size)
         self.attention.forward(slot, self._places(now, rows), q, k, v, attended)
         out.copy_(x if rows is None else x[rows])
@@ -119,31 +81,29 @@ class AttentionBlock:
         self, grad: torch.Tensor, x: torch.Tensor, now: Pass, slot: str, rows: torch.Tensor | None, *, wanted: bool
     ) -> torch.Tensor | None:
         """grad: gradient of out -> gradient of x, [T, D], None if it is not wanted; grad may be overwritten."""
-        heads = self.heads
-        attended = self._take(slot + ".attended", len(grad), heads.queries * heads.size)
+        attended = self._take(slot + ".attended", len(grad), self.heads.queries * self.heads.size)
         grad_attended = self._take("attention.grad_out", *attended.shape)
         self.o.backward(slot + ".o", attended, [grad], grad_attended, now.dropout_seed(self.number, 1))
         places = self._places(now, rows)
         grad_q, grad_k, grad_v = self.attention.backward(slot, places, grad_attended, len(x), self.dtype)
-        grad_q, grad_k = self._rotated_backward(grad_q, grad_k, now, rows, slot)
+        grad_q, grad_k = self._rotate(grad_q, grad_k.to(self.dtype), now, rows, back=True)
+        if self.q_norm and self.k_norm:
+            raw_q, raw_k = (self._take(slot + name, *x.shape) for name, x in ((".raw_q", grad_q), (".raw_k", grad_k)))
+            grad_q = grad_q.copy_(self.q_norm.backward(grad_q, raw_q))
+            grad_k = grad_k.copy_(self.k_norm.backward(grad_k, raw_k))
         grads = [part.flatten(1).to(self.dtype) for part in (grad_q, grad_k, grad_v)]
         normed = self.norm.forward(x)
         grad_normed = self._take("attention.grad_normed", *x.shape) if wanted else None
         seed = now.dropout_seed(self.number, 0)
         if rows is None:
             self.qkv.backward(slot + ".qkv", normed, grads, grad_normed, seed)
-        else:
-            self.kv.backward(slot + ".kv", normed, grads[1:], grad_normed, seed)
-            grad_rows = None if grad_normed is None else self._take("attention.grad_rows", len(rows), x.shape[1])
-            q_seed = now.dropout_seed(self.number, 4)
-            self.q.backward(slot + ".q", normed[rows], grads[:1], grad_rows, q_seed)
-            if grad_normed is not None and grad_rows is not None:
-                grad_normed.index_add_(0, rows, grad_rows)
-        if grad_normed is None:
+            return None if grad_normed is None else self.norm.add_backward(grad, grad_normed, x)
+        self.kv.backward(slot + ".kv", normed, grads[1:], grad_normed, seed)
+        grad_rows = self._take("attention.grad_rows", len(rows), x.shape[1]) if wanted else None
+        self.q.backward(slot + ".q", normed[rows], grads[:1], grad_rows, now.dropout_seed(self.number, 4))
+        if grad_normed is None or grad_rows is None:
             return None
-        if rows is None:
-            return self.norm.add_backward(grad, grad_normed, x)
-        grad_x = self.norm.backward(grad_normed, x)
+        grad_x = self.norm.backward(grad_normed.index_add_(0, rows, grad_rows), x)
         return self._take("attention.grad_x", *x.shape).copy_(grad_x.index_add_(0, rows, grad.to(grad_x.dtype)))
 
     def _places(self, now: Pass, rows: torch.Tensor | None) -> Any:
@@ -158,11 +118,10 @@ class AttentionBlock:
     def _project(
         self, normed: torch.Tensor, now: Pass, slot: str, rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries [T or N, heads * d], keys and values [T, heads * d]."""
-        q_count = len(normed) if rows is None else len(rows)
+        """Queries [T or N, heads, d], keys and values [T, heads, d]; queries and keys normed, if the model does."""
         width, narrow = self.heads.queries * self.heads.size, self.heads.keys * self.heads.size
         kept = slot if self.q_norm else "attention"  # norms on queries and keys need them in the backward pass
-        q = self._take(kept + ".raw_q", q_count, width)
+        q = self._take(kept + ".raw_q", len(normed if rows is None else rows), width)
         k = self._take(kept + ".raw_k", len(normed), narrow)
         v = self._take("attention.raw_v", len(normed), narrow)
         seed = now.dropout_seed(self.number, 0)
@@ -171,36 +130,21 @@ class AttentionBlock:
         else:
             self.kv.forward(slot + ".kv", normed, [k, v], seed)
             self.q.forward(slot + ".q", normed[rows], [q], now.dropout_seed(self.number, 4))
-        return self._apart(q), self._apart(k), self._apart(v)
-
-    def _apart(self, x: torch.Tensor) -> torch.Tensor:
-        """[n, heads * d] -> [n, heads, d]."""
-        return x.view(len(x), x.shape[1] // self.heads.size, self.heads.size)
-
-    def _rotated(
-        self, q: torch.Tensor, k: torch.Tensor, now: Pass, rows: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = (x.unflatten(1, (-1, self.heads.size)) for x in (q, k, v))
         if self.q_norm and self.k_norm:
             q, k = self.q_norm.forward(q, "norm.q"), self.k_norm.forward(k, "norm.k")
-        cos, sin = now.rotary
+        return q, k, v
+
+    def _rotate(
+        self, q: torch.Tensor, k: torch.Tensor, now: Pass, rows: torch.Tensor | None, *, back: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn queries and keys to their positions; back for their gradients."""
+        cos, sin = now.rotary[0], -now.rotary[1] if back else now.rotary[1]
         q_cos, q_sin = (cos, sin) if rows is None else (cos[rows], sin[rows])
         return (
             rotate(q, q_cos, q_sin, self._take("attention.rotated_q", *q.shape)),
             rotate(k, cos, sin, self._take("attention.rotated_k", *k.shape)),
         )
-
-    def _rotated_backward(
-        self, grad_q: torch.Tensor, grad_k: torch.Tensor, now: Pass, rows: torch.Tensor | None, slot: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = now.rotary
-        q_cos, q_sin = (cos, sin) if rows is None else (cos[rows], sin[rows])
-        grad_q = rotate(grad_q, q_cos, -q_sin, self._take("attention.rotated_q", *grad_q.shape))
-        grad_k = rotate(grad_k.to(self.dtype), cos, -sin, self._take("attention.rotated_k", *grad_k.shape))
-        if self.q_norm and self.k_norm:
-            raw_q, raw_k = (self._take(slot + name, *x.shape) for name, x in ((".raw_q", grad_q), (".raw_k", grad_k)))
-            grad_q = grad_q.copy_(self.q_norm.backward(grad_q, raw_q))
-            grad_k = grad_k.copy_(self.k_norm.backward(grad_k, raw_k))
-        return grad_q, grad_k
 
 
 class MLPBlock:
@@ -222,15 +166,13 @@ class MLPBlock:
 
     def forward_again(self, x: torch.Tensor, now: Pass, slot: str) -> None:
         """As much of forward as backward needs to have been done."""
-        hidden = self._expand(x, now, slot)
-        self.down.keep_low(slot + ".down", hidden, now.dropout_seed(self.number, 3))
+        self.down.keep_low(slot + ".down", self._expand(x, now, slot), now.dropout_seed(self.number, 3))
 
     def _expand(self, x: torch.Tensor, now: Pass, slot: str) -> torch.Tensor:
         """The hidden layer, [T, I]; gate and up are kept under the slot."""
-        gate, up = self._take(slot + ".gate", len(x)), self._take(slot + ".up", len(x))
+        gate, up, hidden = (self._take(name, len(x)) for name in (slot + ".gate", slot + ".up", "mlp.hidden"))
         seed = now.dropout_seed(self.number, 2)
         self.gate_up.forward(slot + ".gate_up", self.norm.forward(x), [gate, up], seed)
-        hidden = self._take("mlp.hidden", len(x))
         return swiglu(gate, up, hidden, hidden)
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor, now: Pass, slot: str) -> torch.Tensor:

@@ -22,8 +22,9 @@ from torch import nn
 from qingtune.data.batch import Batch
 from qingtune.kernels import flash_attention
 from qingtune.kernels.attention import why_samples_would_mix
-from qingtune.kernels.blocks import AttentionBlock, MLPBlock, Norm, Pass
+from qingtune.kernels.blocks import AttentionBlock, MLPBlock, Pass
 from qingtune.kernels.dropout import new_seed
+from qingtune.kernels.elementwise import Norm
 from qingtune.kernels.footprint import Arithmetic, LayerSizes, PassTokens, Ranks, buffer_bytes
 from qingtune.kernels.layout import Layout, fill_up, lay_out
 from qingtune.kernels.linear import Int8Linear, QuantizedLinear
@@ -75,17 +76,15 @@ class TrainingDecoder:
         recompute: int = 0,
         most_tokens: int = 0,
     ) -> None:
-        self.dtype, self.dropout, self.recompute, self.most_tokens = dtype, dropout, recompute, most_tokens
-        self.int8_units = int8_units
+        self.dtype, self.dropout, self.int8_units = dtype, dropout, int8_units
+        self.recompute, self.most_tokens = recompute, most_tokens
         self.embedding: torch.Tensor = model.get_input_embeddings().weight
         self.head: torch.Tensor = model.get_output_embeddings().weight
         self.workspace = workspace = Workspace(self.embedding.device)
 
         def projections(*groups: Sequence[nn.Module]) -> list[Projection]:
-            return [
-                Projection([member(layer) for layer in group], dropout, workspace, int8_units=int8_units)
-                for group in groups
-            ]
+            members = ([member(layer) for layer in group] for group in groups)
+            return [Projection(group, dropout, workspace, int8_units=int8_units) for group in members]
 
         layers = list(enumerate(model.model.layers))
         flash = flash_attention.fits(self.embedding.device, dtype, layers[0][1].self_attn.head_dim)
@@ -102,7 +101,9 @@ class TrainingDecoder:
     @cached_property
     def sizes(self) -> LayerSizes:
         """What its memory depends on; of adapters of different ranks, the largest."""
-        heads = self.attention[0].heads
+        heads, layers = self.attention[0].heads, zip(self.attention, self.mlp, strict=True)
+        groups = [(attention.qkv, attention.o, mlp.gate_up, mlp.down) for attention, mlp in layers]
+        ranks = [[rank for group in layer for rank in group.ranks] for layer in groups]
         return LayerSizes(
             layers=len(self.mlp),
             hidden=self.embedding.shape[1],
@@ -112,19 +113,8 @@ class TrainingDecoder:
             heads=heads.queries,
             vocabulary=self.head.shape[0],
             query_key_norm=self.attention[0].q_norm is not None,
-            ranks=Ranks(*map(max, zip(*self._ranks(), strict=True))),
+            ranks=Ranks(*map(max, zip(*ranks, strict=True))),
         )
-
-    def _ranks(self) -> list[tuple[int, ...]]:
-        """Of each layer's adapters, in the order of Ranks; 0 where there is none."""
-        groups = [
-            (attention.qkv, attention.o, mlp.gate_up, mlp.down)
-            for attention, mlp in zip(self.attention, self.mlp, strict=True)
-        ]
-        return [
-            tuple(len(m.adapter.a) if m.adapter else 0 for projection in layer for m in projection.members)
-            for layer in groups
-        ]
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -177,11 +167,16 @@ class TrainingDecoder:
         """The loss, and with a scale its gradient."""
         layout = fill_up(lay_out(batch, share_prefix=seed is None))
         self.workspace.headroom = max(1.0, self.most_tokens / len(layout.token_ids))
-        x = self._input(0, len(layout.token_ids), keep=scale is not None)
+        keep = scale is not None
+        x = self._input(0, len(layout.token_ids), keep=keep)
         x.copy_(F.embedding(layout.token_ids, self.embedding))
         now = Pass(layout, self._rotary_table(x, layout), seed)
         for number in range(len(self.mlp)):
-            x = self._layer_forward(number, x, now, keep=scale is not None)
+            slot, rows = self._slot(number, keep=keep), self._rows(number, now)
+            middle = self._middle(slot, x, rows)
+            self.attention[number].forward(x, now, middle, slot, rows)
+            x = self._input(number + 1, len(middle), keep=keep)
+            self.mlp[number].forward(middle, now, x, slot)
         grad = None if scale is None else self.workspace.take("grad_hidden", x.shape, self.dtype)
         loss = chunked_head_loss(
             self.norm.forward(x),
@@ -214,14 +209,6 @@ class TrainingDecoder:
                 return
             grad = below
         gradient(self.embedding).index_add_(0, now.layout.token_ids, grad.to(self.embedding.dtype))
-
-    def _layer_forward(self, number: int, x: torch.Tensor, now: Pass, *, keep: bool) -> torch.Tensor:
-        slot, rows = self._slot(number, keep=keep), self._rows(number, now)
-        middle = self._middle(slot, x, rows)
-        self.attention[number].forward(x, now, middle, slot, rows)
-        out = self._input(number + 1, len(middle), keep=keep)
-        self.mlp[number].forward(middle, now, out, slot)
-        return out
 
     def _rows(self, number: int, now: Pass) -> torch.Tensor | None:
         """In the last layer, the rows that predict; elsewhere None, for all."""

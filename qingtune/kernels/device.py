@@ -108,7 +108,7 @@ def free_bytes(device: torch.device, *, swap: bool = False) -> int | None:
 
 @contextmanager
 def memory_errors(when: str, where: Path | None, fix: str) -> Generator[None]:
-    """Tell as a UserError that memory ran out.
+    """Report as a UserError that memory ran out.
 
     Args:
         when: what was being done, for "out of memory when ...".
@@ -139,11 +139,8 @@ def peak_bytes(device: torch.device) -> int:
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     if sys.platform == "linux":  # getrusage's would begin with that of the process which started this one
-        return next(
-            int(line.split()[1]) * 1024
-            for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-            if line.startswith("VmHWM")
-        )
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS

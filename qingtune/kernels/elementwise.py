@@ -1,49 +1,69 @@
-"""RMSNorm, SwiGLU and rotary positions, forward and backward, written into buffers that the caller gives.
+"""RMSNorm, SwiGLU and rotary positions, forward and backward, written into buffers that stay from pass to pass.
 
 Backward functions take what forward took and compute it again where that is cheaper than keeping it.
 """
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+
+from qingtune.kernels.projection import gradient
 from qingtune.kernels.workspace import Workspace
 
 aten = torch.ops.aten
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, workspace: Workspace, name: str) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension (Zhang & Sennrich 2019), [..., D] -> [..., D].
+@dataclass(frozen=True)
+class Norm:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension (RMSNorm, Zhang & Sennrich 2019).
 
-    Computed in fp32 (fp64 for fp64); the result stays in the workspace under the name.
+    Computed in fp32 (fp64 for fp64); results stay in the workspace.
     """
-    if x.device.type != "cpu":
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), epsilon)
-    normalised, _ = _normalised(x, epsilon, workspace)
-    return workspace.take(name, x.shape, x.dtype).copy_(normalised.mul_(weight))
 
+    weight: torch.Tensor
+    epsilon: float
+    workspace: Workspace
 
-def rms_norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float, workspace: Workspace
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient with respect to x, and the normalised x, [..., D] both, in fp32 (fp64 for fp64), in the workspace.
+    @classmethod
+    def of(cls, module: Any, workspace: Workspace) -> Norm:
+        """The norm that a module of Transformers holds."""
+        return cls(module.weight, float(module.variance_epsilon), workspace)
 
-    The weight's own gradient is the sum of grad * normalised x over all but the last dimension.
-    """
-    normalised, rate = _normalised(x, epsilon, workspace)
-    scaled = workspace.take("norm.scaled", x.shape, normalised.dtype).copy_(grad).mul_(weight)
-    product = torch.mul(scaled, normalised, out=workspace.take("norm.product", x.shape, normalised.dtype))
-    shared = product.mean(-1, keepdim=True)
-    return scaled.addcmul_(normalised, shared, value=-1).mul_(rate), normalised
+    def forward(self, x: torch.Tensor, name: str = "norm.out") -> torch.Tensor:
+        """[..., D] -> [..., D], in the workspace under the name."""
+        if x.device.type != "cpu":
+            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.epsilon)
+        normalised, _ = self._normalised(x)
+        return self.workspace.take(name, x.shape, x.dtype).copy_(normalised.mul_(self.weight))
 
+    def backward(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The gradient of x in fp32 (fp64 for fp64); the weight's is added to it if it is trained."""
+        normalised, rate = self._normalised(x)
+        scaled = self.workspace.take("norm.scaled", x.shape, normalised.dtype).copy_(grad).mul_(self.weight)
+        product = self.workspace.take("norm.product", x.shape, normalised.dtype)
+        shared = torch.mul(scaled, normalised, out=product).mean(-1, keepdim=True)
+        grad_x = scaled.addcmul_(normalised, shared, value=-1).mul_(rate)
+        if self.weight.requires_grad:
+            gradient(self.weight).add_(normalised.mul_(grad).flatten(0, -2).sum(0))
+        return grad_x
 
-def _normalised(x: torch.Tensor, epsilon: float, workspace: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
-    """x / sqrt(mean(x^2) + epsilon), [..., D], and the factor, [..., 1]; every copy is into a buffer that stays."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    normalised = workspace.take("norm.wide", x.shape, wide).copy_(x)
-    length = torch.linalg.vector_norm(normalised, dim=-1, keepdim=True)
-    rate = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-    return normalised.mul_(rate), rate
+    def add_backward(self, total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Add the gradient of x to total, a tensor like x."""
+        grad_x = self.backward(grad, x)
+        wide = self.workspace.take("norm.product", x.shape, grad_x.dtype).copy_(total)
+        return total.copy_(grad_x.add_(wide))
+
+    def _normalised(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x / sqrt(mean(x^2) + epsilon), [..., D], and the factor, [..., 1]; every copy is into a buffer that stays."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normalised = self.workspace.take("norm.wide", x.shape, wide).copy_(x)
+        length = torch.linalg.vector_norm(normalised, dim=-1, keepdim=True)
+        rate = length.square_().div_(x.shape[-1]).add_(self.epsilon).rsqrt_()
+        return normalised.mul_(rate), rate
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, activated: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ def fits(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
 
 
 def _causal(lengths: Lengths) -> tuple[torch.Tensor, torch.Tensor, int, int, float, bool]:
-    """Arguments of both kernels for the segments: their lengths, no dropout, a causal mask."""
+    """Arguments of both kernels: lengths of the segments, no dropout, a causal mask."""
     return lengths.queries, lengths.keys, lengths.most_queries, lengths.most_keys, 0.0, True
 
 
@@ -48,14 +48,9 @@ class FlashAttention:
     def forward(
         self, name: str, lengths: Lengths, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Write the attended values.
+        """Attend: q [T, query heads, d], k and v [T, key-value heads, d] -> out [T, query heads * d].
 
-        Args:
-            name: under which backward finds what it needs.
-            lengths: of the layout.
-            q: [T, query heads, d].
-            k: [T, key-value heads, d]; likewise v.
-            out: [T, query heads * d]; to be left as it is until backward.
+        Backward finds what it needs under the name; out is to be left as it is until then.
         """
         query = self.workspace.take(name + ".q", q.shape, q.dtype).copy_(q)
         key, value = (
@@ -63,12 +58,7 @@ class FlashAttention:
             for end, x in ((".k", k), (".v", v))
         )
         attended, logsumexp, *states, _ = aten._flash_attention_forward(
-            query,
-            key,
-            value,
-            *_causal(lengths),
-            False,
-            scale=self.heads.scale,
+            query, key, value, *_causal(lengths), False, scale=self.heads.scale
         )
         self._kept[name] = (out.view(query.shape).copy_(attended), logsumexp, *states)
 

@@ -108,16 +108,6 @@ class Arithmetic:
         """w, bytes a number of what sums are held in."""
         return max(4, self.itemsize)
 
-    @property
-    def unpacks(self) -> bool:
-        """Whether weights of linear layers are brought to the dtype of activations for each product."""
-        return not self.int8_units if self.weight_itemsize is None else self.weight_itemsize != self.itemsize
-
-    @property
-    def tiles_head(self) -> bool:
-        """Whether the head is taken a tile of rows at a time."""
-        return self.trains_head or self.head_itemsize != self.itemsize
-
 
 @dataclass(frozen=True)
 class PassTokens:
@@ -126,18 +116,6 @@ class PassTokens:
     tokens: int
     predicting: int
     longest: int
-
-
-def kept_numbers(sizes: LayerSizes, low: int, tokens: int) -> int:
-    """What one layer keeps of a pass for its backward, its input not counted: T (2 I + D + 2 Q + 2 K + A x's ranks).
-
-    Args:
-        low: sum of the ranks of the layer's adapters.
-        tokens: T.
-    """
-    values = 2 * sizes.inner + sizes.hidden + 2 * (sizes.queries + sizes.keys) + low
-    values += (sizes.queries + sizes.keys) * sizes.query_key_norm
-    return values * tokens
 
 
 def logit_numbers(vocabulary: int, predicting: int) -> int:
@@ -170,7 +148,7 @@ def optimizer_bytes(optim: str, numbers: int) -> int:
 
 # --- Buffers of the fast kernels -------------------------------------------------------------------------------------
 
-_Add = Callable[..., None]  # name, numbers, and bytes a number unless they are b
+_AtLeast = Callable[..., None]  # numbers, the names of buffers that hold so many, and bytes a number unless they are b
 Buffers = dict[tuple[str, int], int]  # name and bytes a number -> bytes; layers' own ones are one entry
 
 
@@ -207,15 +185,13 @@ _FORWARD = frozenset({
 
 def _training_buffers(sizes: LayerSizes, how: Arithmetic, work: PassTokens, *, evaluates: bool) -> Buffers:
     """Those of training passes; `evaluates` adds what other passes leave in layers that keep nothing."""
-    found: dict[tuple[str, int], int] = {}
+    found: Buffers = {}
 
-    def add(name: str, numbers: float, itemsize: int = how.itemsize) -> None:
-        found[name, itemsize] = found.get((name, itemsize), 0) + round(numbers) * itemsize
+    def at_least(numbers: int, *names: str, itemsize: int = how.itemsize) -> None:
+        for name in names:
+            found[name, itemsize] = max(found.get((name, itemsize), 0), numbers * itemsize)
 
-    def at_least(name: str, numbers: int, itemsize: int = how.itemsize) -> None:
-        found[name, itemsize] = max(found.get((name, itemsize), 0), numbers * itemsize)
-
-    _kept(sizes, how, work, add, evaluates=evaluates)
+    _kept(sizes, how, work, at_least, evaluates=evaluates)
     _norms_and_attention(sizes, how, work, at_least)
     _mlp_and_head(sizes, how, work, at_least)
     _products(sizes, how, work, at_least)
@@ -231,10 +207,9 @@ def buffer_bytes(
     return sum(held.values()) - logits, logits
 
 
-def _kept(sizes: LayerSizes, how: Arithmetic, work: PassTokens, add: _Add, *, evaluates: bool) -> None:
+def _kept(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _AtLeast, *, evaluates: bool) -> None:
     """What stays from a layer's forward to its backward; the last layer continues with predicting rows only."""
-    tokens, last, wide = work.tokens, work.predicting, how.wide
-    ranks = sizes.ranks
+    tokens, last, ranks = work.tokens, work.predicting, sizes.ranks
     qkv, o, gate_up, down = ranks.groups
 
     def slot(rows: int) -> int:
@@ -246,110 +221,99 @@ def _kept(sizes: LayerSizes, how: Arithmetic, work: PassTokens, add: _Add, *, ev
     last_low = tokens * (ranks.k + ranks.v) + last * ranks.q
     keeping = sizes.layers - how.recompute
     if keeping:
-        add("layer.kept", (keeping - 1) * (slot(tokens) + tokens * qkv) + slot(last) + last_low)
+        at_least((keeping - 1) * (slot(tokens) + tokens * qkv) + slot(last) + last_low, "layer.kept")
     if how.recompute:  # layers of which nothing is kept share one slot
         # Passes without gradients leave in it what the last layer keeps apart.
-        add("layer.shared", slot(tokens) + tokens * qkv + last_low * (evaluates or not keeping))
+        at_least(slot(tokens) + tokens * qkv + last_low * (evaluates or not keeping), "layer.shared")
     if how.dora:
         read_by_attention = sizes.queries + 2 * sizes.keys
         norms = read_by_attention + 2 * sizes.hidden + 2 * sizes.inner
         sharing = bool(how.recompute or evaluates)
         last_shares = sharing and (evaluates or not keeping)
-        add("layer.norms", (keeping + sharing) * norms + last_shares * read_by_attention, wide)
-    add("layer.input", sizes.layers * tokens * sizes.hidden + last * sizes.hidden)
+        at_least((keeping + sharing) * norms + last_shares * read_by_attention, "layer.norms", itemsize=how.wide)
+    at_least(sizes.layers * tokens * sizes.hidden + last * sizes.hidden, "layer.input")
 
 
-def _norms_and_attention(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _Add) -> None:
+def _norms_and_attention(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _AtLeast) -> None:
     tokens, last, wide = work.tokens, work.predicting, how.wide
     queries, keys, hidden = sizes.queries, sizes.keys, sizes.hidden
     widest = max(hidden, queries) if sizes.query_key_norm else hidden
-    for name in ("norm.wide", "norm.scaled", "norm.product"):
-        at_least(name, tokens * widest, wide)
-    at_least("norm.out", tokens * hidden)
-    if sizes.query_key_norm:
-        at_least("norm.q", tokens * queries)
-        at_least("norm.k", tokens * keys)
-    else:
-        at_least("attention.raw_q", tokens * queries)
-        at_least("attention.raw_k", tokens * keys)
-    at_least("attention.raw_v", tokens * keys)
-    for name in ("attention.rotated_q", "attention.grad_q", "attention.grad_out"):
-        at_least(name, tokens * queries)
-    at_least("attention.rotated_k", tokens * keys)
-    for name in ("attention.grad.k", "attention.grad.v"):
-        at_least(name, tokens * keys, wide)
+    at_least(tokens * widest, "norm.wide", "norm.scaled", "norm.product", itemsize=wide)
+    at_least(tokens * hidden, "norm.out")
+    q, k = ("norm.q", "norm.k") if sizes.query_key_norm else ("attention.raw_q", "attention.raw_k")
+    at_least(tokens * queries, q, "attention.rotated_q", "attention.grad_q", "attention.grad_out")
+    at_least(tokens * keys, k, "attention.raw_v", "attention.rotated_k")
+    at_least(tokens * keys, "attention.grad.k", "attention.grad.v", itemsize=wide)
     if sizes.layers > 1 or how.gradient_below:
-        for name, rows in (("normed", tokens), ("rows", last), ("x", tokens)):
-            at_least(f"attention.grad_{name}", rows * hidden)
+        at_least(tokens * hidden, "attention.grad_normed", "attention.grad_x")
+        at_least(last * hidden, "attention.grad_rows")
     if how.on_cpu:
         rows = -(-work.longest // max(1, -(-work.longest // QUERY_BLOCK)))
-        at_least("attention.attended", rows * queries)
-        for name in ("attention.scores", "attention.shares", "attention.grad_scores"):
-            at_least(name, sizes.heads * rows * work.longest)
+        at_least(rows * queries, "attention.attended")
+        at_least(sizes.heads * rows * work.longest, "attention.scores", "attention.shares", "attention.grad_scores")
 
 
-def _mlp_and_head(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _Add) -> None:
+def _mlp_and_head(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _AtLeast) -> None:
     tokens, wide = work.tokens, how.wide
-    for name in ("mlp.hidden", "mlp.activated", "mlp.grad_hidden"):
-        at_least(name, tokens * sizes.inner)
-    at_least("mlp.grad_normed", tokens * sizes.hidden)
-    at_least("grad_hidden", work.predicting * sizes.hidden)
+    at_least(tokens * sizes.inner, "mlp.hidden", "mlp.activated", "mlp.grad_hidden")
+    at_least(tokens * sizes.hidden, "mlp.grad_normed")
+    at_least(work.predicting * sizes.hidden, "grad_hidden")
     logits = logit_numbers(sizes.vocabulary, work.predicting)
-    at_least("head.logits", logits)
+    at_least(logits, "head.logits")
     rows = logits // sizes.vocabulary
-    at_least("head.rows", (min(ROWS_AT_A_TIME, rows) if how.on_cpu else rows) * sizes.vocabulary, wide)
-    if how.tiles_head:
+    in_fp32 = min(ROWS_AT_A_TIME, rows) if how.on_cpu else rows
+    at_least(in_fp32 * sizes.vocabulary, "head.rows", itemsize=wide)
+    if how.trains_head or how.head_itemsize != how.itemsize:  # taken a tile of rows at a time
         tile = min(VOCABULARY_TILE, sizes.vocabulary)
         if how.head_itemsize != how.itemsize:
-            at_least("weight", tile * sizes.hidden)
-        at_least("product", max(rows * tile, rows * sizes.hidden, tile * sizes.hidden * how.trains_head))
+            at_least(tile * sizes.hidden, "weight")
+        at_least(max(rows * tile, rows * sizes.hidden, tile * sizes.hidden * how.trains_head), "product")
         if wide != how.itemsize:
-            at_least("product", rows * sizes.hidden, wide)
+            at_least(rows * sizes.hidden, "product", itemsize=wide)
         if how.trains_head and how.head_itemsize != how.itemsize:
-            at_least("product", tile * sizes.hidden, wide)
+            at_least(tile * sizes.hidden, "product", itemsize=wide)
 
 
-def _products(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _Add) -> None:
+def _products(sizes: LayerSizes, how: Arithmetic, work: PassTokens, at_least: _AtLeast) -> None:
     """What products with weights and adapters need in addition to inputs and outputs."""
     tokens, wide = work.tokens, how.wide
     widths = (sizes.hidden, sizes.queries, sizes.hidden, sizes.inner)  # of what each group of layers reads
     outs = (max(sizes.queries, sizes.keys), sizes.hidden, sizes.inner, sizes.hidden)
     ranks, groups = sizes.ranks, sizes.ranks.groups
     most = (max(ranks.q, ranks.k, ranks.v), ranks.o, max(ranks.gate, ranks.up), ranks.down)
-    if how.unpacks:
-        at_least("weight", sizes.largest_weight)
+    unpacks = not how.int8_units if how.weight_itemsize is None else how.weight_itemsize != how.itemsize
+    if unpacks:  # weights are brought to the dtype of activations for each product
+        at_least(sizes.largest_weight, "weight")
     if how.trains_weights:
-        at_least("product", sizes.largest_weight)
+        at_least(sizes.largest_weight, "product")
         if how.weight_itemsize not in (None, how.itemsize):
-            at_least("product", sizes.largest_weight, wide)
+            at_least(sizes.largest_weight, "product", itemsize=wide)
     if sum(groups):
         small = [sizes.queries * ranks.q, sizes.keys * max(ranks.k, ranks.v)]
         small += [out * rank for out, rank in zip(outs[1:], most[1:], strict=True)]
         stacked = [width * group for width, group in zip(widths, groups, strict=True)]
-        at_least("projection.a", max(stacked))
-        at_least("projection.b", max(small))
-        at_least("projection.grad_low", tokens * max(groups))
-        at_least("projection.grad_mine", tokens * max(most))
+        at_least(max(stacked), "projection.a")
+        at_least(max(small), "projection.b")
+        at_least(tokens * max(groups), "projection.grad_low")
+        at_least(tokens * max(most), "projection.grad_mine")
         for itemsize in {how.itemsize, wide}:
-            at_least("product", max(*small, *stacked), itemsize)
+            at_least(max(*small, *stacked), "product", itemsize=itemsize)
     if how.dropout:
-        at_least("projection.dropped", tokens * max(widths))
+        at_least(tokens * max(widths), "projection.dropped")
     if how.int8_units:
-        at_least("projection.x.packed", tokens * max(widths), 1)
-        at_least("projection.grad.packed", tokens * max(outs), 1)
-        for name in ("projection.x.scales", "projection.grad.scales"):
-            at_least(name, tokens, 4)
-        at_least("int8.tile", min(INT8_TILE, tokens) * max(*widths, *outs), 4)
-        for name in ("int8.sums", "int8.wide"):
-            at_least(name, tokens * max(*widths, *outs), 4)
+        at_least(tokens * max(widths), "projection.x.packed", itemsize=1)
+        at_least(tokens * max(outs), "projection.grad.packed", itemsize=1)
+        at_least(tokens, "projection.x.scales", "projection.grad.scales", itemsize=4)
+        at_least(min(INT8_TILE, tokens) * max(*widths, *outs), "int8.tile", itemsize=4)
+        at_least(tokens * max(*widths, *outs), "int8.sums", "int8.wide", itemsize=4)
     if how.dora:
         if how.weight_itemsize != wide:
-            at_least("weight", sizes.largest_weight, wide)
-        at_least("projection.merged", sizes.largest_weight, wide)
-        at_least("projection.direction", tokens * max(outs))
+            at_least(sizes.largest_weight, "weight", itemsize=wide)
+        at_least(sizes.largest_weight, "projection.merged", itemsize=wide)
+        at_least(tokens * max(outs), "projection.direction")
         scaled = (max(sizes.queries, sizes.hidden, sizes.inner), max(sizes.keys, sizes.inner), sizes.keys)
         for number, width in enumerate(scaled):
-            at_least(f"projection.scaled{number}", tokens * width)
+            at_least(tokens * width, f"projection.scaled{number}")
 
 
 # --- The model's own modules -----------------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ def quantize_rows(
     Args:
         x: [T, K].
         columns: fp32 [K], multiplied in first; None for ones.
-        workspace: holds the result under `name`.
-        name: under which the result stays until it is taken again.
+        name: under which the workspace holds the result until it is taken again.
 
     Returns:
         int8 [T, K] and fp32 scales [T, 1].
@@ -60,14 +59,12 @@ def int8_product(
         weight: int8 [K, N], of any strides.
         columns: fp32 [N]; None for ones.
         out: [T, N].
-        workspace: holds what is needed between.
         add: add to what out holds instead of replacing it.
     """
     shape = (len(packed), weight.shape[1])
     sums = workspace.take("int8.sums", shape, torch.int32)
     torch.ops.aten._int_mm.out(packed, weight, out=sums)
-    wide = workspace.take("int8.wide", shape, torch.float32)
-    wide.copy_(sums)
+    wide = workspace.take("int8.wide", shape, torch.float32).copy_(sums)
     if columns is not None:
         wide.mul_(columns)
     if add:

@@ -157,8 +157,7 @@ def lay_out(batch: Batch, *, share_prefix: bool) -> Layout:
 def fill_up(layout: Layout) -> Layout:
     """The layout with a multiple of 8 tokens: a sample that trains nothing is added where there are too few."""
     end = len(layout.token_ids)
-    filler = -end % ROWS_MULTIPLE
-    if not filler:
+    if not (filler := -end % ROWS_MULTIPLE):
         return layout
     return replace(
         layout,
@@ -171,13 +170,13 @@ def fill_up(layout: Layout) -> Layout:
 def _shared_prefix(batch: Batch, bounds: list[tuple[int, int]]) -> int:
     """Tokens with which all samples begin, short of any whose next token is trained and of a whole sample."""
     ids = batch.token_ids.cpu().numpy()
-    predicting = batch.predicting.cpu().numpy()
+    predicting, starts = batch.predicting.cpu().numpy(), np.array([start for start, _ in bounds])
     limit = min(end - start for start, end in bounds) - 1
     if len(predicting):
-        owner = np.searchsorted([start for start, _ in bounds], predicting, side="right") - 1
-        limit = min(limit, int((predicting - np.array([start for start, _ in bounds])[owner]).min()))
-    first = ids[bounds[0][0] : bounds[0][0] + limit]
-    for start, _ in bounds[1:]:
+        owner = np.searchsorted(starts, predicting, side="right") - 1
+        limit = min(limit, int((predicting - starts[owner]).min()))
+    first = ids[starts[0] : starts[0] + limit]
+    for start in starts[1:]:
         differs = np.flatnonzero(ids[start : start + len(first)] != first)
         first = first[: differs[0]] if len(differs) else first
     return len(first)

@@ -53,11 +53,6 @@ def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
     return cast("torch.Tensor", _HeadLoss.apply(hidden, weight, targets))
 
 
-def head_loss_plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The same in plain PyTorch, for tests to compare with."""
-    return F.cross_entropy((hidden @ weight.t()).float(), targets, reduction="sum")
-
-
 def chunked_head_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -94,7 +89,7 @@ def chunked_head_loss(
         logits = workspace.take("head.logits", (len(rows), weight.shape[0]), hidden.dtype)
         for a, b in tiles:
             if tiled:
-                part = _tile(weight[a:b], hidden.dtype, workspace)
+                part = workspace.cast("weight", weight[a:b], hidden.dtype)
                 logits[:, a:b].copy_(workspace.product(rows, part.t(), hidden.dtype))
             else:
                 torch.mm(rows, weight.t(), out=logits)
@@ -103,7 +98,7 @@ def chunked_head_loss(
             total = torch.zeros(rows.shape, dtype=wide, device=rows.device) if tiled else grad_hidden[start:end]
             for a, b in tiles:
                 if tiled:
-                    part = _tile(weight[a:b], hidden.dtype, workspace)
+                    part = workspace.cast("weight", weight[a:b], hidden.dtype)
                     total.add_(workspace.product(logits[:, a:b], part, wide))
                 else:
                     torch.mm(logits, weight, out=total)
@@ -112,11 +107,6 @@ def chunked_head_loss(
             for a, b in tiles:
                 grad_weight[a:b].add_(workspace.product(logits[:, a:b].t(), rows, grad_weight.dtype))
     return loss
-
-
-def _tile(weight: torch.Tensor, dtype: torch.dtype, workspace: Workspace) -> torch.Tensor:
-    """Some rows of the head in a dtype."""
-    return weight if weight.dtype == dtype else workspace.take("weight", weight.shape, dtype).copy_(weight)
 
 
 def _tiles(count: int, size: int) -> list[tuple[int, int]]:
@@ -159,13 +149,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         """Scale what forward kept."""
-        (grad,) = grad_outputs
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad,
-            None if grad_weight is None else grad_weight * grad,
-            None,
-        )
+        of_hidden, of_weight = (None if kept is None else kept * grad_outputs[0] for kept in ctx.saved_tensors)
+        return of_hidden, of_weight, None
 
 
 def _sample_loss(model: Any, sample: Batch) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,6 +49,11 @@ class Member:
         return self.base.out_features, self.base.in_features
 
     @property
+    def rank(self) -> int:
+        """The adapter's, 0 where there is none."""
+        return len(self.adapter.a) if self.adapter else 0
+
+    @property
     def magnitude(self) -> nn.Parameter | None:
         """DoRA's, if it is that."""
         return self.adapter.magnitude if self.adapter else None
@@ -67,8 +72,7 @@ class Projection:
     def __init__(self, members: Sequence[Member], dropout: float, workspace: Workspace, *, int8_units: bool) -> None:
         self.members, self.dropout, self.workspace = tuple(members), dropout, workspace
         self.int8_units = int8_units
-        self.adapters = [member.adapter for member in members if member.adapter]
-        self.ranks = [adapter.a.shape[0] for adapter in self.adapters]
+        self.ranks = [member.rank for member in members]
         self.dora = any(member.magnitude is not None for member in members)
         if self.dora and dropout:
             raise ValueError("DoRA with dropout multiplies by each weight twice, which is not done here")
@@ -87,11 +91,9 @@ class Projection:
         """
         rows = self._int8_rows(x)
         self.keep_low(name, x, seed)
-        parts = iter(self._low(name, x).split(self.ranks, 1))
-        for number, (member, out) in enumerate(zip(self.members, outs, strict=True)):
-            low = next(parts) if member.adapter else None
+        for number, (member, low, out) in enumerate(zip(self.members, self._low(name, x), outs, strict=True)):
             if member.magnitude is None:
-                self._member_forward(member, x, rows, low, out, add=add)
+                self._product(member, x, rows, low, out, member.base.bias, add=add)
                 continue
             direction = self._direction(member, x, rows, low).mul_(member.magnitude / self._norms(name, number))
             if member.base.bias is not None:
@@ -102,12 +104,7 @@ class Projection:
                 out.copy_(direction)
 
     def backward(
-        self,
-        name: str,
-        x: torch.Tensor,
-        grads: Sequence[torch.Tensor],
-        grad_x: torch.Tensor | None,
-        seed: int | None,
+        self, name: str, x: torch.Tensor, grads: Sequence[torch.Tensor], grad_x: torch.Tensor | None, seed: int | None
     ) -> None:
         """Add to the gradients of all trained parameters, and write the input's.
 
@@ -120,12 +117,11 @@ class Projection:
         """
         if self.dora:
             grads = self._through_magnitudes(name, x, grads)
-        for member, grad in zip(self.members, grads, strict=True):
+        for number, (member, grad) in enumerate(zip(self.members, grads, strict=True)):
             self._dense_gradients(member.base, x, grad)
-        if grad_x is not None:
-            for number, (member, grad) in enumerate(zip(self.members, grads, strict=True)):
+            if grad_x is not None:
                 self._frozen_backward(member.base, grad, grad_x, add=number > 0)
-        if self.adapters:
+        if any(self.ranks):
             self._adapter_gradients(name, x, grads, grad_x, seed)
 
     def _int8_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -134,52 +130,65 @@ class Projection:
             return None
         return quantize_rows(x, None, self.workspace, "projection.x")
 
-    def _member_forward(
+    def _product(
         self,
         member: Member,
         x: torch.Tensor,
         rows: tuple[torch.Tensor, torch.Tensor] | None,
-        low: torch.Tensor | None,
+        low: torch.Tensor,
         out: torch.Tensor,
+        bias: torch.Tensor | None,
         *,
         add: bool = False,
-        bias: bool = True,
     ) -> None:
-        """W x + b + s B low, put or added to out."""
-        self._frozen_forward(member.base, x, rows, out, add=add, bias=bias)
-        if member.adapter and low is not None:
-            b = self._small(member.adapter.b, "b", x.dtype)
-            out.addmm_(low, b.t(), alpha=member.adapter.scaling)
+        """W x + bias + s B low, put or added to out; rows: x in 8 bits, low: A dropout(x)."""
+        base = member.base
+        if rows is not None and isinstance(base, Int8Linear):
+            int8_product(*rows, base.packed.t(), base.scale.view(-1), out, self.workspace, add=add)
+        elif add:
+            out.addmm_(x, self._weight(base, x.dtype).t())
+        elif bias is not None:
+            torch.addmm(bias.to(x.dtype), x, self._weight(base, x.dtype).t(), out=out)
+            bias = None
+        else:
+            torch.mm(x, self._weight(base, x.dtype).t(), out=out)
+        if bias is not None:
+            out.add_(bias)
+        if member.adapter:
+            out.addmm_(low, self._b(member.adapter, x.dtype).t(), alpha=member.adapter.scaling)
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
     def keep_low(self, name: str, x: torch.Tensor, seed: int | None) -> None:
         """Keep what backward needs in addition to the input."""
-        if self.adapters:
-            torch.mm(self._dropped(x, seed), self._all_a(x.dtype).t(), out=self._low(name, x))
+        if any(self.ranks):
+            torch.mm(self._dropped(x, seed), self._all_a(x.dtype).t(), out=self._all_low(name, x))
         for number, member in enumerate(self.members):
             if member.adapter and member.magnitude is not None:
                 self._norms(name, number).copy_(self._row_norms(member.base, member.adapter))
 
-    def _low(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def _all_low(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """All A_i dropout(x) side by side, [T, sum of ranks]."""
         return self.workspace.take(name + ".low", (len(x), sum(self.ranks)), x.dtype)
+
+    def _low(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A_i dropout(x) of each layer, [T, rank]."""
+        return self._all_low(name, x).split(self.ranks, 1)
 
     def _adapter_gradients(
         self, name: str, x: torch.Tensor, grads: Sequence[torch.Tensor], grad_x: torch.Tensor | None, seed: int | None
     ) -> None:
-        low = self._low(name, x).split(self.ranks, 1)
         grad_low = self.workspace.take("projection.grad_low", (len(x), sum(self.ranks)), x.dtype)
-        parts = iter(zip(low, grad_low.split(self.ranks, 1), strict=True))
-        for member, grad in zip(self.members, grads, strict=True):
+        parts = zip(self.members, grads, self._low(name, x), grad_low.split(self.ranks, 1), strict=True)
+        for member, grad, low, grad_mine in parts:
             if adapter := member.adapter:
-                mine, grad_mine = next(parts)
-                gradient(adapter.b).add_(self.workspace.product(grad.t(), mine, adapter.b.dtype), alpha=adapter.scaling)
+                gradient(adapter.b).add_(self.workspace.product(grad.t(), low, adapter.b.dtype), alpha=adapter.scaling)
                 product = self.workspace.take("projection.grad_mine", grad_mine.shape, x.dtype)
-                torch.mm(grad, self._small(adapter.b, "b", x.dtype), out=product)
+                torch.mm(grad, self._b(adapter, x.dtype), out=product)
                 grad_mine.copy_(product.mul_(adapter.scaling))
-        grad_a = self.workspace.product(grad_low.t(), self._dropped(x, seed), self.adapters[0].a.dtype)
-        for adapter, part in zip(self.adapters, grad_a.split(self.ranks), strict=True):
+        adapters = [member.adapter for member in self.members if member.adapter]
+        grad_a = self.workspace.product(grad_low.t(), self._dropped(x, seed), adapters[0].a.dtype)
+        for adapter, part in zip(adapters, grad_a.split([len(adapter.a) for adapter in adapters]), strict=True):
             gradient(adapter.a).add_(part)
         if grad_x is None:
             return
@@ -199,12 +208,13 @@ class Projection:
     def _all_a(self, dtype: torch.dtype) -> torch.Tensor:
         """All A_i, one below the other, [sum of ranks, in]."""
         stacked = self.workspace.take("projection.a", (sum(self.ranks), self.members[0].shape[1]), dtype)
-        for adapter, part in zip(self.adapters, stacked.split(self.ranks), strict=True):
-            part.copy_(adapter.a)
+        for member, part in zip(self.members, stacked.split(self.ranks), strict=True):
+            if member.adapter:
+                part.copy_(member.adapter.a)
         return stacked
 
-    def _small(self, matrix: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
-        return self.workspace.take("projection." + name, matrix.shape, dtype).copy_(matrix)
+    def _b(self, adapter: Adapter, dtype: torch.dtype) -> torch.Tensor:
+        return self.workspace.take("projection.b", adapter.b.shape, dtype).copy_(adapter.b)
 
     # --- DoRA --------------------------------------------------------------------------------------------------------
 
@@ -223,23 +233,17 @@ class Projection:
         return torch.linalg.vector_norm(merged, dim=1)
 
     def _direction(
-        self,
-        member: Member,
-        x: torch.Tensor,
-        rows: tuple[torch.Tensor, torch.Tensor] | None,
-        low: torch.Tensor | None,
+        self, member: Member, x: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor] | None, low: torch.Tensor
     ) -> torch.Tensor:
         """W x + s B A x, [T, out], until the next one."""
         direction = self.workspace.take("projection.direction", (len(x), member.shape[0]), x.dtype)
-        self._member_forward(member, x, rows, low, direction, bias=False)
+        self._product(member, x, rows, low, direction, None)
         return direction
 
     def _through_magnitudes(self, name: str, x: torch.Tensor, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Add the magnitudes' gradients; returns those of what the magnitudes scale, W x + s B A x, computed again."""
-        rows, parts = self._int8_rows(x), iter(self._low(name, x).split(self.ranks, 1))
-        scaled = list(grads)
-        for number, (member, grad) in enumerate(zip(self.members, grads, strict=True)):
-            low = next(parts) if member.adapter else None
+        rows, scaled = self._int8_rows(x), list(grads)
+        for number, (member, low, grad) in enumerate(zip(self.members, self._low(name, x), grads, strict=True)):
             if member.magnitude is None:
                 continue
             norms = self._norms(name, number)
@@ -251,35 +255,10 @@ class Projection:
 
     # --- Frozen and dense weights ------------------------------------------------------------------------------------
 
-    def _frozen_forward(
-        self,
-        base: Any,
-        x: torch.Tensor,
-        rows: tuple[torch.Tensor, torch.Tensor] | None,
-        out: torch.Tensor,
-        *,
-        add: bool,
-        bias: bool,
-    ) -> None:
-        vector = base.bias if bias else None
-        if rows is not None and isinstance(base, Int8Linear):
-            packed, scale = base.packed_and_scale()
-            int8_product(*rows, packed.t(), scale.view(-1), out, self.workspace, add=add)
-        elif add:
-            out.addmm_(x, self._weight(base, x.dtype).t())
-        elif vector is not None:
-            torch.addmm(vector.to(x.dtype), x, self._weight(base, x.dtype).t(), out=out)
-            return
-        else:
-            torch.mm(x, self._weight(base, x.dtype).t(), out=out)
-        if vector is not None:
-            out.add_(vector)
-
     def _frozen_backward(self, base: Any, grad: torch.Tensor, grad_x: torch.Tensor, *, add: bool) -> None:
         if self.int8_units and isinstance(base, Int8Linear):
-            packed, scale = base.packed_and_scale()
-            rows = quantize_rows(grad, scale.view(-1), self.workspace, "projection.grad")
-            int8_product(*rows, packed, None, grad_x, self.workspace, add=add)
+            rows = quantize_rows(grad, base.scale.view(-1), self.workspace, "projection.grad")
+            int8_product(*rows, base.packed, None, grad_x, self.workspace, add=add)
         elif add:
             grad_x.addmm_(grad, self._weight(base, grad.dtype))
         else:
@@ -289,8 +268,7 @@ class Projection:
         """The layer's weight in a dtype, [out, in]; for a moment if it has to be made."""
         if isinstance(base, QuantizedLinear):
             return base.dequantize(dtype, self.workspace.take("weight", (base.out_features, base.in_features), dtype))
-        weight = cast("torch.Tensor", base.weight)
-        return weight if weight.dtype == dtype else self.workspace.take("weight", weight.shape, dtype).copy_(weight)
+        return self.workspace.cast("weight", base.weight, dtype)
 
     def _dense_gradients(self, base: Any, x: torch.Tensor, grad: torch.Tensor) -> None:
         """Full training: the gradients of weight and bias."""

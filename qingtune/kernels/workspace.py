@@ -35,11 +35,14 @@ class Workspace:
         self._held[name, dtype] = held
         return held[:size].view(*shape)
 
+    def cast(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in a dtype; a copy under the name if it has another, where PyTorch would take fresh memory."""
+        return tensor if tensor.dtype == dtype else self.take(name, tensor.shape, dtype).copy_(tensor)
+
     def product(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """left @ right, [m, n], in a dtype, until the next one; PyTorch's own conversion would take fresh memory."""
-        shape = (left.shape[0], right.shape[1])
-        product = torch.mm(left, right, out=self.take("product", shape, left.dtype))
-        return product if product.dtype == dtype else self.take("product", shape, dtype).copy_(product)
+        """left @ right, [m, n], in a dtype, until the next one."""
+        out = self.take("product", (left.shape[0], right.shape[1]), left.dtype)
+        return self.cast("product", torch.mm(left, right, out=out), dtype)
 
     def clear(self) -> None:
         """Give all memory back."""
