@@ -23,8 +23,7 @@ import workload  # noqa: F401  puts the clone on the path
 
 from qingtune.adapters.full_modules import find_modules, train_in_full, untie
 from qingtune.adapters.lora import add_lora
-from qingtune.adapters.merge_stored import read_adapter
-from qingtune.adapters.peft_files import load_adapter, save_adapter
+from qingtune.adapters.peft_files import load_adapter, read_adapter, save_adapter
 from qingtune.adapters.variants import Variant
 from qingtune.config.training import TrainConfig
 from qingtune.data.batch import collate

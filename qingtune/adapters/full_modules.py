@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from qingtune.adapters.lora import LoRALinear
-from qingtune.adapters.names import is_within, match_modules, outermost
+from qingtune.adapters.names import ends_with, is_within
 from qingtune.errors import UserError
 from qingtune.kernels.linear import QuantizedLinear
 
@@ -26,7 +27,15 @@ def find_modules(model: Any, names: Sequence[str] | None) -> list[str]:
         UserError: a name matches no module, or one that cannot be trained in full.
     """
     modules = dict(model.named_modules())
-    found = match_modules(list(modules), names)
+    found: list[str] = []
+    for name in names or ():
+        matches = [full for full in modules if full and ends_with(full, name)]
+        if not matches:
+            existing = sorted({full.rsplit(".", 1)[-1] for full in modules if full})
+            near = difflib.get_close_matches(name, existing, n=1)
+            fix = f'Did you mean "{near[0]}"?' if near else "For example lm_head, embed_tokens or norm."
+            raise UserError(f'"{name}" matches no module of this model', where="modules_to_save", fix=fix)
+        found += matches
     for name in found:
         if any(isinstance(part, QuantizedLinear) for part in modules[name].modules()):
             raise UserError(
@@ -36,7 +45,8 @@ def find_modules(model: Any, names: Sequence[str] | None) -> list[str]:
             )
         if isinstance(modules[name], _CONTAINERS) or not list(modules[name].parameters()):
             raise UserError(f"{name} is not a module with weights", where="modules_to_save")
-    return outermost(found)
+    once = list(dict.fromkeys(found))
+    return [name for name in once if not any(name != other and is_within(name, other) for other in once)]
 
 
 def train_in_full(model: Any, modules: Sequence[str]) -> list[str]:

@@ -12,15 +12,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qingtune.adapters.names import is_within
-from qingtune.adapters.targets import match_layers
+from qingtune.adapters.names import choose_layers, is_within, match_names
 from qingtune.adapters.variants import DRAWN, TAKEN, LowRank, Pair, Variant, merge_weight, row_norms, take
 from qingtune.errors import UserError
 from qingtune.kernels.decoder import why_not
 from qingtune.kernels.dropout import dropout
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.kernels.projection import Adapter, Member
-from qingtune.models.layers import dense_weight, replace_layer
+from qingtune.models.layers import dense_weight, linear_layers, replace_layer
 
 
 class LoRALinear(nn.Module):
@@ -36,9 +35,12 @@ class LoRALinear(nn.Module):
     Attributes:
         lora_A: fp32 [r, in].
         lora_B: fp32 [out, r].
+        lora_magnitude_vector: of DoRALinear; None here.
         taken: A and B as they were taken out of the base's weight, fp32 on the CPU; None if it is as it was loaded.
         rank_stabilised: whether s is alpha / sqrt(r); for the files.
     """
+
+    lora_magnitude_vector: nn.Parameter | None
 
     def __init__(
         self, base: nn.Module, a: torch.Tensor, b: torch.Tensor, scaling: float, dropout_probability: float = 0.0
@@ -50,6 +52,7 @@ class LoRALinear(nn.Module):
         # Contiguous, as optimizers take a parameter and its states, which checkpoints bring back so, as flat memory.
         self.lora_A = nn.Parameter(a.float().to(device).contiguous())
         self.lora_B = nn.Parameter(b.float().to(device).contiguous())
+        self.register_parameter("lora_magnitude_vector", None)
         self.dropout_probability = dropout_probability
         self.taken: Pair | None = None
         self.rank_stabilised = False
@@ -67,15 +70,16 @@ class LoRALinear(nn.Module):
         return (low @ self.lora_B.to(x.dtype).t()) * self.scaling
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """The base's weight [out, in], as the layer holds it, with the addition, fp32."""
-        return merge_weight(weight, self.lora_A, self.lora_B, self.scaling)
+        """The base's weight [out, in], as the layer holds it, with the adapter's change, fp32."""
+        return LowRank(self.lora_A, self.lora_B, self.scaling, self.lora_magnitude_vector).merged(weight)
 
     def low_rank(self) -> LowRank:
         """The adapter as an addition to the weight as it was loaded, fp32 on the CPU; of twice the rank if taken."""
         a, b = (matrix.detach().float().cpu() for matrix in (self.lora_A, self.lora_B))
         if self.taken:
             a, b = torch.cat([a, self.taken[0]]), torch.cat([b, -self.taken[1]], 1)
-        return LowRank(a, b, self.scaling)
+        magnitude = self.lora_magnitude_vector
+        return LowRank(a, b, self.scaling, None if magnitude is None else magnitude.detach().float().cpu())
 
 
 class DoRALinear(LoRALinear):
@@ -104,7 +108,7 @@ class DoRALinear(LoRALinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] -> [..., out]; the norms are computed in fp32."""
         dropping = self.training and self.dropout_probability > 0
-        factor = self.lora_magnitude_vector / self._norms()
+        factor = cast("nn.Parameter", self.lora_magnitude_vector) / self._norms()
         out = self.base(x)
         dropped = self._dropped(x)
         plain = self.base(dropped) if dropping else out
@@ -114,34 +118,20 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def _norms(self) -> torch.Tensor:
-        """|W + s B A|, fp32 [out]."""
+        """|W + s B A|, fp32 [out]; without numbers on the meta device."""
+        if self.lora_A.is_meta:
+            return torch.empty(len(self.lora_B), device="meta")
+        base = self.base
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            return row_norms(super().merged(_weight_now(self.base)))
-
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """The base's weight [out, in] with the addition and its rows scaled to their magnitudes, fp32."""
-        merged = super().merged(weight)
-        return merged * (self.lora_magnitude_vector / row_norms(merged))[:, None]
-
-    def low_rank(self) -> LowRank:
-        """The adapter as an addition to the weight as it was loaded, with the magnitudes."""
-        plain = super().low_rank()
-        return LowRank(plain.a, plain.b, plain.scaling, self.lora_magnitude_vector.detach().float().cpu())
-
-
-def _weight_now(layer: nn.Module) -> torch.Tensor:
-    """A layer's weight [out, in], quantised or not, without its history."""
-    if isinstance(layer, QuantizedLinear):
-        return layer.dequantize(torch.float32)
-    return dense_weight(layer).detach()
+            quantized = isinstance(base, QuantizedLinear)
+            weight = base.dequantize(torch.float32) if quantized else dense_weight(base).detach()
+            return row_norms(merge_weight(weight, self.lora_A, self.lora_B, self.scaling))
 
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:
     """Out and in features."""
-    if isinstance(layer, QuantizedLinear):
-        return layer.out_features, layer.in_features
-    out_features, in_features = dense_weight(layer).shape
-    return out_features, in_features
+    quantized = isinstance(layer, QuantizedLinear)
+    return (layer.out_features, layer.in_features) if quantized else tuple(dense_weight(layer).shape)
 
 
 def add_lora(
@@ -158,7 +148,7 @@ def add_lora(
     """Freeze the model and wrap its layers; returns the adapters by the layers' full names.
 
     Args:
-        names: of the layers, as match_layers takes them.
+        names: last parts (q_proj) or longer ends (layers.0.self_attn.q_proj) of the layers' names; None for all.
         r: rank, where the variant has no other.
         alpha: the scaling's numerator, likewise.
         variant: how the adapters differ from plain LoRA.
@@ -168,14 +158,14 @@ def add_lora(
         UserError: a name matches no layer, or the variant does not fit a layer.
     """
     variant = variant or Variant()
-    layers = {
-        name: layer
-        for name, layer in match_layers(model, names).items()
-        if not any(is_within(name, module) for module in leave)
-    }
-    if not layers:
+    layers = linear_layers(model)
+    matched = [
+        name for name in match_names(list(layers), names) if not any(is_within(name, module) for module in leave)
+    ]
+    if not matched:
         raise UserError("no layer is left for adapters: modules_to_save contains them all")
-    chosen = variant.choose(list(layers))
+    patterns = {"rank_pattern": variant.rank_pattern, "alpha_pattern": variant.alpha_pattern}
+    chosen = choose_layers(matched, variant.layers_to_transform, patterns)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     adapters: dict[str, LoRALinear] = {}
@@ -194,29 +184,17 @@ def _adapter(
     out_features, in_features = shape_of(layer)
     if start in TAKEN and isinstance(layer, QuantizedLinear):
         raise TypeError(f"{name} is quantised")  # refused when settings are checked
-    if _device_of(layer).type == "meta":
-        return _on_meta(layer, r, scaling, dropout, variant)
-    if start in TAKEN:
-        taken = take(start, dense_weight(layer).detach(), r, scaling, name)
-        _take_out(layer, taken, scaling)
-    # Drawn on the CPU, so that every device starts alike; B is zero, so that training begins at the base model.
-    a, b = taken or (DRAWN[start](r, in_features, generator), torch.zeros(out_features, r))
+    if (device := _device_of(layer)).type == "meta":  # no numbers
+        a, b = torch.empty(r, in_features, device=device), torch.empty(out_features, r, device=device)
+        taken = (a, b) if start in TAKEN else None
+    elif start in TAKEN:
+        a, b = take(start, dense_weight(layer).detach(), r, scaling, name)
+        _take_out(layer, (a, b), scaling)
+        taken = a.cpu().clone(), b.cpu().clone()
+    else:  # drawn on the CPU, so that every device starts alike; B is zero, so that training begins at the base model
+        a, b = DRAWN[start](r, in_features, generator), torch.zeros(out_features, r)
     adapter = (DoRALinear if variant.use_dora else LoRALinear)(layer, a, b, scaling, dropout)
-    adapter.taken = (a.cpu().clone(), b.cpu().clone()) if taken else None
-    adapter.rank_stabilised = variant.use_rslora
-    return adapter
-
-
-def _on_meta(layer: nn.Module, r: int, scaling: float, dropout: float, variant: Variant) -> LoRALinear:
-    """An adapter of a layer without numbers, likewise without."""
-    out_features, in_features = shape_of(layer)
-    with torch.device("meta"):
-        a, b, magnitude = torch.empty(r, in_features), torch.empty(out_features, r), torch.empty(out_features)
-    if variant.use_dora:
-        adapter: LoRALinear = DoRALinear(layer, a, b, scaling, dropout, magnitude)
-    else:
-        adapter = LoRALinear(layer, a, b, scaling, dropout)
-    adapter.taken = (a, b) if variant.init_lora_weights in TAKEN else None
+    adapter.taken, adapter.rank_stabilised = taken, variant.use_rslora
     return adapter
 
 
@@ -253,26 +231,21 @@ def merge_lora(model: Any) -> None:
         replace_layer(model, name, base)
 
 
-def why_not_fast(model: Any) -> str | None:
-    """The reason why a model's adapters need the model's own modules; None if the fast kernels compute them."""
-    if any(isinstance(layer, DoRALinear) and layer.dropout_probability for layer in lora_layers(model).values()):
-        return "DoRA with lora_dropout needs a second product with each weight, which the fast kernels do not do"
-    return None
-
-
 def why_general(model: Any, device_type: str) -> str | None:
     """The reason why a run needs the model's own modules and autograd; None if the fast kernels compute it.
 
     Args:
         device_type: cpu, cuda or mps.
     """
-    untried = None if device_type in ("cpu", "cuda") else f"the fast ones were not tested on {device_type}"
-    return why_not(model) or why_not_fast(model) or untried
+    if reason := why_not(model):
+        return reason
+    if any(isinstance(layer, DoRALinear) and layer.dropout_probability for layer in lora_layers(model).values()):
+        return "DoRA with lora_dropout needs a second product with each weight, which the fast kernels do not do"
+    return None if device_type in ("cpu", "cuda") else f"the fast ones were not tested on {device_type}"
 
 
 def member(layer: nn.Module) -> Member:
     """A linear layer, wrapped or not, as the decoder's projections take it."""
     if not isinstance(layer, LoRALinear):
         return Member(layer, None)
-    magnitude = layer.lora_magnitude_vector if isinstance(layer, DoRALinear) else None
-    return Member(layer.base, Adapter(layer.lora_A, layer.lora_B, layer.scaling, magnitude))
+    return Member(layer.base, Adapter(layer.lora_A, layer.lora_B, layer.scaling, layer.lora_magnitude_vector))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from qingtune.adapters.full_modules import modules_of
-from qingtune.adapters.peft_files import read_files
 from qingtune.adapters.variants import LowRank
 from qingtune.errors import UserError
 
@@ -100,19 +99,3 @@ class StoredAdapter:
                 where=str(self.folder),
                 fix="Pass the base model that the adapter was trained on.",
             )
-
-
-def read_adapter(folder: Path) -> StoredAdapter:
-    """Read an adapter's files.
-
-    Raises:
-        UserError: no adapter here, a broken one, or one of a kind that is not supported.
-    """
-    files = read_files(folder)
-    return StoredAdapter(
-        folder,
-        {f"{name}.weight": low for name, low in files.layers.items()},
-        files.transposed,
-        files.whole,
-        keeps_tie=bool(files.config.get("ensure_weight_tying")) or not files.config.get("modules_to_save"),
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from qingtune.config.patterns import parse_pattern
 from qingtune.errors import UserError
@@ -44,34 +44,6 @@ def match_names(layers: Sequence[str], names: Sequence[str] | None) -> list[str]
             fix=f"There are {', '.join(existing)}.{guess}",
         )
     return [layer for layer in layers if any(ends_with(layer, name) for name in names)]
-
-
-def match_modules(modules: Sequence[str], names: Sequence[str] | None) -> list[str]:
-    """The modules to train in full; some of them may lie within others.
-
-    Args:
-        modules: full names of all modules.
-        names: last parts (lm_head, norm) or longer ends (layers.0.input_layernorm) of names; None for none.
-
-    Raises:
-        UserError: a name matches nothing.
-    """
-    found: list[str] = []
-    for name in names or ():
-        matches = [full for full in modules if full and ends_with(full, name)]
-        if not matches:
-            existing = sorted({full.rsplit(".", 1)[-1] for full in modules if full})
-            near = difflib.get_close_matches(name, existing, n=1)
-            fix = f'Did you mean "{near[0]}"?' if near else "For example lm_head, embed_tokens or norm."
-            raise UserError(f'"{name}" matches no module of this model', where="modules_to_save", fix=fix)
-        found += matches
-    return found
-
-
-def outermost(names: Iterable[str]) -> list[str]:
-    """The names, each once, without those that lie within another."""
-    once = list(dict.fromkeys(names))
-    return [name for name in once if not any(name != other and is_within(name, other) for other in once)]
 
 
 def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qingtune.adapters.full_modules import is_tied, modules_of, tied_modules, trained_in_full, untie
 from qingtune.adapters.lora import DoRALinear, LoRALinear, lora_layers, shape_of
+from qingtune.adapters.merge_stored import StoredAdapter
 from qingtune.adapters.names import ends_with, pattern_value
 from qingtune.adapters.variants import TAKEN, LowRank, scaling_of
 from qingtune.config.patterns import PatternError, parse_pattern
@@ -161,7 +161,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     check_fields(config, _KINDS, str(path))
     for setting in ("rank_pattern", "alpha_pattern"):
         for key in config.get(setting) or ():
-            _check_pattern(setting, key, path)
+            try:
+                parse_pattern(key)
+            except PatternError as error:
+                raise UserError(f"{setting}: {shorten(key)!r} is not read here: {error}", where=str(path)) from None
     if config.get("peft_type") != "LORA":
         raise UserError(
             f"the adapter type is {shorten(repr(config.get('peft_type')))}; only LoRA is supported", where=str(path)
@@ -195,13 +198,6 @@ def _no_adapter(folder: Path) -> UserError:
     return UserError(what, where=str(folder), fix="Check the path.")
 
 
-def _check_pattern(setting: str, key: str, path: Path) -> None:
-    try:
-        parse_pattern(key)
-    except PatternError as error:
-        raise UserError(f"{setting}: {shorten(key)!r} is not read here: {error}", where=str(path)) from None
-
-
 def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter's tensors, by names of the model's such as `model.layers.0.mlp.up_proj.lora_A.weight`.
 
@@ -219,24 +215,7 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@dataclass(frozen=True)
-class AdapterFiles:
-    """What an adapter's files hold.
-
-    Attributes:
-        config: adapter_config.json.
-        layers: the low-rank additions, by the full names of their layers.
-        whole: parameters trained in full, by their full names.
-        transposed: whether the base holds weights as [in, out], as GPT-2 does.
-    """
-
-    config: dict[str, Any]
-    layers: dict[str, LowRank]
-    whole: dict[str, torch.Tensor]
-    transposed: bool
-
-
-def read_files(folder: Path) -> AdapterFiles:
+def read_adapter(folder: Path) -> StoredAdapter:
     """Read an adapter's files.
 
     Raises:
@@ -253,25 +232,20 @@ def read_files(folder: Path) -> AdapterFiles:
         magnitude = tensors.pop(f"{name}{_MAGNITUDE}", None) if config.get("use_dora") else None
         if strange := next((other for other in tensors if other.startswith(f"{name}.lora_")), None):
             raise UserError(f"the adapter changes {strange}, which is not supported here", where=str(folder))
-        parts = {"lora_A": a, "lora_B": b} | ({"lora_magnitude_vector": magnitude} if config.get("use_dora") else {})
-        if missing := [part for part, tensor in parts.items() if tensor is None]:
-            raise UserError(f"the adapter is incomplete: {name}.{missing[0]} is missing", where=str(folder))
-        assert a is not None
-        assert b is not None
+        if a is None or b is None or (magnitude is None and config.get("use_dora")):
+            missing = "lora_A" if a is None else "lora_B" if b is None else "lora_magnitude_vector"
+            raise UserError(f"the adapter is incomplete: {name}.{missing} is missing", where=str(folder))
         if a.dim() != 2 or b.dim() != 2 or not len(a) == b.shape[1] > 0:
             raise UserError(f"{name}: {list(a.shape)} and {list(b.shape)} are not a LoRA pair", where=str(folder))
         if magnitude is not None and magnitude.shape != b.shape[:1]:
             raise UserError(f"{name}: {list(magnitude.shape)} magnitudes for {len(b)} rows", where=str(folder))
-        layers[name] = LowRank(
-            a.float(),
-            b.float(),
-            _scaling(config, name, len(a), folder),
-            None if magnitude is None else magnitude.float(),
-            start if start in TAKEN else None,
-        )
+        magnitude = None if magnitude is None else magnitude.float()
+        scaling = _scaling(config, name, len(a), folder)
+        layers[f"{name}.weight"] = LowRank(a.float(), b.float(), scaling, magnitude, start if start in TAKEN else None)
     if not layers and not tensors:
         raise UserError("the adapter changes no layer", where=str(folder), fix="Check that the folder is complete.")
-    return AdapterFiles(config, layers, tensors, transposed)
+    keeps_tie = bool(config.get("ensure_weight_tying")) or not config.get("modules_to_save")
+    return StoredAdapter(folder, layers, transposed, tensors, keeps_tie)
 
 
 def _scaling(config: Mapping[str, Any], name: str, r: int, folder: Path) -> float:
@@ -290,41 +264,41 @@ def load_adapter(model: Any, folder: Path) -> dict[str, LoRALinear]:
     Raises:
         UserError: the files are missing or broken, or do not fit this model.
     """
-    files = read_files(folder)
-    layers = linear_layers(model)
-    _check_layers(model, files, layers, folder)
+    stored, layers = read_adapter(folder), linear_layers(model)
+    lows = {name.removesuffix(".weight"): low for name, low in stored.layers.items()}
+    _check_layers(model, stored, [*lows], layers)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, tensor in files.whole.items():
+    for name, tensor in stored.whole.items():
         _check_shape(name, tensor, tuple(parameters[name].shape), folder)
-    adapters = {name: _loaded(name, layers[name], low, folder) for name, low in files.layers.items()}
+    adapters = {name: _loaded(name, layers[name], low, folder) for name, low in lows.items()}
     model.requires_grad_(False)
     for name, adapter in adapters.items():
         replace_layer(model, name, adapter)
-    _load_whole(model, files)
+    _load_whole(model, stored)
     return adapters
 
 
-def _check_layers(model: Any, files: AdapterFiles, layers: Mapping[str, torch.nn.Module], folder: Path) -> None:
+def _check_layers(model: Any, stored: StoredAdapter, names: list[str], layers: Mapping[str, torch.nn.Module]) -> None:
     """Whether the model has what the adapter changes."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    unknown = [name for name in files.layers if name not in layers]
-    unknown += [name for name in files.whole if name not in parameters]
+    unknown = [name for name in names if name not in layers]
+    unknown += [name for name in stored.whole if name not in parameters]
     modules = dict(model.named_modules())
     if other := [name for name in unknown if name.split(".base_layer")[0] in modules]:
         raise UserError(
             f"the adapter changes {other[0].split('.base_layer')[0]}, a layer that LoRA is not applied to here",
-            where=str(folder),
+            where=str(stored.folder),
         )
     if unknown:
         raise UserError(
             f"the adapter belongs to another model: this one has no layer {unknown[0]}",
-            where=str(folder),
+            where=str(stored.folder),
             fix="Pass the base model that the adapter was trained on.",
         )
-    if quantized := [name for name in files.whole if isinstance(modules[name.rpartition(".")[0]], QuantizedLinear)]:
+    if quantized := [name for name in stored.whole if isinstance(modules[name.rpartition(".")[0]], QuantizedLinear)]:
         raise UserError(
             f"the adapter contains {quantized[0]}, which is quantised in this model",
-            where=str(folder),
+            where=str(stored.folder),
             fix="Load the base model without quantisation.",
         )
 
@@ -349,16 +323,15 @@ def _loaded(name: str, layer: torch.nn.Module, low: LowRank, folder: Path) -> Lo
 
 
 @torch.no_grad()
-def _load_whole(model: Any, files: AdapterFiles) -> None:
+def _load_whole(model: Any, stored: StoredAdapter) -> None:
     """Load what was trained in full.
 
     Without ensure_weight_tying, PEFT trains a copy of each module of modules_to_save, so that a head and an embedding
     that were one matrix are so no longer.
     """
-    saved = modules_of(files.whole) if files.config.get("modules_to_save") else []
-    if not files.config.get("ensure_weight_tying") and is_tied(model) and tied_modules(model, saved):
+    if not stored.keeps_tie and is_tied(model) and tied_modules(model, modules_of(stored.whole)):
         untie(model)
-    for name, tensor in files.whole.items():
+    for name, tensor in stored.whole.items():
         model.get_parameter(name).copy_(tensor)
 
 

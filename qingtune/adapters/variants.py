@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from qingtune.adapters.names import choose_layers, pattern_value
+from qingtune.adapters.names import pattern_value
 from qingtune.errors import UserError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -168,15 +168,6 @@ class Variant:
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
     layers_to_transform: Sequence[int] | None = None
-
-    def choose(self, names: Sequence[str]) -> list[str]:
-        """Those of the layers' full names that are to be adapted.
-
-        Raises:
-            UserError: a layer's number or a pattern's key fits none of them.
-        """
-        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        return choose_layers(names, self.layers_to_transform, patterns)
 
     def rank_and_scaling(self, name: str, r: int, alpha: float) -> tuple[int, float]:
         """A layer's own rank and scaling; r and alpha are those of layers that no pattern names."""

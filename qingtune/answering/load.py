@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from qingtune.adapters.merge_stored import EMBEDDING, HEAD, StoredAdapter, read_adapter
-from qingtune.adapters.peft_files import load_adapter
+from qingtune.adapters.merge_stored import EMBEDDING, HEAD, StoredAdapter
+from qingtune.adapters.peft_files import load_adapter, read_adapter
 from qingtune.adapters.variants import LowRank
 from qingtune.answering.decoder.cache import AnswerShape
 from qingtune.answering.decoder.cached import CachedDecoder
@@ -24,8 +24,8 @@ from qingtune.kernels.decoder import why_not
 from qingtune.kernels.device import Hardware, give_back_memory, has_int8_units, memory_errors
 from qingtune.kernels.workspace import Workspace
 from qingtune.models.base import SMALLER, check_memory, load_base
-from qingtune.models.load import StoredWeights, empty_model, stored_dtype
-from qingtune.models.quantize import shapes_to_read
+from qingtune.models.load import empty_model, stored_dtype
+from qingtune.models.stored_weights import StoredWeights
 from qingtune.output.console import say
 
 
@@ -126,7 +126,7 @@ def open_model(folder: Path, bits: int | None, hardware: Hardware) -> tuple[Any,
         reason = "packed products are only for CPUs"
     if reason is None and bits == 4 and not has_int4_kernels():
         reason = "this machine's PyTorch packs 4 bits in a layout not known here"
-    if reason is None and not stored.fit(shapes_to_read(model)):
+    if reason is None and not stored.fit(model):
         reason = "its weights are stored under other names or shapes"
     return model, stored, reason
 

@@ -12,8 +12,8 @@ from typing import cast
 import torch
 
 from qingtune.adapters.base_of import find_base
-from qingtune.adapters.merge_stored import EMBEDDING, HEAD, StoredAdapter, read_adapter
-from qingtune.adapters.peft_files import read_adapter_config
+from qingtune.adapters.merge_stored import EMBEDDING, HEAD, StoredAdapter
+from qingtune.adapters.peft_files import read_adapter, read_adapter_config
 from qingtune.config.commands import ExportConfig
 from qingtune.config.training import DEFAULT_MODEL
 from qingtune.data.format import Message
@@ -30,7 +30,8 @@ from qingtune.files.digests import sha256_of
 from qingtune.files.write import disk_errors, write_text
 from qingtune.models.config_file import read_generation_config
 from qingtune.models.find import fingerprint, read_model_config, stored_in_4bit
-from qingtune.models.load import StoredWeights, load_template
+from qingtune.models.load import load_template
+from qingtune.models.stored_weights import StoredWeights
 from qingtune.output.console import say, show
 from qingtune.output.invocation import shown
 from qingtune.output.quiet import quieten

@@ -9,8 +9,8 @@ import torch
 
 from qingtune.adapters.base_of import find_base
 from qingtune.adapters.lora import merge_lora
-from qingtune.adapters.merge_stored import EMBEDDING, HEAD, StoredAdapter, read_adapter
-from qingtune.adapters.peft_files import load_adapter, read_adapter_config
+from qingtune.adapters.merge_stored import EMBEDDING, HEAD, StoredAdapter
+from qingtune.adapters.peft_files import load_adapter, read_adapter, read_adapter_config
 from qingtune.config.commands import MergeConfig
 from qingtune.data.bundled import bundled_heldout, bundled_prompts
 from qingtune.data.format import read_conversations
@@ -21,8 +21,9 @@ from qingtune.export.merge_nf4 import check_weights, judge, write_in_4bit
 from qingtune.files.write import copy_file, disk_errors, write_json
 from qingtune.kernels.device import choose_hardware, memory_errors
 from qingtune.models.find import context_length, read_model_config, stored_in_4bit
-from qingtune.models.load import StoredWeights, load_model, load_template, save_model, stored_dtype
+from qingtune.models.load import load_model, load_template, save_model, stored_dtype
 from qingtune.models.shards import add_tensor, convert_changed, copy_changed, rounded
+from qingtune.models.stored_weights import StoredWeights
 from qingtune.output.console import say, show
 from qingtune.output.invocation import command_line
 from qingtune.output.quiet import quieten

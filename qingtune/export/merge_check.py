@@ -20,7 +20,8 @@ from qingtune.data.tokenize import Sample
 from qingtune.errors import UserError
 from qingtune.kernels.device import Hardware, give_back_memory
 from qingtune.models.find import read_model_config
-from qingtune.models.load import StoredWeights, load_model
+from qingtune.models.load import load_model
+from qingtune.models.stored_weights import StoredWeights
 from qingtune.output.console import labelled
 
 ANSWER_TOKENS = 32

@@ -68,16 +68,21 @@ class QuantizedLinear(nn.Module):
     """A frozen linear layer in 4 or 8 bits; subclasses say how the weight is packed.
 
     Args:
-        weight: [out, in], on the device where the layer will live.
+        weight: [out, in], on the device where the layer will live; on meta the layer has buffers of the right sizes.
         bias: [out] or None; kept as it is.
     """
 
     bits: int
+    packed: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        out_features, in_features = weight.shape
-        self._begin((out_features, in_features), bias)
-        self._hold(self.pack(weight.detach()))
+        shape = (weight.shape[0], weight.shape[1])
+        self._begin(shape, bias)
+        if not weight.is_meta:
+            self._hold(self.pack(weight.detach()))
+            return
+        for name, (size, dtype) in self.packed_sizes(*shape).items():
+            self.register_buffer(name, torch.empty(size, dtype=dtype, device="meta"), persistent=False)
 
     def _begin(self, shape: tuple[int, int], bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -98,20 +103,6 @@ class QuantizedLinear(nn.Module):
         layer._hold(packed)
         return layer
 
-    @classmethod
-    def on_meta(cls, shape: tuple[int, int], bias: torch.Tensor | None) -> Self:
-        """The layer without its numbers: its buffers, on the meta device, have the sizes of `packed_tensors`.
-
-        Args:
-            shape: out and in features.
-            bias: [out] or None.
-        """
-        layer = cls.__new__(cls)
-        layer._begin(shape, bias)
-        for name, (size, dtype) in cls.packed_sizes(*shape).items():
-            layer.register_buffer(name, torch.empty(size, dtype=dtype, device="meta"), persistent=False)
-        return layer
-
     @staticmethod
     def packed_sizes(out_features: int, in_features: int) -> dict[str, tuple[int, torch.dtype]]:
         """Count and dtype of the numbers that stand for a weight, by tensor, without the few bytes that describe it."""
@@ -123,11 +114,12 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def _hold(self, packed: dict[str, torch.Tensor]) -> None:
-        raise NotImplementedError
+        for name, tensor in packed.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
         """The packed weight's tensors by name, for `restore`."""
-        raise NotImplementedError
+        return dict(self.named_buffers())
 
     def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """The weight, [out, in], as the packed form holds it.
@@ -168,12 +160,7 @@ class NF4Linear(QuantizedLinear):
 
     @staticmethod
     def pack(weight: torch.Tensor, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """Quantise a weight, [out, in].
-
-        Args:
-            weight: to quantise.
-            dtype: in which it is unpacked again; None for its own.
-        """
+        """Quantise a weight, [out, in]; dtype: in which it is unpacked again, None for its own."""
         packed, state = _bitsandbytes().functional.quantize_4bit(
             weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
         )
@@ -181,10 +168,9 @@ class NF4Linear(QuantizedLinear):
         return {"packed": packed, **state.as_dict(packed=True)}
 
     def _hold(self, packed: dict[str, torch.Tensor]) -> None:
-        weight = packed["packed"]
-        self.register_buffer("packed", weight, persistent=False)
         scales = {name: tensor for name, tensor in packed.items() if name != "packed"}
-        self.state = _bitsandbytes().functional.QuantState.from_dict(scales, weight.device)
+        super()._hold({"packed": packed["packed"]})
+        self.state = _bitsandbytes().functional.QuantState.from_dict(scales, self.packed.device)
         self._in_blocks = self._state_in_blocks()
 
     def _state_in_blocks(self) -> Any:
@@ -201,17 +187,16 @@ class NF4Linear(QuantizedLinear):
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
         """The packed weight's tensors."""
-        return {"packed": cast("torch.Tensor", self.packed), **self.state.as_dict(packed=True)}
+        return {"packed": self.packed, **self.state.as_dict(packed=True)}
 
     def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """The weight, [out, in]."""
-        packed = cast("torch.Tensor", self.packed)
-        if out is not None and self._dequantize_on_cpu(packed, out):
+        if out is not None and self._dequantize_on_cpu(out):
             return out
-        weight = _bitsandbytes().functional.dequantize_4bit(packed, self._in_blocks).to(dtype)
+        weight = _bitsandbytes().functional.dequantize_4bit(self.packed, self._in_blocks).to(dtype)
         return weight.reshape(self.out_features, self.in_features)  # two numbers would come back transposed
 
-    def _dequantize_on_cpu(self, packed: torch.Tensor, out: torch.Tensor) -> bool:
+    def _dequantize_on_cpu(self, out: torch.Tensor) -> bool:
         """Have the library's CPU kernel write to a place of ours; False where that cannot be.
 
         Its Python side takes fresh memory for each weight, which leaves holes of 0.2 GB in the heap or, if it is given
@@ -224,15 +209,16 @@ class NF4Linear(QuantizedLinear):
         scales = self.state.absmax
         if self.state.nested:
             scales = functional.dequantize_blockwise(scales, self.state.state2).add_(self.state.offset)
-        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed, scales, out))
+        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (self.packed, scales, out))
         kernel(*pointers, *(ctypes.c_longlong(number) for number in (self.state.blocksize, *self._in_blocks.shape)))
         return True
 
 
 class Int8Linear(QuantizedLinear):
-    """int8 with an fp32 scale a row."""
+    """int8 [out, in] with an fp32 scale a row, [out, 1]."""
 
     bits = 8
+    scale: torch.Tensor
 
     @staticmethod
     def packed_sizes(out_features: int, in_features: int) -> dict[str, tuple[int, torch.dtype]]:
@@ -246,32 +232,11 @@ class Int8Linear(QuantizedLinear):
         scale = wide.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
         return {"packed": (wide / scale).round().to(torch.int8), "scale": scale}
 
-    def _hold(self, packed: dict[str, torch.Tensor]) -> None:
-        for name in ("packed", "scale"):
-            self.register_buffer(name, packed[name], persistent=False)
-
-    def packed_tensors(self) -> dict[str, torch.Tensor]:
-        """The packed weight's tensors."""
-        packed, scale = self.packed_and_scale()
-        return {"packed": packed, "scale": scale}
-
-    def packed_and_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """int8 [out, in] and fp32 [out, 1]."""
-        return cast("torch.Tensor", self.packed), cast("torch.Tensor", self.scale)
-
     def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """The weight, [out, in]."""
-        packed, scale = self.packed_and_scale()
-        if out is None:
-            return (packed * scale).to(dtype)
-        return torch.mul(packed, scale, out=out)
+        return (self.packed * self.scale).to(dtype) if out is None else torch.mul(self.packed, self.scale, out=out)
 
 
 def quantized_class(bits: int) -> type[QuantizedLinear]:
     """The kind of layer that holds its weight in 4 or 8 bits."""
     return NF4Linear if bits == 4 else Int8Linear
-
-
-def quantize_layer(weight: torch.Tensor, bias: torch.Tensor | None, bits: int) -> QuantizedLinear:
-    """A frozen layer in 4 or 8 bits from a dense weight, [out, in]."""
-    return quantized_class(bits)(weight, bias)

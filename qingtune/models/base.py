@@ -18,8 +18,9 @@ from qingtune.files.staging import move_into_place, staging_folder
 from qingtune.kernels.device import free_bytes, give_back_memory, memory_errors
 from qingtune.kernels.linear import QuantizedLinear, quantized_class
 from qingtune.models.find import cache_folder, fingerprint, stored_numbers
-from qingtune.models.load import StoredWeights, empty_model, load_model
-from qingtune.models.quantize import fill_quantized, quantize_model, shapes_to_read
+from qingtune.models.load import empty_model, load_model
+from qingtune.models.quantize import fill_quantized, quantize_model
+from qingtune.models.stored_weights import StoredWeights
 from qingtune.output.console import say
 
 if TYPE_CHECKING:
@@ -72,8 +73,10 @@ def _load_quantized(
 ) -> PreTrainedModel:
     """Load a model whose layers are packed: as they are stored, as they were kept, or as they are quantised now."""
     stored, model = StoredWeights(folder), empty_model(folder, dtype)
-    if not stored.fit(shapes_to_read(model)):  # broken, or of names that Transformers translates while it loads
-        return _quantize_whole(folder, dtype, bits, device)
+    if not stored.fit(model):  # broken, or of names that Transformers translates while it loads
+        model = load_model(folder, dtype)
+        quantize_model(model, bits, device)
+        return model
     kept = _kept_folder(folder, dtype, bits, cache_dir)
     if bits == 4 and stored.packed:
         _fill_as_stored(model, stored, device)
@@ -87,7 +90,7 @@ def _load_quantized(
 
 
 def _fill_as_stored(model: PreTrainedModel, stored: StoredWeights, device: torch.device) -> None:
-    """Take the layers that are stored in 4 bits as they are, and quantise the others."""
+    """Take the layers that are stored in 4 bits as they are, and leave the others dense."""
 
     def as_stored(name: str, _: tuple[int, int], bias: torch.Tensor | None) -> QuantizedLinear | None:
         weight = f"{name}.weight"
@@ -119,12 +122,6 @@ def _is_whole(kept: Path) -> bool:
         say(f"The cached quantised model is broken ({error}); it is created again.")
         shutil.rmtree(kept, ignore_errors=True)
         return False
-
-
-def _quantize_whole(folder: Path, dtype: torch.dtype, bits: int, device: torch.device) -> PreTrainedModel:
-    model = load_model(folder, dtype)
-    quantize_model(model, bits, device)
-    return model
 
 
 def _kept_folder(folder: Path, dtype: torch.dtype, bits: int, cache_dir: str | None) -> Path:
@@ -166,9 +163,7 @@ def _by_layer(names: list[str]) -> dict[str, list[str]]:
     """Full tensor names -> the parts of each layer; NF4's parts have dots in their own names."""
     parts: dict[str, list[str]] = {}
     for name in names:
-        layer, dot, part = name.partition(".quant_state.")
-        part = f"quant_state.{part}" if dot else ""
-        if not dot:
-            layer, _, part = name.rpartition(".")
-        parts.setdefault(layer, []).append(part)
+        layer, of_state, _ = name.partition(".quant_state.")
+        layer = layer if of_state else name.rpartition(".")[0]
+        parts.setdefault(layer, []).append(name.removeprefix(f"{layer}."))
     return parts

@@ -106,12 +106,6 @@ def check_config(content: dict[str, Any], where: str) -> None:
     Raises:
         UserError: one of them is not.
     """
-    _check(content, where)
-    if isinstance(content.get("text_config"), dict):
-        _check(content["text_config"], f"{where}, text_config")
-
-
-def _check(content: dict[str, Any], where: str) -> None:
     check_fields(content, _KINDS, where)
     for name, value in content.items():
         _check_finite(name, value, where)
@@ -122,6 +116,8 @@ def _check(content: dict[str, Any], where: str) -> None:
                 where=where,
                 fix=f"{', '.join(DTYPES)}.",
             )
+    if isinstance(content.get("text_config"), dict):
+        check_config(content["text_config"], f"{where}, text_config")
 
 
 def _check_finite(name: str, value: Any, where: str) -> None:
@@ -148,10 +144,8 @@ def _without_choices(value: Any) -> Any:
 def context_length(folder: Path) -> int | None:
     """The longest sequence the model knows positions for, in tokens; None if its configuration does not say."""
     config = read_model_config(folder)
-    for name in ("max_position_embeddings", "n_positions"):
-        if isinstance(config.get(name), int):
-            return config[name]
-    return None
+    sizes = (config.get(name) for name in ("max_position_embeddings", "n_positions"))
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:

@@ -21,6 +21,7 @@ from qingtune.models.config_file import read_model_config
 
 ANSWER_WITHIN_S = 4.0
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_HEADER = ("config.json",)
 # Ends the name of the tensor that says how a weight in 4 bits is packed; the weight's own name stands before it.
 NF4_MARK = ".quant_state.bitsandbytes__nf4"
 HEADERS = "headers"  # where config.json files without weights are kept, in the cache
@@ -62,20 +63,7 @@ def find_model(name: str, cache_dir: str | None, hub: str) -> ModelSource:
     Raises:
         UserError: nothing found (says what was tried and three ways on), or what was found cannot be used.
     """
-    found, tried = _find_here(name, cache_dir)
-    if found is not None:
-        refuse_odd_name(found, "the model")
-        return _checked(ModelSource(name, found))
-    hubs: dict[str, Callable[[str, str | None], Path | str]] = {
-        "hf": _from_hugging_face,
-        "modelscope": _from_modelscope,
-    }
-    for hub_name in hubs if hub == "auto" else [hub]:
-        found = hubs[hub_name](name, cache_dir)
-        if isinstance(found, Path):
-            return _checked(ModelSource(name, found))
-        tried.append(found)
-    raise _not_found(name, tried)
+    return _checked(_find(name, cache_dir, hub, header=False))
 
 
 def find_header(name: str, cache_dir: str | None, hub: str) -> ModelSource:
@@ -87,29 +75,31 @@ def find_header(name: str, cache_dir: str | None, hub: str) -> ModelSource:
     Raises:
         UserError: nothing found.
     """
+    return _find(name, cache_dir, hub, header=True)
+
+
+def _find(name: str, cache_dir: str | None, hub: str, *, header: bool) -> ModelSource:
     found, tried = _find_here(name, cache_dir)
     if found is not None:
         refuse_odd_name(found, "the model")
         return ModelSource(name, found)
-    cache = cache_folder(cache_dir) / HEADERS
-    hubs: dict[str, Callable[[], Path | str]] = {
-        "hf": lambda: _header_from_hugging_face(name, cache_dir, cache),
-        "modelscope": lambda: _header_from_modelscope(name, cache),
-    }
+    hubs = {"hf": _from_hugging_face, "modelscope": _from_modelscope}
     for hub_name in hubs if hub == "auto" else [hub]:
-        answer = hubs[hub_name]()
+        answer = hubs[hub_name](name, cache_dir, header)
         if isinstance(answer, Path):
             return ModelSource(name, answer)
         tried.append(answer)
-    raise _not_found(name, tried)
+    listing = "".join(f"\n  {place}" for place in tried)
+    raise UserError(
+        f"the model was not found. Tried:{listing}\n"
+        f"To fix it, download it elsewhere and put the folder at models/{Path(name).name}; "
+        "pass a .gguf file or a folder as the model; or set HF_ENDPOINT to a mirror, or --hub modelscope.",
+        where=name,
+    )
 
 
 def _find_here(name: str, cache_dir: str | None) -> tuple[Path | None, list[str]]:
-    """The model on this machine, outside the hubs' caches; and the places looked at.
-
-    Raises:
-        UserError: there is something else in such a place, or the name is a path.
-    """
+    """The model on this machine, outside the hubs' caches, and the places tried; UserError if the name is a path."""
     tried: list[str] = []
     for place in _places(name, cache_dir):
         if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
@@ -137,63 +127,26 @@ def is_here(name: str, cache_dir: str | None, hub: str) -> bool:
     """Whether `find_model` finds a model without asking a hub."""
     if any(place.exists() for place in _places(name, cache_dir)):
         return True
-    asks = hub != "modelscope" and _is_hub_name(name)
-    return asks and _hugging_face_folder(name, cache_dir, _MODEL_FILES, local=True) is not None
-
-
-def _not_found(name: str, tried: list[str]) -> UserError:
-    listing = "".join(f"\n  {place}" for place in tried)
-    return UserError(
-        f"the model was not found. Tried:{listing}\n"
-        f"To fix it, download it elsewhere and put the folder at models/{Path(name).name}; "
-        "pass a .gguf file or a folder as the model; or set HF_ENDPOINT to a mirror, or --hub modelscope.",
-        where=name,
-    )
+    return hub != "modelscope" and _is_hub_name(name) and _downloaded(name, cache_dir, _MODEL_FILES) is not None
 
 
 def _is_hub_name(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
 
 
-def _from_hugging_face(name: str, cache_dir: str | None) -> Path | str:
-    """The folder of the model, downloaded if need be; or a line on why it could not be had."""
-    local = _hugging_face_folder(name, cache_dir, _MODEL_FILES, local=True)
-    return local if isinstance(local, Path) else _ask_hugging_face(name, cache_dir, _MODEL_FILES)
+def _from_hugging_face(name: str, cache_dir: str | None, header: bool) -> Path | str:
+    """The folder of the model, downloaded if need be; or a line on why it could not be had.
 
-
-def _header_from_hugging_face(name: str, cache_dir: str | None, cache: Path) -> Path | str:
-    """The folder of the model if it is there, else one with its config.json alone, in a cache of its own.
-
-    In the common one, a later run would take it for the whole model.
+    A header is downloaded to a cache of its own: in the common one, a later run would take it for the whole model.
     """
-    for place in (cache_dir, str(cache)):
-        local = _hugging_face_folder(name, place, ("config.json",), local=True)
-        if isinstance(local, Path) and (local / "config.json").exists():
-            return local
-    return _ask_hugging_face(name, str(cache), ("config.json",))
-
-
-def _hugging_face_folder(name: str, cache_dir: str | None, files: tuple[str, ...], *, local: bool) -> Path | None:
-    """The folder with a model's files; None if it must be local and is not."""
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, cache_dir=cache_dir, allow_patterns=list(files), local_files_only=local
-            )
-        )
-    except (LocalEntryNotFoundError, FileNotFoundError, ValueError):
-        if not local:
-            raise
-        return None  # not downloaded before
-
-
-def _ask_hugging_face(name: str, cache_dir: str | None, files: tuple[str, ...]) -> Path | str:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    files, place = (_HEADER, str(cache_folder(cache_dir) / HEADERS)) if header else (_MODEL_FILES, cache_dir)
+    for each in dict.fromkeys((cache_dir, place)):
+        local = _downloaded(name, each, files)
+        if local and (not header or (local / "config.json").exists()):
+            return local
     endpoint = os.environ.get("HF_ENDPOINT") or "Hugging Face"
     if any(os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE") for variable in _OFFLINE):
         return f"{endpoint}: not in the local cache, and HF_HUB_OFFLINE is set"
@@ -206,39 +159,46 @@ def _ask_hugging_face(name: str, cache_dir: str | None, files: tuple[str, ...]) 
     if isinstance(answer, Exception):
         return f"{endpoint}: no answer ({type(answer).__name__})"
     try:
-        fetched = _hugging_face_folder(name, cache_dir, files, local=False)
-        assert fetched is not None
-        return fetched
+        return Path(huggingface_hub.snapshot_download(name, cache_dir=place, allow_patterns=list(files)))
     except GatedRepoError:  # the page of such a model is public, its files are not
         return gated
     except Exception as error:  # the transport raises many types of errors; each is reported
         return f"{endpoint}: the download was interrupted ({type(error).__name__})"
 
 
-def _header_from_modelscope(name: str, cache: Path) -> Path | str:
+def _downloaded(name: str, cache_dir: str | None, files: tuple[str, ...]) -> Path | None:
+    """The folder with a model's files, if they were downloaded before."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, cache_dir=cache_dir, allow_patterns=list(files), local_files_only=True
+            )
+        )
+    except (LocalEntryNotFoundError, FileNotFoundError, ValueError):
+        return None
+
+
+def _from_modelscope(name: str, cache_dir: str | None, header: bool) -> Path | str:
+    """As _from_hugging_face."""
     try:
         import modelscope  # pyright: ignore[reportMissingImports]
     except ImportError:
         return "ModelScope: its package is not installed (`pip install modelscope`)"
-    answer = _within(
-        ANSWER_WITHIN_S,
-        lambda: modelscope.snapshot_download(name, cache_dir=str(cache), allow_patterns=["config.json"]),
-    )
-    if isinstance(answer, Exception):
-        return f"ModelScope: no answer or no such model ({type(answer).__name__})"
-    return Path(str(answer))
 
+    def ask() -> object:
+        if not header:
+            return modelscope.HubApi().get_model(name)
+        place = str(cache_folder(cache_dir) / HEADERS)
+        return modelscope.snapshot_download(name, cache_dir=place, allow_patterns=list(_HEADER))
 
-def _from_modelscope(name: str, cache_dir: str | None) -> Path | str:
-    try:
-        import modelscope  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return "ModelScope: its package is not installed (`pip install modelscope`)"
-    answer = _within(ANSWER_WITHIN_S, lambda: modelscope.HubApi().get_model(name))
+    answer = _within(ANSWER_WITHIN_S, ask)
     if isinstance(answer, Exception):
         return f"ModelScope: no answer or no such model ({type(answer).__name__})"
     try:
-        return Path(modelscope.snapshot_download(name, cache_dir=cache_dir))
+        return Path(str(answer) if header else modelscope.snapshot_download(name, cache_dir=cache_dir))
     except Exception as error:  # its errors have no common class
         return f"ModelScope: the download was interrupted ({type(error).__name__})"
 

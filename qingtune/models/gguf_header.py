@@ -48,17 +48,13 @@ class _Tensor:
     kind: int
     offset: int
 
-    def bytes(self) -> int:
-        """How many it takes.
-
-        Raises:
-            ValueError: its format is not known.
-        """
+    def block(self) -> tuple[Any, int, int]:
+        """Its number format, with the numbers and bytes of a block of it; ValueError: the format is not known."""
         from gguf import GGMLQuantizationType
         from gguf.constants import GGML_QUANT_SIZES
 
-        numbers, size = GGML_QUANT_SIZES[GGMLQuantizationType(self.kind)]
-        return math.prod(self.sizes) // numbers * size
+        kind = GGMLQuantizationType(self.kind)
+        return kind, *GGML_QUANT_SIZES[kind]
 
 
 class _Reader:
@@ -91,9 +87,7 @@ class _Reader:
         return None
 
     def _bytes(self, length: int) -> bytes:
-        if length > self.size:
-            raise ValueError("it is cut off")
-        found = self.file.read(length)
+        found = b"" if length > self.size else self.file.read(length)
         if len(found) < length:
             raise ValueError("it is cut off")
         return found
@@ -109,7 +103,8 @@ def check_gguf_header(path: Path) -> None:
         size = path.stat().st_size
         _, tensors, data = _read(file, size)
         for name, tensor in tensors.items():
-            end = data + tensor.offset + tensor.bytes()
+            _, numbers, block_bytes = tensor.block()
+            end = data + tensor.offset + math.prod(tensor.sizes) // numbers * block_bytes
             if end > size:
                 raise ValueError(f"{shorten(name)} ends at byte {end:,} of {size:,}")
 
@@ -173,7 +168,7 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, _Tensor]
 def _is_tied(file: BinaryIO, tensors: dict[str, _Tensor], data: int) -> bool:
     """Whether head and embedding are one matrix, by the rows at the vocabulary's beginning.
 
-    The conversion (models/load.py) compares all rows.
+    The conversion (gguf_convert.py) compares all rows.
     """
     head, embedding = tensors.get("output.weight"), tensors.get("token_embd.weight")
     if head is None or embedding is None:
@@ -181,15 +176,12 @@ def _is_tied(file: BinaryIO, tensors: dict[str, _Tensor], data: int) -> bool:
     if head.sizes != embedding.sizes:
         return False
     import numpy as np
-    from gguf import GGMLQuantizationType
-    from gguf.constants import GGML_QUANT_SIZES
     from gguf.quants import dequantize
 
     width, rows = head.sizes[0], min(ROWS_TO_COMPARE, head.sizes[1])
     found: list[Any] = []
     for tensor in (head, embedding):
-        kind = GGMLQuantizationType(tensor.kind)
-        numbers, size = GGML_QUANT_SIZES[kind]
+        kind, numbers, size = tensor.block()
         file.seek(data + tensor.offset)
         packed = np.frombuffer(file.read(width // numbers * size * rows), dtype=np.uint8).reshape(rows, -1)
         found.append(dequantize(packed, kind).astype(np.float64))

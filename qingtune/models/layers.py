@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -28,3 +29,9 @@ def dense_weight(layer: nn.Module) -> Any:
     """A linear layer's weight as [out, in]; GPT-2's Conv1D holds it the other way round."""
     weight: Any = layer.weight
     return weight.t() if isinstance(layer, Conv1D) else weight
+
+
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that a model's files hold, by full name."""
+    stored = model.state_dict()
+    return dict(model.named_parameters()) | {name: one for name, one in model.named_buffers() if name in stored}

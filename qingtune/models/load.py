@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import safe_open
 
 from qingtune.data.tokenize import Template, make_template
 from qingtune.data.tokenizer_calls import panics_as_errors
 from qingtune.data.tokenizer_limits import UnsafeTokenizer, check_loaded, check_tokenizer_files
 from qingtune.errors import UserError
 from qingtune.files.foreign import foreign_files
-from qingtune.files.staging import move_into_place, staging_folder
-from qingtune.files.weights_file import check_floats, read_header, read_weights_header, weight_files
-from qingtune.files.write import disk_errors
-from qingtune.kernels.linear import NF4Linear
+from qingtune.files.weights_file import check_floats, read_weights_header
 from qingtune.models.config_file import CONFIG, read_generation_config, read_model_config, vocabulary_size
 from qingtune.models.config_file import stop_ids as stop_ids  # with the tokenizer, what says how answers end
-from qingtune.models.find import NF4_MARK, ModelSource, converted_folder, stored_in_4bit, stored_numbers
-from qingtune.models.gguf_header import TIED_BELOW, check_gguf_header
-from qingtune.models.nf4 import Described, describe, layer_of, parts_of, unpack
+from qingtune.models.find import ModelSource, converted_folder, stored_in_4bit, stored_numbers
+from qingtune.models.gguf_convert import convert_gguf
+from qingtune.models.layers import stored_tensors
+from qingtune.models.stored_weights import StoredWeights
 from qingtune.output.console import say
 from qingtune.output.quiet import quieten_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_CACHE = "Free disk space, or choose another folder with --cache_dir or the environment variable QINGTUNE_CACHE."
 _SIZES_OF_LAYERS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 IN_4BIT = (
     "The model's linear layers are stored in 4 bits (NF4): use_qlora trains on them as they are; elsewhere they are "
@@ -56,7 +50,7 @@ def local_folder(source: ModelSource, cache_dir: str | None) -> Path:
     folder = converted_folder(source.path, cache_dir)
     if not (folder / "config.json").exists():
         say(f"Converting {source.path.name} to safetensors, once (half a minute or so) ...")
-        _convert_gguf(source.path, folder)
+        convert_gguf(source.path, folder)
     return folder
 
 
@@ -85,11 +79,7 @@ def check_architecture(content: Mapping[str, Any], where: str) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    """Read the headers of the weights, and see that they can be those of so many layers.
-
-    Raises:
-        UserError: they are broken, in another form than numbers, or fewer than a model of this configuration has.
-    """
+    """Refuse weights that are broken, in another form than numbers, or fewer than a model of this configuration has."""
     tensors, config = read_weights_header(folder), read_model_config(folder)
     layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
     if layers > len(tensors):
@@ -99,54 +89,6 @@ def _check_weights(folder: Path) -> None:
     if not stored_in_4bit(folder):
         check_floats(tensors, folder)
     read_generation_config(folder)
-
-
-def _convert_gguf(path: Path, folder: Path) -> None:
-    """Write a dequantised copy of a GGUF model in bf16, tied where head and embedding are the same matrix."""
-    quieten_transformers()
-    check_gguf_header(path)
-    with disk_errors("the converted model", folder.parent, _CACHE):
-        folder.parent.mkdir(parents=True, exist_ok=True)  # before half a minute of work
-    with foreign_files("Transformers cannot read this GGUF file", path):
-        model, tokenizer = _read_dequantised(path)
-    with disk_errors("the converted model", folder.parent, _CACHE), staging_folder(folder) as half_done:
-        model.save_pretrained(half_done)
-        tokenizer.save_pretrained(half_done)
-        if not folder.exists():  # another process may have been faster
-            move_into_place(half_done, folder)
-
-
-def _read_dequantised(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    import transformers
-
-    file = str(path.resolve())
-    with (
-        contextlib.redirect_stderr(io.StringIO()),  # the converter's bars; its errors are exceptions
-        tempfile.TemporaryDirectory() as empty,  # files beside the .gguf, such as an adapter, are none
-    ):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(empty, gguf_file=file)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            empty,
-            gguf_file=file,
-            dtype=torch.bfloat16,
-            quantization_config=transformers.GgufConfig(dequantize=True),
-        )
-    _tie_if_same(model)
-    return model, tokenizer
-
-
-def _tie_if_same(model: PreTrainedModel) -> None:
-    """Tie head and embedding if they differ by quantisation alone."""
-    embedding, head = (
-        cast("Any", layer).weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
-    if head is embedding or head.shape != embedding.shape:
-        return
-    with torch.no_grad():
-        apart = (head.float() - embedding.float()).norm() / embedding.float().norm()
-    if apart < TIED_BELOW:
-        model.config.tie_word_embeddings = True
-        model.tie_weights()
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
@@ -221,14 +163,19 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(
             f"{len(missing)} weights are missing, for example {missing[0]}", where=str(folder), fix="Download it again."
         )
-    if wrong := sorted(cast("list[tuple[str, Any, Any]]", info["mismatched_keys"])):
+    _check_shapes(sorted(cast("list[tuple[str, Any, Any]]", info["mismatched_keys"])), folder)
+    return model
+
+
+def _check_shapes(wrong: list[tuple[str, Any, Any]], folder: Path) -> None:
+    """Report weights of other shapes than they should have: name, stored shape, that of the configuration."""
+    if wrong:
         name, stored, wanted = wrong[0]
         raise UserError(
-            f"{len(wrong)} weights have another shape than config.json says, for example {name}: "
+            f"{len(wrong)} weights have another shape than {CONFIG} says, for example {name}: "
             f"{list(stored)}, not {list(wanted)}",
             where=str(folder),
         )
-    return model
 
 
 def _load_unpacked(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -237,9 +184,7 @@ def _load_unpacked(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     Transformers would load layers of bitsandbytes', which on some CPUs repack their weights in place.
     """
     model, stored = empty_model(folder, dtype), StoredWeights(folder)
-    kept = model.state_dict().keys()
-    tensors = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in kept)]
-    for name, tensor in tensors:
+    for name, tensor in stored_tensors(model).items():
         if stored.shapes.get(name) != tuple(tensor.shape):
             raise UserError(
                 f"{name} does not have the name and shape that its architecture expects",
@@ -248,87 +193,6 @@ def _load_unpacked(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             )
         tensor.data.copy_(stored.read(name))
     return model
-
-
-class StoredWeights:
-    """The tensors of a model folder, read one at a time, so that a process never holds the files' pages all at once.
-
-    Weights that are stored in 4 bits (NF4) are unpacked.
-
-    Attributes:
-        shapes: of the tensors, by name.
-        packed: the weights stored in 4 bits, each with its tensors by part name.
-
-    Raises:
-        UserError: a weight in 4 bits is stored in a way not known here.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._files: dict[str, Path] = {}
-        self._described: dict[str, Described] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in weight_files(folder):
-            for name, tensor in read_header(path)[0].items():
-                self._files[name], self.shapes[name] = path, tensor.shape
-                if name.endswith(NF4_MARK):
-                    weight = name.removesuffix(NF4_MARK)
-                    with self._faults(weight):
-                        self._described[weight] = describe(self._read(name))
-        self.packed = parts_of(self.shapes)
-        for weight, parts in self.packed.items():
-            for part in parts.values():
-                del self.shapes[part]
-            self.shapes[weight] = self._described[weight].shape
-
-    def fit(self, shapes: dict[str, tuple[int, ...]]) -> bool:
-        """Whether all of these are there, in their shapes."""
-        return shapes.items() <= self.shapes.items()
-
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor in memory of its own."""
-        if name in self.packed:
-            with self._faults(name):
-                return unpack(self._described[name], self._parts(name))
-        return self._read(name)
-
-    def mapped(self, name: str) -> torch.Tensor:
-        """A tensor that stays in its file, of which only what is looked at takes memory; not to be written to."""
-        if name in self.packed:
-            return self.read(name)
-        with safe_open(self._files[name], "pt") as file:
-            return file.get_tensor(name)
-
-    def layer(self, name: str, bias: torch.Tensor | None, device: torch.device) -> NF4Linear:
-        """The frozen layer of a weight stored in 4 bits, its codes as they are.
-
-        Args:
-            name: the weight's.
-            bias: [out] on the device, or None.
-            device: where the layer is to live.
-        """
-        with self._faults(name):
-            parts = {part: tensor.to(device) for part, tensor in self._parts(name).items()}
-            return layer_of(self._described[name], parts, bias)
-
-    def _read(self, name: str) -> torch.Tensor:
-        with safe_open(self._files[name], "pt") as file:
-            return file.get_tensor(name).clone()
-
-    def _parts(self, weight: str) -> dict[str, torch.Tensor]:
-        names = self.packed[weight]
-        if len({self._files[name] for name in names.values()}) > 1:
-            return {part: self._read(name) for part, name in names.items()}
-        with safe_open(self._files[weight + NF4_MARK], "pt") as file:
-            return {part: file.get_tensor(name).clone() for part, name in names.items()}
-
-    @contextlib.contextmanager
-    def _faults(self, weight: str) -> Generator[None]:
-        """Tell as a UserError what is wrong with a weight stored in 4 bits."""
-        try:
-            yield
-        except ValueError as error:
-            where = str(self._files.get(weight, weight))
-            raise UserError(f"{weight} is in 4 bits: {error}", where=where, fix="Download it again.") from None
 
 
 def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -397,11 +261,7 @@ def make_config(content: Mapping[str, Any], where: Path) -> PretrainedConfig:
 
 
 def _check_layer_types(config: PretrainedConfig, where: Path) -> None:
-    """Refuse layers of a kind whose size is missing, at whose first tokens Transformers would fail.
-
-    Raises:
-        UserError: there are some.
-    """
+    """Refuse layers of a kind whose size is missing, at whose first tokens Transformers would fail."""
     text: Any = config.get_text_config(decoder=True)
     for kind, size in _SIZES_OF_LAYERS.items():
         if kind in (getattr(text, "layer_types", None) or ()) and getattr(text, size, None) is None:
@@ -417,23 +277,12 @@ def _attention(config: PretrainedConfig) -> str:
 
 
 def _check_fit(config: PretrainedConfig, folder: Path) -> None:
-    """Compare the sizes of a configuration with the stored weights, before memory is taken for them.
-
-    Raises:
-        UserError: the model would have other weights than are stored.
-    """
+    """Refuse a configuration whose model would have other weights than are stored, before memory is taken for them."""
     wanted = dict(model_on_meta(config, None, folder / CONFIG).named_parameters())
     if not stored_in_4bit(folder):
-        stored = {name: tensor.shape for name, tensor in read_weights_header(folder).items()}
-        wrong = [
-            name for name, weight in wanted.items() if stored.get(name, tuple(weight.shape)) != tuple(weight.shape)
-        ]
-        if wrong:
-            raise UserError(
-                f"{len(wrong)} weights have another shape than {CONFIG} says, for example {wrong[0]}: "
-                f"{list(stored[wrong[0]])}, not {list(wanted[wrong[0]].shape)}",
-                where=str(folder),
-            )
+        stored = read_weights_header(folder)
+        found = ((name, stored[name].shape, weight.shape) for name, weight in wanted.items() if name in stored)
+        _check_shapes([(name, has, wants) for name, has, wants in found if has != tuple(wants)], folder)
     described, numbers = sum(weight.numel() for weight in wanted.values()), stored_numbers(folder)
     if described > 2 * numbers:  # weights that are missing are named when the others are read
         raise UserError(

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from qingtune.kernels.linear import QuantizedLinear, quantize_layer, quantized_class
-from qingtune.models.layers import dense_weight, linear_layers, replace_layer
+from qingtune.kernels.linear import QuantizedLinear, quantized_class
+from qingtune.models.layers import dense_weight, linear_layers, replace_layer, stored_tensors
 
 # A layer's name, its out and in features, its bias on the device -> the layer; None for one that stays dense.
 Ready = Callable[[str, tuple[int, int], torch.Tensor | None], QuantizedLinear | None]
@@ -17,21 +17,14 @@ Ready = Callable[[str, tuple[int, int], torch.Tensor | None], QuantizedLinear | 
 def quantize_model(model: Any, bits: int, device: torch.device) -> None:
     """Hold every linear layer but the head in 4 or 8 bits; then move the model to the device.
 
-    Each weight goes to the device by itself, so that the device never holds the 16-bit model.
+    Each weight goes to the device by itself, so that the device never holds the 16-bit model. On the meta device the
+    layers have sizes only.
     """
     layers = linear_layers(model)
     for name in list(layers):
         layer = layers.pop(name)  # so that its dense weight can go
         replace_layer(model, name, _quantized(layer, dense_weight(layer).detach(), bits, device))
     model.to(device)
-
-
-def quantize_on_meta(model: Any, bits: int) -> None:
-    """Replace the linear layers that a run would quantise in a model on the meta device."""
-    for name, layer in linear_layers(model).items():
-        out_features, in_features = dense_weight(layer).shape
-        bias: Any = layer.bias
-        replace_layer(model, name, quantized_class(bits).on_meta((out_features, in_features), bias))
 
 
 def fill_quantized(
@@ -64,24 +57,14 @@ def fill_quantized(
         if mine is not None:
             replace_layer(model, name, mine)
     quantized = tuple(name for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
-    for name, tensor in [*model.named_parameters(), *_stored_buffers(model)]:
+    for name, tensor in stored_tensors(model).items():
         if name.rpartition(".")[0] not in quantized:
             tensor.data = read(name).to(tensor.dtype)
     model.to(device)
 
 
-def shapes_to_read(model: Any) -> dict[str, tuple[int, ...]]:
-    """What `fill_quantized` will read of a model without quantised layers."""
-    return {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *_stored_buffers(model)]}
-
-
-def _stored_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
-    state = model.state_dict()
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in state]
-
-
 def _quantized(layer: Any, weight: torch.Tensor, bits: int, device: torch.device) -> QuantizedLinear:
-    return quantize_layer(weight.to(device), _on(layer.bias, device), bits)
+    return quantized_class(bits)(weight.to(device), _on(layer.bias, device))
 
 
 def _on(bias: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

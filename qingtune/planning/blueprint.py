@@ -26,7 +26,7 @@ from qingtune.machine.resources import Machine
 from qingtune.models.config_file import CONFIG, check_config, read_model_config
 from qingtune.models.gguf_header import config_of_gguf
 from qingtune.models.load import check_architecture, make_config, model_on_meta
-from qingtune.models.quantize import quantize_on_meta
+from qingtune.models.quantize import quantize_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -138,7 +138,7 @@ class Blueprint:
     def _build(self, config: TrainConfig, machine: Machine, dtype: torch.dtype, weights: torch.dtype) -> Built:
         model, full = self._model(weights), config.method == "full"
         if config.method == "qlora":
-            quantize_on_meta(model, config.quantization_bit)
+            quantize_model(model, config.quantization_bit, torch.device("meta"))
         if not full:
             alpha = config.lora_alpha or 1.0  # a factor, which takes no memory
             add_adapters(config.model_copy(update={"lora_alpha": alpha}), model)

@@ -89,7 +89,7 @@ def test_it_is_exported_as_what_it_stands_for(work: Work, tmp_path: Path) -> Non
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    from qingtune.models.load import StoredWeights
+    from qingtune.models.stored_weights import StoredWeights
 
     code, _, err = call("export", "--base_model", work[1], "--output_dir", tmp_path / "out", "--quantize", "f32")
     assert code == 0, err

@@ -21,7 +21,8 @@ from tiny_runs import LORA, lively_model, logits_of, move_adapters, save_model, 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qingtune.adapters.lora import add_lora, lora_layers, merge_lora
-from qingtune.adapters.merge_stored import StoredAdapter, read_adapter
+from qingtune.adapters.merge_stored import StoredAdapter
+from qingtune.adapters.peft_files import read_adapter
 from qingtune.cli import main
 from qingtune.commands import merge as recipe
 from qingtune.config.commands import MergeConfig

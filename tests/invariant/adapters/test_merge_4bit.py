@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tiny_runs import LORA, lively_model, logits_of, train
 from transformers import AutoModelForCausalLM
 
-from qingtune.adapters.merge_stored import StoredAdapter, read_adapter
+from qingtune.adapters.merge_stored import StoredAdapter
+from qingtune.adapters.peft_files import read_adapter
 from qingtune.answering.decoder.cached import CachedDecoder
 from qingtune.answering.load import load_decoder
 from qingtune.commands import merge as recipe
@@ -26,7 +27,8 @@ from qingtune.export.merge_check import LogitDifference, Lost
 from qingtune.kernels.device import Hardware
 from qingtune.kernels.linear import NF4Linear
 from qingtune.models import shards
-from qingtune.models.load import StoredWeights, load_model
+from qingtune.models.load import load_model
+from qingtune.models.stored_weights import StoredWeights
 
 Trained = Callable[..., Path]
 FP32 = Hardware(torch.device("cpu"), torch.float32, "")

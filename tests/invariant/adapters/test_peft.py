@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qingtune.adapters.base_of import find_base
 from qingtune.adapters.lora import add_lora, lora_layers
-from qingtune.adapters.merge_stored import read_adapter
-from qingtune.adapters.peft_files import load_adapter, read_adapter_config, save_adapter
+from qingtune.adapters.peft_files import load_adapter, read_adapter, read_adapter_config, save_adapter
 from qingtune.commands.export import export
 from qingtune.config.commands import ExportConfig, MergeConfig
 from qingtune.errors import UserError

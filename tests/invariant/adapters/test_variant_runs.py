@@ -10,8 +10,7 @@ import torch
 from peft import PeftModel
 from tiny_runs import LORA, assert_same_logits, lively_model, logits_of, metrics, save_model, train
 
-from qingtune.adapters.merge_stored import read_adapter
-from qingtune.adapters.peft_files import load_adapter
+from qingtune.adapters.peft_files import load_adapter, read_adapter
 from qingtune.commands.merge import merge
 from qingtune.config.commands import MergeConfig
 

@@ -14,7 +14,7 @@ from tiny_runs import assert_close, assert_equal, lively_model, make_samples, mo
 from qingtune.adapters.lora import LoRALinear, add_lora, lora_layers
 from qingtune.data.batch import Batch, collate
 from qingtune.kernels.attention import use_end_to_end
-from qingtune.kernels.linear import Int8Linear, NF4Linear, QuantizedLinear, quantize_layer
+from qingtune.kernels.linear import Int8Linear, NF4Linear, QuantizedLinear, quantized_class
 from qingtune.kernels.loss import summed_loss
 from qingtune.models.layers import linear_layers, replace_layer
 from qingtune.models.quantize import quantize_model
@@ -156,12 +156,12 @@ def test_head_and_embedding_stay_dense_and_layers_keep_their_way_round(kind: str
 
 
 def test_layer_of_each_bit_count() -> None:
-    kinds = [type(quantize_layer(make_weight((4, 64), torch.float32), None, bits)) for bits in (4, 8)]
+    kinds = [type(quantized_class(bits)(make_weight((4, 64), torch.float32), None)) for bits in (4, 8)]
     assert kinds == KINDS
 
 
 def test_adapter_on_quantised_layer_starts_as_its_base() -> None:
-    layer = quantize_layer(make_weight((8, 64), torch.float32), None, 4)
+    layer = NF4Linear(make_weight((8, 64), torch.float32), None)
     adapter = LoRALinear(layer, torch.randn(4, 64), torch.zeros(8, 4), 2.0, 0.5)
     x = torch.ones(2, 64)
     assert torch.equal(adapter(x), layer(x))
@@ -172,7 +172,7 @@ def test_adapter_on_quantised_layer_starts_as_its_base() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_weights_put_in_a_given_place_are_the_same(bits: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    layer = quantize_layer(torch.randn(shape).to(dtype), None, bits)
+    layer = quantized_class(bits)(torch.randn(shape).to(dtype), None)
     place = torch.full(shape, torch.nan, dtype=dtype)
     found = layer.dequantize(dtype, place)
     assert found.equal(layer.dequantize(dtype))

@@ -18,7 +18,7 @@ from qingtune.errors import UserError
 from qingtune.export import gguf_file
 from qingtune.export.gguf_file import KINDS, MOST_ERROR, GGUFPlan, check_gguf, write_gguf
 from qingtune.export.gguf_layout import PlacedTensor, layout_of
-from qingtune.models.load import StoredWeights
+from qingtune.models.stored_weights import StoredWeights
 
 Read = Callable[[str], torch.Tensor]
 

@@ -16,7 +16,7 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from qingtune.errors import UserError
 from qingtune.export.gguf_layout import GGUFLayout, PlacedTensor, layout_of
-from qingtune.models.load import StoredWeights
+from qingtune.models.stored_weights import StoredWeights
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {

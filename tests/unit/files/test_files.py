@@ -263,6 +263,8 @@ ALLOWED = {
     ("commands/train.py", "save_pretrained"): STAGED,
     ("commands/merge.py", "save_pretrained"): STAGED,
     ("models/load.py", "save_pretrained"): STAGED,
+    ("models/gguf_convert.py", "save_pretrained"): STAGED,
+    ("models/gguf_convert.py", "TemporaryDirectory"): "an empty folder of a random name",
     ("models/load.py", "TemporaryDirectory"): "a folder of a random name, for itself alone",
     ("models/load.py", "write_text"): "into that folder",
     ("kernels/device.py", "write_text"): "the kernel's file that resets this process's peak",

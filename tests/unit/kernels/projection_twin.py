@@ -107,7 +107,7 @@ class Call:
             quantized = isinstance(base, QuantizedLinear)
             weight = (base.dequantize(self.dtype) if quantized else wide(base.weight)).double()
             if self.int8_units and isinstance(base, Int8Linear):
-                y = _Int8Product.apply(x, *base.packed_and_scale())
+                y = _Int8Product.apply(x, base.packed, base.scale)
             else:
                 y = x @ weight.t()
             if adapter:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from qingtune.errors import UserError
 from qingtune.files.paths import default_cache
 from qingtune.files.weights_file import read_header
-from qingtune.kernels.linear import QuantizedLinear
-from qingtune.models import base, quantize
+from qingtune.kernels.linear import Int8Linear, NF4Linear, QuantizedLinear
+from qingtune.models import base
 from qingtune.models.base import PACKED, load_base
 from qingtune.models.find import fingerprint, stored_numbers
 from qingtune.models.load import load_model
@@ -84,9 +84,10 @@ def assert_same(one: Any, two: Any) -> None:
 
 def no_quantizing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        raise AssertionError("a layer was quantised anew")
+        raise AssertionError("a layer was quantised again")
 
-    monkeypatch.setattr(quantize, "quantize_layer", refuse)
+    for kind in (NF4Linear, Int8Linear):
+        monkeypatch.setattr(kind, "pack", refuse)
 
 
 def kept_folders(cache: Path) -> list[Path]:

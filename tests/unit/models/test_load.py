@@ -15,8 +15,8 @@ from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from qingtune.errors import UserError
-from qingtune.models import load
 from qingtune.models.find import ModelSource, context_length, find_model, fingerprint
+from qingtune.models.gguf_convert import tie_if_same
 from qingtune.models.load import load_model, load_tokenizer, local_folder, save_model, stop_ids, stored_dtype
 
 Tiny = Callable[..., Path]
@@ -224,7 +224,7 @@ def test_head_and_embedding_are_tied_if_they_are_one_matrix(apart: float | None,
     if apart is not None:  # else it stays as it was made: another matrix of the same kind
         noise = torch.randn_like(embedding)
         model.lm_head.weight.data = embedding.data + apart * noise * embedding.data.norm() / noise.norm()
-    load._tie_if_same(model)
+    tie_if_same(model)
     assert (model.lm_head.weight is embedding) == tied == model.config.tie_word_embeddings
 
 

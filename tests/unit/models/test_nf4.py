@@ -18,7 +18,8 @@ from qingtune.errors import UserError
 from qingtune.kernels.linear import NF4Linear, QuantizedLinear
 from qingtune.models.base import load_base
 from qingtune.models.find import NF4_MARK, find_model, stored_in_4bit, stored_numbers
-from qingtune.models.load import StoredWeights, load_model, local_folder
+from qingtune.models.load import load_model, local_folder
+from qingtune.models.stored_weights import StoredWeights
 
 CPU = torch.device("cpu")
 UP = "model.layers.1.mlp.up_proj.weight"

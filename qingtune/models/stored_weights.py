@@ -1,0 +1,157 @@
+"""A model folder's tensors, read one at a time; those in 4 bits (NF4) as bitsandbytes and Transformers lay them out:
+the packed weight under its own name, its scales, tables and description under names that start with that name.
+
+NF4: QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from qingtune.errors import UserError
+from qingtune.files.json_files import parse_object
+from qingtune.files.weights_file import read_header, weight_files
+from qingtune.kernels.linear import NF4Linear
+from qingtune.models.find import NF4_MARK
+from qingtune.models.layers import stored_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Parts = dict[str, torch.Tensor]
+
+
+class _Described(NamedTuple):
+    """The shape [out, in] of a packed weight and the dtype in which it is unpacked."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+
+class StoredWeights:
+    """The tensors of a model folder, read one at a time, so that a process never holds the files' pages all at once.
+
+    Weights that are stored in 4 bits (NF4) are unpacked.
+
+    Attributes:
+        shapes: of the tensors, by name.
+        packed: the weights stored in 4 bits, each with its tensors by part name.
+
+    Raises:
+        UserError: a weight in 4 bits is stored in a way not known here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        self._described: dict[str, _Described] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in weight_files(folder):
+            for name, tensor in read_header(path)[0].items():
+                self._files[name], self.shapes[name] = path, tensor.shape
+        self.packed = _parts_of(self.shapes)
+        for weight, parts in self.packed.items():
+            with self._faults(weight):
+                self._described[weight] = _describe(self._read(weight + NF4_MARK))
+            for part in parts.values():
+                del self.shapes[part]
+            self.shapes[weight] = self._described[weight].shape
+
+    def fit(self, model: PreTrainedModel) -> bool:
+        """Whether all that a model without quantised layers is made of is there, in its shapes."""
+        return all(self.shapes.get(name) == tuple(tensor.shape) for name, tensor in stored_tensors(model).items())
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in memory of its own."""
+        if name not in self.packed:
+            return self._read(name)
+        with self._faults(name):
+            described = self._described[name]
+            return _layer_of(described, self._parts(name), None).dequantize(described.dtype)
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """A tensor that stays in its file, of which only what is looked at takes memory; not to be written to."""
+        if name in self.packed:
+            return self.read(name)
+        with safe_open(self._files[name], "pt") as file:
+            return file.get_tensor(name)
+
+    def layer(self, name: str, bias: torch.Tensor | None, device: torch.device) -> NF4Linear:
+        """The frozen layer of a weight stored in 4 bits, its codes as they are.
+
+        Args:
+            name: the weight's.
+            bias: [out] on the device, or None.
+            device: where the layer is to live.
+        """
+        with self._faults(name):
+            parts = {part: tensor.to(device) for part, tensor in self._parts(name).items()}
+            return _layer_of(self._described[name], parts, bias)
+
+    def _read(self, name: str) -> torch.Tensor:
+        with safe_open(self._files[name], "pt") as file:
+            return file.get_tensor(name).clone()
+
+    def _parts(self, weight: str) -> Parts:
+        names = self.packed[weight]
+        if len({self._files[name] for name in names.values()}) > 1:
+            return {part: self._read(name) for part, name in names.items()}
+        with safe_open(self._files[weight + NF4_MARK], "pt") as file:
+            return {part: file.get_tensor(name).clone() for part, name in names.items()}
+
+    @contextlib.contextmanager
+    def _faults(self, weight: str) -> Generator[None]:
+        """Report as a UserError what is wrong with a weight stored in 4 bits."""
+        try:
+            yield
+        except ValueError as error:
+            where = str(self._files.get(weight, weight))
+            raise UserError(f"{weight} is in 4 bits: {error}", where=where, fix="Download it again.") from None
+
+
+def stored_names(weight: str, parts: Parts) -> Parts:
+    """The tensors of a packed weight, by `NF4Linear.packed_tensors`, under the names they are stored by."""
+    return {weight if part == "packed" else f"{weight}.{part}": tensor for part, tensor in parts.items()}
+
+
+def _parts_of(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The packed weights among a model's tensors, with their parts as `stored_names` takes them -> tensors' names."""
+    names = list(names)
+    packed = {name.removesuffix(NF4_MARK): dict[str, str]() for name in names if name.endswith(NF4_MARK)}
+    for name in names:
+        weight = name.partition(".weight.")[0].removesuffix(".weight") + ".weight"
+        if weight in packed:
+            packed[weight][name.removeprefix(weight).removeprefix(".") or "packed"] = name
+    return packed
+
+
+def _describe(description: torch.Tensor) -> _Described:
+    """Read what a packed weight says of itself: uint8, JSON in UTF-8. ValueError: it is not that."""
+    try:
+        state = parse_object(bytes(description.tolist()), "its description")
+        out_features, in_features = (int(size) for size in state["shape"])
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[state["dtype"]]
+    except (UserError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"its description cannot be read ({error})") from None
+    return _Described((out_features, in_features), dtype)
+
+
+def _layer_of(described: _Described, parts: Parts, bias: torch.Tensor | None) -> NF4Linear:
+    """The frozen layer whose packed weight this is. ValueError: parts are missing or do not belong together."""
+    numbers = math.prod(described.shape)
+    try:
+        layer = NF4Linear.restore(described.shape, parts, bias)
+    except (AssertionError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"its parts cannot be used ({error})") from None
+    state: Any = layer.state
+    blocks = -(-numbers // state.blocksize)
+    nested = state.state2.absmax.numel() * state.state2.blocksize if state.nested else blocks
+    if parts["packed"].numel() != -(-numbers // 2) or state.absmax.numel() != blocks or nested < blocks:
+        raise ValueError("its parts do not belong together")
+    return layer
