@@ -195,9 +195,6 @@ def _score_of(metric: Any) -> Callable[[NDArray[np.float64]], float]:
     return lambda sums: float(metric._compute_score_from_stats([round(count) for count in sums.tolist()]).score)
 
 
-# --- Small change ----------------------------------------------------------------------------------------------------
-
-
 def _ratio(sums: NDArray[np.float64]) -> float:
     return float(sums[0] / sums[1]) if sums[1] else math.nan
 

@@ -101,8 +101,7 @@ def is_run(folder: Path) -> bool:
 def refuse_files_in_the_way(output_dir: Path, *, checkpoints: bool = False) -> None:
     """Make sure before the work begins that a result replaces nothing but an earlier one, as that was written.
 
-    Args:
-        checkpoints: whether those are removed too.
+    With `checkpoints`, those are removed too.
 
     Raises:
         UserError: names what is in the way.

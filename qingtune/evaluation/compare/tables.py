@@ -54,11 +54,7 @@ _WITH_RANGE = ("eval_loss", "perplexity", "quality")  # on the screen
 
 
 def as_markdown(comparison: Comparison, about: Sequence[str]) -> str:
-    """The page: a table of the finished setups and what has to be said of it.
-
-    Args:
-        about: lines on model, data and settings, that come first.
-    """
+    """The page: lines on model, data and settings (`about`), a table of the finished setups, and notes on it."""
     several, name = _several_seeds(comparison), reference_name(comparison)
     heading = (
         "setup", "peak memory", "trainable", "tokens/s", "time", "eval_loss before", "after", "perplexity before",
@@ -174,9 +170,6 @@ def _json_of_row(row: SetupRow) -> dict[str, Any]:
 
 def _finite(numbers: Spread | Numbers) -> dict[str, float | None]:
     return {name: number if math.isfinite(number) else None for name, number in asdict(numbers).items()}
-
-
-# --- Notes -----------------------------------------------------------------------------------------------------------
 
 
 def _several_seeds(comparison: Comparison) -> bool:

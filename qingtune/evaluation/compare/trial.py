@@ -131,8 +131,7 @@ def interruption() -> Generator[Interruption]:
 def run_trial(trial: Trial, stopping: Interruption, watch: Watch) -> TrialOutcome:
     """Train in a new process, or resume; checkpoints of a finished trial are removed.
 
-    Args:
-        watch: gets what the run logged so far whenever there is more; True to stop the trial for good.
+    `watch` gets what the run logged so far whenever there is more; True to stop the trial for good.
     """
     trial.folder.parent.mkdir(parents=True, exist_ok=True)
     write_json(trial.config_file, {**trial.config.model_dump(mode="json", exclude_defaults=True), "seed": trial.seed})
@@ -236,9 +235,6 @@ def _reason(code: int, log: Path) -> str:
         name = signal.Signals(-code).name
         return f"ended by {name}" + ("; the system does so when memory runs out" if name == "SIGKILL" else "")
     return f"exit code {code}: {lines[-1] if lines else 'it printed nothing'}"
-
-
-# --- Finished trials -------------------------------------------------------------------------------------------------
 
 
 def finished_outcome(trial: Trial) -> TrialOutcome:

@@ -123,16 +123,23 @@ def smooth(values: Sequence[float]) -> tuple[list[float], int] | None:
 
 
 def _line(column: Column, x: NDArray[np.int64], y: NDArray[np.float64], box: _Box, show: Show) -> Line:
+    """SVG path data of the lines from neighbour to neighbour, and of dots, which are lines of no length."""
     kept = _thin(x, y)
     x, y = x[kept], y[kept]
-    known = np.isfinite(y)
     left, right, bottom, top = box
     across = (x - left) / (right - left) * BOX if right > left else np.full(len(x), BOX / 2)
     down = (1 - (y - bottom) / (top - bottom)) * BOX
+    known = np.isfinite(y)
+    follows, goes_on = np.append(False, known[:-1]), np.append(known[1:], False)
+    few = column.kind != "smooth" and known.sum() <= MOST_DOTS
+    dotted = known & (few | ~(follows | goes_on))
+    moves = zip(np.where(follows, "L", "M")[known], across[known].tolist(), down[known].tolist(), strict=True)
+    dots = zip(across[dotted].tolist(), down[dotted].tolist(), strict=True)
     return Line(
         column.kind,
         column.label,
-        *_paths(across.tolist(), down.tolist(), with_dots=column.kind != "smooth"),
+        "".join(f"{move}{right:.5g} {below:.5g}" for move, right, below in moves),
+        "".join(f"M{right:.5g} {below:.5g}h0" for right, below in dots),
         show(float(y[known][-1])),
         json.dumps([x[known].tolist(), [show(value) for value in y[known].tolist()]], separators=(",", ":")),
     )
@@ -154,22 +161,6 @@ def _thin(x: NDArray[np.int64], y: NDArray[np.float64]) -> NDArray[np.int64]:
         if np.isfinite(part).any():
             kept |= {start + int(np.nanargmin(part)), start + int(np.nanargmax(part))}
     return np.array(sorted(kept))
-
-
-def _paths(across: list[float], down: list[float], *, with_dots: bool) -> tuple[str, str]:
-    """SVG path data of the lines from neighbour to neighbour, and of dots, which are lines of no length."""
-    known = [math.isfinite(below) for below in down]
-    few = with_dots and sum(known) <= MOST_DOTS
-    lines: list[str] = []
-    dots: list[str] = []
-    for place, (right, below) in enumerate(zip(across, down, strict=True)):
-        if not known[place]:
-            continue
-        follows = place > 0 and known[place - 1]
-        lines.append(f"{'L' if follows else 'M'}{right:.5g} {below:.5g}")
-        if few or not (follows or (place + 1 < len(down) and known[place + 1])):
-            dots.append(f"M{right:.5g} {below:.5g}h0")
-    return "".join(lines), "".join(dots)
 
 
 # --- Axes ------------------------------------------------------------------------------------------------------------

@@ -259,9 +259,8 @@ def _asked(row: dict[str, Any]) -> tuple[str, str | None]:
     """Prompt and answer of a row of data as text to read, whichever of the formats it has."""
     turns = row.get("messages") or row.get("conversations")
     if turns:
-        texts = [str(turn.get("content", turn.get("value", ""))) for turn in turns]
         closed = is_answer(turns[-1])
-        return "\n\n".join(texts[:-1] if closed else texts), texts[-1] if closed else None
+        return _as_text(turns[:-1] if closed else turns) or "", _as_text(turns[-1:]) if closed else None
     if "prompt" in row:
         return _as_text(row["prompt"]) or "", _as_text(row.get("completion"))
     parts = [str(row[name]) for name in ("system", "instruction", "input") if row.get(name)]
@@ -270,7 +269,7 @@ def _asked(row: dict[str, Any]) -> tuple[str, str | None]:
 
 def _as_text(turns: Any) -> str | None:
     if isinstance(turns, list):
-        return "\n\n".join(str(turn.get("content", "")) for turn in turns)
+        return "\n\n".join(str(turn.get("content", turn.get("value", ""))) for turn in turns)
     return None if turns is None else str(turns)
 
 
