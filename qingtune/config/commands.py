@@ -111,14 +111,10 @@ class MergeConfig(ModelSettings):
     output_dir: str = setting(..., "Result", "Folder for the merged model.")
     overwrite_output_dir: bool = setting(False, "Result", "Replace an earlier merge in output_dir.")
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
-        None,
-        "Result",
-        "Dtype of the stored weights (default: that of the base); float32 rounds nothing.",
+        None, "Result", "Dtype of the stored weights (default: that of the base); float32 rounds nothing."
     )
     save_in_4bit: bool = setting(
-        False,
-        "Result",
-        "Store linear layers in 4 bits (bitsandbytes NF4); reports how much quality that costs.",
+        False, "Result", "Store linear layers in 4 bits (bitsandbytes NF4); reports how much quality that costs."
     )
 
 
@@ -166,9 +162,7 @@ class EvaluateConfig(ModelSettings):
     )
     limit: Integer | None = setting(None, "Data", "Use only this many rows, also of each lm_eval task.", ge=1)
     system_prompt: Text | None = setting(
-        None,
-        "Data",
-        "System message for rows without one, for both models (default: that of training).",
+        None, "Data", "System message for rows without one, for both models (default: that of training)."
     )
     ignore_fields: CommaList = setting(None, "Data", IGNORE_FIELDS)
     max_row_mb: Number = setting(16, "Data", MAX_ROW_MB, gt=0)

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -25,13 +25,11 @@ def read_object(path: Path, most_bytes: int = MOST_BYTES, *, nan: bool = False) 
     """The JSON object in a file.
 
     Args:
-        path: the file.
-        most_bytes: it may have.
         nan: whether NaN is allowed, as in the logs of a run.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: the file cannot be read, is larger than a file of its kind, or holds something else.
+        UserError: the file cannot be read, has more than `most_bytes`, or holds something else.
     """
     return parse_object(read_bytes(path, most_bytes), str(path), nan=nan)
 
@@ -71,20 +69,19 @@ def open_plain(path: Path, *, pipes: bool = False) -> BinaryIO:
         FileNotFoundError: there is no such file.
         UserError: it cannot be opened, is no plain file, or is a link that leads nowhere.
     """
+    fix = "Replace it with the file."
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
-            raise UserError(
-                "the target of this link does not exist", where=str(path), fix="Replace it with the file."
-            ) from None
+            raise UserError("the target of this link does not exist", where=str(path), fix=fix) from None
         raise FileNotFoundError(str(path)) from None
     except (OSError, ValueError) as error:  # Python's own error is for a null byte in the name
         raise UserError(f"cannot be read: {reason_of(error)}", where=str(path)) from None
     kind = stat.S_IFMT(os.fstat(handle).st_mode)
     if kind != stat.S_IFREG and not (pipes and kind in (stat.S_IFIFO, stat.S_IFCHR)):
         os.close(handle)
-        raise UserError("this is not a regular file", where=str(path), fix="Replace it with the file.")
+        raise UserError("this is not a regular file", where=str(path), fix=fix)
     if kind != stat.S_IFREG:
         os.set_blocking(handle, True)
     return os.fdopen(handle, "rb")
@@ -105,6 +102,11 @@ def parse_object(content: bytes, where: str, *, nan: bool = False) -> dict[str, 
                 raise UserError(f'"{shorten(twice)}" is given twice, with different values', where=where)
         return found
 
+    def whole_number(text: str) -> int:
+        if len(text) > MOST_DIGITS:
+            raise ValueError(f"a number of {len(text):,} digits")
+        return int(text)
+
     def constant(text: str) -> float:
         if text == "NaN" and not nan:
             raise ValueError("NaN instead of a number")
@@ -113,7 +115,7 @@ def parse_object(content: bytes, where: str, *, nan: bool = False) -> dict[str, 
     try:
         text = content.decode("utf-8")
         _check_depth(text)
-        found: Any = json.loads(text, object_pairs_hook=joined, parse_int=_whole_number, parse_constant=constant)
+        found: Any = json.loads(text, object_pairs_hook=joined, parse_int=whole_number, parse_constant=constant)
         _check_characters(text, found)
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text ({error.reason} at byte {error.start})", where=where) from None
@@ -144,12 +146,6 @@ def _check_characters(text: str, found: Any) -> None:
             json.dumps(found, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("half of a surrogate pair, which is not a character") from None
-
-
-def _whole_number(text: str) -> int:
-    if len(text) > MOST_DIGITS:
-        raise ValueError(f"a number of {len(text):,} digits")
-    return int(text)
 
 
 # --- What is in them -------------------------------------------------------------------------------------------------
@@ -190,18 +186,17 @@ def number(least: float = -math.inf, most: float = math.inf, *, above: float = -
 
 def list_of(kind: Kind) -> Kind:
     """A list, each of its values of a kind."""
-    return Kind(
-        f"a list, each {kind.wanted}",
-        lambda value: isinstance(value, list) and all(map(kind.fits, cast("list[Any]", value))),
-    )
+    return Kind(f"a list, each {kind.wanted}", lambda value: isinstance(value, list) and _all_fit(kind, value))
 
 
 def object_of(kind: Kind) -> Kind:
     """An object, each of its values of a kind."""
-    return Kind(
-        f"an object, each value {kind.wanted}",
-        lambda value: isinstance(value, dict) and all(map(kind.fits, cast("dict[str, Any]", value).values())),
-    )
+    wanted = f"an object, each value {kind.wanted}"
+    return Kind(wanted, lambda value: isinstance(value, dict) and _all_fit(kind, value.values()))
+
+
+def _all_fit(kind: Kind, values: Iterable[Any]) -> bool:
+    return all(map(kind.fits, values))
 
 
 def either(*kinds: Kind) -> Kind:

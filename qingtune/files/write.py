@@ -62,7 +62,6 @@ def replacing(path: Path, mode: int = 0o666) -> Generator[BinaryIO]:
     It is made under a random name in the opened folder: nothing that is already there, a link above all, is written to.
 
     Args:
-        path: to write.
         mode: permissions, less the umask.
 
     Raises:
@@ -90,7 +89,6 @@ def open_in_place(path: Path, *, append: bool = False, mode: int = 0o666) -> io.
     """Open a file to read and write it where it is, made if need be; unbuffered.
 
     Args:
-        path: of the file.
         append: whether all that is written goes to its end, whoever else writes.
         mode: permissions of a new file, less the umask.
 
