@@ -115,7 +115,6 @@ _OWN = {
     "answering/chat/editor": "lines typed by the user",
     "planning/speed": "our own cache",
     "commands/evaluate": "lines written by this very command",
-    "evaluation/compare/trial": "lines written by our own process",
 }
 
 
