@@ -13,6 +13,7 @@ import torch
 from qingtune.adapters.full_modules import modules_of
 from qingtune.adapters.variants import LowRank
 from qingtune.errors import UserError
+from qingtune.models.stored_weights import StoredWeights
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Names of modules that hold a model's embedding, by the conventions of Transformers.
@@ -99,3 +100,35 @@ class StoredAdapter:
                 where=str(self.folder),
                 fix="Pass the base model that the adapter was trained on.",
             )
+
+
+class MergedWeights(StoredWeights):
+    """A base's tensors with an adapter's changes, read one at a time; without an adapter, the base's alone.
+
+    A head of its own that is missing in the files is made of the embedding.
+
+    Attributes:
+        adapter: the adapter.
+        changed: names of the parameters that it changes; they are read in fp32.
+
+    Raises:
+        UserError: the base's files are broken.
+    """
+
+    def __init__(self, base: Path, adapter: StoredAdapter | None) -> None:
+        super().__init__(base)
+        self.adapter = adapter
+        self.changed = adapter.names if adapter else set[str]()
+
+    def unchanged(self, name: str) -> torch.Tensor:
+        """The base's own tensor, in memory of its own."""
+        return super().read(EMBEDDING if name == HEAD and HEAD not in self.shapes else name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in memory of its own."""
+        weight = self.unchanged(name)
+        return self.adapter.merged(name, weight) if self.adapter else weight
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """A tensor that stays in its file if the adapter does not change it."""
+        return self.read(name) if name in self.changed else super().mapped(name)

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import torch
-
 from qingtune.adapters.base_of import find_base
-from qingtune.adapters.merge_stored import EMBEDDING, HEAD, StoredAdapter
+from qingtune.adapters.merge_stored import EMBEDDING, HEAD, MergedWeights, StoredAdapter
 from qingtune.adapters.peft_files import read_adapter, read_adapter_config
 from qingtune.config.commands import ExportConfig
 from qingtune.config.training import DEFAULT_MODEL
@@ -31,7 +29,6 @@ from qingtune.files.write import disk_errors, write_text
 from qingtune.models.config_file import read_generation_config
 from qingtune.models.find import fingerprint, read_model_config, stored_in_4bit
 from qingtune.models.load import load_template
-from qingtune.models.stored_weights import StoredWeights
 from qingtune.output.console import say, show
 from qingtune.output.invocation import shown
 from qingtune.output.quiet import quieten
@@ -81,20 +78,20 @@ def export(config: ExportConfig) -> None:
     adapter = read_adapter(adapter_folder) if adapter_folder else None
     base, record = find_base(config, adapter_folder)
     place.refuse_input("the base model", base)
-    weights = StoredWeights(base)
+    weights = MergedWeights(base, adapter)
     unties = adapter is not None and adapter.unties(read_model_config(base))
     head = {HEAD: weights.shapes[EMBEDDING]} if unties else {}
     layout = layout_of(base, weights.shapes | head, untie=unties)
-    read = _reader(weights, layout, adapter)
+    if adapter:
+        _check_names(adapter, layout)
     speech = _speech(config, base, record, layout)
     metadata = _metadata(name, layout, speech)
     with (
         disk_errors("the export", output_dir, "Free disk space, or choose another output_dir."),
         place.staging() as half_done,
     ):
-        files = [
-            _write(half_done, name, GGUFPlan(layout, metadata, kind), read) for kind in dict.fromkeys(config.quantize)
-        ]
+        plans = [GGUFPlan(layout, metadata, kind) for kind in dict.fromkeys(config.quantize)]
+        files = [_write(half_done, name, plan, weights.read) for plan in plans]
         remarks = [
             *_write_modelfile(half_done, files[0].name, base, speech), *_limits(base, speech, config.quantize)
         ]  # fmt: skip
@@ -120,32 +117,18 @@ def _base_name(config: ExportConfig, record: Record | None) -> str:
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def _reader(weights: StoredWeights, layout: GGUFLayout, adapter: StoredAdapter | None) -> Read:
-    """A function that gives a tensor of base + adapter.
+def _check_names(adapter: StoredAdapter, layout: GGUFLayout) -> None:
+    """See that the file will hold all that an adapter changes.
 
     Raises:
-        UserError: the adapter changes what the file will not hold.
+        UserError: it will not.
     """
-    if adapter is None:
-        return weights.read
     if unknown := sorted(adapter.names - {tensor.source for tensor in layout.tensors}):
         raise UserError(
             f"the adapter changes {unknown[0]}, which this base does not have",
             where=str(adapter.folder),
             fix="Pass the base model that the adapter was trained on.",
         )
-
-    def read(name: str) -> torch.Tensor:
-        tensor = weights.read(name if name in weights.shapes else EMBEDDING)  # of which a head of its own is made
-        merged = adapter.merged(name, tensor) if name in adapter.names else tensor
-        if merged.shape != tensor.shape:
-            raise UserError(
-                f"the adapter changes {name} to shape {list(merged.shape)}, but the base has {list(tensor.shape)}",
-                where=str(adapter.folder),
-            )
-        return merged
-
-    return read
 
 
 def _metadata(name: str, layout: GGUFLayout, speech: Speech) -> dict[str, Value]:

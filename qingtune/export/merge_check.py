@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from qingtune.adapters.lora import merge_lora
-from qingtune.adapters.merge_stored import EMBEDDING, StoredAdapter
+from qingtune.adapters.merge_stored import MergedWeights, StoredAdapter
 from qingtune.adapters.peft_files import load_adapter
-from qingtune.answering.decoder.cached import CachedDecoder
 from qingtune.answering.generate import Decoding, generate_many
 from qingtune.answering.load import Assembly, load_decoder, open_model
 from qingtune.data.tokenize import Sample
 from qingtune.errors import UserError
 from qingtune.kernels.device import Hardware, give_back_memory
-from qingtune.models.find import read_model_config
 from qingtune.models.load import load_model
 from qingtune.models.stored_weights import StoredWeights
 from qingtune.output.console import labelled
@@ -70,56 +68,17 @@ class Lost:
     losses: tuple[float, float] | None = None
 
 
-class _Side(Protocol):
-    """One of the models that are compared, in fp32."""
-
-    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]: ...
-
-    def logits(self, states: torch.Tensor) -> torch.Tensor: ...
-
-
-class _Layerwise:
-    """A model of whose layers one is in memory at a time."""
-
-    def __init__(self, decoder: CachedDecoder) -> None:
-        self.decoder = decoder
-        self.hidden_states = decoder.hidden_states
-
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """[T, D] -> [T, V]."""
-        return self.decoder.head.multiply(states)
-
-
-class _Modules:
-    """A model of Transformers."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """What the head sees, [T, D] each."""
-        return [
-            self.model.base_model(input_ids=torch.tensor([list(ids)]), use_cache=False).last_hidden_state[0]
-            for ids in prompts
-        ]
-
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """[T, D] -> [T, V]."""
-        return self.model.get_output_embeddings()(states)
-
-
 def read_back(folder: Path, base: Path, adapter: StoredAdapter) -> Generator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Each tensor of a written model: its name, what was merged, and what the files hold, one at a time.
 
     Raises:
         UserError: a tensor of the base is missing in the files.
     """
-    stored, written = StoredWeights(base), StoredWeights(folder)
+    weights, written = MergedWeights(base, adapter), StoredWeights(folder)
     for name in written.shapes:
-        weight = stored.read(name if name in stored.shapes else EMBEDDING)  # of which a head of its own is made
-        yield name, adapter.merged(name, weight), written.read(name)
+        yield name, weights.read(name), written.read(name)
         give_back_memory()
-    if missing := sorted(set(stored.shapes) - set(written.shapes)):
+    if missing := sorted(set(weights.shapes) - set(written.shapes)):
         raise UserError(f"{missing[0]} is missing in the merged files; they were removed", where=str(folder))
 
 
@@ -194,13 +153,11 @@ def measure_lost(
     """
     sequences = _answered(written, prompts, stop_ids, hardware)
     sequences += [sample.token_ids.tolist() for sample in samples]
-    slots = len(sequences)
-    before = _States(_side(base, adapter, hardware, slots), sequences)
-    merging = (
-        _compare(before, _States(_merged_side(base, adapter, hardware, slots), sequences), prompts) if rounded else None
-    )
-    give_back_memory()  # what the merged side took
-    after = _States(_side(written, None, hardware, slots), sequences)
+    before, merging = _side(base, adapter, sequences, hardware), None
+    if rounded:
+        merging = _compare(before, _side(base, adapter, sequences, hardware, merged=True), prompts)
+        give_back_memory()  # what the merged side took
+    after = _side(written, None, sequences, hardware)
     result = _compare(before, after, prompts)
     losses = (before.loss(len(prompts), samples), after.loss(len(prompts), samples)) if samples else None
     return Lost(merging or result, result, len(samples), losses)
@@ -219,11 +176,17 @@ def _answered(
     return [[*prompt, *answers[number]] for number, prompt in enumerate(prompts)]
 
 
-class _States:
-    """What a model's head sees at every place of sequences."""
+@dataclass(frozen=True)
+class _Side:
+    """One of the models that are compared, in fp32.
 
-    def __init__(self, side: _Side, sequences: Sequence[Sequence[int]]) -> None:
-        self.side, self.states = side, side.hidden_states(sequences)
+    Attributes:
+        states: what its head sees at every place of each sequence, [T, D].
+        logits: the head: [T, D] -> [T, V].
+    """
+
+    states: list[torch.Tensor]
+    logits: Callable[[torch.Tensor], torch.Tensor]
 
     def loss(self, first: int, samples: Sequence[Sample]) -> float:
         """Mean cross-entropy over trained tokens, in nats, of samples that are the sequences from `first` on."""
@@ -232,96 +195,66 @@ class _States:
             ids = torch.from_numpy(sample.token_ids).long()
             places = torch.from_numpy(sample.trained).nonzero()[:, 0]
             for part in places[places > 0].split(ROWS_AT_A_TIME):
-                logits = self.side.logits(states[part - 1])
+                logits = self.logits(states[part - 1])
                 losses.append(F.cross_entropy(logits, ids[part].to(logits.device), reduction="none").double())
         return float(torch.cat(losses).mean())
 
 
-def _compare(before: _States, after: _States, prompts: Sequence[Sequence[int]]) -> LogitDifference:
-    """Compare all sequences; the first ones are prompts with answers."""
-    totals = _Totals()
-    same = 0
-    for number, (one, two) in enumerate(zip(before.states, after.states, strict=True)):
-        agreeing = totals.add(before.side, after.side, one, two)
-        same += number < len(prompts) and all(agreeing[len(prompts[number]) - 1 : -1])
-    return totals.comparison(len(prompts), same)
+def _side(
+    folder: Path,
+    adapter: StoredAdapter | None,
+    sequences: Sequence[Sequence[int]],
+    hardware: Hardware,
+    *,
+    merged: bool = False,
+) -> _Side:
+    """A model that has gone over sequences, where our kernels can with one of its layers in memory at a time.
 
-
-class _MergedWeights(StoredWeights):
-    """A base's weights with an adapter merged in, in fp32, one at a time."""
-
-    def __init__(self, base: Path, adapter: StoredAdapter) -> None:
-        super().__init__(base)
-        self._adapter = adapter
-
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor in memory of its own."""
-        weight = super().read(name if name in self.shapes else EMBEDDING)  # of which a head of its own is made
-        return self._adapter.merged(name, weight)
-
-    def mapped(self, name: str) -> torch.Tensor:
-        """A tensor that stays in its file if the adapter does not change it."""
-        return self.read(name) if name in self._adapter.names else super().mapped(name)
-
-
-def _merged_side(base: Path, adapter: StoredAdapter, hardware: Hardware, slots: int) -> _Side:
-    exact = Hardware(hardware.device, torch.float32, hardware.reason)
-    model, _, reason = open_model(base, None, exact)
+    Args:
+        folder: of the model.
+        adapter: None for the model alone.
+        sequences: ids.
+        hardware: whose device is used.
+        merged: whether the adapter is merged into the weights first, or computed separately.
+    """
+    exact = replace(hardware, dtype=torch.float32)
+    model, weights, reason = open_model(folder, adapter, None, exact)
     if reason is None:
-        model.config.tie_word_embeddings &= not adapter.unties(read_model_config(base))
-        assembly = Assembly(model, _MergedWeights(base, adapter), None, exact, merge=False)
-        return _Layerwise(assembly.decoder(slots, lazy=True))
-    whole = load_model(base, torch.float32)
-    load_adapter(whole, adapter.folder)
-    merge_lora(whole)
-    return _Modules(whole.eval())
-
-
-def _side(folder: Path, adapter: StoredAdapter | None, hardware: Hardware, slots: int) -> _Side:
-    exact = Hardware(hardware.device, torch.float32, hardware.reason)
-    model, stored, reason = open_model(folder, None, exact)
-    if reason is None:
-        return _Layerwise(Assembly(model, stored, adapter, exact, merge=False).decoder(slots, lazy=True))
-    whole = load_model(folder, torch.float32)
+        decoder = Assembly(model, weights, exact, lazy=True, apart=not merged).decoder(len(sequences))
+        return _Side(decoder.hidden_states(sequences), decoder.head.multiply)
+    whole: Any = load_model(folder, torch.float32)
     if adapter:
         load_adapter(whole, adapter.folder)
-    return _Modules(whole.eval())
+    if merged:
+        merge_lora(whole)
+    base = whole.eval().base_model
+    states = [base(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0] for ids in sequences]
+    return _Side(states, whole.get_output_embeddings())
 
 
-class _Totals:
-    """Sums over places."""
-
-    def __init__(self) -> None:
-        self.places = self.agreeing = self.numbers = 0
-        self.largest = self.apart = self.sum = self.squares = 0.0
-
-    def add(self, before: _Side, after: _Side, one: torch.Tensor, two: torch.Tensor) -> list[bool]:
-        """Count in the places of one sequence, [T, D] each; tells where the likeliest token is the same."""
-        agreeing: list[bool] = []
-        for start in range(0, len(one), ROWS_AT_A_TIME):
-            rows = slice(start, start + ROWS_AT_A_TIME)
-            first, second = before.logits(one[rows]), after.logits(two[rows])
-            same: list[bool] = (first.argmax(1) == second.argmax(1)).tolist()
-            agreeing += same
-            self.agreeing += sum(same)
-            self.places += len(first)
-            self.numbers += first.numel()
-            self.sum += float(first.sum(dtype=torch.float64))
-            self.squares += float(first.square().sum(dtype=torch.float64))
-            difference = second.sub_(first).abs_()
-            self.largest = max(self.largest, float(difference.max()))
-            self.apart += float(difference.sum(dtype=torch.float64))
-        return agreeing
-
-    def comparison(self, answers: int, same_answers: int) -> LogitDifference:
-        """What came of it."""
-        mean = self.sum / self.numbers
-        return LogitDifference(
-            places=self.places,
-            largest=self.largest,
-            mean=self.apart / self.numbers,
-            spread=max(0.0, self.squares / self.numbers - mean**2) ** 0.5,
-            agree=self.agreeing / self.places,
-            answers=answers,
-            same_answers=same_answers,
-        )
+def _compare(before: _Side, after: _Side, prompts: Sequence[Sequence[int]]) -> LogitDifference:
+    """Compare all sequences; the first ones are prompts with answers."""
+    places = agreed = same_answers = 0
+    largest, sums = 0.0, torch.zeros(4, dtype=torch.float64)
+    for number, (one, two) in enumerate(zip(before.states, after.states, strict=True)):
+        agreeing: list[bool] = []  # where the likeliest token is the same
+        for some, others in zip(one.split(ROWS_AT_A_TIME), two.split(ROWS_AT_A_TIME), strict=True):
+            first, second = before.logits(some), after.logits(others)
+            agreeing += (first.argmax(1) == second.argmax(1)).tolist()
+            squares = first.square().sum(dtype=torch.float64)
+            apart = second.sub_(first).abs_()
+            largest = max(largest, float(apart.max()))
+            totals = (first.sum(dtype=torch.float64), squares, apart.sum(dtype=torch.float64))
+            sums += torch.tensor([first.numel(), *map(float, totals)], dtype=torch.float64)
+        places, agreed = places + len(agreeing), agreed + sum(agreeing)
+        same_answers += number < len(prompts) and all(agreeing[len(prompts[number]) - 1 : -1])
+    numbers, total, squares, apart = sums.tolist()
+    return LogitDifference(
+        places=places,
+        largest=largest,
+        mean=apart / numbers,
+        spread=max(0.0, squares / numbers - (total / numbers) ** 2) ** 0.5,
+        agree=agreed / places,
+        answers=len(prompts),
+        same_answers=same_answers,
+    )

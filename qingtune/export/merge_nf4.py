@@ -43,8 +43,9 @@ def write_in_4bit(folder: Path, base: Path, adapter: StoredAdapter) -> None:
     adapter.check_names(stored.shapes)
     dtype = stored_dtype(base)
     writer = ShardWriter(folder)
-    for name in stored.shapes:
-        weight = stored.read(name)
+    head = [HEAD] if adapter.unties(settings) else []
+    for name in [*stored.shapes, *head]:
+        weight = stored.read(EMBEDDING if name in head else name)
         merged = adapter.merged(name, weight)
         if name in packed:
             rounded(name, merged, dtype, base)
@@ -53,11 +54,9 @@ def write_in_4bit(folder: Path, base: Path, adapter: StoredAdapter) -> None:
         else:
             writer.add(name, rounded(name, merged, weight.dtype, base))
         give_back_memory()  # what rounding took for a moment
-    if adapter.unties(settings):
-        embedding = stored.read(EMBEDDING)
-        writer.add(HEAD, rounded(HEAD, adapter.merged(HEAD, embedding), embedding.dtype, base))
-        settings["tie_word_embeddings"] = False
     writer.finish()
+    if head:
+        settings["tie_word_embeddings"] = False
     write_json(folder / "config.json", {**settings, "quantization_config": _quantization(dtype, skipped)})
 
 
