@@ -14,6 +14,7 @@ them unused; llama.cpp does only if it was compiled so.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -157,7 +158,7 @@ def measure(system: str, model: Path) -> dict[str, Any]:
         load_s = time.perf_counter() - began
         if slots > 1:
             return {"load_s": load_s, **_many(decoder, model), "peak_bytes": _peak()}
-    result: dict[str, Any] = {"load_s": load_s, "held_bytes": getattr(decoder, "held_bytes", None)}
+    result: dict[str, Any] = {"load_s": load_s, "held_bytes": _held_bytes(decoder)}
     prefill: list[float] = []
     decode: list[float] = []
     for prompt in prompts:
@@ -170,6 +171,21 @@ def measure(system: str, model: Path) -> dict[str, Any]:
         decode.append(NEW / (time.perf_counter() - read))
     assert torch.get_num_threads() == os.cpu_count()
     return {**result, "prefill": median(prefill[1:]), "decode": median(decode[1:]), "peak_bytes": _peak()}
+
+
+def _held_bytes(decoder: Any) -> int | None:
+    """Bytes of all matrices of our decoder, which a new token reads once; None for another system's."""
+    import torch
+
+    from qingtune.answering.decoder.cached import CachedDecoder
+
+    if not isinstance(decoder, CachedDecoder):
+        return None
+    parts = ((layer.qkv, layer.o, layer.gate_up, layer.down) for layer in decoder.layers)
+    held = [value for matrix in [decoder.head, *itertools.chain(*parts)] for value in vars(matrix).values()]
+    total = sum(value.numel() * value.dtype.itemsize for value in held if isinstance(value, torch.Tensor))
+    units = [value for value in held if isinstance(value, torch.ScriptObject)]  # int8, as FBGEMM has packed it
+    return total + sum(torch.ops.quantized.linear_unpack(value)[0].numel() for value in units)
 
 
 def _prompts(model: Path) -> list[list[int]]:

@@ -1,14 +1,14 @@
-"""Keys and values of the sequences that a decoder holds, and the three ways in which new tokens join them: a chunk of a
-prompt in one slot, one token in the first slot, and one token in each of several slots.
+"""Keys and values of the sequences that a decoder holds, and the two ways in which new tokens join them: some
+that follow each other in one slot, and one token in each of several slots.
 
 Shapes: T new tokens, S slots, H query heads, G key-value heads, d head size, n tokens of a sequence.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,9 @@ class AnswerCache:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.ids: list[list[int]] = [[] for _ in range(slots)]
         self._check(length)
-        self.keys, self.values = self._empty(length), self._empty(length)
+        size = (shape.layers, slots, shape.keys, length, shape.size)
+        # Zeros, as masked places must not hold NaN.
+        self.keys, self.values = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
 
     def reserve(self, length: int) -> None:
         """Make room for so many tokens a slot.
@@ -63,7 +65,7 @@ class AnswerCache:
             return
         self._check(length)
         wanted = min(most, -(-max(length, 2 * held) // CACHE_STEP) * CACHE_STEP)
-        self.keys, self.values = self._grown(self.keys, wanted), self._grown(self.values, wanted)
+        self.keys, self.values = (F.pad(part, (0, 0, 0, wanted - held)) for part in (self.keys, self.values))
 
     def keep_common(self, ids: Sequence[int], slot: int) -> int:
         """How many of the ids a slot holds, after taking over what another one holds of them; the last one never."""
@@ -89,16 +91,6 @@ class AnswerCache:
         if length > self.shape.context_length:
             raise ValueError(f"{length} tokens, but the model's context is {self.shape.context_length}")
 
-    def _empty(self, capacity: int) -> torch.Tensor:
-        shape = self.shape
-        size = (shape.layers, len(self.ids), shape.keys, capacity, shape.size)
-        return torch.zeros(size, dtype=self.dtype, device=self.device)  # masked places must not hold NaN
-
-    def _grown(self, held: torch.Tensor, capacity: int) -> torch.Tensor:
-        grown = self._empty(capacity)
-        grown[:, :, :, : held.shape[3]] = held
-        return grown
-
     def _copy(self, source: int, target: int, length: int) -> None:
         for held in (self.keys, self.values):
             held[:, target, :, :length] = held[:, source, :, :length]
@@ -108,99 +100,77 @@ def _common_beginning(one: Sequence[int], two: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
 
 
-class Joining(Protocol):
-    """How new tokens join the sequences they belong to."""
+class Joining(ABC):
+    """How new tokens join the sequences they belong to.
+
+    Args:
+        cache: holds the sequences.
+        cos: [T, 1, d / 2], likewise sin.
+    """
+
+    def __init__(self, cache: AnswerCache, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        self.shape, self.cos, self.sin = cache.shape, cos, sin
 
     def turn(self, heads: torch.Tensor) -> torch.Tensor:
         """Rotary positions (Su et al. 2021), the halves of a head as coordinates: [T, heads, d] -> the same."""
-        ...
+        first, second = heads.chunk(2, dim=2)
+        cos, sin = self.cos, self.sin
+        return torch.cat([(first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)], 2)
 
+    @abstractmethod
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Keep keys and values [T, G, d] of a layer; queries, the last ones or all, [up to T, H, d] -> [.., H * d]."""
-        ...
 
 
-class Chunk:
-    """Tokens that follow each other in one slot, which holds `before` tokens."""
+class Chunk(Joining):
+    """Tokens that follow each other in one slot. Views are made once, as for one token products are small."""
 
     def __init__(self, cache: AnswerCache, rotary: tuple[torch.Tensor, torch.Tensor], slot: int, count: int) -> None:
-        self.cache, self.slot, self.before = cache, slot, len(cache.ids[slot])
-        self.after = self.before + count
-        self.cos, self.sin = (part[self.before : self.after, None] for part in rotary)
-
-    def turn(self, heads: torch.Tensor) -> torch.Tensor:
-        """[T, heads, d] -> the same."""
-        return _turned(heads, self.cos, self.sin)
+        before, after = len(cache.ids[slot]), len(cache.ids[slot]) + count
+        super().__init__(cache, *(part[before:after, None] for part in rotary))
+        held = [part[:, slot : slot + 1, :, :after] for part in (cache.keys, cache.values)]
+        self.keys, self.values = (part.unbind(0) for part in held)
+        self.new_keys, self.new_values = (part[:, :, :, before:].unbind(0) for part in held)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [up to T, H, d]; k, v [T, G, d] -> [.., H * d]."""
-        shape = self.cache.shape
-        keys, values = (held[layer, self.slot, :, : self.after] for held in (self.cache.keys, self.cache.values))
-        keys[:, self.before :].copy_(k.transpose(0, 1))
-        values[:, self.before :].copy_(v.transpose(0, 1))
-        rows = len(q)
+        self.new_keys[layer].copy_(k.transpose(0, 1))
+        self.new_values[layer].copy_(v.transpose(0, 1))
+        keys, values, shape = self.keys[layer], self.values[layer], self.shape
+        rows, after = len(q), keys.shape[2]
         if rows == 1:
-            return _attend_rows(q, keys[None], values[None], None, shape)
+            return _attend_rows(q, keys, values, None, shape)
         mask = None
-        if self.after > rows:
-            mask = torch.ones(rows, self.after, dtype=torch.bool, device=q.device).tril_(self.after - rows)
-        k, v = (x[:, None].expand(-1, shape.queries // shape.keys, -1, -1).flatten(0, 1)[None] for x in (keys, values))
+        if after > rows:
+            mask = torch.ones(rows, after, dtype=torch.bool, device=q.device).tril_(after - rows)
+        k, v = (
+            x.transpose(0, 1).expand(-1, shape.queries // shape.keys, -1, -1).flatten(0, 1)[None]
+            for x in (keys, values)
+        )
         out = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, scale=shape.scale
         )
         return out[0].transpose(0, 1).reshape(rows, -1)
 
 
-class OneToken:
-    """A token of the first slot: with as little overhead as possible, because the products are small."""
-
-    def __init__(self, cache: AnswerCache, rotary: tuple[torch.Tensor, torch.Tensor]) -> None:
-        place = len(cache.ids[0])
-        self.shape = cache.shape
-        self.cos, self.sin = (part[place, None, None] for part in rotary)
-        self.keys, self.values = (held[:, :1, :, : place + 1].unbind(0) for held in (cache.keys, cache.values))
-        self.new_keys, self.new_values = (held[:, :1, :, place].unbind(0) for held in (cache.keys, cache.values))
-
-    def turn(self, heads: torch.Tensor) -> torch.Tensor:
-        """[1, heads, d] -> the same."""
-        return _turned(heads, self.cos, self.sin)
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [1, H, d]; k, v [1, G, d] -> [1, H * d]."""
-        self.new_keys[layer].copy_(k)
-        self.new_values[layer].copy_(v)
-        return _attend_rows(q, self.keys[layer], self.values[layer], None, self.shape)
-
-
-class TokenEach:
+class TokenEach(Joining):
     """A token in each of the first S slots, whose sequences differ in length."""
 
     def __init__(self, cache: AnswerCache, rotary: tuple[torch.Tensor, torch.Tensor], count: int) -> None:
-        self.cache, self.count = cache, count
-        places = [len(ids) for ids in cache.ids[:count]]
-        self.end = max(places) + 1
-        self.places = torch.tensor(places, device=cache.device)
+        lengths = [len(ids) for ids in cache.ids[:count]]
+        places = torch.tensor(lengths, device=cache.device)
+        super().__init__(cache, *(part[places, None] for part in rotary))
+        self.cache, self.places, self.end = cache, places, max(lengths) + 1
         self.slots = torch.arange(count, device=cache.device)
-        self.mask = (torch.arange(self.end, device=cache.device) <= self.places[:, None])[:, None, None]
-        self.cos, self.sin = (part[self.places, None] for part in rotary)
-
-    def turn(self, heads: torch.Tensor) -> torch.Tensor:
-        """[S, heads, d] -> the same."""
-        return _turned(heads, self.cos, self.sin)
+        self.mask = (torch.arange(self.end, device=cache.device) <= places[:, None])[:, None, None]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [S, H, d]; k, v [S, G, d] -> [S, H * d]."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.slots, :, self.places] = k
         values[self.slots, :, self.places] = v
-        keys, values = keys[: self.count, :, : self.end], values[: self.count, :, : self.end]
-        return _attend_rows(q, keys, values, self.mask, self.cache.shape)
-
-
-def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[T, heads, d]; cos and sin [T, 1, d / 2]."""
-    first, second = heads.chunk(2, dim=2)
-    return torch.cat([(first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)], 2)
+        keys, values = keys[: len(q), :, : self.end], values[: len(q), :, : self.end]
+        return _attend_rows(q, keys, values, self.mask, self.shape)
 
 
 def _attend_rows(

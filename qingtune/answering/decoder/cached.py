@@ -10,13 +10,14 @@ Shapes: T new tokens, S slots that read one token each, D hidden size, d head si
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 
-from qingtune.answering.decoder.cache import AnswerCache, AnswerShape, Chunk, Joining, OneToken, TokenEach
+from qingtune.answering.decoder.cache import AnswerCache, AnswerShape, Chunk, Joining, TokenEach
 from qingtune.answering.decoder.layer import AnswerLayer, AnswerNorm
 from qingtune.answering.decoder.native.answer_step import AnswerStep
 from qingtune.answering.decoder.native.matrices import NativeMatrix
@@ -26,45 +27,37 @@ CHUNK = 512  # tokens of a prompt computed at a time
 PLACES_AT_A_TIME = 128  # of a text whose logits are there at once: 39 MB in bf16 with Qwen's vocabulary
 
 
+@dataclass(eq=False)
 class CachedDecoder:
     """A model that reads token ids and gives the logits of the next one.
 
-    Args:
+    Attributes:
         shape: of the attention.
         embedding: [V, D].
         layers: in order.
         norm: the last one.
         head: [V, D].
-        cos: [context_length, d / 2], likewise sin.
+        rotary: cos and sin, each [context_length, d / 2].
         slots: sequences held at a time.
         library: compiled kernels, where all matrices are native ones.
     """
 
-    def __init__(
-        self,
-        shape: AnswerShape,
-        embedding: torch.Tensor,
-        layers: Sequence[AnswerLayer],
-        norm: AnswerNorm,
-        head: Matrix,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        slots: int = 1,
-        library: ctypes.CDLL | None = None,
-    ) -> None:
-        self.shape, self.embedding, self.layers, self.norm, self.head = shape, embedding, layers, norm, head
-        self.rotary = rotary
-        self.dtype, self.device = rotary[0].dtype, rotary[0].device
-        self.slots = slots
-        self._cache = AnswerCache(shape, slots, self.dtype, self.device)
-        self._step = None
-        if library is not None:
-            self._step = AnswerStep(library, shape, layers, norm, cast("NativeMatrix", head), rotary)
+    shape: AnswerShape
+    embedding: torch.Tensor
+    layers: Iterable[AnswerLayer]
+    norm: AnswerNorm
+    head: Matrix
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    slots: int = 1
+    library: ctypes.CDLL | None = None
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of all matrices, which a new token reads once."""
-        parts = (part for layer in self.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down))
-        return self.head.held_bytes + sum(part.held_bytes for part in parts)
+    def __post_init__(self) -> None:
+        self.dtype, self.device = self.rotary[0].dtype, self.rotary[0].device
+        self._cache = AnswerCache(self.shape, self.slots, self.dtype, self.device)
+        self._step = None
+        if self.library:
+            layers, head = list(self.layers), cast("NativeMatrix", self.head)
+            self._step = AnswerStep(self.library, self.shape, layers, self.norm, head, self.rotary)
 
     def slot_bytes(self, length: int) -> int:
         """What a slot that holds a sequence of so many tokens takes."""
@@ -98,7 +91,8 @@ class CachedDecoder:
 
     def _logits_of_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """A new token of each of the first slots, [S, D] -> [S, V]."""
-        joining = OneToken(self._cache, self.rotary) if len(x) == 1 else TokenEach(self._cache, self.rotary, len(x))
+        one = len(x) == 1
+        joining = Chunk(self._cache, self.rotary, 0, 1) if one else TokenEach(self._cache, self.rotary, len(x))
         for number, layer in enumerate(self.layers):
             x = self._through(number, layer, x, joining)
         return self.head.multiply(self.norm.apply(x))
@@ -122,21 +116,19 @@ class CachedDecoder:
         self.make_slots(self.slots, 0)
         return [self.norm.apply(x) for x in states]
 
+    @torch.inference_mode()
     def logits_at(self, ids: Sequence[int], places: Sequence[int]) -> Iterator[torch.Tensor]:
         """Logits [n, V] that follow places of a text, some at a time; nothing that the slots held stays."""
-        with torch.inference_mode():
-            states = self.hidden_states([ids])[0][torch.tensor(list(places), device=self.device)]
+        states = self.hidden_states([ids])[0][torch.tensor(list(places), device=self.device)]
         for part in states.split(PLACES_AT_A_TIME):
-            with torch.inference_mode():
-                logits = self.head.multiply(part)
-            yield logits
+            yield self.head.multiply(part)
 
     def _read_chunk(self, ids: Sequence[int], slot: int) -> torch.Tensor:
         """Put keys and values of more tokens into a slot; gives the last one's hidden state [1, D]."""
         joining = Chunk(self._cache, self.rotary, slot, len(ids))
         x = self._embedded(ids)
         for number, layer in enumerate(self.layers):
-            x = self._through(number, layer, x, joining, only_last=number == len(self.layers) - 1)
+            x = self._through(number, layer, x, joining, only_last=number == self.shape.layers - 1)
         self._cache.ids[slot] += ids
         return x
 

@@ -30,11 +30,6 @@ UNPACK_FROM = {8: 16, 4: 96}
 class Matrix(Protocol):
     """A weight [N, K] with an optional bias [N]."""
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes that a product reads of it."""
-        ...
-
     def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """[T, K] -> [T, N], in x's dtype; what is added is [T, N] too."""
         ...
@@ -44,7 +39,6 @@ class DenseMatrix:
     """A weight as it is; on a CPU in oneDNN's own layout, whose products of one row read memory twice as fast."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.held_bytes = weight.numel() * weight.element_size()
         self.bias = bias
         self._reordered = weight.device.type == "cpu" and _can_reorder(weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._reordered else weight
@@ -52,8 +46,7 @@ class DenseMatrix:
     def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """[T, K] -> [T, N]."""
         if not self._reordered:
-            y = F.linear(x, self._weight, self.bias)
-            return y if added is None else y.add_(added)
+            return plus(F.linear(x, self._weight, self.bias), added)
         if added is None:
             return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, added, self._weight, self.bias, "add")
@@ -82,7 +75,6 @@ class Int8Matrix:
         parts = [round_to_int8(rows) for rows in weight.split(ROWS_AT_A_TIME)]
         packed, scale = (torch.cat(part) for part in zip(*parts, strict=True))
         self.bias, self.units = bias, units
-        self.held_bytes = packed.numel() + scale.numel() * scale.element_size()
         self._packed: Any = _packed_for_units(packed, scale) if units else packed
         self.scale = scale.to(dtype)
         self._ones = torch.ones(len(packed), dtype=torch.bfloat16)
@@ -90,11 +82,11 @@ class Int8Matrix:
     def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """[T, K] -> [T, N]."""
         if self.units:
-            return _sum(self._product_of_bytes(x.float()).to(x.dtype), self.bias, added)
+            return plus(self._product_of_bytes(x.float()).to(x.dtype), self.bias, added)
         if len(x) < UNPACK_FROM[8]:
             y = aten._weight_int8pack_mm(x.bfloat16(), self._packed, self._ones).to(x.dtype)
-            return _sum(y.mul_(self.scale), self.bias, added)
-        return _sum((x @ self._packed.to(x.dtype).t()).mul_(self.scale), self.bias, added)
+            return plus(y.mul_(self.scale), self.bias, added)
+        return plus((x @ self._packed.to(x.dtype).t()).mul_(self.scale), self.bias, added)
 
     def _product_of_bytes(self, x: torch.Tensor) -> torch.Tensor:
         """fp32 [T, K] -> [T, N]; the library rounds all rows by one scale, so they are brought to one size first."""
@@ -148,11 +140,6 @@ class Int4Matrix:
         self.scales_and_middles = scales.transpose(0, 1).contiguous()  # [K / 32, N, 2]
         self.bias, self.workspace = bias, workspace
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes that a product reads of it."""
-        return self.packed.numel() + self.scales_and_middles.numel() * self.scales_and_middles.element_size()
-
     def dense(self) -> torch.Tensor:
         """The unpacked weight, transposed: [K, N filled up], until the next matrix is unpacked."""
         scale, middle = self.scales_and_middles.to(self.dtype).unbind(2)
@@ -173,12 +160,12 @@ class Int4Matrix:
         else:
             packed, scales = self.packed, self.scales_and_middles
             y = aten._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, GROUP_SIZE, scales).to(x.dtype)
-        return _sum(y[:, : self.rows], self.bias, added)
+        return plus(y[:, : self.rows], self.bias, added)
 
 
-def _sum(y: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor | None) -> torch.Tensor:
+def plus(y: torch.Tensor, *parts: torch.Tensor | None) -> torch.Tensor:
     """y itself, with what there is added to it."""
-    for part in (bias, added):
+    for part in parts:
         if part is not None:
             y.add_(part)
     return y

@@ -19,7 +19,7 @@ from qingtune.answering import load
 from qingtune.answering.decoder import cache
 from qingtune.answering.decoder.cached import CachedDecoder
 from qingtune.answering.decoder.native.build import has_native_units, native_library
-from qingtune.answering.decoder.native.matrices import FEW_ROWS, PackedBlocks, native_matrix
+from qingtune.answering.decoder.native.matrices import FEW_ROWS, NativeMatrix
 from qingtune.answering.generate import Decoding, generate
 from qingtune.answering.load import ModulesDecoder, load_decoder
 from qingtune.kernels.device import Hardware
@@ -89,7 +89,7 @@ def check_products(weight: torch.Tensor, bits: int | None, hardware: Hardware, c
     rows, columns = weight.shape
     bias, x = random(rows, seed=1), random(count, columns, seed=2)
     x[0, :5] *= 40  # a group of other size than the rest
-    matrix = native_matrix(library(), weight, bias, bits, hardware.dtype, Workspace(CPU))
+    matrix = NativeMatrix(library(), weight, bias, bits, hardware.dtype, Workspace(CPU))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -123,8 +123,8 @@ def test_products_beside_fp32(rows: int, columns: int, kept: torch.dtype | int, 
 def test_24_bits_are_256_times_as_exact_as_bf16() -> None:
     weight = random(64, 4864)
     assert ((upper_24_bits(weight) - weight).abs() <= weight.abs() * 2.0**-16).all()
-    matrix = native_matrix(library(), weight, None, None, torch.float32, Workspace(CPU))
-    assert matrix.held_bytes == 3 * weight.numel()
+    matrix = NativeMatrix(library(), weight, None, None, torch.float32, Workspace(CPU))
+    assert matrix.weight.nbytes == 3 * weight.numel()
     assert torch.equal(matrix.multiply(torch.eye(4864)[:100]).t(), upper_24_bits(weight[:, :100]))
     x = random(4, 4864, seed=1)
     wanted = x.double() @ weight.double().t()
@@ -134,7 +134,7 @@ def test_24_bits_are_256_times_as_exact_as_bf16() -> None:
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_products_of_many_rows(bits: int | None) -> None:
     weight, bias, x = random(48, 96), random(48, seed=1), random(FEW_ROWS + 4, 96, seed=2).bfloat16()
-    found = native_matrix(library(), weight, bias, bits, torch.bfloat16, Workspace(CPU)).multiply(x)
+    found = NativeMatrix(library(), weight, bias, bits, torch.bfloat16, Workspace(CPU)).multiply(x)
     assert apart(found.float(), x.float() @ stands_for(weight, bits).t() + bias) < 1e-2
 
 
@@ -142,8 +142,7 @@ def test_products_of_many_rows(bits: int | None) -> None:
 def test_unpacked_they_are_what_they_stand_for(bits: int) -> None:
     weight = random(80, 96)
     weight[3, 32:64] = 0.5  # a group without spread
-    matrix = native_matrix(library(), weight, None, bits, torch.bfloat16, Workspace(CPU))
-    assert isinstance(matrix, PackedBlocks)
+    matrix = NativeMatrix(library(), weight, None, bits, torch.bfloat16, Workspace(CPU))
     assert torch.equal(matrix.dense().t(), stands_for(weight, bits).bfloat16())
     assert 0 < apart(stands_for(weight, bits), weight) < 0.1
 
@@ -155,7 +154,7 @@ def test_unpacked_they_are_what_they_stand_for(bits: int) -> None:
 def test_what_is_not_finite_stays_so(bits: int | None, poison: float, rows: int, dtype: torch.dtype) -> None:
     x = random(rows, 64)
     x[1, 40] = poison
-    found = native_matrix(library(), random(16, 64), None, bits, dtype, Workspace(CPU)).multiply(x)
+    found = NativeMatrix(library(), random(16, 64), None, bits, dtype, Workspace(CPU)).multiply(x)
     assert found[[row for row in range(rows) if row != 1]].isfinite().all()
     assert not found[1].isfinite().any()
 
@@ -165,7 +164,7 @@ def test_what_is_not_finite_stays_so(bits: int | None, poison: float, rows: int,
 def test_a_weight_that_is_not_finite_stays_so(bits: int, kept: torch.dtype) -> None:
     weight = random(16, 64)
     weight.view(torch.int32)[3, 40] = bits
-    matrix = native_matrix(library(), weight.to(kept), None, None, torch.float32, Workspace(CPU))
+    matrix = NativeMatrix(library(), weight.to(kept), None, None, torch.float32, Workspace(CPU))
     for rows in (1, 5, 50):
         found = matrix.multiply(random(rows, 64, seed=1))
         assert not found[:, 3].isfinite().any()

@@ -139,10 +139,12 @@ def test_shapes_that_4_bits_cannot_hold_take_8() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, IN_BF16])
-def test_bytes_held(dtype: torch.dtype) -> None:
-    held = [packed_of(random(128, 128), bits, dtype=dtype).held_bytes for bits in (None, 8, 4)]
+def test_bytes_held_in_4_bits(dtype: torch.dtype) -> None:
+    matrix = packed_of(random(128, 128), 4, dtype=dtype)
+    assert isinstance(matrix, Int4Matrix)
     a_scale_and_zero = 2 * torch.bfloat16.itemsize  # in either dtype: the product is in bf16
-    assert held == [dtype.itemsize * 128**2, 128**2 + 4 * 128, 128**2 // 2 + a_scale_and_zero * 128 * 4]
+    assert matrix.packed.nbytes == 128**2 // 2
+    assert matrix.scales_and_middles.nbytes == a_scale_and_zero * 128 * 4
 
 
 @NEEDS_INT4

@@ -34,11 +34,8 @@ class _ModelStruct(ctypes.Structure):
 
 class _CacheStruct(ctypes.Structure):
     _fields_ = [
-        ("keys", Pointer),
-        ("values", Pointer),
-        ("wide", ctypes.c_int64),
-        ("slots", ctypes.c_int64),
-        ("capacity", ctypes.c_int64),
+        *((name, Pointer) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("wide", "slots", "capacity")),
         ("places", Pointer),
     ]
 
@@ -81,22 +78,15 @@ class AnswerStep:
 
         Keys and values go into the cache, in which there must be room for them; the caller notes their ids.
         """
-        count = len(x)
-        assert count <= len(cache.ids)
-        assert max(map(len, cache.ids[:count])) < cache.keys.shape[3]
-        threads = torch.get_num_threads()
-        x = x.float().contiguous()
-        places = torch.tensor([len(ids) for ids in cache.ids[:count]])
-        held = _CacheStruct(
-            cache.keys.data_ptr(),
-            cache.values.data_ptr(),
-            cache.dtype == torch.float32,
-            cache.keys.shape[1],
-            cache.keys.shape[3],
-            places.data_ptr(),
-        )
+        x, count, places = x.float().contiguous(), len(x), torch.tensor([len(ids) for ids in cache.ids[: len(x)]])
+        keys, values = cache.keys, cache.values
+        slots, capacity = keys.shape[1], keys.shape[3]
+        assert count <= slots
+        assert int(places.max()) < capacity
+        wide = cache.dtype == torch.float32
+        held = _CacheStruct(keys.data_ptr(), values.data_ptr(), wide, slots, capacity, places.data_ptr())
         model, inner = ctypes.byref(self._model), ctypes.byref(held)
-        numbers = ctypes.c_int64(count), ctypes.c_int64(threads)
+        numbers = ctypes.c_int64(count), ctypes.c_int64(torch.get_num_threads())
         needed = self._library.scratch_bytes(model, inner, *numbers)
         if len(self._scratch) < needed:
             self._scratch = torch.empty(needed, dtype=torch.uint8)

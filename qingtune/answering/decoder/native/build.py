@@ -42,7 +42,8 @@ def native_library() -> ctypes.CDLL | str:
     try:
         library = _loaded(compiler)
     except subprocess.CalledProcessError as error:
-        return f"{shlex.join(compiler)} failed: {_last_line(error.stderr)}"
+        lines = error.stderr.strip().splitlines() or ["no reason given"]
+        return f"{shlex.join(compiler)} failed: {lines[-1]}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"the compiled kernels cannot be used: {error}"
     _declare(library)
@@ -73,11 +74,17 @@ def _compiler() -> list[str] | None:
 
 
 def _loaded(compiler: list[str]) -> ctypes.CDLL:
-    """The library, made if it is not there for this source, compiler and machine, or cannot be loaded."""
+    """The library, made if it is not there for this source, compiler and machine, or cannot be loaded.
+
+    Raises:
+        OSError: there is no folder that only this user can write to, or the library cannot be made.
+    """
     version = _run([*compiler, "--version"])
     parts = [SOURCE.read_text(encoding="utf-8"), version, *FLAGS, *sorted(cpu_flags())]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    folder = _own_folder()
+    folder = default_cache() / "native"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _refuse_of_others(folder, folder.stat())
     path = folder / f"answer_step-{name}.so"
     with suppress(OSError):  # missing, truncated, or somebody else's: compile it again
         return _load(path)
@@ -109,23 +116,7 @@ def _run(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=SECONDS).stdout
 
 
-def _own_folder() -> Path:
-    """A folder that only this user can write to.
-
-    Raises:
-        OSError: there is none.
-    """
-    folder = default_cache() / "native"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _refuse_of_others(folder, folder.stat())
-    return folder
-
-
 def _refuse_of_others(path: Path, status: os.stat_result) -> None:
     """Only this user, or root, may own it and write to it."""
     if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"others can write to {path}")
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[-1]
