@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,25 +53,22 @@ def answer_questions(
                 following += 1
 
 
+@dataclass(frozen=True)
 class AnswerFile:
     """The file for the answers. Until it is complete, a second file next to it says what they answer and how.
 
-    Args:
+    Attributes:
         path: of the file; None for stdout, where nothing is resumed.
         identity: everything that decides the answers, as JSON values.
         overwrite: replace a file that is there.
         setting: by which the user chose the place; there is one named overwrite_... to replace what is there.
     """
 
-    def __init__(
-        self, path: Path | None, identity: dict[str, Any], *, overwrite: bool, setting: str = "output_file"
-    ) -> None:
-        self.path, self.identity, self.overwrite, self.setting = path, identity, overwrite, setting
-
-    @property
-    def _state(self) -> Path:
-        assert self.path
-        return _state_of(self.path)
+    path: Path | None
+    identity: dict[str, Any]
+    _: KW_ONLY
+    overwrite: bool
+    setting: str = "output_file"
 
     def open(self) -> tuple[TextIO | None, int]:
         """The file to write to, None for stdout, and how many rows it holds already.
@@ -89,9 +86,12 @@ class AnswerFile:
                 return io.TextIOWrapper(io.BufferedWriter(open_device(self.path)), encoding="utf-8"), 0
             if not rows:
                 write_bytes(self.path, b"")
-                write_json(self._state, self.identity)
+                write_json(_state_of(self.path), self.identity)
             stream = io.TextIOWrapper(io.BufferedRandom(open_in_place(self.path)), encoding="utf-8", newline="\n")
-            _cut_after(stream, rows)
+            for _ in range(rows):
+                stream.readline()
+            stream.seek(stream.tell())
+            stream.truncate()  # a row that was half written goes
         except OSError as error:
             raise UserError(f"cannot be written: {error.strerror}", where=str(self.path)) from None
         return stream, rows
@@ -99,7 +99,7 @@ class AnswerFile:
     def finish(self) -> None:
         """The file is whole."""
         if self.path:
-            self._state.unlink(missing_ok=True)
+            _state_of(self.path).unlink(missing_ok=True)
 
     def rows_there(self) -> int:
         """Complete rows of an earlier start that this one resumes from.
@@ -108,12 +108,10 @@ class AnswerFile:
             UserError: the file holds something else.
         """
         assert self.path
-        if self.overwrite or not self.path.exists() or not self.path.stat().st_size:
-            return 0
-        if not self.path.is_file():
+        if self.overwrite or not self.path.is_file() or not self.path.stat().st_size:
             return 0
         refuse_finished(self.path, self.setting)
-        before = read_object(self._state, INDEX_BYTES)
+        before = read_object(_state_of(self.path), INDEX_BYTES)
         if other := sorted(name for name in self.identity if before.get(name) != self.identity[name]):
             raise UserError(
                 f"{self.setting} holds answers made with other settings: {', '.join(other)} differ",
@@ -142,15 +140,6 @@ def refuse_finished(path: Path, setting: str = "output_file") -> None:
             where=str(path),
             fix=f"Choose another one, or pass --overwrite_{setting}.",
         )
-
-
-def _cut_after(stream: TextIO, rows: int) -> None:
-    """Leave the first rows of a file, and stand at their end; a row that was half written goes."""
-    for _ in range(rows):
-        stream.readline()
-    place = stream.tell()
-    stream.seek(place)
-    stream.truncate()
 
 
 def answer_file(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 
@@ -177,64 +177,52 @@ def generate_many(
 
 
 class Answer:
-    """An answer as it is made: iterate for its pieces of text; then `text`, `tokens` and `ended` tell the rest."""
+    """An answer as it is made: iterate for its pieces of text; then `text`, `tokens` and `ended` tell the rest.
+
+    Tokens are decoded one after the other, each with those of the piece before it, not with all: what a token adds to
+    a text depends on its neighbours. A SentencePiece tokenizer drops the space in front of a text, WordPiece puts one
+    before each word, and a character may take several tokens. Together the pieces are the text that `decode_answer`
+    gives, but for bytes that are no UTF-8: characters that were whole stay, where SentencePiece's decoder replaces all
+    bytes in a row.
+    """
 
     def __init__(self, template: Template, tokens: Iterable[int]) -> None:
         self._template, self._source = template, tokens
         self.tokens: list[int] = []
         self.text = ""
         self.ended = False
+        added = template.tokenizer.added_tokens_decoder
+        self._skipped = {number for number, token in added.items() if token.special}
+        self._before, self._text_before = list[int](), ""
+        self._waiting: list[int] = []
 
     def __iter__(self) -> Iterator[str]:
         """Yield text as soon as it is whole characters: one character may take several tokens."""
-        growing = _GrowingText(self._template)
         for token in self._source:
             self.ended = token in self._template.stop_ids
             self.tokens.append(token)
-            if piece := growing.add(token):
-                self.text += piece
-                yield piece
-        if rest := growing.rest():
+            if token not in self._skipped:
+                self._waiting.append(token)
+                piece = self._rest()
+                full = len(self._waiting) == MOST_WAITING
+                if piece and (full or not piece.endswith("\ufffd")):
+                    self._before, self._text_before = self._waiting, decode_answer(self._template, self._waiting)
+                    self._waiting = []
+                    self.text += piece
+                    yield piece
+                elif full:
+                    self._waiting = []
+        if rest := self._rest():
             self.text += rest
             yield rest
 
-
-class _GrowingText:
-    """Decodes tokens one after the other: each with those of the piece before it, not with all.
-
-    What a token adds to a text depends on its neighbours: a SentencePiece tokenizer drops the space in front of a text,
-    WordPiece puts one before each word, and a character may take several tokens. Together the pieces are the text that
-    `decode_answer` gives, but for bytes that are no UTF-8: characters that were whole stay, where SentencePiece's
-    decoder replaces all bytes in a row.
-    """
-
-    def __init__(self, template: Template) -> None:
-        self._template = template
-        added = template.tokenizer.added_tokens_decoder
-        self._skipped = {number for number, token in added.items() if token.special}
-        self._before, self._text_before = cast("list[int]", []), ""
-        self._waiting: list[int] = []
-
-    def add(self, token: int) -> str:
-        """The text that is whole after one more token; empty where a character is not."""
-        if token in self._skipped:
-            return ""
-        self._waiting.append(token)
-        text = self.rest()
-        full = len(self._waiting) == MOST_WAITING
-        if not full and (not text or text.endswith("\ufffd")):
-            return ""
-        if text:
-            self._before, self._text_before = self._waiting, decode_answer(self._template, self._waiting)
-        self._waiting = []
-        return text
-
-    def rest(self) -> str:
+    def _rest(self) -> str:
         """The text of the tokens that wait for the rest of a character."""
         text = decode_answer(self._template, [*self._before, *self._waiting])
         if text.startswith(self._text_before):
             return text[len(self._text_before) :]
         return decode_answer(self._template, self._waiting)  # bytes that spoil those of the piece before
+
 
 
 def decode_answer(template: Template, tokens: Sequence[int]) -> str:

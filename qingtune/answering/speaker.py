@@ -102,17 +102,6 @@ def check_bits(config: InferConfig) -> None:
         raise UserError("load_in_4bit and load_in_8bit are both given", fix="Choose one.")
 
 
-def load_speaker(config: InferConfig, slots: int = 1) -> Speaker:
-    """Load what the settings name, to answer so many prompts at a time.
-
-    Raises:
-        UserError: something is missing, broken, or does not fit.
-    """
-    speaker = prepare_speaker(config, slots)
-    _ = speaker.decoder
-    return speaker
-
-
 def prepare_speaker(config: InferConfig, slots: int = 1) -> Speaker:
     """Find and check all but the weights of what the settings name.
 
@@ -150,9 +139,8 @@ def prepare_speaker(config: InferConfig, slots: int = 1) -> Speaker:
 
 def choose_decoding(config: InferConfig, folder: Path) -> Decoding:
     """The decoding settings: the flags, else the model's own generation_config.json, else the defaults."""
-    own, default = read_generation_config(folder), Decoding()
     chosen: dict[str, Any] = {}
-    for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
-        flag, of_model = getattr(config, name), own.get(name)
-        chosen[name] = flag if flag is not None else of_model if of_model is not None else getattr(default, name)
+    for given in (read_generation_config(folder), config.model_dump()):
+        names = ("temperature", "top_p", "top_k", "repetition_penalty")
+        chosen |= {name: given[name] for name in names if given.get(name) is not None}
     return Decoding(max_new_tokens=config.max_new_tokens, seed=config.seed, **chosen)

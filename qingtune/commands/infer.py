@@ -20,7 +20,7 @@ from qingtune.answering.chat.session import ChatSession
 from qingtune.answering.chat.talk import chat
 from qingtune.answering.decoder.cached import CachedDecoder
 from qingtune.answering.generate import Answer, Decoder
-from qingtune.answering.speaker import Speaker, check_bits, load_speaker
+from qingtune.answering.speaker import Speaker, check_bits, prepare_speaker
 from qingtune.config.commands import InferConfig
 from qingtune.data.bundled import BUNDLED_SHOWN, bundled_prompts
 from qingtune.data.format import Message
@@ -58,7 +58,8 @@ def infer(config: InferConfig) -> None:
     if config.output_file and not config.overwrite_output_file:
         refuse_finished(Path(config.output_file))  # before seconds go into loading
     questions = list(rows_with_prompts(config.prompt_file, rules_of(config))) if config.prompt_file else []
-    speaker = load_speaker(config, slots=min(SLOTS, max(1, len(questions))))
+    speaker = prepare_speaker(config, slots=min(SLOTS, max(1, len(questions))))
+    _ = speaker.decoder  # read the weights before anything is asked
     if config.chat:
         session = ChatSession(speaker.template, speaker.context_length, speaker.system_prompt)
         chat(speaker.continue_from, session, speaker.decoding)
@@ -77,9 +78,6 @@ def _check_question(config: InferConfig) -> None:
         raise UserError(f"{' and '.join(asked)} are both given", fix="Choose one.")
     if config.output_file and not config.prompt_file:
         raise UserError("output_file needs prompt_file", fix="Pass --prompt_file, or redirect stdout: > FILE")
-
-
-# --- Loading ---------------------------------------------------------------------------------------------------------
 
 
 # --- Answering -------------------------------------------------------------------------------------------------------

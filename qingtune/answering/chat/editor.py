@@ -74,14 +74,11 @@ class EditedLines:
     @contextmanager
     def quiet(self) -> Generator[None]:
         """Keep what is typed for the next message, without showing it; Ctrl-C stays Ctrl-C."""
-        try:
-            import termios
-        except ImportError:  # Windows' console shows nothing that is not read
+        if sys.platform == "win32" or not sys.stdin.isatty():  # Windows' console shows nothing that is not read
             yield
             return
-        if not sys.stdin.isatty():
-            yield
-            return
+        import termios
+
         before = termios.tcgetattr(sys.stdin)
         silent = termios.tcgetattr(sys.stdin)
         silent[0] &= ~termios.ICRNL  # Enter stays Enter
@@ -173,14 +170,12 @@ class SavedHistory(History):
         try:
             lines = self._path.read_bytes().split(b"\n")[:-1]
             if len(lines) > 2 * KEPT:
-                self._shorten(lines[-KEPT:])
+                with replacing(self._path, PRIVATE) as file:
+                    file.write(b"".join(line + b"\n" for line in lines[-KEPT:]))
         except FileNotFoundError:
             return
-        except OSError as error:
-            self._fail(error.strerror or str(error))
-            return
-        except UserError as error:
-            self._fail(error.what)
+        except (OSError, UserError) as error:
+            self._fail(error)
             return
         for line in reversed(lines[-KEPT:]):
             try:
@@ -200,15 +195,10 @@ class SavedHistory(History):
             with open_in_place(self._path, append=True, mode=PRIVATE) as file:
                 os.chmod(self._path, PRIVATE)  # one that was there may have been open to others
                 file.write(line)
-        except OSError as error:
-            self._fail(error.strerror or str(error))
-        except UserError as error:
-            self._fail(error.what)
+        except (OSError, UserError) as error:
+            self._fail(error)
 
-    def _shorten(self, lines: list[bytes]) -> None:
-        with replacing(self._path, PRIVATE) as file:
-            file.write(b"".join(line + b"\n" for line in lines))
-
-    def _fail(self, reason: str) -> None:
+    def _fail(self, error: OSError | UserError) -> None:
         self._broken = True
+        reason = error.what if isinstance(error, UserError) else error.strerror or str(error)
         self.fault = f"{self._path}: {reason}; your input is not kept for later chats."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Literal, Protocol
 
 from qingtune.errors import UserError
@@ -41,7 +41,8 @@ class PlainLines:
         """`prompted`: there is a terminal, on which each line is asked for."""
         self._note, self._prompted = note, prompted
         if prompted:
-            _enable_line_editing()
+            with suppress(ImportError):  # Windows' console edits lines by itself
+                import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]  # arrow keys and history
 
     def read(self, *, recorded: bool) -> str | None:
         """The next message; None at the end, or when Ctrl-C is pressed twice in a row."""
@@ -78,11 +79,3 @@ class PlainLines:
         except OSError as error:  # a folder, open for writing alone, a terminal that went away
             fix = "Pipe text in, or start the chat at a terminal."
             raise UserError(f"cannot be read ({error.strerror})", where="stdin", fix=fix) from None
-
-
-def _enable_line_editing() -> None:
-    """Arrow keys and history, where the platform has readline."""
-    try:
-        import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    except ImportError:  # Windows' console edits lines by itself
-        return

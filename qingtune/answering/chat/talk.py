@@ -105,29 +105,26 @@ class Chat:
             before: the turns to go back to if there is no answer.
         """
         ctrl_c = Interruptible()
-        with ctrl_c.handling():
-            self._settle(question, before, ctrl_c)
-
-    def _settle(self, question: Message, before: list[Message], ctrl_c: Interruptible) -> None:
-        state, session = self.state, self.state.session
-        dropped, answer = session.dropped, ""
         answered_before = any(turn is question for turn in before)
-        session.turns.append(question)
-        try:
-            answer, broken_off = self._answer(ctrl_c)
-        except TemplateError as error:
-            raise UserError(f"the model's chat template refuses this: {error}") from None
-        finally:
-            kept = bool(split_thinking(answer)[1].strip())
-            if kept:
-                session.turns.append(Message("assistant", answer))
-            else:
-                session.turns, session.dropped = before, dropped
-            state.unanswered = None if kept or answered_before else question
-        if broken_off or not kept:
-            lost = "no new answer; the earlier one is kept" if answered_before else "no answer yet; /retry asks again"
-            outcome = "the answer so far is kept" if kept else lost
-            self.screen.note(f"[{broken_off or 'the model ended its turn'}; {outcome}]")
+        lost = "no new answer; the earlier one is kept" if answered_before else "no answer yet; /retry asks again"
+        with ctrl_c.handling():
+            state, session = self.state, self.state.session
+            dropped, answer = session.dropped, ""
+            session.turns.append(question)
+            try:
+                answer, broken_off = self._answer(ctrl_c)
+            except TemplateError as error:
+                raise UserError(f"the model's chat template refuses this: {error}") from None
+            finally:
+                kept = bool(split_thinking(answer)[1].strip())
+                if kept:
+                    session.turns.append(Message("assistant", answer))
+                else:
+                    session.turns, session.dropped = before, dropped
+                state.unanswered = None if kept or answered_before else question
+            if broken_off or not kept:
+                outcome = "the answer so far is kept" if kept else lost
+                self.screen.note(f"[{broken_off or 'the model ended its turn'}; {outcome}]")
 
     def _answer(self, ctrl_c: Interruptible) -> tuple[str, str]:
         """Show the answer to the session's turns; returns its text, and why it was broken off, if it was."""
