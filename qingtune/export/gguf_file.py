@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader, GGUFWriter, LlamaFileType
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, ReaderTensor
 from gguf.constants import GGML_QUANT_SIZES, GGML_QUANT_VERSION
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
 Read = Callable[[str], torch.Tensor]
 
-KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}
-_FILE_TYPES = {
-    "f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "bf16": LlamaFileType.MOSTLY_BF16,
-    "q8_0": LlamaFileType.MOSTLY_Q8_0, "q4_0": LlamaFileType.MOSTLY_Q4_0,
-}  # fmt: skip
+KINDS = {name: Kind[name.upper()] for name in ("f32", "f16", "bf16", "q8_0", "q4_0")}
 # The most that rounding does to a tensor: the root of the summed squared errors over that of the squared weights. Of a
 # block of 32 with m its largest value, 8 bits round to steps of m/127 and 4 bits to steps of m/8. A step s errs by
 # s/sqrt(12) on average, and the root of the block's squares is at least m, hence sqrt(32/12)/127. A twentieth on top,
@@ -88,8 +84,9 @@ def write_gguf(path: Path, plan: GGUFPlan, read: Read) -> None:
     writer = GGUFWriter(path, plan.layout.architecture)
     try:
         for name, value in plan.metadata.items():
-            _add(writer, name, value)
-        writer.add_file_type(_FILE_TYPES[plan.quantize])
+            kind = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
+            writer.add_key_value(name, value, kind)
+        writer.add_file_type(LlamaFileType["ALL_F32" if plan.quantize == "f32" else f"MOSTLY_{plan.quantize.upper()}"])
         writer.add_quantization_version(GGML_QUANT_VERSION)
         for name, array in plan.layout.constants.items():
             writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
@@ -119,19 +116,6 @@ def _append(file: BufferedWriter, array: NDArray[Any], alignment: int) -> None:
     file.write(bytes(-file.tell() % alignment))
 
 
-def _add(writer: GGUFWriter, name: str, value: Value) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(name, value)
-    elif isinstance(value, int):
-        writer.add_uint32(name, value)
-    elif isinstance(value, float):
-        writer.add_float32(name, value)
-    elif isinstance(value, str):
-        writer.add_string(name, value)
-    else:
-        writer.add_array(name, value)
-
-
 def _blocks(tensor: torch.Tensor) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     """A tensor's rows in pieces, fp32; a vector is one row."""
     rows = tensor.reshape(-1, tensor.shape[-1])
@@ -153,17 +137,10 @@ def _encode(tensor: torch.Tensor, kind: Kind) -> NDArray[np.uint8]:
 # --- Reading back ----------------------------------------------------------------------------------------------------
 
 
-class _Stored(NamedTuple):
-    """Where a tensor lies in a file, and in what form."""
-
-    kind: Kind
-    shape: tuple[int, ...]
-    offset: int
-    bytes: int
-
-    def rows(self, path: Path) -> NDArray[np.uint8]:
-        """Its bytes, uint8 [rows, bytes a row]; a vector is one row."""
-        return np.fromfile(path, np.uint8, self.bytes, offset=self.offset).reshape(math.prod(self.shape[:-1]), -1)
+def _rows(path: Path, tensor: ReaderTensor) -> NDArray[np.uint8]:
+    """A stored tensor's bytes, uint8 [rows, bytes a row], in memory of their own; a vector is one row."""
+    stored = np.fromfile(path, np.uint8, int(tensor.n_bytes), offset=int(tensor.data_offset))
+    return stored.reshape(math.prod(tensor.shape[1:].tolist()), -1)
 
 
 def check_gguf(path: Path, plan: GGUFPlan, read: Read) -> dict[str, tuple[float, str]]:
@@ -177,12 +154,12 @@ def check_gguf(path: Path, plan: GGUFPlan, read: Read) -> dict[str, tuple[float,
     """
     stored = _check_header(path, plan)
     for name, array in plan.layout.constants.items():
-        if not np.array_equal(stored[name].rows(path), array.reshape(1, -1).view(np.uint8)):
+        if not np.array_equal(_rows(path, stored[name]), array.reshape(1, -1).view(np.uint8)):
             raise UserError(f"{name} in the file differs from what was written", where=path.name)
     worst: dict[str, tuple[float, str]] = {}
     for tensor in plan.layout.tensors:
         kind = plan.kind(tensor)
-        error = _error(stored[tensor.name].rows(path), kind, tensor.arrange(read(tensor.source)))
+        error = _error(_rows(path, stored[tensor.name]), kind, tensor.arrange(read(tensor.source)))
         if not error <= MOST_ERROR[kind]:  # also where it is no number
             raise UserError(
                 f"{tensor.source} stored as {kind.name} differs by {error:.3%}, more than rounding explains "
@@ -193,7 +170,7 @@ def check_gguf(path: Path, plan: GGUFPlan, read: Read) -> dict[str, tuple[float,
     return worst
 
 
-def _check_header(path: Path, plan: GGUFPlan) -> dict[str, _Stored]:
+def _check_header(path: Path, plan: GGUFPlan) -> dict[str, ReaderTensor]:
     """Compare a file's metadata, and its tensors' names, forms and shapes; returns where the tensors are.
 
     The reader, which takes hundreds of megabytes for a large vocabulary, is let go of.
@@ -203,17 +180,12 @@ def _check_header(path: Path, plan: GGUFPlan) -> dict[str, _Stored]:
         found = reader.fields[name].contents() if name in reader.fields else None
         if found != (float(np.float32(value)) if isinstance(value, float) else value):
             raise UserError(f"{name} in the file differs from what was written", where=path.name)
-    stored = {
-        tensor.name: _Stored(
-            tensor.tensor_type, tuple(reversed(tensor.shape.tolist())), int(tensor.data_offset), int(tensor.n_bytes)
-        )
-        for tensor in reader.tensors
-    }
+    found = {tensor.name: (tensor.tensor_type, tuple(reversed(tensor.shape.tolist()))) for tensor in reader.tensors}
     wanted = {tensor.name: (plan.kind(tensor), tensor.shape) for tensor in plan.layout.tensors}
     wanted |= {name: (Kind.F32, array.shape) for name, array in plan.layout.constants.items()}
-    if {name: (tensor.kind, tensor.shape) for name, tensor in stored.items()} != wanted:
+    if found != wanted:
         raise UserError("the tensors in the file differ from those that were written", where=path.name)
-    return stored
+    return {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _error(stored: NDArray[np.uint8], kind: Kind, wanted: torch.Tensor) -> float:

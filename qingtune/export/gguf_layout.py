@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSOR, MODEL_TENSORS, TENSOR_NAMES
+from gguf.constants import MODEL_ARCH, MODEL_TENSOR, MODEL_TENSORS, TENSOR_NAMES
 from gguf.tensor_mapping import get_tensor_name_map
 
 from qingtune.errors import UserError
@@ -20,15 +20,12 @@ from qingtune.models.load import config_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# model_type of Transformers -> architecture of llama.cpp. The names agree; what lies behind them differs in places.
-ARCHITECTURES = ("qwen2", "qwen3", "llama")
-
-_ARCHITECTURES = {name: kind for kind, name in MODEL_ARCH_NAMES.items() if name in ARCHITECTURES}
 # Tensors of a layer in gguf's tables that dense models do not have.
 _NOT_IN_DENSE = (MODEL_TENSOR.ATTN_ROT_EMBD, MODEL_TENSOR.FFN_GATE_INP, MODEL_TENSOR.FFN_GATE_EXP,
                  MODEL_TENSOR.FFN_DOWN_EXP, MODEL_TENSOR.FFN_UP_EXP)  # fmt: skip
-# Biases that llama.cpp loads; it would leave any other out silently.
 _QKV_BIASES = {"attn_q.bias", "attn_k.bias", "attn_v.bias"}
+# model_type of Transformers, and by the same name architecture of llama.cpp -> biases that llama.cpp loads; it would
+# leave any other out silently. The names agree; what lies behind them differs in places.
 _BIASES = {
     "qwen2": _QKV_BIASES,
     "qwen3": _QKV_BIASES,
@@ -96,9 +93,9 @@ def layout_of(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, untie: boo
         UserError: the architecture, or something about this model, cannot be expressed.
     """
     kind = read_model_config(folder)["model_type"]
-    if kind not in ARCHITECTURES:
+    if kind not in _BIASES:
         raise UserError(
-            f'the architecture "{kind}" cannot be exported', where=str(folder), fix=f"{', '.join(ARCHITECTURES)} can."
+            f'the architecture "{kind}" cannot be exported', where=str(folder), fix=f"{', '.join(_BIASES)} can."
         )
     config: Any = config_of(folder)
     if problem := _inexpressible(config, kind):
@@ -158,7 +155,7 @@ def _place(config: Any, kind: str, folder: Path, shapes: Mapping[str, tuple[int,
     if not tied and "lm_head.weight" not in shapes:
         raise UserError("the head (lm_head.weight) is missing", where=str(folder), fix="Download the model again.")
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if kind == "llama" else {}
-    names = get_tensor_name_map(_ARCHITECTURES[kind], config.num_hidden_layers)
+    names = get_tensor_name_map(MODEL_ARCH[kind.upper()], config.num_hidden_layers)
     layers = [f"blk.{layer}." for layer in range(config.num_hidden_layers)]
     wanted = [layer + part for layer in layers for part in _weights_of_layer(kind)]
     wanted = ["token_embd.weight", "output_norm.weight", *wanted]
@@ -183,7 +180,8 @@ def _place(config: Any, kind: str, folder: Path, shapes: Mapping[str, tuple[int,
 
 def _weights_of_layer(kind: str) -> list[str]:
     """What llama.cpp needs of each layer, such as attn_q.weight, in order."""
-    names = [TENSOR_NAMES[tensor] for tensor in MODEL_TENSORS[_ARCHITECTURES[kind]] if tensor not in _NOT_IN_DENSE]
+    tensors = MODEL_TENSORS[MODEL_ARCH[kind.upper()]]
+    names = [TENSOR_NAMES[tensor] for tensor in tensors if tensor not in _NOT_IN_DENSE]
     return sorted(f"{name.removeprefix('blk.{bid}.')}.weight" for name in names if name.startswith("blk."))
 
 
@@ -206,18 +204,16 @@ def _add_rope_scaling(
     """
     rope = config.rope_parameters
     scaling = rope.get("rope_type", "default")
-    if scaling == "linear":
-        metadata |= {f"{kind}.rope.scaling.type": "linear", f"{kind}.rope.scaling.factor": float(rope["factor"])}
-    elif scaling == "yarn" and not _unlike_llama_cpp(rope):
-        metadata |= {
-            f"{kind}.rope.scaling.type": "yarn",
-            f"{kind}.rope.scaling.factor": float(rope["factor"]),
-            f"{kind}.rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
-        }
+    unlike = _unlike_llama_cpp(rope) if scaling == "yarn" else []
+    if scaling in ("linear", "yarn") and not unlike:
+        metadata |= {f"{kind}.rope.scaling.type": scaling, f"{kind}.rope.scaling.factor": float(rope["factor"])}
+        if scaling == "yarn":
+            original = int(rope["original_max_position_embeddings"])
+            metadata[f"{kind}.rope.scaling.original_context_length"] = original
     elif scaling == "llama3" and kind == "llama":
         constants["rope_freqs.weight"] = _llama3_factors(config)
     elif scaling != "default":
-        detail = f" with {', '.join(_unlike_llama_cpp(rope))}" if scaling == "yarn" else ""
+        detail = f" with {', '.join(unlike)}" if unlike else ""
         raise UserError(
             f"llama.cpp's {kind} cannot represent this model: its rope_type {scaling}{detail}",
             where=str(folder / "config.json"),

@@ -41,32 +41,30 @@ class Turns:
 
     Attributes:
         opening: stands first where the first message is not the system's.
-        system, user, assistant: before and after the content of a turn.
+        around: what stands before and after the content of a turn, by role: system, user, assistant.
         prompt: before the answer to be made.
         changed: what the model's own template does to some contents and this does not.
     """
 
     opening: str
-    system: tuple[str, str]
-    user: tuple[str, str]
-    assistant: tuple[str, str]
+    around: Mapping[str, tuple[str, str]]
     prompt: str
     changed: tuple[str, ...] = ()
 
     def render(self, messages: Sequence[Message]) -> str:
         """A conversation up to the answer to be made."""
-        around = {"system": self.system, "user": self.user, "assistant": self.assistant}
-        opening = self.opening if messages[0].role != "system" else ""
-        turns = (around[message.role][0] + message.content + around[message.role][1] for message in messages)
-        return opening + "".join(turns) + self.prompt
+        text = self.opening if messages[0].role != "system" else ""
+        for message in messages:
+            before, after = self.around[message.role]
+            text += before + message.content + after
+        return text + self.prompt
 
     def go_template(self) -> str:
         """The same in Go's template language with Ollama's variables."""
         parts = ["{{ range $i, $_ := .Messages }}"]
         if self.opening:
             parts.append('{{ if and (eq $i 0) (ne .Role "system") }}' + _literal(self.opening) + "{{ end }}")
-        for word, role in (("if", "system"), ("else if", "user"), ("else if", "assistant")):
-            before, after = {"system": self.system, "user": self.user, "assistant": self.assistant}[role]
+        for word, (role, (before, after)) in zip(("if", "else if", "else if"), self.around.items(), strict=True):
             parts.append(f'{{{{ {word} eq .Role "{role}" }}}}{_literal(before)}{{{{ .Content }}}}{_literal(after)}')
         return "".join([*parts, "{{ end }}{{ end }}", _literal(self.prompt)])
 
@@ -106,9 +104,11 @@ def find_turns(template: str, render: Render, bos: str | None) -> Turns:
     before_user = _after(after_answer, after_answer_at_end)
     turns = Turns(
         opening=_before(opening, before_user),
-        system=(before_system, _before(after_system, before_user)),
-        user=(before_user, after_user),
-        assistant=(_after(after_user_and_more, after_user), after_answer_at_end),
+        around={
+            "system": (before_system, _before(after_system, before_user)),
+            "user": (before_user, after_user),
+            "assistant": (_after(after_user_and_more, after_user), after_answer_at_end),
+        },
         prompt=prompt,
     )
     if end != after_user + prompt:
@@ -175,12 +175,12 @@ def _alike(turns: Turns, render: Render, messages: Sequence[Message]) -> bool:
 
 def _without_bos(turns: Turns, bos: str) -> Turns:
     """The turns without the token that llama.cpp puts in front itself."""
-    if not turns.system[0].startswith(bos):
-        raise TemplateNotExpressible("it does not begin with the token that the model's texts begin with")
-    system = (turns.system[0].removeprefix(bos), turns.system[1])
-    if turns.opening.startswith(bos):
-        return replace(turns, opening=turns.opening.removeprefix(bos), system=system)
-    raise TemplateNotExpressible("it does not always begin with the token that the model's texts begin with")
+    before, after = turns.around["system"]
+    for place, always in ((before, ""), (turns.opening, "always ")):
+        if not place.startswith(bos):
+            raise TemplateNotExpressible(f"it does not {always}begin with the token that the model's texts begin with")
+    around = {**turns.around, "system": (before.removeprefix(bos), after)}
+    return replace(turns, opening=turns.opening.removeprefix(bos), around=around)
 
 
 # --- The file --------------------------------------------------------------------------------------------------------
