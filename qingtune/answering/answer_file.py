@@ -136,16 +136,12 @@ def refuse_finished(path: Path, setting: str = "output_file") -> None:
     """
     if path.is_file() and path.stat().st_size and not _state_of(path).exists():
         raise UserError(
-            f"{setting} already exists",
-            where=str(path),
-            fix=f"Choose another one, or pass --overwrite_{setting}.",
+            f"{setting} already exists", where=str(path), fix=f"Choose another one, or pass --overwrite_{setting}."
         )
 
 
 def answer_file(
-    file: AnswerFile,
-    count: int,
-    rows_after: Callable[[int], Iterator[tuple[dict[str, Any], int]]],
+    file: AnswerFile, count: int, rows_after: Callable[[int], Iterator[tuple[dict[str, Any], int]]]
 ) -> None:
     """Write every row that is not there yet, as soon as it comes. `finish` is left to the caller.
 

@@ -224,7 +224,6 @@ class Answer:
         return decode_answer(self._template, self._waiting)  # bytes that spoil those of the piece before
 
 
-
 def decode_answer(template: Template, tokens: Sequence[int]) -> str:
     """The text of an answer's tokens."""
     return decode(template.tokenizer, tokens, skip_special_tokens=True)

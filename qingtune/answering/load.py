@@ -3,7 +3,6 @@ not fit."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,12 +72,7 @@ class ModulesDecoder:
 
 
 def load_decoder(
-    folder: Path,
-    adapter: Path | None,
-    bits: int | None,
-    hardware: Hardware,
-    cache_dir: str | None,
-    slots: int,
+    folder: Path, adapter: Path | None, bits: int | None, hardware: Hardware, cache_dir: str | None, slots: int
 ) -> Decoder:
     """The fastest decoder that is right for a model.
 

@@ -94,20 +94,20 @@ def find_turns(template: str, render: Render, bos: str | None) -> Turns:
     try:
         alone = render([user], False)
         opening, after_user = _cut(alone, _USER)
-        prompt = _after(render([user], True), alone)
+        prompt = _between(render([user], True), alone, "")
         before_system, after_system, after_user_and_more, after_answer, end = _cut(
             render([system, user, answer, again], True), _SYSTEM, _USER, _ANSWER, _AGAIN
         )
         after_answer_at_end = _cut(render([user, answer], False), _ANSWER)[1]
     except TemplateError as error:
         raise TemplateNotExpressible(f"it refuses a conversation ({error})") from None
-    before_user = _after(after_answer, after_answer_at_end)
+    before_user = _between(after_answer, after_answer_at_end, "")
     turns = Turns(
-        opening=_before(opening, before_user),
+        opening=_between(opening, "", before_user),
         around={
-            "system": (before_system, _before(after_system, before_user)),
+            "system": (before_system, _between(after_system, "", before_user)),
             "user": (before_user, after_user),
-            "assistant": (_after(after_user_and_more, after_user), after_answer_at_end),
+            "assistant": (_between(after_user_and_more, after_user, ""), after_answer_at_end),
         },
         prompt=prompt,
     )
@@ -130,16 +130,10 @@ def _cut(text: str, *contents: str) -> list[str]:
     return [*pieces, text]
 
 
-def _after(text: str, start: str) -> str:
-    if not text.startswith(start):
+def _between(text: str, start: str, end: str) -> str:
+    if not text.startswith(start) or not text.endswith(end):
         raise TemplateNotExpressible("what it writes around a turn depends on the turns around it")
-    return text[len(start) :]
-
-
-def _before(text: str, end: str) -> str:
-    if not text.endswith(end):
-        raise TemplateNotExpressible("what it writes around a turn depends on the turns around it")
-    return text[: len(text) - len(end)]
+    return text[len(start) : len(text) - len(end)]
 
 
 def _compare(turns: Turns, render: Render) -> tuple[str, ...]:

@@ -162,8 +162,7 @@ def _set(state: ChatState, text: str) -> str:
     if name and name not in known:
         near = _nearest(name, list(known))
         raise UserError(
-            f'"{name}" is not a chat setting',
-            fix=f'Did you mean "{near}"?' if near else f"It has {', '.join(known)}.",
+            f'"{name}" is not a chat setting', fix=f'Did you mean "{near}"?' if near else f"It has {', '.join(known)}."
         )
     if value:
         _change(state, name, value, known[name])

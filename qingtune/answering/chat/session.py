@@ -23,7 +23,6 @@ class ChatSession:
         system_prompt: the first message, if any.
         turns: the questions and answers; thinking stays in an answer as the model wrote it, for the template to decide
             what later prompts show of it.
-        dropped: exchanges that the context had no more room for.
         asked: answers begun so far; each is drawn with a seed of its own.
     """
 
@@ -31,7 +30,6 @@ class ChatSession:
     context_length: int
     system_prompt: str | None = None
     turns: list[Message] = field(default_factory=list)
-    dropped: int = 0
     asked: int = 0
 
     def messages(self) -> list[Message]:
@@ -52,7 +50,6 @@ class ChatSession:
         ids = prompt_ids(self.template, self.messages())
         while len(ids) > room and (end := self._end_of_first_exchange()):
             del self.turns[:end]
-            self.dropped += 1
             ids = prompt_ids(self.template, self.messages())
         return ids
 

@@ -109,7 +109,7 @@ class Chat:
         lost = "no new answer; the earlier one is kept" if answered_before else "no answer yet; /retry asks again"
         with ctrl_c.handling():
             state, session = self.state, self.state.session
-            dropped, answer = session.dropped, ""
+            answer = ""
             session.turns.append(question)
             try:
                 answer, broken_off = self._answer(ctrl_c)
@@ -120,7 +120,7 @@ class Chat:
                 if kept:
                     session.turns.append(Message("assistant", answer))
                 else:
-                    session.turns, session.dropped = before, dropped
+                    session.turns = before
                 state.unanswered = None if kept or answered_before else question
             if broken_off or not kept:
                 outcome = "the answer so far is kept" if kept else lost
@@ -137,11 +137,11 @@ class Chat:
         if dropped := turns - len(session.turns):
             self.screen.note(f"[the context is full: the {dropped} oldest turns were dropped]")
         view = AnswerView(self.screen, show_thinking=self.state.options.thinking == "show", opened=bool(opening))
-        clock = _Clock()
         shown, broken_off = 0, ""
+        began, first = time.perf_counter(), None
         try:
             for piece in ctrl_c.pieces(iter(stream)):
-                clock.tick(len(stream.tokens))
+                first = first or (time.perf_counter(), len(stream.tokens))
                 view.show(piece)
                 shown += len(piece)
         except (MemoryError, RuntimeError) as error:
@@ -151,7 +151,7 @@ class Chat:
         view.show(stream.text[shown:])  # a piece that Ctrl-C kept from coming
         view.close()
         if self.state.options.stats == "on":
-            self.screen.note(clock.tell(len(ids), len(stream.tokens)))
+            self.screen.note(_speed(len(ids), began, first, len(stream.tokens)))
         if ctrl_c.pressed and not stream.ended:
             broken_off = "stopped"
         elif not broken_off and not stream.ended:
@@ -160,20 +160,13 @@ class Chat:
         return opening + stream.text, broken_off
 
 
-class _Clock:
-    """Measures an answer from its making."""
+def _speed(prompt: int, began: float, first: tuple[float, int] | None, tokens: int) -> str:
+    """Of a prompt by the time to the first text, of the rest of the tokens by what came after that.
 
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._first: tuple[float, int] | None = None
-
-    def tick(self, tokens: int) -> None:
-        """Say that text has come, and how many tokens there are so far."""
-        self._first = self._first or (time.perf_counter(), tokens)
-
-    def tell(self, prompt_tokens: int, tokens: int) -> str:
-        """A line on the speed: of the prompt by the time to the first text, of the rest by what came after that."""
-        now = time.perf_counter()
-        moment, at_first = self._first or (now, tokens)
-        rate = f", {(tokens - at_first) / (now - moment):.1f} tokens/s" if tokens > at_first else ""
-        return f"[{prompt_tokens:,} tokens in, first text after {moment - self._began:.2f} s; {tokens:,} out{rate}]"
+    Args:
+        first: when the first text came, and how many tokens there were.
+    """
+    now = time.perf_counter()
+    moment, at_first = first or (now, tokens)
+    rate = f", {(tokens - at_first) / (now - moment):.1f} tokens/s" if tokens > at_first else ""
+    return f"[{prompt:,} tokens in, first text after {moment - began:.2f} s; {tokens:,} out{rate}]"
