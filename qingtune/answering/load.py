@@ -15,10 +15,17 @@ from qingtune.adapters.peft_files import load_adapter, read_adapter
 from qingtune.adapters.variants import LowRank
 from qingtune.answering.decoder.cache import AnswerShape
 from qingtune.answering.decoder.cached import CachedDecoder
-from qingtune.answering.decoder.layer import AnswerLayer, AnswerNorm
 from qingtune.answering.decoder.native.build import has_native_units, native_library
 from qingtune.answering.decoder.native.matrices import NativeMatrix, fits_native
-from qingtune.answering.decoder.packed import ROWS_AT_A_TIME, Matrix, has_int4_kernels, pack, plus
+from qingtune.answering.decoder.packed import (
+    ROWS_AT_A_TIME,
+    AnswerLayer,
+    AnswerNorm,
+    Matrix,
+    has_int4_kernels,
+    pack,
+    plus,
+)
 from qingtune.answering.generate import Decoder
 from qingtune.kernels.decoder import why_not
 from qingtune.kernels.device import Hardware, give_back_memory, has_int8_units, memory_errors

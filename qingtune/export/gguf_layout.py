@@ -146,11 +146,7 @@ def _inexpressible(config: Any, kind: str) -> str | None:
 
 
 def _place(config: Any, kind: str, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[PlacedTensor]:
-    """Every stored tensor at its place.
-
-    Raises:
-        UserError: one has no place, or one is missing.
-    """
+    """Every stored tensor at its place; a UserError if one has none, or one is missing."""
     tied = bool(config.tie_word_embeddings)
     if not tied and "lm_head.weight" not in shapes:
         raise UserError("the head (lm_head.weight) is missing", where=str(folder), fix="Download the model again.")
@@ -197,11 +193,7 @@ def _order(name: str) -> tuple[int, int, str]:
 def _add_rope_scaling(
     config: Any, kind: str, folder: Path, metadata: dict[str, Value], constants: dict[str, NDArray[np.float32]]
 ) -> None:
-    """Add what stretches the positions beyond those of pretraining.
-
-    Raises:
-        UserError: it is of a kind that llama.cpp does not have for this architecture.
-    """
+    """Add what stretches the positions beyond those of pretraining; a UserError if llama.cpp cannot here."""
     rope = config.rope_parameters
     scaling = rope.get("rope_type", "default")
     unlike = _unlike_llama_cpp(rope) if scaling == "yarn" else []

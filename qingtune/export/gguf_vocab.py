@@ -89,11 +89,7 @@ def normalizes(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What tokenizer.json holds, or would hold.
-
-    Raises:
-        UserError: the tokenizer is not byte-level BPE without peculiarities.
-    """
+    """What tokenizer.json holds, or would hold; a UserError if it is not byte-level BPE without peculiarities."""
     if not tokenizer.is_fast:
         raise _refusal("it is written in Python and has no tokenizer.json")
     content: dict[str, Any] = json.loads(cast("Any", tokenizer).backend_tokenizer.to_str())
@@ -123,11 +119,7 @@ def _refusal(reason: str) -> UserError:
 
 
 def _pre_tokenizer(content: dict[str, Any]) -> str:
-    """llama.cpp's name for the way text is cut first.
-
-    Raises:
-        UserError: it has none that is known to be the same.
-    """
+    """llama.cpp's name for the way text is cut first; a UserError if none is known to be the same."""
     outer: dict[str, Any] = content["pre_tokenizer"] or {"type": "Sequence", "pretokenizers": []}
     parts: list[dict[str, Any]] = outer["pretokenizers"] if outer["type"] == "Sequence" else [outer]
     steps = tuple((str(part["type"]), _detail(part)) for part in parts)
@@ -154,11 +146,7 @@ def _detail(part: dict[str, Any]) -> str:
 
 
 def _tokens(content: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Tokens by id and their types, one for each row of the embedding.
-
-    Raises:
-        UserError: there are more tokens than rows, or two of one text.
-    """
+    """Tokens by id and their types, one for each row of the embedding; a UserError if they do not fit."""
     tokens, types = [f"[PAD{number}]" for number in range(rows)], [int(TokenType.UNUSED)] * rows
     added = {token["id"]: token for token in content["added_tokens"]}
     texts = {number: text for text, number in content["model"]["vocab"].items()}

@@ -61,11 +61,7 @@ def write_in_4bit(folder: Path, base: Path, adapter: StoredAdapter) -> None:
 
 
 def _layers(base: Path, stored: StoredWeights) -> tuple[set[str], list[str]]:
-    """The weights to be stored in 4 bits, and the linear layers that are not.
-
-    Raises:
-        UserError: they are of a kind, or stored in a way, that cannot be.
-    """
+    """The weights to be stored in 4 bits, and the linear layers that are not; a UserError where they cannot be."""
     model: Any = empty_model(base, stored_dtype(base))
     layers = linear_layers(model)
     packed = {f"{name}.weight" for name in layers}

@@ -137,11 +137,7 @@ def _between(text: str, start: str, end: str) -> str:
 
 
 def _compare(turns: Turns, render: Render) -> tuple[str, ...]:
-    """What the template does to contents that these turns leave alone.
-
-    Raises:
-        TemplateNotExpressible: the two differ in more than that.
-    """
+    """What the template does to contents that these turns leave alone; it may not differ in more than that."""
     plain = ("Hi.", "two\nlines", "你好，世界 🥖", "{{ .Role }} {% if %}")
     shapes: tuple[tuple[Role, ...], ...] = (
         ("user",),

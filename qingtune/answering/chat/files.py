@@ -58,17 +58,12 @@ def add_conversation(path: str, messages: Sequence[Message]) -> None:
 
 
 def _form_of(path: str) -> str:
-    """The form of a file's rows; empty where there is no file or no row yet.
-
-    Raises:
-        UserError: it holds something else, as a hard link of a model's file does.
-    """
+    """The form of a file's rows; empty without a row; a UserError for other content, as a hard link may have."""
     if not os.path.exists(path):
         return ""
     about = FileFacts()
-    for _ in conversations_of(path, None, about):
-        if about.format:
-            return about.format
+    if form := next((about.format for _ in conversations_of(path, None, about) if about.format), None):
+        return form
     if os.path.isfile(path) and os.path.getsize(path):
         raise UserError("it has no readable conversation", where=path, fix="Name another.")
     return ""

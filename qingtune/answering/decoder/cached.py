@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from qingtune.answering.decoder.cache import AnswerCache, AnswerShape, Chunk, Joining, TokenEach
-from qingtune.answering.decoder.layer import AnswerLayer, AnswerNorm
 from qingtune.answering.decoder.native.answer_step import AnswerStep
 from qingtune.answering.decoder.native.matrices import NativeMatrix
-from qingtune.answering.decoder.packed import Matrix
+from qingtune.answering.decoder.packed import AnswerLayer, AnswerNorm, Matrix
 
 CHUNK = 512  # tokens of a prompt computed at a time
 PLACES_AT_A_TIME = 128  # of a text whose logits are there at once: 39 MB in bf16 with Qwen's vocabulary

@@ -9,8 +9,8 @@ from typing import cast
 import torch
 
 from qingtune.answering.decoder.cache import AnswerCache, AnswerShape
-from qingtune.answering.decoder.layer import AnswerLayer, AnswerNorm
 from qingtune.answering.decoder.native.matrices import MatrixStruct, NativeMatrix
+from qingtune.answering.decoder.packed import AnswerLayer, AnswerNorm
 
 Pointer = ctypes.c_void_p
 

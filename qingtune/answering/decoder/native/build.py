@@ -61,11 +61,7 @@ def has_native_units() -> bool:
 
 
 def _compiler() -> list[str] | None:
-    """The user's own choice in CC, or the first one found.
-
-    Raises:
-        ValueError: CC is no command line.
-    """
+    """The user's own choice in CC, or the first one found; a ValueError where CC is no command line."""
     chosen = shlex.split(os.environ.get("CC", ""))
     for words in (chosen, *([name] for name in COMPILERS)):
         if words and shutil.which(words[0]):
@@ -74,11 +70,7 @@ def _compiler() -> list[str] | None:
 
 
 def _loaded(compiler: list[str]) -> ctypes.CDLL:
-    """The library, made if it is not there for this source, compiler and machine, or cannot be loaded.
-
-    Raises:
-        OSError: there is no folder that only this user can write to, or the library cannot be made.
-    """
+    """The library, made if it is not there for this source, compiler and machine, or cannot be loaded."""
     version = _run([*compiler, "--version"])
     parts = [SOURCE.read_text(encoding="utf-8"), version, *FLAGS, *sorted(cpu_flags())]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
@@ -98,11 +90,7 @@ def _loaded(compiler: list[str]) -> ctypes.CDLL:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """Load a library that nobody else can have written; what was looked at is loaded, whatever happens to the path.
-
-    Raises:
-        OSError: it is no such file, or no library.
-    """
+    """Load a library that nobody else can have written; what was looked at is loaded, whatever happens to the path."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         _refuse_of_others(path, os.fstat(handle))
