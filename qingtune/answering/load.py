@@ -192,7 +192,8 @@ class Assembly:
     def _head(self) -> Matrix:
         tied = self.model.config.tie_word_embeddings and HEAD not in self.weights.changed
         if self.lazy:
-            return _FileMatrix(self.weights.mapped(EMBEDDING if tied else HEAD), self.device)
+            weight = self.weights.mapped(EMBEDDING if tied else HEAD)
+            return _DenseParts([(rows, None) for rows in weight.split(ROWS_AT_A_TIME)], None)
         # A tied head is mapped once more: pages that were read here are released.
         return self._pack(self._embedding() if tied else self.weights.read(HEAD), None)
 
@@ -279,25 +280,16 @@ class _Layers:
             give_back_memory()
 
 
-class _FileMatrix:
-    """A weight [N, K] that stays in its file, of which a part at a time is in memory in another dtype."""
-
-    def __init__(self, weight: torch.Tensor, device: torch.device) -> None:
-        self.weight, self.device = weight, device
-
-    def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
-        """[T, K] -> [T, N]."""
-        parts = self.weight.split(ROWS_AT_A_TIME)
-        return plus(torch.cat([x @ part.to(self.device, x.dtype).t() for part in parts], 1), added)
-
-
 class _DenseParts:
-    """Weights that read one input, some with an adapter's change, which is computed separately as in training."""
+    """Weights [n, K] that read one input, some with an adapter's change, which is computed separately as in training.
+
+    A weight may stay in its file: it is converted for each product.
+    """
 
     def __init__(self, parts: Sequence[tuple[torch.Tensor, LowRank | None]], bias: torch.Tensor | None) -> None:
         self.parts, self.bias = parts, bias
 
     def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
-        """[T, K] -> [T, N]."""
-        y = torch.cat([low.product(weight, x) if low else F.linear(x, weight) for weight, low in self.parts], 1)
-        return plus(y, self.bias, added)
+        """[T, K] -> [T, N], N the sum of n."""
+        parts = [low.product(weight, x) if low else F.linear(x, weight.to(x)) for weight, low in self.parts]
+        return plus(torch.cat(parts, 1), self.bias, added)
