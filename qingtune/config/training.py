@@ -214,8 +214,8 @@ class TrainConfig(Settings):
     eval_samples: Integer = setting(
         0,
         "Log, evaluate, save",
-        "At each evaluation, answer this many rows (the first ones; greedy, up to 256 tokens) and write the answers to "
-        "eval_samples.jsonl.",
+        "At each evaluation, answer this many rows (the first ones; greedy with a repetition penalty of 1.1, up to 256 "
+        "tokens) and write the answers to eval_samples.jsonl.",
         ge=0,
     )
     save_strategy: Strategy = setting("steps", "Log, evaluate, save", "When to save a checkpoint.")

@@ -18,6 +18,7 @@ from qingtune.data.tokenizer_calls import decode
 from qingtune.training.events import Evaluated, Event, LinesFile
 
 MOST_TOKENS = 256  # of an answer
+REPETITION_PENALTY = 1.1  # without one, the likeliest tokens of a small model soon repeat a line to the end
 
 
 class SampleAnswers:
@@ -69,7 +70,8 @@ class SampleAnswers:
     def _answered(self, prompt: list[int], reference: list[int]) -> dict[str, Any]:
         """A line; the prompt with the template's own tokens, as the model sees it."""
         room = MOST_TOKENS if self.longest is None else min(MOST_TOKENS, self.longest - len(prompt))
-        decoding = Decoding(max_new_tokens=room, temperature=0)  # at least one, as the reference came after the prompt
+        # The reference came after the prompt, so there is room for at least one token.
+        decoding = Decoding(max_new_tokens=room, temperature=0, repetition_penalty=REPETITION_PENALTY)
         # A decoder of its own, as one goes on from a prompt that begins alike, and the weights have changed since.
         tokens = list(generate(ModulesDecoder(self.model), prompt, decoding, self.template.stop_ids))
         return {
