@@ -31,6 +31,7 @@ from qingtune.data.prompts import rows_with_prompts  # noqa: E402
 from qingtune.errors import UserError  # noqa: E402
 from qingtune.machine.resources import find_machine  # noqa: E402
 from qingtune.models.find import find_model  # noqa: E402
+from qingtune.output.invocation import command_line  # noqa: E402
 from qingtune.planning.of_run import measured_speed  # noqa: E402
 from qingtune.runs.record import METRICS, SAMPLES, SETTINGS  # noqa: E402
 from qingtune.training.sample_answers import MOST_TOKENS  # noqa: E402
@@ -89,12 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    python = Path(sys.executable)
-    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
-    print(
-        f"Chat with it:\n  {shown} inference_lora.py --base_model {config.model_name_or_path} "
-        f"--lora_model {config.output_dir} --chat"
-    )
+    chat = command_line("chat", base_model=config.model_name_or_path, lora_model=config.output_dir)
+    print(f"Chat with it: {chat}")
     return 0
 
 
