@@ -24,6 +24,7 @@ help:
 
 .venv/stable: requirements_stable.txt pyproject.toml .venv/made
 	$(BIN)/python -m pip install --quiet -r requirements_stable.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 .venv/dev: requirements_dev.txt .venv/stable
