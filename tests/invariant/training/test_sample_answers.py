@@ -87,7 +87,8 @@ def test_answers_are_those_of_the_weights_of_the_moment(tmp_path: Path, data: di
             assert line["prompt"] == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
             assert line["reference"] == row["output"]
             ids = tokenizer(line["prompt"], return_tensors="pt", add_special_tokens=False)
-            made = model.generate(**ids, max_new_tokens=8, do_sample=False, repetition_penalty=1.1)[0, ids["input_ids"].shape[1] :]
+            made = model.generate(**ids, max_new_tokens=8, do_sample=False, repetition_penalty=1.1)[0]
+            made = made[ids["input_ids"].shape[1] :]
             assert line["answer"] == tokenizer.decode(made, skip_special_tokens=True)
     assert [line["answer"] for line in found[:4]] != [line["answer"] for line in found[-4:]]
 
