@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qingtune.evaluation.intervals import RESAMPLES, SHARE, Change, ValueWithInterval, compare
 from qingtune.evaluation.metrics import Metric, Outcome, metrics_of, signatures
 from qingtune.files.write import write_json, write_text
@@ -60,13 +62,9 @@ def changes_of(sides: Mapping[str, Side]) -> list[Change]:
 
 
 def _change(before: Metric | None, after: Metric) -> Change:
-    if before is not None and after.name in PER_TOKEN and not _same_tokens(before, after):
+    if before is not None and after.name in PER_TOKEN and not np.array_equal(before.rows[:, 1], after.rows[:, 1]):
         return replace(compare(None, after), before=compare(None, before).after)
     return compare(before, after)
-
-
-def _same_tokens(before: Metric, after: Metric) -> bool:
-    return before.rows.shape == after.rows.shape and bool((before.rows[:, 1] == after.rows[:, 1]).all())
 
 
 def write_report(output_dir: Path, about: About, sides: Mapping[str, Side]) -> list[Change]:

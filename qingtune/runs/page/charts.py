@@ -90,7 +90,8 @@ def make_chart(
     exponent = math.floor(math.log10(max(abs(bottom), abs(top))))
     power = exponent if exponent < -2 or exponent > 5 else 0
     if power:
-        unit = Words(f"{unit.english} ×10{_raised(power)}", f"{unit.chinese} ×10{_raised(power)}")
+        raised = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        unit = Words(f"{unit.english} ×10{raised}", f"{unit.chinese} ×10{raised}")
     return Chart(
         title,
         unit,
@@ -192,7 +193,3 @@ def _x_ticks(left: int, right: int) -> list[tuple[float, str]]:
 def _tick(value: float, step: float) -> str:
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return f"{value:,.{decimals}f}".replace("-0", "0") if abs(value) < step / 2 else f"{value:,.{decimals}f}"
-
-
-def _raised(power: int) -> str:
-    return str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -125,7 +125,9 @@ def _figures(source: Source) -> list[tuple[Words, str | Words]]:
     seconds = results.get("seconds") or sum(curves.known("seconds"))
     speed = curves.tokens_per_second
     peak = results.get("peak_bytes") or max(curves.known("peak_bytes"), default=0)
-    trained, parameters = results.get("trained_parameters"), results.get("parameters")
+    trained, parameters = results.get("trained_parameters") or 0, results.get("parameters")
+    count = f"{trained / 1e6:,.2f} M" if trained >= 1e5 else f"{trained:,}"
+    share = f" ({trained / parameters:.2%})" if parameters else ""
     figures: list[tuple[Words, str | Words]] = [
         (Words("evaluation loss", "评估损失"), _from_to(evaluated, 3)),
         (Words("perplexity", "困惑度"), _from_to([perplexity(loss) for loss in evaluated], 2)),
@@ -134,20 +136,13 @@ def _figures(source: Source) -> list[tuple[Words, str | Words]]:
         (Words("time", "用时"), time_taken(seconds) if seconds else ""),
         (Words("tokens/s", "token/秒"), number(speed, 0) if speed else ""),
         (Words("peak memory", "峰值内存"), size(peak) if peak else ""),
-        (
-            Words("trained parameters", "可训练参数"),
-            _millions(trained) + (f" ({trained / parameters:.2%})" if parameters else "") if trained else "",
-        ),
+        (Words("trained parameters", "可训练参数"), count + share if trained else ""),
     ]
     return [(name, value) for name, value in figures if value]
 
 
 def _from_to(values: Sequence[float], decimals: int) -> str:
     return "\u00a0→ ".join(number(value, decimals) for value in values)
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:,.2f} M" if count >= 1e5 else f"{count:,}"
 
 
 def _model_flags(source: Source) -> list[str]:
