@@ -17,7 +17,7 @@ from typing import Any
 import workload  # noqa: F401  puts the clone on the path
 
 from qingtune.cli import main as qingtune
-from qingtune.data.bundled import bundled_data
+from qingtune.data.prompts import bundled_data
 
 RATES = {
     "full": "1e-5,2e-5,5e-5,1e-4,2e-4",

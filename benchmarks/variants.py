@@ -27,8 +27,8 @@ from qingtune.adapters.peft_files import load_adapter, read_adapter, save_adapte
 from qingtune.adapters.variants import Variant
 from qingtune.config.training import TrainConfig
 from qingtune.data.batch import collate
-from qingtune.data.bundled import bundled_data
 from qingtune.data.format import read_conversations
+from qingtune.data.prompts import bundled_data
 from qingtune.data.tokenize import Sample, make_template, tokenize
 from qingtune.kernels.device import Hardware
 from qingtune.models.find import find_model

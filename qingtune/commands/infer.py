@@ -22,9 +22,8 @@ from qingtune.answering.decoder.cached import CachedDecoder
 from qingtune.answering.generate import Answer, Decoder
 from qingtune.answering.speaker import Speaker, check_bits, prepare_speaker
 from qingtune.config.commands import InferConfig
-from qingtune.data.bundled import BUNDLED_SHOWN, bundled_prompts
-from qingtune.data.format import Message
-from qingtune.data.prompts import rows_with_prompts
+from qingtune.data.format import Message, prompt_of
+from qingtune.data.prompts import BUNDLED_SHOWN, bundled_rows, rows_with_prompts
 from qingtune.data.rules import rules_of
 from qingtune.data.tokenizer_calls import encode
 from qingtune.errors import UserError
@@ -156,6 +155,7 @@ def _answer_bundled(speaker: Speaker) -> None:
     ids = encode(speaker.template.tokenizer, text)
     chinese = len(ids) / len(text) < TOKENS_PER_CHINESE_CHARACTER
     say(f"No prompt given: answering {BUNDLED_SHOWN} bundled samples ({'Chinese' if chinese else 'English'}).")
-    for _, prompt in bundled_prompts(chinese=chinese):
+    for row in bundled_rows(chinese=chinese):
+        prompt = prompt_of(row)
         give(f"\n{prompt[-1].content}\n---")
         _stream(speaker.answer(prompt), speaker.decoding.max_new_tokens)

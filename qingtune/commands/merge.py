@@ -12,8 +12,8 @@ from qingtune.adapters.lora import merge_lora
 from qingtune.adapters.merge_stored import EMBEDDING, HEAD, StoredAdapter
 from qingtune.adapters.peft_files import load_adapter, read_adapter, read_adapter_config
 from qingtune.config.commands import MergeConfig
-from qingtune.data.bundled import bundled_heldout, bundled_prompts
-from qingtune.data.format import read_conversations
+from qingtune.data.format import prompt_of
+from qingtune.data.prompts import bundled_rows
 from qingtune.data.tokenize import Sample, Template, prompt_ids, tokenize
 from qingtune.errors import UserError
 from qingtune.export.merge_check import Lost, check_rounded_once, check_same, judge_merging, measure_lost
@@ -142,20 +142,16 @@ def _prompts(template: Template, base: Path) -> list[list[int]]:
     """Prompts of bundled samples in both languages, the beginning of long ones."""
     most = min(PROMPT_TOKENS, (context_length(base) or PROMPT_TOKENS) // 2)
     return [
-        prompt_ids(template, prompt)[:most]
+        prompt_ids(template, prompt_of(row))[:most]
         for chinese in (True, False)
-        for _, prompt in bundled_prompts(chinese=chinese)
+        for row in bundled_rows(chinese=chinese)
     ]
 
 
 def _samples(template: Template, base: Path) -> list[Sample]:
     """Bundled samples in both languages with their answers, the beginning of long ones."""
     most = min(SAMPLE_TOKENS, context_length(base) or SAMPLE_TOKENS)
-    conversations = [
-        conversation
-        for chinese in (True, False)
-        for conversation in read_conversations([str(bundled_heldout(chinese=chinese))], None, "raise").conversations[:3]
-    ]
+    conversations = [row for chinese in (True, False) for row in bundled_rows(chinese=chinese)]
     return tokenize(template, conversations, most, "truncate").samples
 
 

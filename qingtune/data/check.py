@@ -13,6 +13,7 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,40 +103,51 @@ def check_data(
     Raises:
         UserError: a file is broken as a whole, or there are no rows.
     """
-    report, seen = CheckReport(), Seen()
-    lengths, sizes = array("i"), array("i")
-    short: list[tuple[int, str]] = []
-    by_script: dict[str, Places] = {}
-    batch: list[Conversation] = []
-    for row in _rows(paths, system_prompt, rules, report):
-        if isinstance(row, Fault):
-            _refuse(report, row)
-            continue
-        if placeholder := placeholder_in(row):
-            report.placeholders.add(f"{row.origin} ({placeholder})")
-        if template is None and (marker := _marker_in(row)):
-            _refuse(report, Fault(row.origin, f"holds {marker}, a control token of chat templates"))
-            continue
-        seen.add(row)
-        _look_at_answer(row, report, sizes, short, by_script)
+    report, seen, answers, lengths = CheckReport(), Seen(), _Answers(), array("i")
+    rows = _usable(paths, system_prompt, rules, report, look_for_markers=template is None)
+    while batch := list(islice(rows, AT_ONCE)):
+        for row in batch:
+            seen.add(row)
+            answers.add(row, report)
         if template is None:
-            report.used += 1
-            continue
-        batch.append(row)
-        if len(batch) == AT_ONCE:
+            report.used += len(batch)
+        else:
             _count_tokens(template, batch, limit, on_long, report, lengths)
-            batch.clear()
     if not report.rows:
         raise UserError("no rows", where=", ".join(paths))
-    if template is not None:
-        _count_tokens(template, batch, limit, on_long, report, lengths)
     _find_repeats(seen, training, report)
-    _judge_answers(report, sizes, short, by_script)
+    answers.judge(report)
     if lengths:
         ordered = sorted(lengths)
         places = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}
         report.percentiles = {name: ordered[round(share * (len(ordered) - 1))] for name, share in places.items()}
     return report, seen
+
+
+def _usable(
+    paths: Sequence[str], system_prompt: str | None, rules: Rules, report: CheckReport, *, look_for_markers: bool
+) -> Iterator[Conversation]:
+    """Yield the rows that training would use, as far as can be known without a tokenizer, and report the others."""
+    began = last_report = time.monotonic()
+    for path in paths:
+        report.files[path] = FileFacts()
+        for row in conversations_of(path, system_prompt, report.files[path], rules):
+            report.rows += 1
+            if isinstance(row, Conversation) and (placeholder := placeholder_in(row)):
+                report.placeholders.add(f"{row.origin} ({placeholder})")
+            if isinstance(row, Fault):
+                _refuse(report, row)
+            elif look_for_markers and (marker := _marker_in(row)):
+                _refuse(report, Fault(row.origin, f"holds {marker}, a control token of chat templates"))
+            else:
+                yield row
+            if time.monotonic() - last_report > TELL_EVERY_S:
+                last_report = time.monotonic()
+                say(f"{path}: {report.rows:,} rows read in {last_report - began:.0f} s")
+
+
+def _marker_in(row: Conversation) -> str | None:
+    return next((marker for marker in MARKERS if any(marker in text for text in row.texts)), None)
 
 
 def _refuse(report: CheckReport, fault: Fault) -> None:
@@ -147,18 +159,28 @@ def _refuse(report: CheckReport, fault: Fault) -> None:
         report.faults.add(str(fault))
 
 
-def _rows(
-    paths: Sequence[str], system_prompt: str | None, rules: Rules, report: CheckReport
-) -> Iterator[Conversation | Fault]:
-    began = last_report = time.monotonic()
-    for path in paths:
-        report.files[path] = FileFacts()
-        for row in conversations_of(path, system_prompt, report.files[path], rules):
-            report.rows += 1
-            yield row
-            if time.monotonic() - last_report > TELL_EVERY_S:
-                last_report = time.monotonic()
-                say(f"{path}: {report.rows:,} rows read in {last_report - began:.0f} s")
+def _count_tokens(
+    template: Template, batch: list[Conversation], limit: int, on_long: str, report: CheckReport, lengths: array[int]
+) -> None:
+    tokenized = tokenize(template, batch, limit, "truncate" if on_long == "truncate" else "drop")
+    for fault in tokenized.faults:
+        _refuse(report, fault)
+    for origin in tokenized.too_long:
+        if on_long == "raise":
+            _refuse(report, Fault(origin, f"longer than {limit:,} tokens"))
+        else:
+            report.too_long.add(origin)
+    for origin in tokenized.untrained:
+        report.untrained.add(origin)
+    report.used += tokenized.rows_used
+    report.too_long_rows += tokenized.rows_too_long * (on_long != "raise")
+    report.untrained_rows += tokenized.rows_untrained
+    report.truncated += tokenized.truncated
+    report.samples += len(tokenized.samples)
+    report.trained += sum(sample.trained_tokens for sample in tokenized.samples)
+    sizes = [len(sample.token_ids) for sample in tokenized.samples]
+    report.tokens += sum(sizes)
+    lengths.extend(sizes)
 
 
 # --- Repeats ---------------------------------------------------------------------------------------------------------
@@ -218,36 +240,6 @@ def _first_of_each(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 # --- Answers ---------------------------------------------------------------------------------------------------------
 
-
-def _marker_in(row: Conversation) -> str | None:
-    texts = [message.content for message in row.messages] or [str(row.text)]
-    return next((marker for marker in MARKERS if any(marker in text for text in texts)), None)
-
-
-def _look_at_answer(
-    row: Conversation,
-    report: CheckReport,
-    sizes: array[int],
-    short: list[tuple[int, str]],
-    by_script: dict[str, Places],
-) -> None:
-    answer = row.messages[-1].content if row.text is None else row.text
-    total = len(_LETTER_OR_DIGIT.findall(answer))
-    letters = {kind: sum(map(len, pattern.findall(answer))) for kind, pattern in _SCRIPTS.items()}
-    letters["other"] = total - sum(letters.values()) - len(_DIGIT.findall(answer))
-    sizes.append(total)
-    if total < NEAR_EMPTY:
-        short.append((total, row.origin))
-        return
-    much = [kind for kind, count in letters.items() if count >= MUCH * total]
-    if len(much) > 1:
-        report.two_scripts.add(f"{row.origin} ({' and '.join(sorted(much))})")
-    if much:
-        main = max(much, key=lambda kind: letters[kind])
-        report.scripts[main] = report.scripts.get(main, 0) + 1
-        by_script.setdefault(main, Places()).add(row.origin)
-
-
 # Runs of letters of each script.
 _SCRIPTS = {
     "Latin": regex.compile(r"\p{Latin}+"),
@@ -260,46 +252,39 @@ _SCRIPTS = {
 _LETTER_OR_DIGIT, _DIGIT = re.compile(r"[^\W_]"), re.compile(r"\d")
 
 
-def _judge_answers(
-    report: CheckReport, sizes: array[int], short: list[tuple[int, str]], by_script: dict[str, Places]
-) -> None:
-    """Short answers are near-empty where most are long; a script is rare below a fiftieth of the answers."""
-    if sizes and statistics.median(sizes) >= 10 * NEAR_EMPTY:
-        for _, origin in short:
-            report.near_empty.add(origin)
-    everything = sum(report.scripts.values())
-    for kind, places in by_script.items():
-        if places.count * 50 < everything:
-            report.rare_script.count += places.count
-            report.rare_script.first += [f"{origin} ({kind})" for origin in places.first]
-    del report.rare_script.first[SHOWN_PLACES:]
+class _Answers:
+    """The lengths of answers and their scripts, by which unusual ones are found once all are known."""
 
+    def __init__(self) -> None:
+        self._sizes = array("i")
+        self._short = Places()
+        self._by_script: dict[str, Places] = {}
 
-# --- Tokens ----------------------------------------------------------------------------------------------------------
+    def add(self, row: Conversation, report: CheckReport) -> None:
+        answer = row.messages[-1].content if row.text is None else row.text
+        total = len(_LETTER_OR_DIGIT.findall(answer))
+        letters = {kind: sum(map(len, pattern.findall(answer))) for kind, pattern in _SCRIPTS.items()}
+        letters["other"] = total - sum(letters.values()) - len(_DIGIT.findall(answer))
+        self._sizes.append(total)
+        if total < NEAR_EMPTY:
+            self._short.add(row.origin)
+            return
+        much = [kind for kind, count in letters.items() if count >= MUCH * total]
+        if len(much) > 1:
+            report.two_scripts.add(f"{row.origin} ({' and '.join(sorted(much))})")
+        if much:
+            self._by_script.setdefault(max(much, key=lambda kind: letters[kind]), Places()).add(row.origin)
 
-
-def _count_tokens(
-    template: Template, batch: list[Conversation], limit: int, on_long: str, report: CheckReport, lengths: array[int]
-) -> None:
-    tokenized = tokenize(template, batch, limit, "truncate" if on_long == "truncate" else "drop")
-    for fault in tokenized.faults:
-        _refuse(report, fault)
-    for origin in tokenized.too_long:
-        if on_long == "raise":
-            _refuse(report, Fault(origin, f"longer than {limit:,} tokens"))
-        else:
-            report.too_long.add(origin)
-    report.used += tokenized.rows_used
-    report.too_long_rows += tokenized.rows_too_long * (on_long != "raise")
-    report.untrained_rows += tokenized.rows_untrained
-    for origin in tokenized.untrained:
-        report.untrained.add(origin)
-    report.truncated += tokenized.truncated
-    report.samples += len(tokenized.samples)
-    for sample in tokenized.samples:
-        lengths.append(len(sample.token_ids))
-        report.tokens += len(sample.token_ids)
-        report.trained += sample.trained_tokens
+    def judge(self, report: CheckReport) -> None:
+        """Short answers are near-empty where most are long; a script is rare below a fiftieth of the answers."""
+        if self._sizes and statistics.median(self._sizes) >= 10 * NEAR_EMPTY:
+            report.near_empty = self._short
+        report.scripts = {kind: places.count for kind, places in self._by_script.items()}
+        for kind, places in self._by_script.items():
+            if places.count * 50 < sum(report.scripts.values()):
+                report.rare_script.count += places.count
+                report.rare_script.first += [f"{origin} ({kind})" for origin in places.first]
+        del report.rare_script.first[SHOWN_PLACES:]
 
 
 # --- The report ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from qingtune.data.read import Fault, Places
@@ -23,18 +24,16 @@ def faulty_rows(faults: Sequence[Fault], rows: int, fix: str = "Fix the rows or 
 def fault_lines(faults: Sequence[Fault]) -> list[str]:
     """The first faults, a line each; those of one kind of data share a line for each file."""
     kinds: dict[tuple[str, str], Places] = {}
-    single: list[Fault] = []
     for fault in faults:
-        if not fault.kind:
-            single.append(fault)
-            continue
-        kinds.setdefault((fault.origin.rpartition(":")[0], fault.kind), Places()).add(str(fault))
+        if fault.kind:
+            kinds.setdefault((fault.origin.rpartition(":")[0], fault.kind), Places()).add(str(fault))
+    single = [str(fault) for fault in faults if not fault.kind]
     lines = [
         places.first[0] + (f" (and {places.count - 1:,} more rows)" if places.count > 1 else "")
         for places in kinds.values()
     ]
-    lines += [str(fault) for fault in single[:SHOWN_FAULTS]]
-    return [*lines, f"... and {len(single) - SHOWN_FAULTS:,} more"] if len(single) > SHOWN_FAULTS else lines
+    more = len(single) - SHOWN_FAULTS
+    return [*lines, *single[:SHOWN_FAULTS], *[f"... and {more:,} more"] * (more > 0)]
 
 
 def describe_rows(name: str, rows: Mapping[str, int], reasons: Mapping[str, int]) -> list[str]:
@@ -60,10 +59,10 @@ def sum_of_rows(rows: Mapping[str, int]) -> str:
 
 def count_reasons(faults: Sequence[Fault]) -> dict[str, int]:
     """How many rows were refused for each reason, most first; what differs from row to row is left out of a reason."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for fault in faults:
         add_reason(counts, fault)
-    return most_first(counts)
+    return dict(counts.most_common())
 
 
 def add_reason(counts: dict[str, int], fault: Fault) -> None:
@@ -71,8 +70,3 @@ def add_reason(counts: dict[str, int], fault: Fault) -> None:
     reason = fault.kind or shorten(re.sub(r"\d[\d,.]*", "N", fault.reason))
     reason = reason if reason in counts or len(counts) < MOST_REASONS else "other reasons"
     counts[reason] = counts.get(reason, 0) + 1
-
-
-def most_first(counts: Mapping[str, int]) -> dict[str, int]:
-    """The same counts, the greatest first."""
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))

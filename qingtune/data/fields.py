@@ -7,7 +7,6 @@ a weight of 1). Fields that are not listed here and not read by a format are rep
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 PREFERENCE = "preference data (DPO, ORPO, reward models: better and worse answers)"
@@ -33,15 +32,18 @@ OF_WHOLE_FILES = frozenset(
 OF_PROMPTS = frozenset({MULTIMODAL, TOOLS, PROMPT_PART, PARTIAL})
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why a row cannot be trained on: the kind of data it is, and what tells so."""
+class RowError(Exception):
+    """A row that does not hold what its format needs, or holds what cannot be trained on; says why."""
 
-    kind: str
-    sign: str
+    kind = sign = ""
 
-    def __str__(self) -> str:
-        return f"{self.kind} is not supported ({self.sign})"
+
+class Refusal(RowError):
+    """A row of a kind of data that cannot be trained on, and the sign that tells so."""
+
+    def __init__(self, kind: str, sign: str) -> None:
+        super().__init__(f"{kind} is not supported ({sign})")
+        self.kind, self.sign = kind, sign
 
 
 def is_empty(value: Any) -> bool:
@@ -113,21 +115,13 @@ FIELDS = {name: (kind, harmless) for kind, harmless, names in _KINDS for name in
 _LABELS: dict[str, tuple[str, Callable[[Any], bool]]] = dict.fromkeys(
     ("label", "labels", "label_text", "class"), (CLASSIFICATION, is_empty)
 ) | {"role": (TURNS, _is_no_role)}
-_WATCHED = FIELDS.keys() | _LABELS.keys()
 # Columns by which files are known whose rows are of no known form.
-_SIGNS: tuple[tuple[str, str], ...] = (
-    (EMBEDDING, "query pos"),
-    (EMBEDDING, "query positive"),
-    (EMBEDDING, "anchor positive"),
-    (EMBEDDING, "sentence1 sentence2"),
-    (EMBEDDING, "query passage"),
-    (CHOICES, "question choices"),
-    (CHOICES, "question options"),
-    (CHOICES, "question A B"),
-    (PROMPTS, "prompt ground_truth"),
-    (PROMPTS, "prompt reward_model"),
-    (PROMPTS, "prompt solution"),
-)
+_SIGNS = {
+    EMBEDDING: ("query pos", "query positive", "anchor positive", "sentence1 sentence2", "query passage"),
+    CHOICES: ("question choices", "question options", "question A B"),
+    PROMPTS: ("prompt ground_truth", "prompt reward_model", "prompt solution"),
+}
+_ORDER = tuple(dict.fromkeys([*(kind for kind, _, _ in _KINDS), CLASSIFICATION, TURNS]))
 ANSWER_FIELDS = frozenset(name for name, (kind, _) in FIELDS.items() if kind not in OF_PROMPTS)
 _MEDIA_PARTS = ("image", "audio", "video", "file")
 _TOOL_ROLES = frozenset(["function", "function_call", "function_response", "tool_call", "tool_calls", "tool_response"])
@@ -140,22 +134,17 @@ def lost_meaning(values: Mapping[str, Any], read: Collection[str], *, labels_ans
         read: the fields that are read.
         labels_answer: whether a label of any value is what the row would teach, as next to plain text.
     """
-    watched = [name for name in values if name.lower() in _WATCHED and name not in read]
-    if not watched:
-        return None
     found: dict[str, list[str]] = {}
-    for name in watched:
-        value = values[name]
+    for name, value in values.items():
         known = FIELDS.get(name.lower())
         if labels_answer and (not isinstance(value, bool) or "text" in values):
             known = _LABELS.get(name.lower(), known)
-        if known is not None and not known[1](value):
+        if known is not None and name not in read and not known[1](value):
             found.setdefault(known[0], []).append(name)
-    kind = next((kind for kind in _ORDER if kind in found), None)
-    return None if kind is None else Refusal(kind, ", ".join(f'"{name}"' for name in found[kind]))
-
-
-_ORDER = tuple(dict.fromkeys([*(kind for kind, _, _ in _KINDS), CLASSIFICATION, TURNS]))
+    if not found:
+        return None
+    kind = min(found, key=_ORDER.index)
+    return Refusal(kind, ", ".join(f'"{name}"' for name in found[kind]))
 
 
 def kind_of_file(values: Mapping[str, Any]) -> Refusal | None:
@@ -165,9 +154,9 @@ def kind_of_file(values: Mapping[str, Any]) -> Refusal | None:
     refusal = lost_meaning(values, (), labels_answer=True)
     if refusal is not None and refusal.kind in OF_WHOLE_FILES:
         return refusal
-    for kind, columns in _SIGNS:
-        if all(column in values for column in columns.split()):
-            return Refusal(kind, ", ".join(f'"{column}"' for column in columns.split()))
+    for kind, columns in ((kind, sign.split()) for kind, signs in _SIGNS.items() for sign in signs):
+        if values.keys() >= set(columns):
+            return Refusal(kind, ", ".join(f'"{column}"' for column in columns))
     return Refusal(PROMPTS, 'only "prompt"') if list(values) == ["prompt"] else None
 
 

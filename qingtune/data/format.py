@@ -9,10 +9,10 @@ from typing import Any
 
 from qingtune.config.roles import ROLES, Role
 from qingtune.data.faults import fault_lines, faulty_rows
-from qingtune.data.fields import Refusal, is_empty, kind_of_file, lost_in_turn, lost_meaning
+from qingtune.data.fields import Refusal, RowError, is_empty, kind_of_file, lost_in_turn, lost_meaning
 from qingtune.data.placeholders import first_placeholder
 from qingtune.data.read import Fault, Places, Row, read_rows
-from qingtune.data.rules import MemoryBound, Rules
+from qingtune.data.rules import USUAL, MemoryBound, Rules
 from qingtune.errors import UserError, shorten
 
 MOST_UNKNOWN = 1000  # rows read in the hope that one of them tells the format
@@ -36,6 +36,11 @@ class Conversation:
     messages: tuple[Message, ...]
     origin: str
     text: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The contents of all turns, or the plain text."""
+        return tuple(message.content for message in self.messages) if self.text is None else (self.text,)
 
 
 @dataclass
@@ -79,16 +84,8 @@ class Reading:
     held_out: int = 0
 
 
-class RowError(Exception):
-    """A row that does not hold what its format needs, or holds what cannot be trained on."""
-
-    def __init__(self, reason: str | Refusal) -> None:
-        super().__init__(str(reason))
-        self.kind, self.sign = (reason.kind, reason.sign) if isinstance(reason, Refusal) else ("", "")
-
-
 def read_conversations(
-    paths: Sequence[str], system_prompt: str | None, on_bad_row: str, rules: Rules | None = None
+    paths: Sequence[str], system_prompt: str | None, on_bad_row: str, rules: Rules = USUAL
 ) -> Reading:
     """Read files into conversations.
 
@@ -102,7 +99,6 @@ def read_conversations(
         UserError: a file is of no known format, rows are faulty and on_bad_row is "raise", no row is left, or the rows
             take more memory than the rules allow.
     """
-    rules = rules or Rules()
     reading, room = Reading(), MemoryBound(rules)
     for path in paths:
         about = FileFacts()
@@ -131,8 +127,7 @@ def _bytes_of(row: Conversation | Fault) -> int:
     """Memory that a row takes while it is kept."""
     if isinstance(row, Fault):
         return 400 + len(row.reason)
-    texts = [row.text] if row.text is not None else [message.content for message in row.messages]
-    return 400 + sum(100 + sys.getsizeof(text) for text in texts)
+    return 400 + sum(100 + sys.getsizeof(text) for text in row.texts)
 
 
 def placeholder_in(row: Conversation) -> str | None:
@@ -144,7 +139,7 @@ def placeholder_in(row: Conversation) -> str | None:
 
 
 def conversations_of(
-    path: str, system_prompt: str | None, about: FileFacts, rules: Rules | None = None
+    path: str, system_prompt: str | None, about: FileFacts, rules: Rules = USUAL
 ) -> Iterator[Conversation | Fault]:
     """Yield a file's rows as conversations, or a Fault for each row that is not one.
 
@@ -156,7 +151,6 @@ def conversations_of(
     Raises:
         UserError: the file cannot be read, or its rows are of no known format.
     """
-    rules = rules or Rules()
     waiting: list[Row] = []
     for row in read_rows(path, rules):
         if isinstance(row, Fault):
@@ -211,7 +205,7 @@ def convert_row(row: Row, about: FileFacts, system_prompt: str | None, rules: Ru
     read = (*form.columns, OF_EVALUATION)
     try:
         if refusal := lost_meaning(row.values, read, labels_answer=about.format == "text"):
-            raise RowError(refusal)
+            raise refusal
         conversation = form.convert(row)
         refuse_long(conversation, rules)
         conversation = conversation if conversation.text is not None else _checked(conversation, system_prompt)
@@ -314,7 +308,7 @@ def _turns(turns: object, column: str, role_key: str, content_key: str) -> tuple
         if not isinstance(turn, dict):
             raise RowError(f'turn {number} of "{column}" is not an object')
         if refusal := lost_in_turn(turn, turn.get(role_key), turn.get(content_key)):
-            raise RowError(Refusal(refusal.kind, f"turn {number}: {refusal.sign}"))
+            raise Refusal(refusal.kind, f"turn {number}: {refusal.sign}")
         role = ROLES.get(str(turn.get(role_key)))
         if role is None:
             raise RowError(f'turn {number} has the unknown role {shorten(repr(turn.get(role_key)))} under "{role_key}"')

@@ -1,35 +1,36 @@
-"""Rows that are asked: prompts for inference, and rows to evaluate on, with an answer or without."""
+"""Rows that are asked: prompts for inference, rows to evaluate on, with an answer or without, and bundled samples."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qingtune.config.roles import is_answer
-from qingtune.data.fields import ANSWER_FIELDS, lost_meaning
+from qingtune.data.fields import ANSWER_FIELDS, RowError, lost_meaning
 from qingtune.data.format import (
     FORMATS,
     OF_EVALUATION,
     Conversation,
     FileFacts,
     Message,
-    RowError,
     convert_row,
     detect,
     prompt_of,
+    read_conversations,
     refuse_long,
     without_fields,
 )
 from qingtune.data.read import Fault, Row, read_rows
-from qingtune.data.rules import MemoryBound, Rules
+from qingtune.data.rules import USUAL, MemoryBound, Rules
 from qingtune.errors import UserError
 
+BUNDLED_SHOWN = 3
 
-def rows_with_prompts(
-    path: str, rules: Rules | None = None
-) -> Iterable[tuple[dict[str, Any], tuple[Message, ...] | str]]:
+
+def rows_with_prompts(path: str, rules: Rules = USUAL) -> Iterable[tuple[dict[str, Any], tuple[Message, ...] | str]]:
     """Read a file of prompts: each row with its prompt, whether or not the row has an answer.
 
     A row is of any training format, its answer left out or not, or has just a "prompt". Plain "text" rows give a str.
@@ -37,7 +38,6 @@ def rows_with_prompts(
     Raises:
         UserError: a row has no prompt, or one of which a part would be left out.
     """
-    rules = rules or Rules()
     room = MemoryBound(rules)
     for row in read_rows(path, rules):
         if isinstance(row, Fault):
@@ -58,7 +58,7 @@ def _prompt_of_row(row: Row, rules: Rules) -> tuple[Message, ...] | str:
     values = without_fields(row.values, rules.ignore_fields | ANSWER_FIELDS)
     name, values = _with_some_answer(values)
     if refusal := lost_meaning(values, (*FORMATS[name].columns, OF_EVALUATION)):
-        raise RowError(refusal)
+        raise refusal
     conversation = FORMATS[name].convert(Row(values, row.origin))
     refuse_long(conversation, rules)
     if conversation.text is not None:
@@ -107,7 +107,7 @@ class EvaluationRow:
         return self.conversation.messages[-1].content if self.conversation and self.prompt else None
 
 
-def asked_rows(path: str, system_prompt: str | None, rules: Rules | None = None) -> Iterator[EvaluationRow | Fault]:
+def asked_rows(path: str, system_prompt: str | None, rules: Rules = USUAL) -> Iterator[EvaluationRow | Fault]:
     """Yield a file's rows, each of any training format, with its answer or without; a Fault in place of each other.
 
     Args:
@@ -117,7 +117,6 @@ def asked_rows(path: str, system_prompt: str | None, rules: Rules | None = None)
     Raises:
         UserError: the file cannot be read.
     """
-    rules = rules or Rules()
     for row in read_rows(path, rules):
         if isinstance(row, Fault):
             yield row
@@ -155,3 +154,19 @@ def _has_answer(values: dict[str, Any]) -> bool:
         last = answer[-1] if isinstance(answer, list) and answer else None
         return isinstance(last, dict) and is_answer(last)
     return answer is not None
+
+
+# --- The bundled samples ---------------------------------------------------------------------------------------------
+
+
+def bundled_rows(*, chinese: bool) -> list[Conversation]:
+    """The first bundled samples that no bundled configuration trains on."""
+    path = bundled_data() / ("store_xhs_heldout.jsonl" if chinese else "store_posts_en_heldout.jsonl")
+    return read_conversations([str(path)], None, "raise").conversations[:BUNDLED_SHOWN]
+
+
+def bundled_data() -> Path:
+    """The folder of bundled samples: data/ of a checkout, or the copy inside an installed package."""
+    package = Path(__file__).parent.parent
+    checkout = package.parent / "data"
+    return checkout if (checkout / "store_xhs_heldout.jsonl").exists() else package / "bundled"

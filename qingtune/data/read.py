@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qingtune.data.parquet import RepeatedColumn, parquet_batches
-from qingtune.data.rules import Rules, first_repeated, size_in_words
+from qingtune.data.rules import USUAL, Rules, first_repeated, size_in_words
 from qingtune.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -70,7 +70,7 @@ class Places:
             self.first.append(place)
 
 
-def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object's keys and values; ValueError where a key comes twice, of which one value would be lost silently."""
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -78,11 +78,11 @@ def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=no_repeats)
+_JSON = json.JSONDecoder(object_pairs_hook=_no_repeats)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def read_rows(path: str, rules: Rules | None = None) -> Iterator[Row | Fault]:
+def read_rows(path: str, rules: Rules = USUAL) -> Iterator[Row | Fault]:
     """Yield the rows of a file in order, a Fault in place of each that cannot be read.
 
     No more than a row, or a few of Parquet, is in memory at a time; of a JSON list, the text of the file as well.
@@ -91,7 +91,7 @@ def read_rows(path: str, rules: Rules | None = None) -> Iterator[Row | Fault]:
         UserError: the file cannot be opened, is of an unknown kind, is broken as a whole, or holds a row that is
             larger than the rules allow and cannot be passed over.
     """
-    kind, rules = _kind(path), rules or Rules()
+    kind = _kind(path)
     try:
         if kind == ".parquet":
             yield from _read_parquet(path, rules)
@@ -133,55 +133,45 @@ def _too_large(rules: Rules) -> str:
     return f"a row over {rules.max_row_mb:g} MB; raise max_row_mb if this is intended"
 
 
-class _BlankLines:
-    """Counts the bytes of blank lines between two rows: no more of them than a row may have."""
-
-    def __init__(self, rules: Rules) -> None:
-        self._rules, self._taken = rules, 0
-
-    def take(self, size: int, path: str, line: int) -> None:
-        """Count a blank line; its place is put into words only where it is needed, as there may be millions.
-
-        Raises:
-            UserError: there are too many.
-        """
-        self._taken += size
-        if self._taken > self._rules.row_bytes:
-            raise UserError(
-                f"over {self._rules.max_row_mb:g} MB of blank lines",
-                where=f"{path}:{line}",
-                fix="Remove them from the file.",
-            )
-
-    def end(self) -> None:
-        """Start again: a row came."""
-        self._taken = 0
+def _check_blank(size: int, path: str, line: int, rules: Rules) -> None:
+    """Refuse more bytes of blank lines between two rows than a row may have."""
+    if size > rules.row_bytes:
+        raise UserError(
+            f"over {rules.max_row_mb:g} MB of blank lines", where=f"{path}:{line}", fix="Remove them from the file."
+        )
 
 
 def _read_jsonl(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row | Fault]:
-    number, blank = 0, _BlankLines(rules)
+    number = blank = 0
     while line := file.readline(rules.row_bytes + 1):
         number += 1
         if len(line) > rules.row_bytes:
             while line and not line.endswith(b"\n"):
                 line = file.readline(PIECE)
             yield Fault(f"{path}:{number}", _too_large(rules))
-            continue
-        if not line.strip():
-            blank.take(len(line), path, number)
-            continue
-        blank.end()
-        origin = f"{path}:{number}"
-        try:
-            yield _row(_JSON.decode(line.decode("utf-8")), origin, len(line))
-        except UnicodeDecodeError:
-            yield Fault(origin, _WRONG_ENCODING)
-        except json.JSONDecodeError as error:
-            yield Fault(origin, f"not valid JSON: {error.msg} (column {error.colno})")
-        except ValueError as error:  # a repeated key, or a number of thousands of digits
-            yield Fault(origin, f"not valid JSON: {error}")
-        except RecursionError:
-            yield Fault(origin, "not valid JSON: nested too deeply")
+        elif line.strip():
+            blank = 0
+            yield _row_of_line(line, f"{path}:{number}")
+        else:
+            blank += len(line)
+            _check_blank(blank, path, number, rules)
+
+
+def _row_of_line(line: bytes, origin: str) -> Row | Fault:
+    try:
+        return _row(_JSON.decode(line.decode("utf-8")), origin, len(line))
+    except UnicodeDecodeError:
+        return Fault(origin, _WRONG_ENCODING)
+    except (ValueError, RecursionError) as error:
+        return Fault(origin, _why_not_json(error))
+
+
+def _why_not_json(error: ValueError | RecursionError) -> str:
+    """Why a text is no JSON; a repeated key and a number of thousands of digits are plain ValueErrors."""
+    if isinstance(error, RecursionError):
+        return "not valid JSON: nested too deeply"
+    place = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
+    return f"not valid JSON: {place}"
 
 
 def _read_json(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row | Fault]:
@@ -201,7 +191,12 @@ def _read_json(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row
     ended = text[place : place + 1] == "]"
     while not ended:
         line, counted = line + text.count("\n", counted, place), place
-        value, end = _item(text, place, path, line)
+        try:
+            value, end = _JSON.raw_decode(text, place)
+        except json.JSONDecodeError as error:
+            raise _broken_list(error.msg, text, path, error.pos) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(_why_not_json(error), where=f"{path}:{line}") from None
         if end - place > rules.row_bytes:
             raise UserError(_too_large(rules), where=f"{path}:{line}")
         yield _row(value, f"{path}:{line}", end - place)
@@ -220,26 +215,13 @@ def _whole_text(file: io.BufferedIOBase, path: str, rules: Rules) -> str:
     most = min(MOST_LIST_BYTES, rules.data_bytes() // 4)
     content = file.read(most + 1)
     if len(content) > most:
+        or_more = "; or raise max_data_gb." if most < MOST_LIST_BYTES else "."
         raise UserError(
             f"over {size_in_words(most)}, and a JSON list is held in memory as a whole",
             where=path,
-            fix="Convert it to .jsonl, which has no such limit, for example with `jq -c '.[]'`; or raise max_data_gb."
-            if most < MOST_LIST_BYTES
-            else "Convert it to .jsonl, which has no such limit, for example with `jq -c '.[]'`.",
+            fix=f"Convert it to .jsonl, which has no such limit, for example with `jq -c '.[]'`{or_more}",
         )
     return content.decode("utf-8")
-
-
-def _item(text: str, place: int, path: str, line: int) -> tuple[Any, int]:
-    """The item of a list that starts at a place, and where it ends."""
-    try:
-        return _JSON.raw_decode(text, place)
-    except json.JSONDecodeError as error:
-        raise _broken_list(error.msg, text, path, error.pos) from None
-    except RecursionError:
-        raise UserError("not valid JSON: nested too deeply", where=f"{path}:{line}") from None
-    except ValueError as error:  # a repeated key, or a number of thousands of digits
-        raise UserError(f"not valid JSON: {error}", where=f"{path}:{line}") from None
 
 
 def _past_space(text: str, place: int) -> int:
@@ -284,7 +266,7 @@ def _read_csv(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row 
     csv.field_size_limit(2**31 - 1)  # records are bounded as a whole
     separator = _separator(file, rules)
     text = io.TextIOWrapper(cast("Any", file), encoding="utf-8", newline="")
-    lines, blank = _Lines(text, rules.row_bytes), _BlankLines(rules)
+    lines, blank = _Lines(text, rules.row_bytes), 0
     reader = csv.reader(lines, strict=True, delimiter=separator)
     start = 1
     try:
@@ -294,10 +276,10 @@ def _read_csv(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row 
         lines.taken, start = 0, reader.line_num + 1
         for cells in reader:
             line, start, size, lines.taken = start, reader.line_num + 1, lines.taken, 0
+            blank = 0 if cells else blank + size
+            _check_blank(blank, path, line, rules)
             if not cells:
-                blank.take(size, path, line)
                 continue
-            blank.end()
             origin = f"{path}:{line}"
             if len(cells) == len(names):
                 yield Row(dict(zip(names, cells, strict=True)), origin, size)

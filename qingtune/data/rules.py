@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+from qingtune.config.commands import CheckConfig, EvaluateConfig, InferConfig
+from qingtune.config.training import TrainConfig
 from qingtune.errors import UserError
 from qingtune.machine.resources import free_ram_bytes
 
 SMALL = 64 << 20  # bytes that rows may take before the free memory is looked at
-
-
-class _Settings(Protocol):
-    """The settings of a command that reads rows."""
-
-    @property
-    def ignore_fields(self) -> list[str] | None: ...
-    @property
-    def max_row_mb(self) -> float: ...
-    @property
-    def max_row_turns(self) -> int: ...
-    @property
-    def max_data_gb(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
@@ -53,20 +42,18 @@ class Rules:
         return max(SMALL, (free_ram_bytes() + taken) // 2)
 
 
-def rules_of(settings: _Settings) -> Rules:
+USUAL = Rules()
+
+
+def rules_of(settings: CheckConfig | EvaluateConfig | InferConfig | TrainConfig) -> Rules:
     """The rules that a command's settings give."""
     fields = frozenset(name.lower() for name in settings.ignore_fields or ())
     return Rules(fields, settings.max_row_mb, settings.max_row_turns, settings.max_data_gb)
 
 
 def first_repeated(names: Sequence[str]) -> str | None:
-    """The first name that comes a second time; None where all differ."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+    """The first name that comes again; None where all differ."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def size_in_words(count: int) -> str:
@@ -79,8 +66,8 @@ class MemoryBound:
 
     def __init__(self, rules: Rules) -> None:
         self._rules, self._taken = rules, 0
-        self._most = min(SMALL, rules.data_bytes()) if rules.max_data_gb is not None else SMALL
-        self._looked = False
+        self._known = rules.max_data_gb is not None  # else the free memory is looked at once many rows are read
+        self._most = rules.data_bytes() if self._known else SMALL
 
     def take(self, count: int, origin: str) -> None:
         """Count the bytes of a row.
@@ -89,8 +76,8 @@ class MemoryBound:
             UserError: the rows take more memory than the rules allow.
         """
         self._taken += count
-        if self._taken > self._most and not self._looked:
-            self._most, self._looked = self._rules.data_bytes(self._taken), True
+        if self._taken > self._most and not self._known:
+            self._most, self._known = self._rules.data_bytes(self._taken), True
         if self._taken > self._most:
             share = ", half of what was free" if self._rules.max_data_gb is None else ""
             raise UserError(

@@ -2,7 +2,7 @@
 
 The steps around the vocabulary (normalising, cutting, decoding) could let a text grow without end, run a regular
 expression for years or fail within. Each step is of a known type and bounded; a regular expression is known, or so
-simple that it takes one pass, or else the tokenizer's work is done in a process with limits (confined_tokenizer.py).
+simple that it takes one pass, or else the tokenizer works in a process with limits (tokenizer_calls.py).
 """
 
 from __future__ import annotations
@@ -188,35 +188,28 @@ def _growth(step: Mapping[str, Any], kind: str) -> float:
     Raises:
         UnsafeTokenizer: it is not bounded.
     """
-    name = step["type"]
+    name, size = step["type"], 0
     if name in ("Replace", "Split"):
         pattern = step["pattern"]
         literal = pattern.get("String")
         if literal == "" or (name == "Replace" and not _takes_one_pass(pattern)):
             raise UnsafeTokenizer(f"its {kind} looks for {next(iter(pattern.values()))!r}, which may never end")
-        if name == "Split":
-            return 1
-        return max(1, len(step["content"]) / len(literal) if literal else len(step["content"]) + 1)
-    _check_sizes(step, kind)
-    return 1
-
-
-def _check_sizes(step: Mapping[str, Any], kind: str) -> None:
-    name = step["type"]
-    sizes = {
-        "Prepend": lambda: len(step["prepend"]),
-        "Strip": lambda: max(step.get("start", 0), step.get("stop", 0)) if kind == "decoder" else 0,
-        "TemplateProcessing": lambda: max(
-            len(step["single"]), len(step["pair"]), *(len(token["ids"]) for token in step["special_tokens"].values()), 0
-        ),
-    }
-    size = sizes[name]() if name in sizes else 0
+        if name == "Replace":
+            return max(1, len(step["content"]) / len(literal) if literal else len(step["content"]) + 1)
+    elif name == "Prepend":
+        size = len(step["prepend"])
+    elif name == "Strip" and kind == "decoder":
+        size = max(step.get("start", 0), step.get("stop", 0))
+    elif name == "TemplateProcessing":
+        around = [step["single"], step["pair"], *(token["ids"] for token in step["special_tokens"].values())]
+        size = max(map(len, around))
+    elif name == "FixedLength" and step["length"] < 1:
+        raise UnsafeTokenizer(f"its {kind} cuts text into pieces of {step['length']} characters")
+    elif name == "Precompiled" and _longest_replacement(step["precompiled_charsmap"]) > MOST_BYTES:
+        raise UnsafeTokenizer(f"its {kind} may lengthen a character to over {MOST_BYTES} bytes")
     if size > MOST_TOKENS:
         raise UnsafeTokenizer(f"its {kind} adds or takes {size:,} at once ({name})")
-    if name == "FixedLength" and step["length"] < 1:
-        raise UnsafeTokenizer(f"its {kind} cuts text into pieces of {step['length']} characters")
-    if name == "Precompiled" and _longest_replacement(step["precompiled_charsmap"]) > MOST_BYTES:
-        raise UnsafeTokenizer(f"its {kind} may lengthen a character to over {MOST_BYTES} bytes")
+    return 1
 
 
 def _longest_replacement(charsmap: str | None) -> int:

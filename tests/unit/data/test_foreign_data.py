@@ -21,7 +21,7 @@ from qingtune.data.placeholders import first_placeholder
 from qingtune.data.prepare import Data, load_data
 from qingtune.data.prompts import asked_rows, rows_with_prompts
 from qingtune.data.read import Fault
-from qingtune.data.rules import Rules
+from qingtune.data.rules import USUAL, Rules
 from qingtune.data.tokenize import make_template
 from qingtune.errors import UserError
 
@@ -70,7 +70,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def read(rows: foreign.Rows, on_bad_row: str = "raise", rules: Rules | None = None) -> Reading:
+def read(rows: foreign.Rows, on_bad_row: str = "raise", rules: Rules = USUAL) -> Reading:
     write_jsonl(Path("t.jsonl"), rows)
     return read_conversations(["t.jsonl"], None, on_bad_row, rules)
 
