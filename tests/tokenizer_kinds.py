@@ -6,10 +6,39 @@ import string
 from collections.abc import Callable
 from typing import Any
 
-from conftest import TEXTS, make_tokenizer
+from conftest import CHATML, TEXTS, make_tokenizer
 
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 LETTERS = [*string.digits, *string.ascii_letters, *string.punctuation]
+
+# Chat templates of every kind, by what they do.
+TEMPLATES: dict[str, str | None] = {
+    "chatml": CHATML,
+    # Like Qwen2.5: a system message of its own where there is none.
+    "default system": "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+    + CHATML,
+    # Like Qwen3: thoughts only after the last question, an empty block where the answer brings none.
+    "thinking": (
+        "{% set here = namespace(last=0) %}"
+        "{% for m in messages %}{% if m.role == 'user' %}{% set here.last = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}"
+        "{% if loop.index0 > here.last %}<think>\n"
+        "{{ (parts[0] | replace('<think>', '') | trim) if parts | length > 1 else '' }}\n</think>\n\n{% endif %}"
+        "{{ (parts[-1] | trim) if parts | length > 1 else parts[-1] }}"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "plain style": (
+        "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+        "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+    ),
+    "no end of turn": (
+        "{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}\nassistant: {% endif %}"
+    ),
+    "no template": None,
+}
 
 
 def _fast(inner: Any, **special: Any) -> Any:

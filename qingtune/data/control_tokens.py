@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qingtune.config.roles import Role
-from qingtune.data.format import Message
-from qingtune.data.templates import TemplateError
+from qingtune.data.templates import TemplateError, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Render = Callable[[Sequence[Message], bool], str]
+Render = Callable[[Sequence[Turn], bool], str]
 
 # Contents by which a template is probed; no template writes these by itself.
 _CONTENTS = tuple(f"\u3014{number}\u3015" for number in range(3))
@@ -38,6 +37,7 @@ class ControlTokens:
 
     Attributes:
         ids: of each control token by its text.
+        written: those that the template writes.
         markup: those that an answer may hold, as the model writes them itself: `<think>`, `<tool_call>`.
         heads: beginnings of a content that complete a control token with what the template writes before it, or with
             the end of the content before that.
@@ -45,6 +45,7 @@ class ControlTokens:
     """
 
     ids: dict[str, int]
+    written: frozenset[str]
     markup: frozenset[str]
     heads: tuple[str, ...]
     tails: tuple[str, ...]
@@ -55,29 +56,32 @@ def find_control_tokens(tokenizer: PreTrainedTokenizerBase, render: Render, stop
 
     Args:
         tokenizer: with its chat template.
-        render: writes messages, with or without what stands before an answer.
+        render: writes turns, with or without what stands before an answer.
         stop_ids: ids at which generation stops.
     """
     added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if token.content}
-    special = {token.content: number for number, token in added.items() if token.special}
-    special |= {token.content: number for number, token in added.items() if number in tokenizer.all_special_ids}
-    candidates = {
+    named = {*tokenizer.all_special_ids}
+    special = {token.content: number for number, token in added.items() if token.special or number in named}
+    ordinary = {
         token.content: number
         for number, token in added.items()
         if token.content not in special and not all(c.isalnum() or c.isspace() or c in "▁_" for c in token.content)
     }
-    rendered = [text for roles, prompt in _SHAPES if (text := _rendered(render, roles, prompt)) is not None]
-    written = _found_in([*rendered, str(tokenizer.get_chat_template())], candidates)
-    written |= {text for text in candidates if _partner(text) in written}
-    ids = special | {text: candidates[text] for text in written}
+    rendered = [text for roles, prompt in _SHAPES if (text := _rendered(render, roles, prompt))]
+    written = _found_in([*rendered, str(tokenizer.get_chat_template())], [*special, *ordinary])
+    of_template = written & ordinary.keys()
+    of_template |= {text for text in ordinary if _partner(text) in of_template}
+    ids = special | {text: ordinary[text] for text in of_template}
     pieces = [re.split("|".join(_CONTENTS), text) for text in rendered]
     before = [piece for parts in pieces for piece in parts[:-1]]
     after = [piece for parts in pieces for piece in parts[1:]]
     between = {piece for parts in pieces for piece in parts[1:-1]}
     cuts = [(text[:place], text[place:]) for text in ids for place in range(1, len(text))]
+    endings = {added[number].content for number in stop_ids if number in added}
     return ControlTokens(
         ids=ids,
-        markup=frozenset(written - _delimiters(render, written, {added[n].content for n in stop_ids if n in added})),
+        written=frozenset(written | of_template),
+        markup=frozenset(of_template - _delimiters(render, of_template, endings)),
         heads=tuple(
             {end for start, end in cuts if any(piece.endswith(start) for piece in before)}
             | {
@@ -91,17 +95,17 @@ def find_control_tokens(tokenizer: PreTrainedTokenizerBase, render: Render, stop
     )
 
 
-def _rendered(render: Render, roles: Sequence[Role], add_generation_prompt: bool) -> str | None:
-    """Known contents in these roles as the template writes them; None where it refuses them."""
-    messages = [Message(role, content) for role, content in zip(roles, _CONTENTS, strict=False)]
+def _rendered(render: Render, roles: Sequence[Role], add_generation_prompt: bool = False) -> str:
+    """Known contents in these roles as the template writes them; nothing where it refuses them."""
+    turns = [{"role": role, "content": content} for role, content in zip(roles, _CONTENTS, strict=False)]
     try:
-        return render(messages, add_generation_prompt)
+        return render(turns, add_generation_prompt)
     except TemplateError:
-        return None
+        return ""
 
 
-def _found_in(texts: Sequence[str], candidates: Collection[str]) -> set[str]:
-    return {candidate for candidate in candidates if any(candidate in text for text in texts)}
+def _found_in(texts: Sequence[str], tokens: Collection[str]) -> set[str]:
+    return {token for token in tokens if any(token in text for text in texts)}
 
 
 def _delimiters(render: Render, written: Collection[str], endings: set[str]) -> set[str]:
@@ -109,15 +113,14 @@ def _delimiters(render: Render, written: Collection[str], endings: set[str]) -> 
 
     A pair of tags in an answer's frame is none, as `<think>` and `</think>`, unless one of it stands elsewhere too.
     """
-    user = _rendered(render, ("user",), False) or ""
-    answered = _rendered(render, ("user", "assistant"), False) or ""
-    others = [user, _rendered(render, ("system", "user"), False) or ""]
-    tool = _rendered(render, ("user", "assistant", "tool"), False) or ""
+    answered = _rendered(render, ("user", "assistant"))
+    others = [_rendered(render, ("user",)), _rendered(render, ("system", "user"))]
+    tool = _rendered(render, ("user", "assistant", "tool"))
     if tool.startswith(answered):
         others.append(tool[len(answered) :])
     sure = _found_in(others, written) | (endings & set(written))
     sure |= {text for text in written if _partner(text) in sure}
-    around_answers = _found_in([answered, _rendered(render, ("user",), True) or ""], written)
+    around_answers = _found_in([answered, _rendered(render, ("user",), True)], written)
     return sure | {text for text in around_answers if _partner(text) not in written}
 
 

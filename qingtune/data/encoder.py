@@ -1,17 +1,17 @@
 """Text -> token ids, so that control tokens come from the chat template alone, never from what a user or a row says.
 
 Contents that hold the text of a control token are veiled before they are rendered: its first character is replaced by a
-mark that no one can guess. In what the template then writes, its own control tokens are sealed under names that no one
-can guess either, the marks become characters again, and a copy of the tokenizer that knows the control tokens by these
-names alone makes the ids: those that the text would have if the tokenizer had no control tokens. Text that holds none
-takes the usual way.
+mark that no one can guess. What the template then writes is cut into parts at its own control tokens, where a tokenizer
+takes every text apart before anything else: each part has the same ids in every text. In a part with marks, the
+template's control tokens are sealed under names that no one can guess either, the marks become characters again, and a
+copy of the tokenizer that knows the control tokens by these names alone makes the ids: those that the text would have
+if the tokenizer had no control tokens. A part without marks takes the usual way.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any, cast
 from qingtune.data.control_tokens import ControlTokens
 from qingtune.data.format import Message
 from qingtune.data.sealed_tokenizer import NAME, SECRET, SealedTokenizer, name_of, sealed_copy
+from qingtune.data.templates import Turn
 from qingtune.data.tokenizer_calls import encode, encode_many
 from qingtune.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MOST_CHARACTERS_OF_ENDS = 100_000_000  # twice what all ends of all added tokens may have
+MOST_CUTS, LONGEST_CUT = 64, 64  # control tokens at which texts are cut, and their characters
 _MARK = re.compile(f"\ufdd0{SECRET}:([0-9]+)\ufdd1")
+_LEAVE_OUT = "Remove it from the text."
 
 
 class Encoder:
@@ -46,16 +48,14 @@ class Encoder:
         closing: Sequence[int] = (),
         rows: int | None = None,
     ) -> None:
-        self._rows = rows
-        self._tokenizer, self._control, self._closing = tokenizer, control, list(closing)
+        self._tokenizer, self._control, self._closing, self._rows = tokenizer, control, list(closing), rows
         self._normalizer = _normalizer_of(tokenizer, control)
         texts = [*control.ids]
         if self._normalizer is not None:
             texts += [self._normalizer.normalize_str(text) for text in control.ids]
         self._written = _pattern(control.ids)
-        self._foreign, self._in_answers = (
-            _pattern(texts), _pattern(text for text in texts if text not in control.markup)
-        )  # fmt: skip
+        self._foreign = _pattern(texts)
+        self._in_answers = _pattern(text for text in texts if text not in control.markup)
 
     def control_token_in(self, text: str, *, answer: bool = False) -> str | None:
         """The first control token that a text would hold; in an answer, other than those that models write there."""
@@ -65,123 +65,11 @@ class Encoder:
             found = pattern.search(self._normalizer.normalize_str(text))
         return found[0] if found else None
 
-    def veil(self, messages: Sequence[Message]) -> list[Message]:
+    # --- Texts that a template writes --------------------------------------------------------------------------------
+
+    def veil(self, messages: Sequence[Message]) -> list[Turn]:
         """The messages for a template to write, so that `ids` tells their text from the template's own."""
-        return [Message(message.role, self._veiled(message)) for message in messages]
-
-    def ids(self, text: str) -> list[int]:
-        """Ids of what a template wrote of veiled messages.
-
-        Raises:
-            UserError: a content holds a control token's text, and this tokenizer cannot read that as text.
-        """
-        if SECRET in text:
-            return self.sealed_ids(self.seal(text))
-        parts = [text[start:end] for start, end in pairwise([*self.cuts(text), len(text)])]
-        return [number for ids in self.encoded(parts) for number in ids]
-
-    def encoded(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each of several texts without control tokens or with those of the template's own alone.
-
-        Raises:
-            UserError: the tokenizer fails on one of them, or knows more tokens than the model.
-        """
-        return [self.known(ids) for ids in encode_many(self._tokenizer, texts)]
-
-    def plain_ids(self, text: str) -> list[int]:
-        """Ids of a text without a template, after what the tokenizer puts before a text by itself.
-
-        Raises:
-            UserError: it holds a control token's text, and this tokenizer cannot read that as text.
-        """
-        if forged := self.control_token_in(text):
-            if self._copy is None:
-                raise _not_as_text(forged)
-            return self._opened(self._copy.ids(text, add_special_tokens=True))
-        return self.plain_encoded([text])[0]
-
-    def plain_encoded(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same for each of several texts that hold no control token's text."""
-        return [self._opened(ids) for ids in encode_many(self._tokenizer, texts, add_special_tokens=True)]
-
-    def _opened(self, ids: list[int]) -> list[int]:
-        """Ids of a text without those that the tokenizer puts after it by itself."""
-        count = len(self._closing)
-        return self.known(ids[:-count] if count and ids[-count:] == self._closing else ids)
-
-    def seal(self, text: str) -> str:
-        """What a template wrote of veiled messages: its control tokens under names that no other text holds.
-
-        Raises:
-            UserError: the template changed the marks, or this tokenizer cannot read control tokens' text as text.
-        """
-        if self._copy is None:
-            if veiled := _MARK.search(text):
-                raise _not_as_text(self.control_token_in(unveil(text)) or chr(int(veiled[1])))
-            return text
-        sealed = unveil(self._written.sub(lambda found: name_of(self._control.ids[found[0]]), text))
-        if SECRET in NAME.sub("", sealed):
-            raise UserError("the chat template rewrites it into a control token", fix=_LEAVE_OUT)
-        return sealed
-
-    def sealed_ids(self, text: str) -> list[int]:
-        """Ids of a sealed text, before and after which other text may have been put.
-
-        Raises:
-            UserError: other control tokens would come of it than were sealed.
-        """
-        return self.known(encode(self._tokenizer, text) if self._copy is None else self._copy.ids(text))
-
-    def known(self, ids: list[int]) -> list[int]:
-        """The ids, which the model has embeddings for.
-
-        Raises:
-            UserError: it has none for one of them.
-        """
-        if self._rows is not None and max(ids, default=0) >= self._rows:
-            raise UserError(
-                f"the tokenizer has more tokens than the model: id {max(ids)}, but the model has embeddings 0 to "
-                f"{self._rows - 1}",
-                fix="Use the model's own tokenizer.",
-            )
-        return ids
-
-    def cuts(self, text: str, first: int = 0) -> list[int]:
-        """Where the parts of a text begin whose ids together are those of the text: `first`, and each cut after it."""
-        pattern = self._cuts
-        if pattern is None:
-            return [first]
-        return [first, *(found.start() for found in pattern.finditer(text, first) if found.start() > first)]
-
-    @cached_property
-    def longest_cut(self) -> int:
-        """Characters of the longest control token at which texts are cut."""
-        return max(map(len, self._cut_texts), default=0)
-
-    @cached_property
-    def _cuts(self) -> re.Pattern[str] | None:
-        return _pattern(self._cut_texts) if self._cut_texts else None
-
-    @cached_property
-    def _cut_texts(self) -> list[str]:
-        """Control tokens that the tokenizer takes out of a text as it is, whatever stands around them."""
-        if not self._tokenizer.is_fast or self._tokenizer.split_special_tokens:
-            return []
-        added = [token for token in self._tokenizer.added_tokens_decoder.values() if token.content]
-        as_it_is = [token.content for token in added if not token.normalized]
-        found = [
-            token.content
-            for token in added
-            if token.content in self._control.ids
-            and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
-            and not _belongs_to_words(token.content[0])
-        ]
-        covered = _covered(found, as_it_is)
-        found = [text for text in found if text not in covered]
-        probe = "".join(f"{text}user\n Is it 12,345?  Yes!{text}\n\n{text} é" for text in found)
-        whole = encode(self._tokenizer, probe)
-        parts = [text for text in re.split(f"(?={_pattern(found).pattern})", probe) if text]
-        return found if whole == [number for ids in encode_many(self._tokenizer, parts) for number in ids] else []
+        return [{"role": message.role, "content": self._veiled(message)} for message in messages]
 
     def _veiled(self, message: Message) -> str:
         """A content, marked where it holds a control token or would form one with what is written around it."""
@@ -204,13 +92,120 @@ class Encoder:
             f"\ufdd0{SECRET}:{ord(letter)}\ufdd1" if place in places else letter for place, letter in enumerate(text)
         )
 
+    def ids(self, text: str) -> list[int]:
+        """Ids of what a template wrote of veiled messages.
+
+        Raises:
+            UserError: a content holds a control token's text, and this tokenizer cannot read that as text.
+        """
+        parts = [text[start:end] for start, end in pairwise([*self.cuts(text), len(text)])]
+        return [number for ids in self.encoded(parts) for number in ids]
+
+    def encoded(self, parts: Sequence[str]) -> list[list[int]]:
+        """Ids of each of several parts of such texts; raises as `ids` does, and where the tokenizer fails on one."""
+        usual = iter(encode_many(self._tokenizer, [part for part in parts if SECRET not in part]))
+        return [self.sealed_ids(self.seal(part)) if SECRET in part else self.known(next(usual)) for part in parts]
+
+    def seal(self, text: str) -> str:
+        """What a template wrote of veiled messages: its control tokens under names that no other text holds.
+
+        Raises:
+            UserError: the template changed the marks, or this tokenizer cannot read control tokens' text as text.
+        """
+        if self._copy is None:
+            if veiled := _MARK.search(text):
+                raise _not_as_text(self.control_token_in(unveil(text[veiled.start() :])) or chr(int(veiled[1])))
+            return text
+        sealed = unveil(self._written.sub(lambda found: name_of(self._control.ids[found[0]]), text))
+        if SECRET in NAME.sub("", sealed):
+            raise UserError("the chat template rewrites it into a control token", fix=_LEAVE_OUT)
+        return sealed
+
+    def sealed_ids(self, text: str) -> list[int]:
+        """Ids of a sealed text, before and after which other text may have been put.
+
+        Raises:
+            UserError: other control tokens would come of it than were sealed.
+        """
+        return self.known(encode(self._tokenizer, text) if self._copy is None else self._copy.ids(text))
+
     @cached_property
     def _copy(self) -> SealedTokenizer | None:
         """Made when it is first needed: a large vocabulary takes a second."""
         return sealed_copy(self._tokenizer, self._control.ids)
 
+    def known(self, ids: list[int]) -> list[int]:
+        """The ids, which the model has embeddings for.
 
-_LEAVE_OUT = "Remove it from the text."
+        Raises:
+            UserError: it has none for one of them.
+        """
+        if self._rows is not None and max(ids, default=0) >= self._rows:
+            raise UserError(
+                f"the tokenizer has more tokens than the model: id {max(ids)}, but the model has embeddings 0 to "
+                f"{self._rows - 1}",
+                fix="Use the model's own tokenizer.",
+            )
+        return ids
+
+    # --- Plain text --------------------------------------------------------------------------------------------------
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Ids of a text without a template, after what the tokenizer puts before a text by itself.
+
+        Raises:
+            UserError: it holds a control token's text, and this tokenizer cannot read that as text.
+        """
+        if forged := self.control_token_in(text):
+            if self._copy is None:
+                raise _not_as_text(forged)
+            return self._opened(self._copy.ids(text, add_special_tokens=True))
+        return self.plain_encoded([text])[0]
+
+    def plain_encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same for each of several texts that hold no control token's text."""
+        return [self._opened(ids) for ids in encode_many(self._tokenizer, texts, add_special_tokens=True)]
+
+    def _opened(self, ids: list[int]) -> list[int]:
+        """Ids of a text without those that the tokenizer puts after it by itself."""
+        count = len(self._closing)
+        return self.known(ids[:-count] if count and ids[-count:] == self._closing else ids)
+
+    # --- Parts -------------------------------------------------------------------------------------------------------
+
+    def cuts(self, text: str, first: int = 0) -> list[int]:
+        """Where the parts of a text begin whose ids together are those of the text: `first`, and each cut after it."""
+        return [first, *(found.start() for found in self._cuts.finditer(text, first) if found.start() > first)]
+
+    @cached_property
+    def _cuts(self) -> re.Pattern[str]:
+        return _pattern(self._cut_texts)
+
+    @cached_property
+    def longest_cut(self) -> int:
+        """Characters of the longest control token at which texts are cut."""
+        return max(map(len, self._cut_texts), default=0)
+
+    @cached_property
+    def _cut_texts(self) -> list[str]:
+        """The template's control tokens that the tokenizer takes out of a text as it is, whatever is around them."""
+        if not self._tokenizer.is_fast or self._tokenizer.split_special_tokens:
+            return []
+        added = [token for token in self._tokenizer.added_tokens_decoder.values() if token.content]
+        found = [
+            token.content
+            for token in added
+            if token.content in self._control.written
+            and len(token.content) <= LONGEST_CUT
+            and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+            and not _belongs_to_words(token.content[0])
+        ]
+        covered = _covered(found[:MOST_CUTS], {token.content for token in added if not token.normalized})
+        found = [text for text in found[:MOST_CUTS] if text not in covered]
+        probe = "".join(f"{text}user\n Is it 12,345?  Yes!{text}\n\n{text} é" for text in found)
+        whole = encode(self._tokenizer, probe)
+        parts = [text for text in re.split(f"(?={_pattern(found).pattern})", probe) if text]
+        return found if whole == [number for ids in encode_many(self._tokenizer, parts) for number in ids] else []
 
 
 def unveil(text: str) -> str:
@@ -233,23 +228,13 @@ def _belongs_to_words(character: str) -> bool:
     return character.isalnum() or character.isspace() or character == "_"
 
 
-def _covered(texts: Sequence[str], tokens: Sequence[str]) -> set[str]:
-    """Texts whose beginning another of the tokens could hold: one that contains a text, or ends as a text begins.
-
-    In time that grows with the tokens' number, of which a tokenizer may have thousands. All are covered where tokens
-    are so long that their ends would take too much memory.
-    """
-    distinct = set(tokens)
-    if sum(len(token) ** 2 for token in distinct) > MOST_CHARACTERS_OF_ENDS:
-        return set(texts)
-    ends = Counter(token[start:] for token in distinct for start in range(len(token)))
-    joined = "\0".join(distinct)
-    return {
-        text
-        for text in texts
-        if joined.count(text) > (text in distinct)
-        or any(ends[text[:end]] > (text in distinct and text.endswith(text[:end])) for end in range(1, len(text)))
-    }
+def _covered(texts: Sequence[str], tokens: Collection[str]) -> set[str]:
+    """Those of a few tokens' texts whose beginning one of all tokens could hold, within or at its end."""
+    beginnings = {text[:end] for text in texts for end in range(1, len(text))}
+    longest = max(map(len, beginnings), default=0)
+    ends = beginnings.intersection(token[-size:] for token in tokens for size in range(1, min(longest, len(token)) + 1))
+    joined = "\0".join(tokens)
+    return {text for text in texts if joined.count(text) > 1 or any(text[:end] in ends for end in range(1, len(text)))}
 
 
 def _normalizer_of(tokenizer: PreTrainedTokenizerBase, control: ControlTokens) -> Any:

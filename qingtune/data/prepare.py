@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,53 +12,15 @@ import numpy as np
 
 from qingtune.config.training import TrainConfig
 from qingtune.data.faults import count_reasons, describe_rows, fault_lines, faulty_rows
-from qingtune.data.format import Conversation, Reading, read_conversations
-from qingtune.data.read import Places
+from qingtune.data.format import Reading, read_conversations
+from qingtune.data.report import SHOWN, DataReport, SetReport, describe, show_example, summarize
 from qingtune.data.rules import rules_of
-from qingtune.data.tokenize import SHOWN, Sample, Summary, Template, describe, show_example, summarize, tokenize
+from qingtune.data.tokenize import Sample, Template, tokenize
 from qingtune.errors import UserError, raise_all, shorten
 from qingtune.files.paths import refuse_odd_name
 from qingtune.output.console import say
 
 PromptStyle = Literal["chat", "plain"]
-
-
-@dataclass(frozen=True)
-class SetReport:
-    """The report on training or evaluation data.
-
-    Attributes:
-        summary: of what was tokenised.
-        formats: what rows each file holds; nothing for rows held out of the training data.
-        ignored_columns: of each file the fields that are not used, and how many rows hold something in them.
-        rows_read: in the files.
-        rows: what became of these rows, or of those held out for evaluation: the numbers of those used, refused, ...,
-            which add up to all.
-        faults: rows of the files that were refused.
-        reasons: how many rows were refused for each reason.
-        first_faults: where the first refused rows stand and why.
-        placeholders: rows with placeholders of a template that were left unfilled.
-    """
-
-    summary: Summary
-    formats: dict[str, str] = field(default_factory=dict)
-    ignored_columns: dict[str, dict[str, int]] = field(default_factory=dict)
-    rows_read: int = 0
-    rows: dict[str, int] = field(default_factory=dict)
-    faults: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-    first_faults: list[str] = field(default_factory=list)
-    placeholders: Places = field(default_factory=Places)
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """Report on the data: each set, how many evaluation samples are trained on, and an example."""
-
-    training: SetReport
-    evaluation: SetReport | None
-    evaluated_and_trained: int
-    example: str
 
 
 @dataclass(frozen=True)
@@ -117,7 +79,7 @@ def _why_no_file(name: str) -> str | None:
 
 
 def load_data(config: TrainConfig, template: Template, context: int | None) -> Data:
-    """Read, check and tokenise the data, and tell what is trained.
+    """Read, check and tokenise the data, and report what is trained.
 
     Args:
         context: the longest sequence the model can read, in tokens.
@@ -125,13 +87,24 @@ def load_data(config: TrainConfig, template: Template, context: int | None) -> D
     Raises:
         UserError: rows are faulty and on_bad_row is raise, or nothing is left to train on.
     """
-    limit = _most_tokens(config, context)
-    training, evaluation = _read_both(config)
+    limit = config.max_seq_length
+    if context is not None and context < limit:
+        say(f"max_seq_length = {context:,}: the model reads no more (the setting is {limit:,}).")
+        limit = context
+    assert config.data_path is not None
+    training = _read("Training data", config.data_path, config)
+    if config.eval_data_path:
+        evaluation = _read("Evaluation data", config.eval_data_path, config)
+    else:
+        evaluation = _hold_out(training, config.val_size, config.seed if config.val_seed is None else config.val_seed)
     train_samples, trained = _tokenize("Training data", config, template, training, limit)
     eval_samples, evaluated = [], None
     if evaluation.conversations:
         eval_samples, evaluated = _tokenize("Evaluation data", config, template, evaluation, limit)
-    twice = _count_shared(train_samples, eval_samples)
+    ids_of_both = {sample.token_ids.tobytes() for sample in eval_samples}.intersection(
+        sample.token_ids.tobytes() for sample in train_samples
+    )
+    twice = len(ids_of_both)
     if twice:
         say(f"Warning: {twice:,} evaluation samples are also in the training data; eval_loss is too low.")
     short = min(train_samples[:100], key=lambda sample: len(sample.token_ids))
@@ -139,32 +112,6 @@ def load_data(config: TrainConfig, template: Template, context: int | None) -> D
     say(f"An example; the part between >>> and <<< is trained:\n{example}")
     style = "plain" if all(row.text is not None for row in training.conversations) else "chat"
     return Data(train_samples, eval_samples, style, DataReport(trained, evaluated, twice, example))
-
-
-def _most_tokens(config: TrainConfig, context: int | None) -> int:
-    """The longest sample that is trained, in tokens: max_seq_length, or what the model can read."""
-    if context is None or context >= config.max_seq_length:
-        return config.max_seq_length
-    say(f"max_seq_length = {context:,}: the model reads no more (the setting is {config.max_seq_length:,}).")
-    return context
-
-
-def _read_both(config: TrainConfig) -> tuple[Reading, Reading]:
-    """The training and the evaluation data, the latter from files of its own or held out of the former."""
-    assert config.data_path is not None
-    training = _read("Training data", config.data_path, config)
-    if config.eval_data_path:
-        return training, _read("Evaluation data", config.eval_data_path, config)
-    seed = config.seed if config.val_seed is None else config.val_seed
-    training.conversations, held_out = _hold_out(training.conversations, config.val_size, seed)
-    training.held_out = len(held_out)
-    return training, Reading(held_out)
-
-
-def _count_shared(training: Sequence[Sample], evaluation: Sequence[Sample]) -> int:
-    """How many different evaluation samples are trained on, too."""
-    evaluated = {sample.token_ids.tobytes() for sample in evaluation}
-    return len({ids for sample in training if (ids := sample.token_ids.tobytes()) in evaluated})
 
 
 def _read(name: str, paths: Sequence[str], config: TrainConfig) -> Reading:
@@ -181,34 +128,29 @@ def _read(name: str, paths: Sequence[str], config: TrainConfig) -> Reading:
     return reading
 
 
-def _hold_out(
-    conversations: list[Conversation], val_size: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Set rows aside for evaluation: a share below 1, or a number."""
-    count = round(val_size * len(conversations)) if val_size < 1 else int(val_size)
+def _hold_out(reading: Reading, val_size: float, seed: int) -> Reading:
+    """Set some of the rows aside for evaluation: a share below 1, or a number."""
+    rows = reading.conversations
+    count = round(val_size * len(rows)) if val_size < 1 else int(val_size)
     if val_size > 0:
         count = max(1, count)
-    if count >= len(conversations):
-        raise UserError(f"val_size holds out all {len(conversations):,} rows", fix="Make it smaller.")
-    order = np.random.default_rng(seed).permutation(len(conversations))
-    aside = set(order[:count].tolist())
-    return (
-        [row for number, row in enumerate(conversations) if number not in aside],
-        [row for number, row in enumerate(conversations) if number in aside],
-    )
+    if count >= len(rows):
+        raise UserError(f"val_size holds out all {len(rows):,} rows", fix="Make it smaller.")
+    aside = np.zeros(len(rows), dtype=np.bool_)
+    aside[np.random.default_rng(seed).permutation(len(rows))[:count]] = True
+    reading.held_out = count
+    reading.conversations = [row for row, kept in zip(rows, ~aside, strict=True) if kept]
+    return Reading([row for row, held_out in zip(rows, aside, strict=True) if held_out])
 
 
 def _tokenize(
-    name: str,
-    config: TrainConfig,
-    template: Template,
-    reading: Reading,
-    limit: int,
+    name: str, config: TrainConfig, template: Template, reading: Reading, limit: int
 ) -> tuple[list[Sample], SetReport]:
-    conversations = reading.conversations
-    tokenized = tokenize(template, conversations, limit, config.on_long)
+    """Samples of a set and the report on it, of which the most important is printed."""
+    count = len(reading.conversations)
+    tokenized = tokenize(template, reading.conversations, limit, config.on_long)
     if tokenized.faults and config.on_bad_row == "raise":
-        raise faulty_rows(tokenized.faults, len(conversations))
+        raise faulty_rows(tokenized.faults, count)
     faults = [*reading.faults, *tokenized.faults]
     rows = {
         "used": tokenized.rows_used,
@@ -218,11 +160,9 @@ def _tokenize(
         "held out for evaluation": reading.held_out,
     }
     reasons = count_reasons(faults)
-    for line in describe_rows(name, rows, reasons):
-        say(line)
     first_faults = fault_lines(faults)[:SHOWN]
-    for line in first_faults:
-        say(f"refused: {line}")
+    for line in (*describe_rows(name, rows, reasons), *(f"refused: {line}" for line in first_faults)):
+        say(line)
     if not tokenized.samples:
         raise UserError(
             f"no sample is left: {len(tokenized.faults):,} refused, {len(tokenized.too_long):,} longer than "
@@ -230,7 +170,7 @@ def _tokenize(
             where=name,
             fix="Raise max_seq_length, or check the data.",
         )
-    summary = summarize(len(conversations), tokenized)
+    summary = summarize(count, tokenized)
     for line in describe(name, summary):
         say(line)
     report = SetReport(

@@ -8,8 +8,7 @@ import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from qingtune.data.confined_tokenizer import ConfinedTokenizer
-from qingtune.data.tokenizer_calls import encode, panics_as_errors
+from qingtune.data.tokenizer_calls import ConfinedTokenizer, encode, panics_as_errors
 from qingtune.data.tokenizer_limits import has_foreign_patterns
 from qingtune.errors import UserError
 
@@ -82,16 +81,15 @@ def sealed_copy(tokenizer: PreTrainedTokenizerBase, control_ids: Mapping[str, in
         copy = Tokenizer.from_str(text)
     except Exception:  # the library's own class is Exception itself; a merge needs a control token's text, for one
         return None
-    if any(copy.token_to_id(name_of(number)) is None for number in control_ids.values()):
+    named = [name_of(number) for number in control_ids.values()]
+    if any(copy.token_to_id(name) is None for name in named):
         return None
     confined = ConfinedTokenizer(text) if has_foreign_patterns(content) else None
     sealed = SealedTokenizer(copy, confined, set(control_ids.values()), cast("int | None", tokenizer.unk_token_id))
-    written = {"".join(f"{text}a {text}\n" for text in control_ids): "".join(
-        f"{name_of(number)}a {name_of(number)}\n" for number in control_ids.values()
-    )}  # fmt: skip
+    written = tuple("".join(f"{text}a {text}\n" for text in texts) for texts in (control_ids, named))
     alike = all(
         encode(tokenizer, theirs, add_special_tokens=around) == sealed.ids(ours, add_special_tokens=around)
-        for theirs, ours in [*((probe, probe) for probe in _PROBES), *written.items()]
+        for theirs, ours in (*zip(_PROBES, _PROBES, strict=True), written)
         for around in (False, True)
     )
     return sealed if alike else None

@@ -1,4 +1,4 @@
-"""Conversation -> token ids and trained mask, with the model's own chat template; and the data report.
+"""Conversation -> token ids and trained mask, with the model's own chat template.
 
 The prompt of a turn is rendered and tokenised by `prompt_ids`, which inference uses too. A sample is that prompt's ids
 followed by the answer's: training sees, token for token, what inference will give the model. Nothing is searched for in
@@ -11,7 +11,7 @@ import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -21,9 +21,8 @@ from qingtune.data.encoder import Encoder, unveil
 from qingtune.data.format import Conversation, Message
 from qingtune.data.parted_texts import PartedTexts, PartIds
 from qingtune.data.read import Fault
-from qingtune.data.sealed_tokenizer import SECRET
-from qingtune.data.templates import Rendered, TemplateError, render_texts
-from qingtune.data.tokenizer_calls import decode, encode
+from qingtune.data.templates import Rendered, Request, TemplateError, Turn, render_texts
+from qingtune.data.tokenizer_calls import encode
 from qingtune.errors import UserError, shorten
 
 if TYPE_CHECKING:
@@ -39,11 +38,7 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
 )
-
-
 ROWS_AT_ONCE, LETTERS_AT_ONCE = 256, 1 << 19  # rendered and encoded together
-BINS = 24  # of the histogram of lengths
-SHOWN = 5  # places named of each kind
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 
@@ -108,10 +103,10 @@ def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], r
         )
     eos = cast("int | None", tokenizer.eos_token_id)
     last = closing[-1] if eos is None and closing else eos
-    probe = [Message("user", "a"), Message("assistant", "b")]
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         prompt, whole = _render(tokenizer, probe[:1], True), _render(tokenizer, probe, False)
-        other = _render(tokenizer, [Message("user", "c")], True)
+        other = _render(tokenizer, [{"role": "user", "content": "c"}], True)
     except TemplateError as error:
         raise UserError(
             f"the model's chat template fails: {error}", fix="Use a model with a working template."
@@ -121,9 +116,8 @@ def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], r
             "the model's chat template does not write the user's text", fix="Use a model with a working template."
         )
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = {*special, *tokenizer.all_special_ids, *stop_ids} - {
-        cast("int | None", tokenizer.unk_token_id)  # any character may be that
-    }
+    special = {*special, *tokenizer.all_special_ids, *stop_ids}
+    special.discard(cast("int", tokenizer.unk_token_id))  # any character may be that
     after = [token for token in encode(tokenizer, whole.removeprefix(prompt)) if token in special]
     if not after and last is None:
         raise UserError("the model's tokenizer has no token that can end an answer")
@@ -138,7 +132,7 @@ def make_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], r
             "prefer the Instruct model or full training."
         )
     stops: frozenset[int] = frozenset({*stop_ids, end, *([] if eos is None else [eos])})
-    control = find_control_tokens(tokenizer, lambda messages, ask: _render(tokenizer, messages, ask), stops)
+    control = find_control_tokens(tokenizer, lambda turns, ask: _render(tokenizer, turns, ask), stops)
     encoder = Encoder(tokenizer, control, closing, rows)
     encoder.known([end])
     return Template(tokenizer, encoder, end, not after, stops, tuple(notices))
@@ -160,21 +154,15 @@ def _written(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return "".join("{{ bos_token }}" if text == bos else "{{ " + json.dumps(text) + " }}" for text in texts)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    (rendered,) = _render_texts(tokenizer, [(messages, [(len(messages), add_generation_prompt)])])
-    return next(iter(rendered))
+def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+    (rendered,) = _render_texts(tokenizer, [(turns, [(len(turns), add_generation_prompt)])])
+    return rendered.only_text()
 
 
-def _render_texts(
-    tokenizer: PreTrainedTokenizerBase, requests: Sequence[tuple[Sequence[Message], Sequence[tuple[int, bool]]]]
-) -> list[Rendered]:
-    """Texts of conversations: of so many of the messages each, with or without what stands before an answer."""
-    turns = [
-        ([{"role": message.role, "content": message.content} for message in messages], texts)
-        for messages, texts in requests
-    ]
-    found = render_texts(tokenizer.get_chat_template(), tokenizer.special_tokens_map, turns)
-    return [one if one.error is None else Rendered(one.changes, shorten(unveil(one.error), 300)) for one in found]
+def _render_texts(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request]) -> list[Rendered]:
+    """Texts of veiled conversations; what a template says of one is shown to users, so without marks."""
+    found = render_texts(tokenizer.get_chat_template(), tokenizer.special_tokens_map, requests)
+    return [replace(one, error=one.error and shorten(unveil(one.error), 300)) for one in found]
 
 
 def prompt_ids(template: Template, messages: Sequence[Message] | str) -> list[int]:
@@ -272,31 +260,20 @@ def _keep(sample: Sample, max_seq_length: int, on_long: str, result: Tokenized) 
 # --- Conversations, many at a time -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A conversation with its texts, or why it is refused; plain text has neither."""
-
-    conversation: Conversation
-    texts: PartedTexts | None = None
-    refusal: str = ""
-
-
 def _samples_of_rows(template: Template, conversations: Sequence[Conversation]) -> Iterator[list[Sample] | Fault]:
     """Yield the samples of each row, or its fault; the next rows are rendered while these are encoded."""
+    encoder = template.encoder
     for batch in _one_ahead(lambda rows: _prepare(template, rows), _batches(conversations)):
-        parts = (part for row in batch if row.texts is not None for part in row.texts.parts())
-        encoded = PartIds(template.encoder, parts)
-        plain = [row.conversation.text for row in batch if row.conversation.text is not None and not row.refusal]
-        plain_ids = iter(template.encoder.plain_encoded(plain))
-        for row in batch:
-            origin = row.conversation.origin
-            if row.refusal:
-                yield Fault(origin, row.refusal)
-            elif row.texts is None:
+        encoded = PartIds(encoder, (part for _, row in batch if isinstance(row, PartedTexts) for part in row.parts()))
+        plain_ids = iter(encoder.plain_encoded([row for _, row in batch if isinstance(row, str)]))
+        for origin, row in batch:
+            if isinstance(row, PartedTexts):
+                yield _samples(template, origin, row, encoded)
+            elif isinstance(row, str):
                 ids = array("i", [*next(plain_ids), template.end_of_turn])
                 yield [_sample(ids, [(0, len(ids))], origin)]
             else:
-                yield _samples(template, origin, row.texts, encoded)
+                yield row
 
 
 def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
@@ -305,7 +282,7 @@ def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversatio
     letters = 0
     for row in conversations:
         batch.append(row)
-        letters += len(row.text or "") + sum(len(message.content) for message in row.messages)
+        letters += sum(map(len, row.texts))
         if len(batch) == ROWS_AT_ONCE or letters > LETTERS_AT_ONCE:
             yield batch
             batch, letters = [], 0
@@ -326,38 +303,33 @@ def _one_ahead(work: Callable[[_Item], _Made], items: Iterable[_Item]) -> Iterat
             yield before.result()
 
 
-def _prepare(template: Template, conversations: Sequence[Conversation]) -> list[_Prepared]:
-    """Check that rows hold no control token, and render them: of each answer its prompt, and both together.
-
-    What is trained holds no control token: a turn within a turn is nearly always a fault of the data.
-    """
+def _prepare(template: Template, rows: Sequence[Conversation]) -> list[tuple[str, PartedTexts | str | Fault]]:
+    """The origins of rows, each with its rendered texts, its plain text, or its fault."""
     encoder = template.encoder
-    refusals = [_control_token_in(encoder, conversation) for conversation in conversations]
-    chats = [row for row, refusal in zip(conversations, refusals, strict=True) if row.text is None and not refusal]
-    veiled = [encoder.veil(row.messages) for row in chats]
-    texts = [
-        [(place + more, not more) for place, turn in enumerate(turns) if turn.role == "assistant" for more in (0, 1)]
-        for turns in veiled
-    ]
-    rendered = _render_texts(template.tokenizer, list(zip(veiled, texts, strict=True))) if chats else []
-    parted = iter(
-        PartedTexts(encoder, one, veiled=any(SECRET in turn.content for turn in turns))
-        for one, turns in zip(rendered, veiled, strict=True)
-    )
+    checked = [_control_token_in(encoder, row) or row for row in rows]
+    chats = [row.messages for row in checked if isinstance(row, Conversation) and row.text is None]
+    rendered = _render_texts(template.tokenizer, [(encoder.veil(turns), _asked(turns)) for turns in chats])
+    texts = (PartedTexts(encoder, one) for one in rendered)
     return [
-        _Prepared(row, refusal=f"holds {refusal}, which is a control token of this model")
-        if refusal
-        else _Prepared(row, next(parted) if row.text is None else None)
-        for row, refusal in zip(conversations, refusals, strict=True)
+        (row.origin, row if isinstance(row, Fault) else next(texts) if row.text is None else row.text)
+        for row in checked
     ]
 
 
-def _control_token_in(encoder: Encoder, conversation: Conversation) -> str | None:
-    """The first control token in what is trained."""
-    if conversation.text is not None:
-        return encoder.control_token_in(conversation.text)
-    answers = (message.content for message in conversation.messages if message.role == "assistant")
-    return next(filter(None, (encoder.control_token_in(answer, answer=True) for answer in answers)), None)
+def _control_token_in(encoder: Encoder, row: Conversation) -> Fault | None:
+    """The fault of a row whose trained text holds a control token: a turn within a turn, nearly always by mistake."""
+    if row.text is not None:
+        found = encoder.control_token_in(row.text)
+    else:
+        answers = (message.content for message in row.messages if message.role == "assistant")
+        found = next(filter(None, (encoder.control_token_in(answer, answer=True) for answer in answers)), None)
+    return Fault(row.origin, f"holds {found}, which is a control token of this model") if found else None
+
+
+def _asked(messages: Sequence[Message]) -> list[tuple[int, bool]]:
+    """The texts to render: of each answer its prompt, and both together."""
+    answers = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    return [(place + more, not more) for place in answers for more in (0, 1)]
 
 
 # --- A conversation --------------------------------------------------------------------------------------------------
@@ -399,22 +371,20 @@ def _sample_per_turn(template: Template, origin: str, texts: PartedTexts, encode
 def _answers(template: Template, texts: PartedTexts, encoded: PartIds) -> Iterator[tuple[array[int], array[int], int]]:
     """Of each assistant's turn the ids of its prompt, as `prompt_ids` gives them, its own, and how many are trained."""
     written = texts.ids(encoded)
-    for (prompt, before), (whole, ids) in zip(written, written, strict=True):
-        yield before, *_answer_ids(template, prompt, before, whole, ids)
+    for (_, before), (added, ids) in zip(written, written, strict=True):
+        yield before, *_answer_ids(template, before, added, ids)
 
 
-def _answer_ids(
-    template: Template, prompt: str, before: array[int], whole: str, ids: array[int]
-) -> tuple[array[int], int]:
+def _answer_ids(template: Template, before: array[int], added: str | None, ids: array[int]) -> tuple[array[int], int]:
     """Ids of an assistant's turn after its prompt, and how many of them, up to the end of turn, are trained.
 
     They are those of the text in one go, unless the two melt into one token at the seam: alone, an answer would get a
     space of its own from a SentencePiece tokenizer.
     """
-    if not whole.startswith(prompt):
+    if added is None:
         raise _TemplateFault("the chat template does not write the answer directly after its prompt")
     continues = ids[: len(before)] == before
-    answer = ids[len(before) :] if continues else array("i", template.encoder.ids(whole[len(prompt) :]))
+    answer = ids[len(before) :] if continues else array("i", template.encoder.ids(added))
     if template.appended:
         answer.append(template.end_of_turn)
         return answer, len(answer)
@@ -428,84 +398,3 @@ def _sample(ids: array[int], spans: Sequence[tuple[int, int]], origin: str) -> S
     for start, end in spans:
         trained[start:end] = True
     return Sample(np.array(ids, dtype=np.int32), trained, origin)
-
-
-# --- The report ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The data report in numbers: what is trained and what is not.
-
-    Attributes:
-        rows: that were tokenised.
-        faults: rows that the template cannot express.
-        lengths: percentiles of the samples' lengths, in tokens: p50, p90, p99, longest.
-        histogram: how many samples are of which length, as (longest length, samples) of each bin.
-        first_too_long: where the first rows stand that were dropped for their length.
-    """
-
-    rows: int
-    faults: int
-    samples: int
-    tokens: int
-    trained_tokens: int
-    too_long: int
-    untrained: int
-    truncated: int
-    split_conversations: int
-    lengths: dict[str, int]
-    histogram: list[tuple[int, int]]
-    first_too_long: list[str]
-
-
-def summarize(rows: int, tokenized: Tokenized) -> Summary:
-    """Count what `rows` conversations became; there is at least one sample."""
-    lengths = np.array([len(sample.token_ids) for sample in tokenized.samples])
-    half, most, nearly_all = (int(np.percentile(lengths, share)) for share in (50, 90, 99))
-    longest = int(lengths.max())
-    counts, edges = np.histogram(lengths, bins=min(BINS, longest), range=(0, longest))
-    return Summary(
-        rows=rows,
-        faults=len(tokenized.faults),
-        samples=len(tokenized.samples),
-        tokens=int(lengths.sum()),
-        trained_tokens=sum(sample.trained_tokens for sample in tokenized.samples),
-        too_long=len(tokenized.too_long),
-        untrained=len(tokenized.untrained),
-        truncated=tokenized.truncated,
-        split_conversations=tokenized.split_conversations,
-        lengths={"p50": half, "p90": most, "p99": nearly_all, "longest": longest},
-        histogram=[(round(edge), count) for edge, count in zip(edges[1:].tolist(), counts.tolist(), strict=True)],
-        first_too_long=tokenized.too_long[:SHOWN],
-    )
-
-
-def describe(name: str, summary: Summary) -> list[str]:
-    """The data report as a few lines."""
-    lengths = ", ".join(f"{place} {length:,}" for place, length in summary.lengths.items())
-    lines = [
-        f"{name}: {summary.samples:,} samples of {summary.tokens:,} tokens, {summary.trained_tokens:,} of them trained "
-        f"({summary.trained_tokens / summary.tokens:.0%}); length {lengths}",
-    ]
-    if summary.truncated:
-        lines.append(f"{name}: {summary.truncated:,} samples were cut at the end; they do not teach the model to stop")
-    if summary.split_conversations:
-        lines.append(
-            f"{name}: {summary.split_conversations:,} conversations trained turn by turn, "
-            "as the template writes earlier turns otherwise once later ones follow"
-        )
-    if summary.too_long:
-        more = " ..." * (summary.too_long > len(summary.first_too_long))
-        lines.append(f"{name}: too long: {', '.join(summary.first_too_long)}{more}")
-    return lines
-
-
-def show_example(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
-    """A sample as text, its trained parts between >>> and <<<."""
-    parts: list[str] = []
-    edges = np.flatnonzero(np.diff(sample.trained.astype(np.int8))) + 1
-    for ids, trained in zip(np.split(sample.token_ids, edges), np.split(sample.trained, edges), strict=True):
-        text = decode(tokenizer, ids.tolist())
-        parts.append(f">>>{text}<<<" if trained[0] else text)
-    return "".join(parts)

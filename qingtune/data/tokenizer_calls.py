@@ -1,4 +1,7 @@
-"""Calls of a tokenizer, which comes with a model: what goes wrong within is a message, not a traceback."""
+"""Calls of a tokenizer, which comes with a model: what goes wrong within is a message, not a traceback.
+
+One that cuts text by an unknown regular expression works in a process with limits of time and memory.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
-from qingtune.data.confined_tokenizer import ConfinedTokenizer
 from qingtune.data.tokenizer_limits import has_foreign_patterns, steps_of
+from qingtune.data.worker import Worker
 from qingtune.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SECONDS = 10.0  # that a text may take in a process with limits; a usual one takes a thousandth
 
 
 @contextmanager
@@ -27,6 +32,30 @@ def panics_as_errors() -> Generator[None]:
             f"the model's tokenizer fails: {str(error).splitlines()[0][:200] if str(error) else 'no reason given'}",
             fix="Use a model with a working tokenizer.",
         ) from None
+
+
+class ConfinedTokenizer:
+    """A tokenizer in a process with limits.
+
+    Args:
+        content: what its tokenizer.json holds.
+    """
+
+    def __init__(self, content: str) -> None:
+        self._worker = Worker("tokenizer", SECONDS, opening={"tokenizer": content})
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[tuple[list[int], list[int]]]:
+        """Ids of each text, and of each id whether (1) or not (0) the tokenizer puts it around a text by itself.
+
+        Raises:
+            UserError: it fails on one of them, or takes too long.
+        """
+        answer = self._worker.ask({"texts": texts, "add_special_tokens": add_special_tokens})
+        if answer is None:
+            raise UserError(f"the model's tokenizer was stopped: a text took over {SECONDS:g} s, or too much memory")
+        if "error" in answer:
+            raise UserError(f"the model's tokenizer fails: {answer['error']}")
+        return answer["encoded"]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> list[int]:

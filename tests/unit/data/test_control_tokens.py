@@ -177,9 +177,8 @@ def control_of(chat_template: str, *ordinary: str) -> ControlTokens:
 
 
 def _render(template: Template, turns: Any, ask: bool) -> str:
-    shown = [{"role": turn.role, "content": turn.content} for turn in turns]
     tokenizer: Any = template.tokenizer
-    return tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=ask)
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
 
 
 def test_which_tokens_delimit_turns_and_which_are_the_answers_own() -> None:

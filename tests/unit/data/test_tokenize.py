@@ -11,50 +11,16 @@ import conftest
 import numpy as np
 import pytest
 from conftest import CHATML, make_tokenizer
+from tokenizer_kinds import TEMPLATES
 
 from qingtune.data.format import Conversation, Message
 from qingtune.data.read import Fault
-from qingtune.data.tokenize import (
-    Sample,
-    Template,
-    Tokenized,
-    describe,
-    make_template,
-    prompt_ids,
-    show_example,
-    summarize,
-)
+from qingtune.data.report import describe, show_example, summarize
+from qingtune.data.tokenize import Sample, Template, Tokenized, make_template, prompt_ids
 from qingtune.data.tokenize import tokenize as tokenize_all
 from qingtune.errors import UserError
 
 END = "<|im_end|>"
-TEMPLATES: dict[str, str | None] = {
-    "chatml": CHATML,
-    # Like Qwen2.5: a system message of its own where there is none.
-    "default system": "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
-    + CHATML,
-    # Like Qwen3: thoughts only after the last question, an empty block where the answer brings none.
-    "thinking": (
-        "{% set here = namespace(last=0) %}"
-        "{% for m in messages %}{% if m.role == 'user' %}{% set here.last = loop.index0 %}{% endif %}{% endfor %}"
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}"
-        "{% if loop.index0 > here.last %}<think>\n"
-        "{{ (parts[0] | replace('<think>', '') | trim) if parts | length > 1 else '' }}\n</think>\n\n{% endif %}"
-        "{{ (parts[-1] | trim) if parts | length > 1 else parts[-1] }}"
-        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-    "plain style": (
-        "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
-        "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
-    ),
-    "no end of turn": (
-        "{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}\nassistant: {% endif %}"
-    ),
-    "no template": None,
-}
 BEFORE_ANSWER = {"thinking": "<think>\n\n</think>\n\n", "plain style": " "}
 SPLIT = ("thinking", "no end of turn")  # these write an earlier turn otherwise than the turn that is being answered
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + CHATML

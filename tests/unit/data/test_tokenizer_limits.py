@@ -13,7 +13,7 @@ import pytest
 from conftest import CHATML, make_tokenizer
 from tokenizer_kinds import KINDS
 
-from qingtune.data import confined_tokenizer
+from qingtune.data import tokenizer_calls
 from qingtune.data.format import Message
 from qingtune.data.tokenize import make_template, prompt_ids
 from qingtune.data.tokenizer_calls import decode, encode
@@ -202,7 +202,7 @@ def test_other_patterns_are_not(regex: str) -> None:
 
 @pytest.fixture
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(confined_tokenizer, "SECONDS", 1.0)
+    monkeypatch.setattr(tokenizer_calls, "SECONDS", 1.0)
 
 
 def foreign(tmp_path: Path, regex: str) -> Any:

@@ -246,8 +246,6 @@ STAGED = "into a staging folder of a random name"
 ALLOWED = {
     ("output/console.py", "os.open"): "the null device, in the place of a stream that is gone",
     ("data/read.py", "TemporaryFile"): "a file without a name, for Parquet that is packed",
-    ("data/template_worker.py", "open"): "the null device, for a process without a stderr",
-    ("data/tokenizer_worker.py", "open"): "the same",
     ("answering/decoder/native/build.py", "os.open"): "for reading",
     (
         "answering/decoder/native/build.py",
