@@ -216,11 +216,7 @@ def lora_layers(model: Any) -> dict[str, LoRALinear]:
 
 @torch.no_grad()
 def merge_lora(model: Any) -> None:
-    """Put every adapter into its layer's weight, in fp32 arithmetic, and take the adapters out again.
-
-    Raises:
-        TypeError: a layer is quantised; merge into the 16-bit base instead.
-    """
+    """Put every adapter into its layer's weight, in fp32, and take it out; a TypeError if a layer is quantised."""
     for name, adapter in lora_layers(model).items():
         base = adapter.base
         if isinstance(base, QuantizedLinear):
@@ -232,11 +228,7 @@ def merge_lora(model: Any) -> None:
 
 
 def why_general(model: Any, device_type: str) -> str | None:
-    """The reason why a run needs the model's own modules and autograd; None if the fast kernels compute it.
-
-    Args:
-        device_type: cpu, cuda or mps.
-    """
+    """The reason why a run on "cpu", "cuda" or "mps" needs the model's own modules; None if it does not."""
     if reason := why_not(model):
         return reason
     if any(isinstance(layer, DoRALinear) and layer.dropout_probability for layer in lora_layers(model).values()):

@@ -49,11 +49,7 @@ class StoredAdapter:
         return not self.keeps_tie and (HEAD in self.whole or bool(modules & _EMBEDDINGS))
 
     def check_names(self, stored: Collection[str]) -> None:
-        """Whether a base holds all that the adapter changes.
-
-        Raises:
-            UserError: it does not.
-        """
+        """Raise a UserError unless a base holds all that the adapter changes."""
         if unknown := sorted(self.names - set(stored) - {HEAD}):  # a tied head is not stored
             raise UserError(
                 f"the adapter belongs to another model: this one has no {unknown[0]}",

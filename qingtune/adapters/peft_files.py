@@ -42,24 +42,14 @@ MOST_VALUE = 2.0**38  # so that a product of two, summed over any rank and scale
 _PREFIX = "base_model.model."
 _MAGNITUDE = ".lora_magnitude_vector"
 
-# Settings of PEFT that change what an adapter computes and that are not supported: each with the value that is.
+# Settings of PEFT that change what an adapter computes, supported only when off: null, false, "none" or empty.
 # Those that only say which layers are adapted (exclude_modules, layers_to_transform) are not among them: the tensors'
 # names tell the same.
-_UNSUPPORTED = {
-    "bias": "none",
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "lora_bias": False,
-    "layer_replication": None,
-    "megatron_config": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-    "velora_config": None,
-}
+_UNSUPPORTED = (
+    "bias", "trainable_token_indices", "target_parameters", "lora_bias", "layer_replication", "megatron_config",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+    "velora_config",
+)  # fmt: skip
 
 _DEFAULTS = {"r": 8, "lora_alpha": 8}  # PEFT's
 _KINDS = {
@@ -148,11 +138,7 @@ def _shortest_names(model: Any, adapters: dict[str, LoRALinear]) -> list[str]:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's configuration.
-
-    Raises:
-        UserError: no adapter here, or one of a kind that is not supported.
-    """
+    """adapter_config.json; a UserError if there is no adapter, or one of a kind that is not supported."""
     refuse_odd_name(folder, "the adapter")
     path = folder / "adapter_config.json"
     config = read_object_if_there(path)
@@ -169,8 +155,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"the adapter type is {shorten(repr(config.get('peft_type')))}; only LoRA is supported", where=str(path)
         )
-    used = [name for name, value in _UNSUPPORTED.items() if config.get(name, value) not in (value, None, [], {})]
-    if used:
+    if used := [name for name in _UNSUPPORTED if config.get(name) not in (None, False, "none", [], {})]:
         raise UserError(f"the adapter uses {', '.join(used)}, which is not supported here", where=str(path))
     start = config.get("init_lora_weights")
     if start not in (*_LEAVE_BASE, *_FOUND_AGAIN):
@@ -198,12 +183,8 @@ def _no_adapter(folder: Path) -> UserError:
     return UserError(what, where=str(folder), fix="Check the path.")
 
 
-def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter's tensors, by names of the model's such as `model.layers.0.mlp.up_proj.lora_A.weight`.
-
-    Raises:
-        UserError: the file is missing or broken, or holds values that cannot be computed with.
-    """
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors by the model's names, such as `model.layers.0.mlp.up_proj.lora_A.weight`; UserError: not finite."""
     path = folder / WEIGHTS
     check_floats(read_header(path)[0], path)
     with foreign_files("the adapter cannot be loaded", path):
@@ -216,13 +197,9 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
-    """Read an adapter's files.
-
-    Raises:
-        UserError: no adapter here, a broken one, or one of a kind that is not supported.
-    """
+    """Read an adapter's files; a UserError if there is none, a broken one, or one of a kind that is not supported."""
     config = read_adapter_config(folder)
-    tensors = read_adapter_tensors(folder)
+    tensors = _read_tensors(folder)
     transposed, start = bool(config.get("fan_in_fan_out")), config.get("init_lora_weights")
     if start == "olora" and transposed:
         raise UserError("OLoRA on transposed weights (fan_in_fan_out) is not supported", where=str(folder))
@@ -259,11 +236,7 @@ def _scaling(config: Mapping[str, Any], name: str, r: int, folder: Path) -> floa
 
 
 def load_adapter(model: Any, folder: Path) -> dict[str, LoRALinear]:
-    """Put an adapter's layers on a model and load their weights; written here or by PEFT.
-
-    Raises:
-        UserError: the files are missing or broken, or do not fit this model.
-    """
+    """Put an adapter, written here or by PEFT, on a model; a UserError if it is broken or does not fit."""
     stored, layers = read_adapter(folder), linear_layers(model)
     lows = {name.removesuffix(".weight"): low for name, low in stored.layers.items()}
     _check_layers(model, stored, [*lows], layers)

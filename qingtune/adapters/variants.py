@@ -81,11 +81,7 @@ TAKEN: dict[str, Callable[[torch.Tensor, int, float], Pair]] = {
 
 
 def take(start: str, weight: torch.Tensor, r: int, scaling: float, name: str) -> Pair:
-    """The A and B that a start takes out of a weight, fp32 on its device.
-
-    Raises:
-        UserError: the weight has not so many directions.
-    """
+    """The A and B that a start takes out of a weight, fp32 on its device; a UserError if it has too few directions."""
     if r > min(weight.shape):
         raise UserError(
             f"init_lora_weights {start} allows a rank of at most {min(weight.shape)} for {name}, not {r}",

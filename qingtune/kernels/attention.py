@@ -83,11 +83,7 @@ def why_one_by_one(config: Any) -> str | None:
 
 
 def use_end_to_end(model: Any) -> str | None:
-    """Switch a model to this attention.
-
-    Returns:
-        None if done; otherwise the reason why its samples must go one by one instead.
-    """
+    """Switch a model to this attention; returns None, or the reason why its samples must go one by one instead."""
     if reason := why_one_by_one(model.config):
         return reason
     from transformers import AttentionInterface

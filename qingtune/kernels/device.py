@@ -31,8 +31,7 @@ def choose_hardware(bf16: bool | None = None, fp16: bool | None = None, local_pr
     """Choose CUDA, MPS or CPU, and bf16, fp16 or fp32.
 
     Args:
-        bf16: true asks for bfloat16, false rules it out, None leaves it to the hardware.
-        fp16: the same for float16.
+        bf16: true asks for bfloat16, false rules it out, None leaves it to the hardware; likewise fp16.
         local_process: this process's number on this machine, which picks its GPU.
     """
     _limit_kernel_caches()
@@ -108,13 +107,7 @@ def free_bytes(device: torch.device, *, swap: bool = False) -> int | None:
 
 @contextmanager
 def memory_errors(when: str, where: Path | None, fix: str) -> Generator[None]:
-    """Report as a UserError that memory ran out.
-
-    Args:
-        when: what was being done, for "out of memory when ...".
-        where: a path to name; None for none.
-        fix: what takes less.
-    """
+    """Report as a UserError "out of memory when ..."; where: a path to name, or None; fix: what takes less."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:

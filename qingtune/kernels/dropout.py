@@ -9,12 +9,7 @@ import torch.nn.functional as F
 
 
 def dropout(x: torch.Tensor, probability: float) -> torch.Tensor:
-    """Zero each element with a probability and scale the others, so that the expectation stays.
-
-    Args:
-        x: any shape and floating dtype.
-        probability: from 0 to below 1.
-    """
+    """Zero elements of x with a probability below 1 and scale the others, so that the expectation stays."""
     if probability == 0 or x.device.type not in ("cpu", "cuda"):
         return F.dropout(x, probability)
     mask, factor = keep_mask(x.shape, probability, new_seed(), x.device)

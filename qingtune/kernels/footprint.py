@@ -129,7 +129,6 @@ def layers_to_recompute(choice: bool | str, layers: int, pass_bytes: Callable[[i
 
     Args:
         choice: the setting: true for all, false for none, "auto" for as few as the room allows, all where none fits.
-        layers: of the model.
         pass_bytes: layers that are recomputed -> bytes of a pass; fewer for more layers, from two on.
         room: bytes for the pass; None where unknown.
     """
@@ -155,9 +154,7 @@ Buffers = dict[tuple[str, int], int]  # name and bytes a number -> bytes; layers
 def buffers(sizes: LayerSizes, how: Arithmetic, work: PassTokens, evaluation: PassTokens | None = None) -> Buffers:
     """What the workspace holds, in bytes, by its own names.
 
-    Args:
-        work: the fullest training pass.
-        evaluation: the fullest pass without gradients; None where there is none.
+    work: the fullest training pass; evaluation: the fullest one without gradients, None where there is none.
     """
     found = _training_buffers(sizes, how, work, evaluates=evaluation is not None)
     if evaluation is not None:

@@ -91,13 +91,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def restore(cls, shape: tuple[int, int], packed: dict[str, torch.Tensor], bias: torch.Tensor | None) -> Self:
-        """The layer whose `packed_tensors` these are.
-
-        Args:
-            shape: out and in features.
-            packed: on the device where the layer will live.
-            bias: [out] or None.
-        """
+        """The layer whose `packed_tensors` these are, on the device where it will live; shape: out and in features."""
         layer = cls.__new__(cls)
         layer._begin(shape, bias)
         layer._hold(packed)

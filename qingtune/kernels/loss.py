@@ -22,7 +22,6 @@ def summed_loss(model: Any, batch: Batch, *, end_to_end: bool) -> torch.Tensor:
     """The sum, not the mean, of the trained tokens' losses in nats (fp32 scalar).
 
     Args:
-        model: a causal language model of Transformers.
         batch: on the model's device.
         end_to_end: whether the model's attention keeps samples apart; otherwise they are computed one by one.
     """
@@ -40,15 +39,12 @@ def summed_loss(model: Any, batch: Batch, *, end_to_end: bool) -> torch.Tensor:
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of `hidden @ weight.T` against targets, without holding the logits.
+    """Summed cross-entropy of `hidden @ weight.T` against targets, fp32 scalar, without holding the logits.
 
     Args:
         hidden: [N, D], any floating dtype.
         weight: [V, D], the head; gets a gradient if it asks for one.
         targets: int64 [N].
-
-    Returns:
-        fp32 scalar; zero for N = 0.
     """
     return cast("torch.Tensor", _HeadLoss.apply(hidden, weight, targets))
 

@@ -106,14 +106,11 @@ class Projection:
     def backward(
         self, name: str, x: torch.Tensor, grads: Sequence[torch.Tensor], grad_x: torch.Tensor | None, seed: int | None
     ) -> None:
-        """Add to the gradients of all trained parameters, and write the input's.
+        """Add to the gradients of all trained parameters, and write the input's; name, x and seed are those of forward.
 
         Args:
-            name: as in forward.
-            x: what forward got.
             grads: [T, out] for each layer.
             grad_x: [T, in], overwritten; None if nobody wants it.
-            seed: as in forward.
         """
         if self.dora:
             grads = self._through_magnitudes(name, x, grads)

@@ -69,11 +69,7 @@ SAMPLING: dict[str, Kind] = {
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """The model's config.json, without what would choose code.
-
-    Raises:
-        UserError: there is none, it is broken, or the folder holds an adapter as well.
-    """
+    """config.json without what would choose code; a UserError if it is missing, broken or next to an adapter."""
     path = folder / CONFIG
     adapter = (folder / "adapter_config.json").exists()
     try:
@@ -101,11 +97,7 @@ def _no_config(folder: Path, adapter: bool) -> UserError:
 
 
 def check_config(content: dict[str, Any], where: str) -> None:
-    """See that sizes and choices are of their kinds, and no larger than any model's.
-
-    Raises:
-        UserError: one of them is not.
-    """
+    """Raise a UserError unless sizes and choices are of their kinds, and no larger than any model's."""
     check_fields(content, _KINDS, where)
     for name, value in content.items():
         _check_finite(name, value, where)
@@ -155,11 +147,7 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """The model's generation_config.json; empty where there is none.
-
-    Raises:
-        UserError: it is broken, or asks for what cannot be.
-    """
+    """generation_config.json, empty where there is none; a UserError if it is broken or asks for what cannot be."""
     path = folder / GENERATION
     content = read_object_if_there(path) or {}
     ids = either(whole(0, LARGEST_SIZE), list_of(whole(0, LARGEST_SIZE)))
@@ -168,11 +156,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 
 
 def stop_ids(folder: Path) -> list[int]:
-    """The ids at which the model's own configuration stops generating.
-
-    Raises:
-        UserError: one of them is no token of the model's.
-    """
+    """The ids at which the model's own configuration stops generating; a UserError if the model lacks one of them."""
     config = read_model_config(folder)
     size = vocabulary_size(config)
     found: list[int] = []

@@ -94,11 +94,7 @@ class _Reader:
 
 
 def check_gguf_header(path: Path) -> None:
-    """See that a .gguf file is whole, before anything is made of it.
-
-    Raises:
-        UserError: its header is broken, or tensors do not lie within the file.
-    """
+    """Raise a UserError unless a .gguf file's header can be read and its tensors lie within the file."""
     with _faults(path), path.open("rb") as file:
         size = path.stat().st_size
         _, tensors, data = _read(file, size)
@@ -118,11 +114,7 @@ def _faults(path: Path) -> Generator[None]:
 
 
 def config_of_gguf(path: Path) -> dict[str, Any]:
-    """A model's config.json, as far as sizes go, from a .gguf file's header.
-
-    Raises:
-        UserError: the header is broken.
-    """
+    """A model's config.json, as far as sizes go, from a .gguf file's header; a UserError if that is broken."""
     with _faults(path), path.open("rb") as file:
         values, tensors, data = _read(file, path.stat().st_size)
         tied = _is_tied(file, tensors, data)

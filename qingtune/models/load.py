@@ -55,11 +55,7 @@ def local_folder(source: ModelSource, cache_dir: str | None) -> Path:
 
 
 def check_architecture(content: Mapping[str, Any], where: str) -> None:
-    """See that Transformers has the causal language model that a config.json describes.
-
-    Raises:
-        UserError: it has not, or the model needs code of its own.
-    """
+    """Raise a UserError unless Transformers itself has the causal language model that a config.json describes."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -92,11 +88,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or adapter folder.
-
-    Raises:
-        UserError: the folder holds none that works without running its code.
-    """
+    """The tokenizer of a model or adapter folder; a UserError if it holds none that works without running its code."""
     import transformers
 
     quieten_transformers()
@@ -230,25 +222,14 @@ def _build(config: PretrainedConfig, dtype: torch.dtype | None, where: Path) -> 
 
 
 def config_of(folder: Path) -> PretrainedConfig:
-    """The model's configuration as Transformers holds it, made of what `read_model_config` lets through.
-
-    Raises:
-        UserError: Transformers refuses it.
-    """
+    """The configuration as Transformers holds it, of what `read_model_config` lets through; a UserError if refused."""
     config = make_config(read_model_config(folder), folder / CONFIG)
     config.name_or_path = str(folder)
     return config
 
 
 def make_config(content: Mapping[str, Any], where: Path) -> PretrainedConfig:
-    """The configuration that a checked config.json describes.
-
-    Args:
-        where: its file, for messages.
-
-    Raises:
-        UserError: Transformers refuses it.
-    """
+    """The configuration that a checked config.json, `where`, describes; a UserError if Transformers refuses it."""
     import transformers
 
     # What is made here is of Transformers' own code, and not quantised.

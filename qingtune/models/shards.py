@@ -114,11 +114,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype, where: Path) -> torch.Tensor:
-    """A tensor in the dtype that it is to be stored in.
-
-    Raises:
-        UserError: a value is too large for it.
-    """
+    """A tensor in the dtype that it is to be stored in; a UserError if a value is too large for that."""
     after = tensor.to(dtype).contiguous()
     if not bool(torch.isfinite(after).all()):
         if not bool(torch.isfinite(tensor).all()):
@@ -135,11 +131,7 @@ def rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype, where: Path) ->
 
 
 class ShardWriter:
-    """Writes a model's tensors, in files of about SHARD_BYTES each, which is what is held in memory.
-
-    Args:
-        folder: exists, and holds no weights.
-    """
+    """Writes tensors into a folder without weights, in files of about SHARD_BYTES, which is what is held in memory."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
