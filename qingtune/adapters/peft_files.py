@@ -143,7 +143,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     config = read_object_if_there(path)
     if config is None:
-        raise _no_adapter(folder)
+        if (folder / "config.json").exists() or (folder.suffix == ".gguf" and folder.is_file()):
+            fix = "Pass it as --base_model, without --lora_model."
+            raise UserError("this is a whole model, not an adapter", where=str(folder), fix=fix)
+        what = "no adapter_config.json here: this is not an adapter folder"
+        raise UserError(what, where=str(folder), fix="Check the path.")
     check_fields(config, _KINDS, str(path))
     for setting in ("rank_pattern", "alpha_pattern"):
         for key in config.get(setting) or ():
@@ -173,14 +177,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             fix="Save it as safetensors." if pickled else "Check that the folder is complete.",
         )
     return config
-
-
-def _no_adapter(folder: Path) -> UserError:
-    if (folder / "config.json").exists() or (folder.suffix == ".gguf" and folder.is_file()):
-        fix = "Pass it as --base_model, without --lora_model."
-        return UserError("this is a whole model, not an adapter", where=str(folder), fix=fix)
-    what = "no adapter_config.json here: this is not an adapter folder"
-    return UserError(what, where=str(folder), fix="Check the path.")
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:

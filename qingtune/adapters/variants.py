@@ -34,16 +34,6 @@ def scaling_of(alpha: float, r: int, *, rank_stabilised: bool) -> float:
 # --- Starts ----------------------------------------------------------------------------------------------------------
 
 
-def _uniform(r: int, in_features: int, generator: torch.Generator) -> torch.Tensor:
-    """A as nn.Linear starts."""
-    return nn.init.kaiming_uniform_(torch.empty(r, in_features), a=math.sqrt(5), generator=generator)
-
-
-def _gaussian(r: int, in_features: int, generator: torch.Generator) -> torch.Tensor:
-    """A normal with a standard deviation of 1 / r, as PEFT has it."""
-    return nn.init.normal_(torch.empty(r, in_features), std=1 / r, generator=generator)
-
-
 def _pissa(weight: torch.Tensor, r: int, scaling: float) -> Pair:
     """PiSSA (Meng et al. 2024, https://arxiv.org/abs/2404.02948, equations 2 and 3): the largest singular values."""
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
@@ -69,8 +59,14 @@ def _olora(weight: torch.Tensor, r: int, _scaling: float) -> Pair:
     return upper[:r], q[:, :r]
 
 
-# Ways to draw A [r, in] that leave the base alone, B being zero: (r, in features, generator) -> A.
-DRAWN: dict[str, Callable[[int, int, torch.Generator], torch.Tensor]] = {"default": _uniform, "gaussian": _gaussian}
+# Ways to draw A [r, in] that leave the base alone, B being zero, as nn.Linear starts and as PEFT's gaussian:
+# (r, in features, generator) -> A.
+DRAWN: dict[str, Callable[[int, int, torch.Generator], torch.Tensor]] = {
+    "default": lambda r, n, draw: nn.init.kaiming_uniform_(
+        torch.empty(r, n), math.sqrt(5), generator=draw
+    ),  # nn.Linear's
+    "gaussian": lambda r, n, draw: nn.init.normal_(torch.empty(r, n), std=1 / r, generator=draw),
+}
 # Ways that take s B A out of the base's weight, W fp32: (W, r, scaling) -> A, B. Signs of singular vectors and of Q's
 # columns are arbitrary, but s B A is not, so the rest of the weight can be found again.
 TAKEN: dict[str, Callable[[torch.Tensor, int, float], Pair]] = {

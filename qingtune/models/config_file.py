@@ -75,7 +75,13 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     try:
         content = read_object(path)
     except FileNotFoundError:
-        raise _no_config(folder, adapter) from None
+        what, fix = "no config.json here: this is not a model folder", "Check the path."
+        if adapter:
+            what = "this folder holds an adapter, not a model"
+            fix = "Pass its base model here and the adapter as --lora_model."
+        elif files := sorted(folder.glob("*.gguf")):
+            what, fix = "no config.json here", f"Pass a .gguf file, such as {files[0]}."
+        raise UserError(what, where=str(folder), fix=fix) from None
     if adapter:
         raise UserError(
             "this folder holds a model and an adapter (adapter_config.json), so it is not clear which is meant",
@@ -84,16 +90,6 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         )
     check_config(content, str(path))
     return _without_choices(content)
-
-
-def _no_config(folder: Path, adapter: bool) -> UserError:
-    if not adapter and (files := sorted(folder.glob("*.gguf"))):
-        return UserError("no config.json here", where=str(folder), fix=f"Pass a .gguf file, such as {files[0]}.")
-    return UserError(
-        "this folder holds an adapter, not a model" if adapter else "no config.json here: this is not a model folder",
-        where=str(folder),
-        fix="Pass its base model here and the adapter as --lora_model." if adapter else "Check the path.",
-    )
 
 
 def check_config(content: dict[str, Any], where: str) -> None:

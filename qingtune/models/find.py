@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from qingtune.config.training import DEFAULT_MODEL
 from qingtune.errors import UserError
@@ -245,8 +245,7 @@ def _check_quantization(folder: Path, config: dict[str, Any]) -> None:
     """Refuse weights that are stored in a quantised form which is not read here."""
     if "quantization_config" not in config or stored_in_4bit(folder):
         return
-    stored: Any = config["quantization_config"]
-    settings = cast("dict[str, Any]", stored) if isinstance(stored, dict) else {}
+    settings: dict[str, Any] = config["quantization_config"] or {}
     method = str(settings.get("quant_method") or "an unnamed method")
     if "bitsandbytes" in method:
         kind, storage = settings.get("bnb_4bit_quant_type", "fp4"), settings.get("bnb_4bit_quant_storage", "uint8")
@@ -260,11 +259,10 @@ def _check_quantization(folder: Path, config: dict[str, Any]) -> None:
 
 def stored_in_4bit(folder: Path) -> bool:
     """Whether linear layers are stored in 4 bits as bitsandbytes and Transformers do (NF4)."""
-    settings: Any = read_model_config(folder).get("quantization_config")
-    if not isinstance(settings, dict) or settings.get("quant_method", "bitsandbytes") != "bitsandbytes":
-        return False
+    settings: dict[str, Any] = read_model_config(folder).get("quantization_config") or {}
+    by_bitsandbytes = settings.get("quant_method", "bitsandbytes") == "bitsandbytes"
     nf4 = bool(settings.get("load_in_4bit")) and settings.get("bnb_4bit_quant_type") == "nf4"
-    return nf4 and settings.get("bnb_4bit_quant_storage", "uint8") == "uint8"
+    return by_bitsandbytes and nf4 and settings.get("bnb_4bit_quant_storage", "uint8") == "uint8"
 
 
 def fingerprint(folder: Path) -> str:

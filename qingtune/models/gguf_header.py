@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qingtune.errors import UserError, reason_of, shorten
+from qingtune.errors import shorten
+from qingtune.files.foreign import foreign_files
 
 # A GGUF file may hold the head apart from the embedding although the model ties them: the same matrix, quantised twice,
 # differs by a few per cent (Qwen2.5-0.5B Q4_K_M: 4.5 %); two matrices trained apart differ by more than their size.
@@ -22,6 +21,7 @@ ROWS_TO_COMPARE = 64
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
+_UNREADABLE = "the header of this GGUF file cannot be read"
 MOST_DIMENSIONS, MOST_DEPTH = 8, 8  # of a tensor; of arrays within arrays
 _MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
 # config.json's names -> GGUF's, after the architecture's.
@@ -95,7 +95,7 @@ class _Reader:
 
 def check_gguf_header(path: Path) -> None:
     """Raise a UserError unless a .gguf file's header can be read and its tensors lie within the file."""
-    with _faults(path), path.open("rb") as file:
+    with foreign_files(_UNREADABLE, path), path.open("rb") as file:
         size = path.stat().st_size
         _, tensors, data = _read(file, size)
         for name, tensor in tensors.items():
@@ -105,17 +105,9 @@ def check_gguf_header(path: Path) -> None:
                 raise ValueError(f"{shorten(name)} ends at byte {end:,} of {size:,}")
 
 
-@contextmanager
-def _faults(path: Path) -> Generator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, ArithmeticError, struct.error) as error:
-        raise UserError(f"the header of this GGUF file cannot be read ({reason_of(error)})", where=str(path)) from None
-
-
 def config_of_gguf(path: Path) -> dict[str, Any]:
     """A model's config.json, as far as sizes go, from a .gguf file's header; a UserError if that is broken."""
-    with _faults(path), path.open("rb") as file:
+    with foreign_files(_UNREADABLE, path), path.open("rb") as file:
         values, tensors, data = _read(file, path.stat().st_size)
         tied = _is_tied(file, tensors, data)
     kind = str(values.get("general.architecture"))
