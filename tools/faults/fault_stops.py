@@ -103,9 +103,9 @@ for _name, _spoil in MOMENTS.items():
     fault(f"SIGKILL {_name}", "goes on from a whole checkpoint")(lambda bench, spoil=_spoil: killed_at(bench, spoil))
 
 SIGNAL_IN_A_WINDOW = (
-    "from qingtune.kernels.decoder import Decoder\nold, n = Decoder.add_gradients, []\n"
+    "from qingtune.kernels.decoder import TrainingDecoder as D\nold, n = D.add_gradients, []\n"
     "def add(self, batch, scale):\n    n.append(1)\n    if len(n) == 8: os.kill(os.getpid(), signal.{name})\n"
-    "    return old(self, batch, scale)\nDecoder.add_gradients = add"
+    "    return old(self, batch, scale)\nD.add_gradients = add"
 )
 
 

@@ -39,7 +39,7 @@ def pickles(bench: Bench) -> str:
     ]  # fmt: skip
     for place in places:
         subprocess.run([sys.executable, "-c", BOMB, str(place), str(went_off)], check=True)
-    bench.train("run", LORA).expect(0, "passed over")
+    bench.train("run", LORA).expect(0, "Warning: checkpoint skipped. ")
     bench.train("data", LORA | {"data_path": bench.folder / "rows.pkl"}).expect(2, "this file type is not supported")
     bench.qingtune(*bench.answering("--lora_model", folder)).expect(0)
     weights = (bench.folder / "model" / "model.safetensors").rename(bench.folder / "put away")
