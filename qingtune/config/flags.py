@@ -56,7 +56,7 @@ def parse_flags(
 
 
 def _with_underscores(word: str) -> str:
-    """Let --lora-r pass for --lora_r; other words stay as they are."""
+    """Read --lora-r as --lora_r; other words are not changed."""
     flag = re.match(r"--[a-z][a-z0-9_-]*(?==|$)", word)
     return "--" + flag[0][2:].replace("-", "_") + word[flag.end() :] if flag else word
 

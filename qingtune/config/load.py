@@ -65,7 +65,7 @@ def check_settings(schema: type[Training], values: Mapping[str, Any], where: str
 
     Args:
         values: by today's names.
-        where: the place that problems name.
+        where: the place that messages name.
 
     Raises:
         UserError: names every problem, a line each.
@@ -114,7 +114,7 @@ def _check(
 
 
 def _about_secrets(config: TrainConfig) -> list[str]:
-    """Warnings of settings that hold secrets; prompts stay as they are, since answers depend on them."""
+    """Warnings about settings that contain secrets; prompts are not changed, since answers depend on them."""
     about: list[str] = []
     if config.system_prompt is not None and (found := find_secret(config.system_prompt)):
         about.append(f"Warning: system_prompt contains what looks like {found}; it will be written to the result.")
@@ -190,7 +190,7 @@ def _validate(
 
 
 def not_a_setting(schema: type[Settings], name: str, origin: str) -> UserError:
-    """A name that the schema lacks, with the one that may be meant."""
+    """The problem of a name that the schema lacks, with the name that may be meant."""
     known = [*schema.model_fields, *(ALIASES if issubclass(schema, TrainConfig) else ())]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     fix = f'Did you mean "{near[0]}"?' if near else "See --help for all settings."

@@ -48,7 +48,7 @@ _ONLY_IDLE_NAMES = (
 ONLY_IDLE = frozenset(_ONLY_IDLE_NAMES.split())
 NO_EFFECT = {name: reason for reason, names in _NO_EFFECT_GROUPS.items() for name in names.split()}
 
-# Values of these names that ask for nothing, so that nothing needs saying.
+# Values of these names that ask for nothing and need no notice.
 _INERT = ("none", "", "false", "0", "0.0", "no")
 
 
@@ -66,7 +66,7 @@ def idle_names(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def without_effect(config: TrainConfig, given: Mapping[str, Any]) -> dict[str, str]:
-    """The settings that ask for something that this run does not do, each with the reason.
+    """The settings without effect in this run, each with the reason.
 
     Args:
         config: checked and resolved.
@@ -88,7 +88,7 @@ def notice_of(reasons: Mapping[str, str]) -> list[str]:
 
 
 def _switched_off(config: TrainConfig) -> list[tuple[str, tuple[str, ...]]]:
-    """Why settings do nothing in a run, and which ones; of several reasons for a setting the best one comes last."""
+    """Reasons why settings have no effect in a run, and these settings; the best of several reasons comes last."""
     rules = [
         (config.method == "full", "full training has no adapters", IGNORED_WITHOUT_ADAPTERS),
         (config.method != "qlora", "only QLoRA quantises the weights", ("quantization_bit",)),

@@ -103,7 +103,7 @@ def resolve(config: Training) -> tuple[Training, list[str]]:
 
 
 def default_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What each setting of training is when it is left out, where the method and the rank are those of a run."""
+    """The defaults of training's settings, with the method and the rank of a run."""
     decided = {name: settings[name] for name in ("use_lora", "use_qlora", "lora_r") if name in settings}
     resolved = resolve(TrainConfig.model_validate(decided))[0].model_dump(mode="json")
     return resolved | {name: _default(name) for name in decided}
@@ -124,7 +124,7 @@ def _about_peak(config: TrainConfig) -> str:
 
 
 def _about_alpha(config: TrainConfig) -> list[str]:
-    """Why adapters are scaled as they are, where the user did not choose or chose what teaches little."""
+    """Why adapters are scaled as they are, if the user did not choose or chose a scale that teaches little."""
     default, alpha = 2 * config.lora_r, config.lora_alpha
     if alpha is None:
         scaled = "so the adapter scale is 2 at any rank"

@@ -20,7 +20,7 @@ LEAST_PENALTY, MOST_PENALTY = 1e-2, 1e2
 
 
 def _characters(value: object) -> object:
-    """Refuse halves of surrogate pairs, for which Python takes bytes of an argument that are not UTF-8."""
+    """Refuse halves of surrogate pairs, which Python makes of an argument's bytes that are not UTF-8."""
     try:
         return value.encode().decode() if isinstance(value, str) else value
     except UnicodeEncodeError:
@@ -28,19 +28,19 @@ def _characters(value: object) -> object:
 
 
 def _number_not_bool(value: object) -> object:
-    """Refuse true and false where a number is asked for: pydantic would read them as 1 and 0."""
+    """Refuse true and false for a number: pydantic would read them as 1 and 0."""
     if isinstance(value, bool):
         raise ValueError("expected a number, not true or false")
     return value
 
 
 def whole_number(value: object) -> object:
-    """Let a flag's text "4" pass for the number 4 where the choices are numbers."""
+    """Read a flag's text "4" as the number 4, for settings with numbers as choices."""
     return int(value) if isinstance(value, str) and value.strip().isdigit() else _number_not_bool(value)
 
 
 def _split_commas(value: object) -> object:
-    """Let "a,b" and ["a", "b"] mean the same; an empty text means nothing given."""
+    """Read "a,b" as ["a", "b"], and an empty text as null."""
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     return None if value in ("", []) else value
@@ -52,12 +52,12 @@ def _no_if_false(value: object) -> object:
 
 
 def auto_or_switch(value: object) -> object:
-    """resume_from_checkpoint is a switch, a word or a path; a flag's "true" is the switch, and null the default."""
+    """Read a flag's "true" and "false" as the switch, and null as the default, for settings that may also be text."""
     return {"true": True, "false": False, "None": "auto"}.get(str(value), value)
 
 
 def _split_numbers(value: object) -> object:
-    """Let "0-3,7", 7 and [0, 1, 2, 3, 7] be lists of numbers; nothing given is null."""
+    """Read "0-3,7" as [0, 1, 2, 3, 7], a number as a list of it, and an empty list or text as null."""
     if isinstance(value, int) and not isinstance(value, bool):
         return [value]
     if not isinstance(value, str):
@@ -74,7 +74,7 @@ def _split_numbers(value: object) -> object:
 
 
 def _pattern(value: object) -> object:
-    """Let q_proj=8,v_proj=16 and {"q_proj": 8, "v_proj": 16} mean the same; keys are to be regular expressions."""
+    """Read q_proj=8,v_proj=16 as {"q_proj": 8, "v_proj": 16}; keys must be regular expressions."""
     if isinstance(value, str) and value.strip().startswith("{"):
         value = json.loads(value)
     elif isinstance(value, str):
@@ -95,13 +95,13 @@ def _owner_and_name(value: object) -> object:
 
 
 def _start(value: object) -> object:
-    """PEFT calls the default start true."""
+    """Read true as PEFT does: the default."""
     return "default" if value is True or str(value).lower() == "true" else value
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Numbers from low to high, both among them; evenly or, with log, evenly by their logarithm.
+    """Numbers from low to high, both included; evenly spread, with log by their logarithm.
 
     Attributes:
         whole: whole numbers only.
@@ -114,7 +114,7 @@ class Interval:
 
 
 def _interval(text: str) -> Interval:
-    """Let "8..64" be whole numbers and "1e-5..1e-3:log" numbers spread by their logarithm."""
+    """Read "8..64" as whole numbers and "1e-5..1e-3:log" as numbers spread by their logarithm."""
     ends = re.fullmatch(rf"({_NUMBER})\.\.({_NUMBER})(:log)?", text.strip())
     if not ends:
         raise ValueError(f"{text} is not LOW..HIGH, such as 1e-5..1e-3:log or 8..64")
@@ -132,7 +132,7 @@ _NUMBER = r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
 
 
 def _settings_of_words(value: object) -> object:
-    """Let the words "a=1,2 b=3" mean {"a": "1,2", "b": "3"}."""
+    """Read the words "a=1,2 b=3" as {"a": "1,2", "b": "3"}."""
     if not isinstance(value, str):
         return value or None
     pairs = [word.partition("=") for word in value.split()]
@@ -145,7 +145,7 @@ def _settings_of_words(value: object) -> object:
 
 
 def _values(name: str, value: object) -> object:
-    """Let "8,16" and "q_proj,v_proj;all" be lists, and a value alone a list of it."""
+    """Read "8,16" and "q_proj,v_proj;all" as lists, and a single value as a list of it."""
     if isinstance(value, str):
         value = [part.strip() for part in value.split(";" if ";" in value else ",") if part.strip()]
     if value == []:
@@ -164,7 +164,7 @@ def _values_of_each(value: object, *, intervals: bool = False) -> object:
 
 
 def _settings_of_methods(value: object) -> object:
-    """Let full.learning_rate=1e-5 and {"full": {"learning_rate": 1e-5}} mean the same."""
+    """Read full.learning_rate=1e-5 as {"full": {"learning_rate": 1e-5}}."""
     if not isinstance(value, str):
         return value or None
     settings: dict[str, dict[str, object]] = {}

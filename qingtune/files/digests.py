@@ -1,4 +1,4 @@
-"""Digests of files, and manifests that tell whether a folder is whole."""
+"""Digests of files, and manifests that show whether a folder is complete."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def read_object(path: Path, most_bytes: int = MOST_BYTES, *, nan: bool = False) 
 
 
 def read_object_if_there(path: Path, most_bytes: int = MOST_BYTES, *, nan: bool = False) -> dict[str, Any] | None:
-    """The same; None where there is no such file."""
+    """The same; None if there is no such file."""
     try:
         return read_object(path, most_bytes, nan=nan)
     except FileNotFoundError:
@@ -60,7 +60,7 @@ def read_bytes(path: Path, most_bytes: int, *, pipes: bool = False) -> bytes:
 
 
 def open_plain(path: Path, *, pipes: bool = False) -> BinaryIO:
-    """Open a plain file to read; a folder, a pipe or a device in its place is not waited for.
+    """Open a plain file to read; a folder, pipe or device in its place is refused without waiting.
 
     Args:
         pipes: whether a pipe or a device may take its place, such as /dev/stdin; a pipe that nobody writes to is empty.
@@ -129,7 +129,7 @@ def parse_object(content: bytes, where: str, *, nan: bool = False) -> dict[str, 
 
 
 def _check_depth(text: str) -> None:
-    """Refuse nesting before the parser follows it."""
+    """Refuse deep nesting before the parser recurses into it."""
     if text.count("[") + text.count("{") <= DEEPEST:
         return
     depth = 0
@@ -140,7 +140,7 @@ def _check_depth(text: str) -> None:
 
 
 def _check_characters(text: str, found: Any) -> None:
-    """Refuse halves of surrogate pairs, which only an escape can bring and nothing can write again."""
+    """Refuse halves of surrogate pairs, which come from escapes alone and cannot be written again."""
     if "\\u" in text:
         try:
             json.dumps(found, ensure_ascii=False).encode()
@@ -172,7 +172,7 @@ def whole(least: int, most: int = 2**53) -> Kind:
 
 
 def number(least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf) -> Kind:
-    """A finite number between two; `above` is not among them."""
+    """A finite number between two, `above` excluded."""
     limits = [f"above {above:g}" * (above > -math.inf), f"at least {least:g}" * (least > -math.inf)]
     wanted = " ".join(filter(None, ["a finite number", *limits, f"and at most {most:g}" * (most < math.inf)]))
 

@@ -40,7 +40,7 @@ def refuse_odd_name(path: Path, what: str) -> None:
 
 
 def refuse_no_path(path: Path, setting: str) -> None:
-    """Refuse what no file can be called: a name too long, a null byte, links in a circle.
+    """Refuse a path that no file can have: a name too long, a null byte, links in a circle.
 
     Raises:
         UserError: it is such a path; names the setting.

@@ -15,7 +15,7 @@ from qingtune.files.write import LONGEST_NAME, flush
 
 @contextmanager
 def staging_folder(target: Path) -> Generator[Path]:
-    """A new folder next to a path, on the same disk; whatever is left of it at the end is removed.
+    """A new folder next to a path, on the same disk; removed at the end unless it was moved.
 
     It is locked while its process lives; those of killed processes next to this path are removed.
     """
@@ -36,7 +36,7 @@ def _locked_folder(target: Path) -> tuple[Path, int | None]:
         folder = target.with_name(f"{_staging_prefix(target)}{secrets.token_hex(8)}.unfinished")
         folder.mkdir(mode=0o700)
         handle = _lock(folder, wait=True)
-        if handle is None or folder.exists():  # else another process took it for a dead one's, just before the lock
+        if handle is None or folder.exists():  # else another process took it for a dead one's just before the lock
             return folder, handle
         os.close(handle)
 
@@ -65,7 +65,7 @@ def _staging_prefix(target: Path) -> str:
 
 
 def _lock(folder: Path, *, wait: bool) -> int | None:
-    """A handle that locks a folder until it is closed or the process ends; None if that cannot be had."""
+    """A handle that locks a folder until it is closed or the process ends; None if the lock is not available."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -94,7 +94,7 @@ def move_into_place(folder: Path, target: Path) -> None:
 
 
 def usual_permissions(path: Path) -> None:
-    """What a file or folder made plainly would have; temporary ones are closed to others."""
+    """Give a file or folder the permissions of new ones; temporary ones are closed to others."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -1,7 +1,7 @@
 """Writing so that a result is there whole or not at all.
 
-This is the one module that opens files for writing. Folders of runs and models come from strangers: what lies in them
-may be a link to anywhere, so no link is written through, and no name that others could have laid out is written to.
+This is the one module that opens files for writing. Folders of runs and models come from strangers and may contain
+links to anywhere: no link is written through, and no name that others could have prepared is written to.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, mode: int = 0o666) -> Generator[BinaryIO]:
-    """A file to write to that takes the place of `path` at the end, flushed to the disk, or of which nothing is left.
+    """A file to write to that replaces `path` at the end, flushed to the disk; after an error nothing of it is left.
 
     It is made under a random name in the opened folder: nothing that is already there, a link above all, is written to.
 
@@ -86,10 +86,10 @@ def replacing(path: Path, mode: int = 0o666) -> Generator[BinaryIO]:
 
 
 def open_in_place(path: Path, *, append: bool = False, mode: int = 0o666) -> io.FileIO:
-    """Open a file to read and write it where it is, made if need be; unbuffered.
+    """Open a file to read and write in place, created if it is missing; unbuffered.
 
     Args:
-        append: whether all that is written goes to its end, whoever else writes.
+        append: whether everything is written at its end, even if others write to it too.
         mode: permissions of a new file, less the umask.
 
     Raises:
@@ -106,7 +106,7 @@ def open_in_place(path: Path, *, append: bool = False, mode: int = 0o666) -> io.
 
 
 def open_device(path: Path) -> io.FileIO:
-    """Open for writing what is there and is no file, such as /dev/null or a pipe.
+    """Open something that exists and is no file for writing, such as /dev/null or a pipe.
 
     Raises:
         UserError: it is a file after all.
@@ -119,7 +119,7 @@ def open_device(path: Path) -> io.FileIO:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Look before the work begins for links where files are to be written.
+    """Refuse links where files will be written, before the work begins.
 
     Raises:
         UserError: names the first one.
@@ -154,7 +154,7 @@ class _Folder:
         return name if self.handle is not None else str(self.path / name)
 
     def refuse_link(self, path: Path) -> None:
-        """Let through what is missing or a file."""
+        """Refuse anything but a file or a missing name."""
         try:
             status = os.stat(self.name(path.name), dir_fd=self.handle, follow_symlinks=False)
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What this machine has, found out without torch: memory that is free, GPUs, and what its CPU multiplies fast."""
+"""What this machine has, found without torch: free memory, GPUs, and what its CPU multiplies fast."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def find_machine(bf16: bool | None = None, fp16: bool | None = None) -> Machine:
 
 
 def supposed_gpu(memory_gib: float) -> Machine:
-    """An NVIDIA GPU that is not here, with all its memory free."""
+    """An NVIDIA GPU that this machine lacks, with all its memory free."""
     total = round(memory_gib * 2**30)
     return Machine("cuda", f"a GPU of {memory_gib:g} GiB (not this machine)", 2, total, total, supposed=True)
 
@@ -89,7 +89,7 @@ def _gpus() -> list[tuple[str, int, int]]:
 
 
 def _visible(gpus: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """Those that CUDA_VISIBLE_DEVICES names, in its order; it ends at the first invalid one, as in CUDA."""
+    """The GPUs that CUDA_VISIBLE_DEVICES names, in its order, up to the first invalid one, as in CUDA."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return gpus

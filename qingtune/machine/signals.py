@@ -1,4 +1,4 @@
-"""Signals: what ends a command, what is put off until work is saved, and Ctrl-C while an answer is made."""
+"""Signals: those that end a command, those deferred until work is saved, and Ctrl-C during an answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DELIBERATE = {signal.SIGINT, signal.SIGTERM}
 
 
 class Terminated(SystemExit):
-    """A signal that ends the command; unwinding removes what is half done. The exit code is 128 + its number."""
+    """A signal that ends the command; unwinding removes unfinished files. The exit code is 128 + its number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -25,7 +25,7 @@ class Terminated(SystemExit):
 
 @contextmanager
 def handled(numbers: Sequence[int], handler: Handler) -> Generator[None]:
-    """Have a function called for signals meanwhile; outside of the main thread this does nothing."""
+    """Call a function for signals within the block; outside of the main thread this does nothing."""
     before: dict[int, object] = {}
     with suppress(ValueError):  # not the main thread
         for number in numbers:

@@ -137,7 +137,7 @@ class Guarded:
             self.write(line)
 
     def put(self, text: str) -> None:
-        """Write a text as it is, but what the stream's encoding lacks is written as its number; see `fault` after."""
+        """Write a text as it is, with numbers for characters that the encoding lacks; sets `fault`."""
         if self._stream is None or (self.fault and not self._may_pass):
             return
         self.fault = None
@@ -148,7 +148,7 @@ class Guarded:
             self._note(error)
 
     def flush(self) -> None:
-        """Write out what a library put into the stream's own buffer, as line editors do; of ours nothing waits."""
+        """Write out what a library put into the stream's own buffer, as line editors do; ours is never waiting."""
         self.put("")
 
     def isatty(self) -> bool:
@@ -165,7 +165,7 @@ class Guarded:
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def let_go(self) -> None:
-        """Leave the stream so that Python, which flushes it at its end, does not fail over what was lost."""
+        """Keep Python, which flushes the stream at its end, from failing over what was lost."""
         if self._stream is None or not self.lost:
             return
         try:
@@ -191,7 +191,7 @@ class Guarded:
 
 
 class _Drawn:
-    """A guarded stream for one who draws with escape sequences."""
+    """A guarded stream for a library that draws with escape sequences."""
 
     def __init__(self, stream: Guarded) -> None:
         self._guarded = stream
@@ -212,7 +212,7 @@ def _guarded(stream: TextIO | None, name: str) -> Guarded:
 
 @contextmanager
 def guarded_output() -> Generator[None]:
-    """Guard stdout and stderr meanwhile, whoever writes to them."""
+    """Guard stdout and stderr within the block, whoever writes to them."""
     before = sys.stdout, sys.stderr
     guards = [_guarded(stream, name) for stream, name in zip(before, ("stdout", "stderr"), strict=True)]
     sys.stdout, sys.stderr = cast("list[Any]", guards)
@@ -227,7 +227,7 @@ def guarded_output() -> Generator[None]:
 def open_standard_streams() -> None:
     """Open stdin, stdout and stderr on nothing where this process was started without them.
 
-    Otherwise a file that is opened later, of weights perhaps, would get the number of one, and what is printed into it.
+    Otherwise a file opened later, of weights perhaps, would get such a number, and the output would go into it.
     """
     for number in range(3):
         try:

@@ -1,4 +1,4 @@
-"""Keep libraries from saying what users can do nothing about, and from fetching native code by themselves."""
+"""Silence messages of libraries that users can do nothing about, and keep libraries from fetching native code."""
 
 from __future__ import annotations
 
