@@ -30,7 +30,7 @@ from qingtune.runs.record import (
     WEIGHTS_REMOVED,
     read_record,
 )
-from qingtune.runs.result_folder import RESULT_FILES, Listed, list_files, shown
+from qingtune.runs.result_folder import RESULT_FILES, Listed, list_files, remove_empty_folders, shown
 
 _MAKER = "train"  # in lists of results
 _TRACKERS = "trackers"  # a folder, in which users may keep files of their own
@@ -274,19 +274,11 @@ def prepare_output_folder(output_dir: Path, *, start_over: bool) -> None:
     """Remove what a killed run left half done; `start_over` removes an earlier run's files too, and no others."""
     half_done = [path for path in output_dir.iterdir() if _HALF_DONE.fullmatch(path.name)]
     for path in ours_and_others(output_dir)[0] if start_over else half_done:
-        if path.name == _TRACKERS:
-            _remove_trackers(path)
+        if path.name == _TRACKERS:  # of which only what TensorBoard wrote
+            for events in [events for events in path.rglob("events.out.tfevents.*") if not events.is_dir()]:
+                events.unlink()
+            remove_empty_folders(path)
         elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _remove_trackers(folder: Path) -> None:
-    """Remove what TensorBoard wrote, and the folders that are empty then."""
-    for where, _, files in os.walk(folder, topdown=False):
-        for name in files:
-            if fnmatch.fnmatchcase(name, "events.out.tfevents.*"):
-                (Path(where) / name).unlink()
-        with suppress(OSError):  # it holds files of others
-            os.rmdir(where)

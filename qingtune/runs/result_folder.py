@@ -272,6 +272,11 @@ def _remove_files(folder: Path, known: Mapping[str, _Looks]) -> None:
     for name in sorted(known, key=lambda name: (name == RESULT_FILES, name)):
         if now.get(name) == known[name]:
             (folder / name).unlink()
+    remove_empty_folders(folder)
+
+
+def remove_empty_folders(folder: Path) -> None:
+    """Remove a folder and those in it as far as they hold no files, which stay."""
     for where, _, _ in os.walk(folder, topdown=False):
-        with suppress(OSError):  # something came in meanwhile, and stays
+        with suppress(OSError):  # it holds files
             os.rmdir(where)

@@ -41,7 +41,7 @@ class Search:
 
     def __init__(self, config: CompareConfig, journal: Path) -> None:
         """Begin, or resume from the journal."""
-        optuna = require_optuna()
+        self.optuna = optuna = require_optuna()
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
         self.config = config
@@ -58,17 +58,15 @@ class Search:
 
     def _ask_again(self) -> set[int]:
         """Have what an earlier start left interrupted or failed, as by a full disk, asked again first; its numbers."""
-        from optuna.trial import TrialState
-
-        trials = self.study.get_trials()
-        unsettled = [trial for trial in trials if trial.state in (TrialState.RUNNING, TrialState.FAIL)]
+        states, trials = self.optuna.trial.TrialState, self.study.get_trials()
+        unsettled = [trial for trial in trials if trial.state in (states.RUNNING, states.FAIL)]
         known = [trial.system_attrs.get("fixed_params", trial.params) for trial in trials if trial not in unsettled]
         for trial in unsettled:
             if trial.params not in known:
                 known.append(trial.params)
                 self.study.enqueue_trial(trial.params)
-            if trial.state == TrialState.RUNNING:
-                self.study.tell(trial.number, state=TrialState.FAIL)
+            if trial.state == states.RUNNING:
+                self.study.tell(trial.number, state=states.FAIL)
         return {trial.number for trial in unsettled}
 
     def reported(self) -> list[tuple[TrainingMethod, dict[str, Any], str]]:
@@ -81,11 +79,10 @@ class Search:
 
     def ask(self) -> AskedPoint | None:
         """The next point; None where all are told."""
-        optuna = require_optuna()
         count = len(self.reported())
         if count >= self.config.trials:
             return None
-        samplers = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
+        samplers = {"random": self.optuna.samplers.RandomSampler, "tpe": self.optuna.samplers.TPESampler}
         self.study.sampler = samplers[self.config.sampler](seed=self.config.seed + count)
         trial = self.study.ask(self.distributions)
         return AskedPoint(count + 1, *self._values(trial.params), handle=trial)
@@ -100,13 +97,12 @@ class Search:
 
     def tell(self, asked: AskedPoint, state: str, losses: Sequence[float]) -> None:
         """Say how a point ended: finished with losses, of which the median counts, pruned, or failed."""
-        from optuna.trial import TrialState
-
+        states = self.optuna.trial.TrialState
         asked.handle.set_user_attr(_TOLD, state)
         if state == "finished":
             self.study.tell(asked.handle, statistics.median(losses))
         else:
-            self.study.tell(asked.handle, state=TrialState.PRUNED if state == "pruned" else TrialState.FAIL)
+            self.study.tell(asked.handle, state=states.PRUNED if state == "pruned" else states.FAIL)
 
     def _values(self, params: dict[str, Any]) -> tuple[TrainingMethod, dict[str, Any]]:
         """Method and settings of a point; numbers drawn from an interval to three figures, as one would write them."""
