@@ -143,11 +143,9 @@ def refuse_finished(path: Path, setting: str = "output_file") -> None:
 def answer_file(
     file: AnswerFile, count: int, rows_after: Callable[[int], Iterator[tuple[dict[str, Any], int]]]
 ) -> None:
-    """Write every row that is not there yet, as soon as it comes. `finish` is left to the caller.
+    """Write every one of `count` rows that is not there yet, as soon as it comes. `finish` is left to the caller.
 
     Args:
-        file: where they go.
-        count: of all rows.
         rows_after: how many rows are there -> the others, in order, each with the tokens that it took.
 
     Raises:

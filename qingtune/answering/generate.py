@@ -35,7 +35,6 @@ def choose(logits: torch.Tensor, seen: torch.Tensor, decoding: Decoding, generat
         logits: of the next token, any float dtype.
         seen: int64 ids of prompt and answer so far, for the repetition penalty (Keskar et al. 2019,
             https://arxiv.org/abs/1909.05858: positive logits are divided by it, negative ones multiplied).
-        decoding: the settings.
         generator: on the CPU, where tokens are drawn, so that a seed gives the same text on every device.
 
     Raises:
@@ -93,12 +92,7 @@ class Decoder(Protocol):
 
 
 class Draw:
-    """Chooses the tokens of one answer, one after the other.
-
-    Args:
-        prompt: ids, which the repetition penalty counts as seen.
-        decoding: the settings; the seed is the answer's own.
-    """
+    """Chooses the tokens of one answer, one after the other; the repetition penalty counts the prompt as seen."""
 
     def __init__(self, prompt: Sequence[int], decoding: Decoding) -> None:
         self.decoding = decoding
@@ -120,13 +114,9 @@ class Draw:
 
 
 def generate(decoder: Decoder, prompt: Sequence[int], decoding: Decoding, stop_ids: frozenset[int]) -> Iterator[int]:
-    """Yield new token ids as they are made; a stop id is yielded too, as the last one.
+    """Yield new token ids after a prompt of at least one id, as they are made in the decoder's first slot.
 
-    Args:
-        decoder: reads in its first slot.
-        prompt: at least one id.
-        decoding: the settings.
-        stop_ids: ids that end the answer.
+    A stop id is yielded too, as the last one.
     """
     draw = Draw(prompt, decoding)
     logits = decoder.start(prompt)
@@ -141,15 +131,12 @@ def generate(decoder: Decoder, prompt: Sequence[int], decoding: Decoding, stop_i
 def generate_many(
     decoder: Decoder, prompts: Sequence[Sequence[int]], decodings: Sequence[Decoding], stop_ids: frozenset[int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """Answer prompts in as many slots as the decoder has; yields a prompt's number and its new ids as answers end.
+    """Answer prompts, each of at least one id, in as many slots as the decoder has.
 
     Long prompts come first, so that those answered together are of about one length and short ones fill the end.
 
-    Args:
-        decoder: all of its slots are used.
-        prompts: each of at least one id.
-        decodings: of each prompt.
-        stop_ids: ids that end an answer.
+    Yields:
+        a prompt's number and its new ids, as answers end.
     """
     waiting = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     active: list[tuple[int, Draw]] = []

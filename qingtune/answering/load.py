@@ -87,8 +87,6 @@ def load_decoder(
         folder: of the base model.
         adapter: its folder; None for the base alone.
         bits: 4 or 8, in which the weights are held; None for the hardware's dtype.
-        hardware: where and in which dtype.
-        cache_dir: the setting.
         slots: sequences to be read at a time, where the decoder can.
 
     Raises:
@@ -136,8 +134,6 @@ class Assembly:
 
     Args:
         model: without weights, for which `open_model` gives no reason against.
-        weights: its weights, with the adapter.
-        hardware: where and in which dtype.
         bits: 4 or 8 to hold the matrices in; None for the dtype.
         lazy: layers are read each time they are asked for, and not kept; matrices are multiplied by PyTorch as they
             are, the head from its file.

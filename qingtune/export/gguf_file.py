@@ -22,7 +22,7 @@ from qingtune.export.gguf_layout import GGUFLayout, PlacedTensor, Value
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Read = Callable[[str], torch.Tensor]
+Read = Callable[[str], torch.Tensor]  # gives a tensor of the model by its name in the folder, in any float dtype
 
 KINDS = {name: Kind[name.upper()] for name in ("f32", "f16", "bf16", "q8_0", "q4_0")}
 # The most that rounding does to a tensor: the root of the summed squared errors over that of the squared weights. Of a
@@ -74,13 +74,7 @@ class GGUFPlan:
 
 
 def write_gguf(path: Path, plan: GGUFPlan, read: Read) -> None:
-    """Write a file, holding one tensor at a time.
-
-    Args:
-        path: does not exist.
-        plan: of the file.
-        read: gives a tensor of the model by its name in the folder, in any float dtype.
-    """
+    """Write a file that does not exist, holding one tensor at a time."""
     writer = GGUFWriter(path, plan.layout.architecture)
     try:
         for name, value in plan.metadata.items():

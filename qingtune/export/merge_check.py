@@ -210,12 +210,7 @@ def _side(
 ) -> _Side:
     """A model that has gone over sequences, where our kernels can with one of its layers in memory at a time.
 
-    Args:
-        folder: of the model.
-        adapter: None for the model alone.
-        sequences: ids.
-        hardware: whose device is used.
-        merged: whether the adapter is merged into the weights first, or computed separately.
+    With `merged` the adapter is merged into the weights first, otherwise computed separately.
     """
     exact = replace(hardware, dtype=torch.float32)
     model, weights, reason = open_model(folder, adapter, None, exact)

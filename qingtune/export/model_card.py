@@ -69,15 +69,7 @@ def _last_part(path: str) -> str:
 
 
 def write_card(path: Path, name: str, origin: Origin, files: Sequence[ExportedFile], limits: Sequence[str]) -> None:
-    """Write the card, without secrets or paths of this machine.
-
-    Args:
-        path: of the card.
-        name: of the model.
-        origin: what it was made of.
-        files: next to the card.
-        limits: what a user should know, a sentence each.
-    """
+    """Write a model's card, without secrets or paths of this machine; limits: what a user should know, in sentences."""
     record = origin.record
     lines = [
         *_front_matter(origin),

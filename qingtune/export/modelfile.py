@@ -221,9 +221,7 @@ def modelfile(
     Args:
         gguf: name of the file next to it.
         template: in Go's template language; None to leave it to Ollama.
-        remarks: on what follows.
         stops: texts at which an answer ends.
-        system_prompt: of training.
         sampling: Ollama's parameters.
     """
     lines = ["# ollama create NAME -f Modelfile", f"FROM ./{gguf}", "", *(f"# {_one_line(text)}" for text in remarks)]

@@ -24,9 +24,8 @@ def chat(answer: AnswerFunction, session: ChatSession, decoding: Decoding) -> No
     """Talk until /exit or the end of input.
 
     Args:
-        answer: starts an answer to a prompt's ids.
-        session: the turns; changed in place.
-        decoding: how answers are drawn, until /set says otherwise; each with a seed of its own.
+        session: changed in place.
+        decoding: until /set says otherwise; each answer has a seed of its own.
     """
     kind = terminal_kind()
     screen = Screen(live=kind == "full")
@@ -98,12 +97,7 @@ class Chat:
         self._ask(question, before)
 
     def _ask(self, question: Message, before: list[Message]) -> None:
-        """Put a question, show its answer, keep both.
-
-        Args:
-            question: not among the turns.
-            before: the turns to go back to if there is no answer.
-        """
+        """Put a question that is not among the turns, show its answer, keep both; `before`: the turns if none comes."""
         ctrl_c = Interruptible()
         answered_before = any(turn is question for turn in before)
         lost = "no new answer; the earlier one is kept" if answered_before else "no answer yet; /retry asks again"
@@ -161,11 +155,7 @@ class Chat:
 
 
 def _speed(prompt: int, began: float, first: tuple[float, int] | None, tokens: int) -> str:
-    """Of a prompt by the time to the first text, of the rest of the tokens by what came after that.
-
-    Args:
-        first: when the first text came, and how many tokens there were.
-    """
+    """Of the prompt until the first text, when `first` tells moment and tokens, and of the tokens after that."""
     now = time.perf_counter()
     moment, at_first = first or (now, tokens)
     rate = f", {(tokens - at_first) / (now - moment):.1f} tokens/s" if tokens > at_first else ""

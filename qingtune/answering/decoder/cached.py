@@ -83,18 +83,15 @@ class CachedDecoder:
         held = self._cache.ids[: len(tokens)]
         self._cache.reserve(max(map(len, held)) + 1)
         x = self._embedded(tokens)
-        logits = self._step.logits(x, self._cache) if self._step else self._logits_of_tokens(x)
+        if self._step:
+            logits = self._step.logits(x, self._cache)
+        else:
+            one = len(x) == 1
+            joining = Chunk(self._cache, self.rotary, 0, 1) if one else TokenEach(self._cache, self.rotary, len(x))
+            logits = self.head.multiply(self.norm.apply(self._through(x, joining)))
         for ids, token in zip(held, tokens, strict=True):
             ids.append(token)
         return logits
-
-    def _logits_of_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """A new token of each of the first slots, [S, D] -> [S, V]."""
-        one = len(x) == 1
-        joining = Chunk(self._cache, self.rotary, 0, 1) if one else TokenEach(self._cache, self.rotary, len(x))
-        for number, layer in enumerate(self.layers):
-            x = self._through(number, layer, x, joining)
-        return self.head.multiply(self.norm.apply(x))
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
@@ -111,7 +108,7 @@ class CachedDecoder:
         joinings = [Chunk(self._cache, self.rotary, slot, len(ids)) for slot, ids in enumerate(prompts)]
         states = [self._embedded(ids) for ids in prompts]
         for number, layer in enumerate(self.layers):
-            states = [self._through(number, layer, x, joining) for x, joining in zip(states, joinings, strict=True)]
+            states = [self._layer(number, layer, x, joining) for x, joining in zip(states, joinings, strict=True)]
         self.make_slots(self.slots, 0)
         return [self.norm.apply(x) for x in states]
 
@@ -124,17 +121,19 @@ class CachedDecoder:
 
     def _read_chunk(self, ids: Sequence[int], slot: int) -> torch.Tensor:
         """Put keys and values of more tokens into a slot; gives the last one's hidden state [1, D]."""
-        joining = Chunk(self._cache, self.rotary, slot, len(ids))
-        x = self._embedded(ids)
-        for number, layer in enumerate(self.layers):
-            x = self._through(number, layer, x, joining, only_last=number == self.shape.layers - 1)
+        x = self._through(self._embedded(ids), Chunk(self._cache, self.rotary, slot, len(ids)), only_last=True)
         self._cache.ids[slot] += ids
         return x
 
     def _embedded(self, ids: Sequence[int]) -> torch.Tensor:
         return self.embedding[torch.tensor(ids, device=self.embedding.device)].to(self.device, self.dtype)
 
-    def _through(
+    def _through(self, x: torch.Tensor, joining: Joining, *, only_last: bool = False) -> torch.Tensor:
+        for number, layer in enumerate(self.layers):
+            x = self._layer(number, layer, x, joining, only_last=only_last and number == self.shape.layers - 1)
+        return x
+
+    def _layer(
         self, number: int, layer: AnswerLayer, x: torch.Tensor, joining: Joining, *, only_last: bool = False
     ) -> torch.Tensor:
         """New rows [T, D] through one layer; with only_last the last one alone goes beyond keys and values."""

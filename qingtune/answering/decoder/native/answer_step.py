@@ -44,12 +44,9 @@ class AnswerStep:
     """A model as answer_step.c reads it.
 
     Args:
-        library: the compiled kernels.
-        shape: of the attention.
-        layers: whose matrices are all native ones; likewise the head.
+        layers: whose matrices are all native ones; likewise the head, [V, D].
         norm: the last one.
-        head: [V, D].
-        rotary: cos and sin, [context, d / 2].
+        rotary: cos and sin, each [context, d / 2].
     """
 
     def __init__(
