@@ -31,11 +31,6 @@ class ThinkingSplitter:
         self._place: Literal["start", "thinking", "after", "answer"] = "thinking" if opened else "start"
         self._held = ""
 
-    @property
-    def unfinished(self) -> bool:
-        """Whether the text is within its thinking."""
-        return self._place == "thinking"
-
     def feed(self, piece: str) -> list[Part]:
         """What the next piece makes clear; text that may be part of a tag is held back."""
         self._held += piece
@@ -59,7 +54,7 @@ class ThinkingSplitter:
     def end(self) -> list[Part]:
         """What was held back, once no more can come."""
         held, self._held = self._held, ""
-        return [Part(held, self.unfinished)] if held else []
+        return [Part(held, self._place == "thinking")] if held else []
 
     def _look_for_a_block(self) -> None:
         text = self._held.lstrip()

@@ -70,7 +70,8 @@ def _last_part(path: str) -> str:
 
 def write_card(path: Path, name: str, origin: Origin, files: Sequence[ExportedFile], limits: Sequence[str]) -> None:
     """Write a model's card, without secrets or paths of this machine; limits: what a user should know, in sentences."""
-    record = origin.record
+    source = "the adapter" if origin.adapter else "the model"
+    no_record = f"Not known: {source} brings no record of qingtune's. Fingerprint of the base's weights: "
     lines = [
         *_front_matter(origin),
         f"# {name}",
@@ -79,7 +80,7 @@ def write_card(path: Path, name: str, origin: Origin, files: Sequence[ExportedFi
         "",
         "## Training",
         "",
-        *(_training(record, origin) if record else [_no_record(origin)]),
+        *(_training(origin.record, origin) if origin.record else [f"{no_record}`{origin.fingerprint}`."]),
         "",
         "## Files",
         "",
@@ -139,13 +140,6 @@ def _licence(base: Path) -> str | None:
     head = text.split("\n---", 1)[0] if text.startswith("---") else ""
     found = re.search(r"(?m)^license:[ \t]*(\w[\w.-]*)[ \t]*$", head, re.ASCII)
     return found[1] if found else None
-
-
-def _no_record(origin: Origin) -> str:
-    what = "the adapter" if origin.adapter else "the model"
-    return (
-        f"Not known: {what} brings no record of qingtune's. Fingerprint of the base's weights: `{origin.fingerprint}`."
-    )
 
 
 def _training(record: Record, origin: Origin) -> list[str]:

@@ -33,10 +33,8 @@ class AnswerCache:
     """Sequences in slots, each with keys and values [G, capacity, d] of every layer.
 
     Args:
-        shape: of the attention.
-        slots: sequences.
+        slots: how many.
         dtype: of keys and values.
-        device: where they are.
         length: tokens of a slot for which there is room from the start; more is taken as sequences grow.
 
     Attributes:
@@ -82,11 +80,6 @@ class AnswerCache:
         self._copy(source, target, len(self.ids[source]))
         self.ids[target] = list(self.ids[source])
 
-    def slot_bytes(self, length: int) -> int:
-        """What keys and values of so many tokens take."""
-        shape = self.shape
-        return 2 * shape.layers * shape.keys * shape.size * length * self.dtype.itemsize
-
     def _check(self, length: int) -> None:
         if length > self.shape.context_length:
             raise ValueError(f"{length} tokens, but the model's context is {self.shape.context_length}")
@@ -101,12 +94,7 @@ def _common_beginning(one: Sequence[int], two: Sequence[int]) -> int:
 
 
 class Joining(ABC):
-    """How new tokens join the sequences they belong to.
-
-    Args:
-        cache: holds the sequences.
-        cos: [T, 1, d / 2], likewise sin.
-    """
+    """How new tokens join the sequences they belong to; cos and sin of their positions are [T, 1, d / 2]."""
 
     def __init__(self, cache: AnswerCache, cos: torch.Tensor, sin: torch.Tensor) -> None:
         self.shape, self.cos, self.sin = cache.shape, cos, sin
@@ -182,7 +170,6 @@ def _attend_rows(
         q: [S, H, d].
         keys: [S, G, n, d]; likewise values.
         mask: bool [S, 1, 1, n], True where a row sees a key; None for everywhere.
-        shape: of the attention.
 
     Returns:
         [S, H * d].

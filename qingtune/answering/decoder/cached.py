@@ -31,11 +31,8 @@ class CachedDecoder:
     """A model that reads token ids and gives the logits of the next one.
 
     Attributes:
-        shape: of the attention.
-        embedding: [V, D].
-        layers: in order.
+        embedding: [V, D], likewise head.
         norm: the last one.
-        head: [V, D].
         rotary: cos and sin, each [context_length, d / 2].
         slots: sequences held at a time.
         library: compiled kernels, where all matrices are native ones.
@@ -60,7 +57,8 @@ class CachedDecoder:
 
     def slot_bytes(self, length: int) -> int:
         """What a slot that holds a sequence of so many tokens takes."""
-        return self._cache.slot_bytes(length)
+        shape = self.shape
+        return 2 * shape.layers * shape.keys * shape.size * length * self.dtype.itemsize
 
     def make_slots(self, count: int, length: int) -> None:
         """Have other slots, which hold nothing, with room for sequences of so many tokens, taken at once."""

@@ -94,8 +94,6 @@ class Int8Matrix:
     """int8 with a scale a row, the largest value of a row at 127.
 
     Args:
-        weight: [N, K].
-        bias: [N] or None.
         dtype: of what it is multiplied with.
         units: whether rows of what it is multiplied with are rounded to int8 too, for the CPU's int8 units.
     """
@@ -154,7 +152,6 @@ class Int4Matrix:
 
     Args:
         weight: [N, K], K a multiple of 32.
-        bias: [N] or None.
         dtype: of what it is multiplied with.
         workspace: holds it unpacked for as long as a product of many rows takes.
     """
