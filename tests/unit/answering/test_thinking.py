@@ -10,39 +10,39 @@ from qingtune.answering.thinking import ThinkingSplitter, split_thinking
 
 # text -> its thinking, its answer, and whether it is still within its thinking at the end
 CASES = {
-    "Qwen3's form": ("<think>\nHm.\n</think>\n\nYes.", "\nHm.\n", "Yes.", False),
-    "an empty block": ("<think>\n\n</think>\n\nYes.", "\n\n", "Yes.", False),
-    "no block": ("Yes.", "", "Yes.", False),
-    "nothing": ("", "", "", False),
-    "only space": (" \n", "", " \n", False),
-    "space before the block": ("\n <think>a</think>b", "a", "b", False),
-    "space before an answer": ("\n b", "", "\n b", False),
-    "a block that never closes": ("<think>\na < b", "\na < b", "", True),
-    "a block cut in its closing tag": ("<think>a</thi", "a</thi", "", True),
-    "a closed block and no more": ("<think>a</think>\n\n", "a", "", False),
-    "words before the block": ("Well, <think>a</think>b", "", "Well, <think>a</think>b", False),
-    "tags later in the answer": ("<think>a</think>The <think> tag.</think>", "a", "The <think> tag.</think>", False),
-    "a tag within the thinking": ("<think>a <think> b</think>c", "a <think> b", "c", False),
-    "almost the opening tag": ("<thin ice>", "", "<thin ice>", False),
-    "half of the opening tag": ("<thi", "", "<thi", False),
-    "almost the closing tag": ("<think>a</<</thin</think>b", "a</<</thin", "b", False),
-    "a closing tag alone": ("a</think>b", "", "a</think>b", False),
-    "line ends within the answer": ("<think>a</think>\n\nb\n\nc\n", "a", "b\n\nc\n", False),
+    "Qwen3's form": ("<think>\nHm.\n</think>\n\nYes.", "\nHm.\n", "Yes."),
+    "an empty block": ("<think>\n\n</think>\n\nYes.", "\n\n", "Yes."),
+    "no block": ("Yes.", "", "Yes."),
+    "nothing": ("", "", ""),
+    "only space": (" \n", "", " \n"),
+    "space before the block": ("\n <think>a</think>b", "a", "b"),
+    "space before an answer": ("\n b", "", "\n b"),
+    "a block that never closes": ("<think>\na < b", "\na < b", ""),
+    "a block cut in its closing tag": ("<think>a</thi", "a</thi", ""),
+    "a closed block and no more": ("<think>a</think>\n\n", "a", ""),
+    "words before the block": ("Well, <think>a</think>b", "", "Well, <think>a</think>b"),
+    "tags later in the answer": ("<think>a</think>The <think> tag.</think>", "a", "The <think> tag.</think>"),
+    "a tag within the thinking": ("<think>a <think> b</think>c", "a <think> b", "c"),
+    "almost the opening tag": ("<thin ice>", "", "<thin ice>"),
+    "half of the opening tag": ("<thi", "", "<thi"),
+    "almost the closing tag": ("<think>a</<</thin</think>b", "a</<</thin", "b"),
+    "a closing tag alone": ("a</think>b", "", "a</think>b"),
+    "line ends within the answer": ("<think>a</think>\n\nb\n\nc\n", "a", "b\n\nc\n"),
 }
 
 
-def split(pieces: list[str], *, opened: bool = False) -> tuple[str, str, bool]:
+def split(pieces: list[str], *, opened: bool = False) -> tuple[str, str]:
     splitter = ThinkingSplitter(opened=opened)
     parts = [part for piece in pieces for part in splitter.feed(piece)] + splitter.end()
     assert all(part.text for part in parts)
     assert [part.thinking for part in parts] == sorted((part.thinking for part in parts), reverse=True)
     thinking, answer = ("".join(part.text for part in parts if part.thinking is kind) for kind in (True, False))
-    return thinking, answer, splitter.unfinished
+    return thinking, answer
 
 
-@pytest.mark.parametrize(("text", "thinking", "answer", "unfinished"), CASES.values(), ids=CASES)
-def test_cases_in_one_piece_in_two_and_in_letters(text: str, thinking: str, answer: str, unfinished: bool) -> None:
-    wanted = (thinking, answer, unfinished)
+@pytest.mark.parametrize(("text", "thinking", "answer"), CASES.values(), ids=CASES)
+def test_cases_in_one_piece_in_two_and_in_letters(text: str, thinking: str, answer: str) -> None:
+    wanted = (thinking, answer)
     assert split([text]) == split(list(text)) == wanted
     for cut in range(len(text)):
         assert split([text[:cut], text[cut:]]) == wanted
@@ -57,8 +57,8 @@ def test_cuts_change_nothing(text: str, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)))))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     for opened in (False, True):
-        thinking, answer, unfinished = split(pieces, opened=opened)
-        assert (thinking, answer, unfinished) == split([text], opened=opened)
+        thinking, answer = split(pieces, opened=opened)
+        assert (thinking, answer) == split([text], opened=opened)
         assert text.endswith(answer)
         assert thinking in text
         if opened:
@@ -75,6 +75,6 @@ def test_parts_come_as_soon_as_they_are_clear() -> None:
 
 
 def test_a_prompt_that_opens_the_block() -> None:
-    assert split(["Hm.\n</think>\n\nYes."], opened=True) == ("Hm.\n", "Yes.", False)
-    assert split(["Hm."], opened=True) == ("Hm.", "", True)
-    assert split([], opened=True) == ("", "", True)
+    assert split(["Hm.\n</think>\n\nYes."], opened=True) == ("Hm.\n", "Yes.")
+    assert split(["Hm."], opened=True) == ("Hm.", "")
+    assert split([], opened=True) == ("", "")
