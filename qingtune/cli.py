@@ -23,7 +23,7 @@ from qingtune.config.commands import (
     ReportConfig,
 )
 from qingtune.config.flags import parse_flags
-from qingtune.config.load import check_flags, load_config, load_train_config
+from qingtune.config.load import Loaded, check_flags, load_config
 from qingtune.config.training import Settings, TrainConfig
 from qingtune.errors import UserError
 from qingtune.machine.signals import Terminated, unwinding
@@ -34,19 +34,17 @@ DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 UNREAD = 141  # as of programs that end with SIGPIPE when `| head` has seen enough
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last one at a limit as `ulimit -f` sets it
 
-TRAIN = "Fine-tune a model by full training, LoRA or QLoRA."
-
 
 @dataclass(frozen=True)
 class Command:
-    """A command other than train.
+    """A command.
 
     Attributes:
         purpose: a line of help.
         settings: what it takes; with those of training among them, a configuration file too.
         function: the name, in commands/, of the module and of its function that does it, imported only then. It is
-            given the settings, or where a file is taken, what was loaded from it and the command line; it may return
-            an exit code.
+            given the settings, or where a file is taken, what was loaded and the command that resumes it; it may
+            return an exit code.
         flags: given before those typed.
     """
 
@@ -57,6 +55,7 @@ class Command:
 
 
 COMMANDS = {
+    "train": Command("Fine-tune a model by full training, LoRA or QLoRA.", TrainConfig, "train"),
     "infer": Command("Answer prompts with a model, with or without an adapter.", InferConfig, "infer"),
     "chat": Command("Chat with a model, with or without an adapter.", InferConfig, "infer", ("--chat",)),
     "merge": Command("Merge an adapter into its base model.", MergeConfig, "merge"),
@@ -72,8 +71,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The help that lists the commands."""
-    purposes = {"train": TRAIN} | {name: command.purpose for name, command in COMMANDS.items()}
-    lines = [f"  {name:<8} {purpose}" for name, purpose in purposes.items()]
+    lines = [f"  {name:<8} {command.purpose}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             f"usage: {shown(program('COMMAND'))} [--name value ...]",
@@ -151,12 +149,10 @@ def _run(argv: Sequence[str]) -> int:
         give(usage())
     elif name in ("-V", "--version"):
         give(f"qingtune {__version__}")
-    elif name == "train":
-        return _train(rest)
     elif name in COMMANDS:
         return _run_command(name, rest)
     else:
-        raise UserError(f'"{name}" is not a command', fix=f"The commands are {', '.join(('train', *COMMANDS))}.")
+        raise UserError(f'"{name}" is not a command', fix=f"The commands are {', '.join(COMMANDS)}.")
     return DONE
 
 
@@ -165,18 +161,21 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     as_training = issubclass(command.settings, TrainConfig)
     words, called = [*command.flags, *argv], shown(program(name))
     config_file, flags = parse_flags(command.settings, called, command.purpose, words, config_file=as_training)
-    if issubclass(command.settings, TrainConfig):
-        loaded = load_config(command.settings, config_file, flags)
-        given = (loaded, _to_go_on(name, argv, loaded.config))
-    else:
+    if not issubclass(command.settings, TrainConfig):
         given = (check_flags(command.settings, flags),)
+    else:
+        loaded = load_config(command.settings, config_file, flags)
+        # The command that resumes this one must not overwrite its output.
+        keep = ["--overwrite_output_dir", "false"] if loaded.config.overwrite_output_dir else []
+        given = (loaded, shown([*program(name), *argv, *keep]))
+        if name == "train":
+            return _train(*given)
     module = importlib.import_module(f"qingtune.commands.{command.function}")
     return getattr(module, command.function)(*given) or DONE
 
 
-def _train(argv: Sequence[str]) -> int:
-    config_file, flags = parse_flags(TrainConfig, shown(program("train")), TRAIN, argv, config_file=True)
-    loaded = load_train_config(config_file, flags)
+def _train(loaded: Loaded[TrainConfig], command: str) -> int:
+    """Train, but first look without torch whether that is done already."""
     from qingtune.training.finished import already_finished, is_surely_finished
 
     if is_surely_finished(loaded.config):
@@ -184,11 +183,4 @@ def _train(argv: Sequence[str]) -> int:
         return DONE
     from qingtune.commands.train import train
 
-    command = _to_go_on("train", argv, loaded.config)
     return DONE if train(loaded.config, notices=loaded.notices, command=command) else INTERRUPTED
-
-
-def _to_go_on(name: str, argv: Sequence[str], config: TrainConfig) -> str:
-    """The command that resumes this one, without the flag that would overwrite its output."""
-    keep = ["--overwrite_output_dir", "false"] if config.overwrite_output_dir else []
-    return shown([*program(name), *argv, *keep])

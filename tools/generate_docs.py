@@ -20,10 +20,9 @@ SCRIPTS = {"train": " (fine_tune_qwen.py)", "chat": " (inference_lora.py)"}
 
 def headings() -> dict[str, type[Settings]]:
     """Commands and what they take; those that take the same share a heading."""
-    commands = {"train": TrainConfig} | {name: command.settings for name, command in cli.COMMANDS.items()}
     sharing: dict[type[Settings], list[str]] = {}
-    for name, schema in commands.items():
-        sharing.setdefault(schema, []).append(f"qingtune {name}{SCRIPTS.get(name, '')}")
+    for name, command in cli.COMMANDS.items():
+        sharing.setdefault(command.settings, []).append(f"qingtune {name}{SCRIPTS.get(name, '')}")
     return {", ".join(names): schema for schema, names in sharing.items()}
 
 
