@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from qingtune.config.commands import PushConfig
 from qingtune.errors import UserError, raise_all
@@ -44,55 +43,27 @@ _PATHS = re.compile(
 )
 
 
-class Hub(Protocol):
-    """Where a folder can be published."""
-
-    def create(self, repo: str, *, private: bool) -> str:
-        """Make the repository if there is none yet; returns its address."""
-        ...
-
-    def upload(self, repo: str, folder: Path, files: Sequence[str]) -> None:
-        """Upload these files of a folder."""
-        ...
-
-
-@dataclass(frozen=True)
-class Contents:
-    """A folder's files by what becomes of them, by name."""
-
-    published: dict[str, int]  # with their sizes in bytes
-    left_out: list[str]
-
-
-def push(config: PushConfig, hub: Hub | None = None) -> None:
+def push(config: PushConfig) -> None:
     """Show what would be uploaded, or, where that is confirmed, upload it.
-
-    Args:
-        config: the settings.
-        hub: where to publish; by default the one that the settings name.
 
     Raises:
         UserError: the folder holds what should not be published, or the hub refuses.
     """
     folder = Path(config.folder)
-    contents = look_through(folder)
+    published, left_out = look_through(folder)
     where = {"hf": "Hugging Face", "modelscope": "ModelScope"}[config.to]
     seen = "private" if config.private else "public"
     listing = [f"{folder} -> {where}, {config.repo} ({seen} if the repository is new):"]
-    listing += [f"  {name}  {_size(size)}" for name, size in contents.published.items()]
-    total = sum(contents.published.values())
-    listing.append(f"{len(contents.published)} files, {_size(total)}.")
-    if contents.left_out:
-        listing.append(f"Left out: {', '.join(contents.left_out)}.")
+    listing += [f"  {name}  {_size(size)}" for name, size in published.items()]
+    total = sum(published.values())
+    listing.append(f"{len(published)} files, {_size(total)}.")
+    if left_out:
+        listing.append(f"Left out: {', '.join(left_out)}.")
     if not config.confirm:
         give("\n".join([*listing, "Nothing was uploaded. To upload, run the same command with --confirm."]))
         return
     show("\n".join(listing))
-    target = hub or (_HuggingFace() if config.to == "hf" else _modelscope())
-    address = target.create(config.repo, private=config.private)
-    say(f"Uploading to {address} ...")
-    target.upload(config.repo, folder, list(contents.published))
-    show(f"Published: {address}")
+    show(f"Published: {_upload(config, list(published))}")
 
 
 def _size(number: int) -> str:
@@ -102,8 +73,8 @@ def _size(number: int) -> str:
 # --- What may be published -------------------------------------------------------------------------------------------
 
 
-def look_through(folder: Path) -> Contents:
-    """Sort a folder's files.
+def look_through(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """Sort a folder's files into those to publish, with their sizes in bytes, and those left out.
 
     Raises:
         UserError: the folder holds no model, files that are unknown, or texts with secrets or paths in them; names all.
@@ -127,7 +98,7 @@ def look_through(folder: Path) -> Contents:
     if not problems and not any(name.endswith((".gguf", ".safetensors")) for name in published):
         problems.append(UserError("no model or adapter here", where=str(folder), fix="Check --folder."))
     raise_all(problems)
-    return Contents(published, left_out)
+    return published, left_out
 
 
 def _why_not(path: Path) -> UserError | None:
@@ -166,71 +137,43 @@ def _windows(path: Path) -> Iterator[str]:
             kept = piece[-_OVERLAP:]
 
 
-# --- Hubs ------------------------------------------------------------------------------------------------------------
+def _upload(config: PushConfig, files: list[str]) -> str:
+    """Upload files in one commit, to a repository that is made if there is none yet; returns its address.
 
+    The token is that of HF_TOKEN or `hf auth login`, or of MODELSCOPE_API_TOKEN or `modelscope login`.
 
-class _HuggingFace:
-    """The hub behind HF_ENDPOINT; its token is that of HF_TOKEN or of `hf auth login`."""
-
-    def __init__(self) -> None:
-        import huggingface_hub
-
-        self._api = huggingface_hub.HfApi()
-
-    def create(self, repo: str, *, private: bool) -> str:
-        """Make the repository if there is none yet; returns its address."""
-        return str(_asked(lambda: self._api.create_repo(repo, private=private, exist_ok=True), "hf auth login"))
-
-    def upload(self, repo: str, folder: Path, files: Sequence[str]) -> None:
-        """Upload these files of a folder in one commit."""
-        _asked(
-            lambda: self._api.upload_folder(
-                repo_id=repo, folder_path=folder, allow_patterns=list(files), commit_message="Upload by qingtune"
-            ),
-            "hf auth login",
-        )
-
-
-def _modelscope() -> Hub:
+    Raises:
+        UserError: ModelScope's package is not installed, or the hub refuses.
+    """
+    login = "hf auth login" if config.to == "hf" else "modelscope login"
+    api = _api_of(config)
     try:
-        from modelscope.hub.api import HubApi  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError("ModelScope's package is not installed", fix="pip install modelscope") from None
-    return _ModelScope(HubApi())
-
-
-class _ModelScope:
-    """ModelScope; its token is that of MODELSCOPE_API_TOKEN or of `modelscope login`."""
-
-    def __init__(self, api: Any) -> None:
-        self._api = api
-
-    def create(self, repo: str, *, private: bool) -> str:
-        """Make the repository if there is none yet; returns its address."""
-        visibility = "private" if private else "public"
-        _asked(
-            lambda: self._api.create_repo(repo, repo_type="model", visibility=visibility, exist_ok=True),
-            "modelscope login",
+        if config.to == "hf":
+            address = str(api.create_repo(config.repo, private=config.private, exist_ok=True))
+        else:
+            visibility = "private" if config.private else "public"
+            api.create_repo(config.repo, repo_type="model", visibility=visibility, exist_ok=True)
+            address = f"{api.endpoint}/models/{config.repo}"
+        say(f"Uploading to {address} ...")
+        api.upload_folder(
+            repo_id=config.repo, folder_path=config.folder, allow_patterns=files, commit_message="Upload by qingtune"
         )
-        return f"{self._api.endpoint}/models/{repo}"
-
-    def upload(self, repo: str, folder: Path, files: Sequence[str]) -> None:
-        """Upload these files of a folder."""
-        _asked(
-            lambda: self._api.upload_folder(
-                repo_id=repo, folder_path=str(folder), allow_patterns=list(files), commit_message="Upload by qingtune"
-            ),
-            "modelscope login",
-        )
-
-
-def _asked(ask: Callable[[], Any], login: str) -> Any:
-    """What the hub returns; its errors, which have no common class, become UserErrors."""
-    try:
-        return ask()
-    except Exception as error:
+    except Exception as error:  # of no common class
         reason = str(error).strip().splitlines() or [""]
         raise UserError(
             f"the hub refused the upload: {type(error).__name__}: {redact(reason[0])}",
             fix=f"Log in with `{login}`, or check the token in the environment and your rights to the repository.",
         ) from error
+    return address
+
+
+def _api_of(config: PushConfig) -> Any:
+    if config.to == "hf":
+        import huggingface_hub
+
+        return huggingface_hub.HfApi()
+    try:
+        from modelscope.hub.api import HubApi  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("ModelScope's package is not installed", fix="pip install modelscope") from None
+    return HubApi()

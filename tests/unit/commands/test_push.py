@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -25,12 +25,12 @@ class FakeHub:
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
 
-    def create(self, repo: str, *, private: bool) -> str:
-        self.asked.append(("create", repo, private))
+    def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> str:
+        self.asked.append(("create", repo, private, exist_ok))
         return f"https://hub/{repo}"
 
-    def upload(self, repo: str, folder: Path, files: Sequence[str]) -> None:
-        self.asked.append(("upload", repo, folder, list(files)))
+    def upload_folder(self, *, repo_id: str, folder_path: str, allow_patterns: list[str], commit_message: str) -> None:
+        self.asked.append(("upload", repo_id, folder_path, allow_patterns))
 
 
 @pytest.fixture
@@ -50,7 +50,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def publish(folder: Path, hub: FakeHub, **settings: Any) -> None:
-    push(PushConfig(folder=str(folder), repo="me/mine", **settings), hub)
+    with mock.patch.object(huggingface_hub, "HfApi", return_value=hub):
+        push(PushConfig(folder=str(folder), repo="me/mine", **settings))
 
 
 PUBLISHED = [
@@ -81,7 +82,7 @@ def test_confirmed_it_is_uploaded_and_nothing_else(
 ) -> None:
     hub = FakeHub()
     publish(folder, hub, confirm=True, private=private)
-    assert hub.asked == [("create", "me/mine", private), ("upload", "me/mine", folder, PUBLISHED)]
+    assert hub.asked == [("create", "me/mine", private, True), ("upload", "me/mine", str(folder), PUBLISHED)]
     assert capsys.readouterr().out.endswith("Published: https://hub/me/mine\n")
 
 
