@@ -13,7 +13,7 @@ from qingtune.adapters.peft_files import WEIGHTS as ADAPTER_WEIGHTS
 from qingtune.adapters.peft_files import read_adapter_config
 from qingtune.answering.generate import Answer, Decoder, Decoding, generate
 from qingtune.answering.load import load_decoder
-from qingtune.config.commands import InferConfig
+from qingtune.config.commands import EvaluateConfig, InferConfig
 from qingtune.data.format import Message
 from qingtune.data.tokenize import Template, prompt_ids
 from qingtune.errors import UserError
@@ -96,7 +96,7 @@ class Speaker:
         return replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
 
 
-def check_bits(config: InferConfig) -> None:
+def check_bits(config: InferConfig | EvaluateConfig) -> None:
     """Refuse to hold a model in 4 and in 8 bits."""
     if config.load_in_4bit and config.load_in_8bit:
         raise UserError("load_in_4bit and load_in_8bit are both given", fix="Choose one.")

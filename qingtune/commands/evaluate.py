@@ -27,7 +27,7 @@ from qingtune.data.read import Fault
 from qingtune.data.rules import rules_of
 from qingtune.data.tokenize import Sample, Template, tokenize
 from qingtune.errors import UserError, raise_all
-from qingtune.evaluation.form import Form, form_of, kept_rules
+from qingtune.evaluation.form import form_of, kept_rules
 from qingtune.evaluation.metrics import Outcome
 from qingtune.evaluation.report import MARKDOWN, RESULT, About, Side, print_report, write_report
 from qingtune.files.digests import sha256_of
@@ -41,20 +41,13 @@ from qingtune.models.load import local_folder
 from qingtune.output.console import labelled, say, show
 from qingtune.output.quiet import quieten
 from qingtune.runs.folder import only_run_in
+from qingtune.runs.page.source import PREDICTIONS
 from qingtune.runs.page.write import write_page
 from qingtune.runs.record import SETTINGS, read_record
 
 BEFORE, AFTER = "before", "after"
 SHOWN_PROBLEMS = 10
 HARNESS = "lm_eval==0.4.13"  # the extra of pyproject.toml
-
-
-@dataclass(frozen=True)
-class RowWithForm:
-    """A row and the form it asks for."""
-
-    asked: EvaluationRow
-    form: Form | None
 
 
 @dataclass(frozen=True)
@@ -75,12 +68,12 @@ def evaluate(config: EvaluateConfig) -> None:
     quieten()
     _check(config)
     output_dir = Path(config.output_dir)
-    _refuse_finished(output_dir, overwrite=config.overwrite_output_dir)
     speakers = _speakers(config)
     rows = _read(config, speakers[AFTER].system_prompt)
     with only_run_in(output_dir):
         if config.overwrite_output_dir:
-            _remove_earlier(output_dir)
+            for name in (RESULT, MARKDOWN, *PREDICTIONS, *_unfinished(BEFORE), *_unfinished(AFTER)):
+                (output_dir / name).unlink(missing_ok=True)
         sides: dict[str, Side] = {}
         try:
             for name in list(speakers):
@@ -90,11 +83,16 @@ def evaluate(config: EvaluateConfig) -> None:
             without = " without --overwrite_output_dir" * config.overwrite_output_dir
             say(f"Stopped; to resume, run the same command{without}.")
             raise
-        about = _about(config, rows)
+        about = About(
+            data={path: sha256_of(Path(path)) for path in config.data or []},
+            rows=len(rows),
+            references=sum(row.reference is not None for row in rows),
+            settings=config.model_dump(mode="json"),
+        )
         with disk_errors("the evaluation", output_dir, "Free disk space and run the same command again."):
             changes = write_report(output_dir, about, sides)
         for name in sides:
-            for kept in (f"predictions_{name}.jsonl.unfinished.json", f"lm_eval_{name}.json"):
+            for kept in _unfinished(name):
                 (output_dir / kept).unlink(missing_ok=True)
         if (output_dir / SETTINGS).exists():  # a run's own folder
             write_page(output_dir)
@@ -110,26 +108,19 @@ def _check(config: EvaluateConfig) -> None:
         raise UserError("no model was given", fix="Pass --base_model, --lora_model, or both.")
     if config.only_after and config.before_model:
         raise UserError("only_after and before_model are both given", fix="Choose one.")
-    check_bits(_to_infer(config, config.base_model, config.lora_model, None))
+    check_bits(config)
     check_files_exist({"data": config.data})
-    written = (RESULT, MARKDOWN, *(f"predictions_{side}.jsonl" for side in (BEFORE, AFTER)))
-    for name in written:
+    for name in (RESULT, MARKDOWN, *PREDICTIONS):
         data = {"a data file": [Path(path) for path in config.data or []]}
         refuse_same_file(Path(config.output_dir) / name, "output_dir", data)
     if config.lm_eval:
-        _check_harness(config.lm_eval)
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UserError("lm-evaluation-harness is not installed (lm_eval)", fix=f"pip install {HARNESS}")
+        from qingtune.evaluation.harness import find_tasks
 
-
-def _check_harness(tasks: Sequence[str]) -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("lm-evaluation-harness is not installed (lm_eval)", fix=f"pip install {HARNESS}")
-    from qingtune.evaluation.harness import find_tasks
-
-    find_tasks(tasks)
-
-
-def _refuse_finished(output_dir: Path, *, overwrite: bool) -> None:
-    if (output_dir / RESULT).exists() and not overwrite:
+        find_tasks(config.lm_eval)
+    output_dir = Path(config.output_dir)
+    if (output_dir / RESULT).exists() and not config.overwrite_output_dir:
         raise UserError(
             "output_dir contains a finished evaluation",
             where=str(output_dir),
@@ -137,12 +128,9 @@ def _refuse_finished(output_dir: Path, *, overwrite: bool) -> None:
         )
 
 
-def _remove_earlier(output_dir: Path) -> None:
-    names = [RESULT, MARKDOWN]
-    names += [f"predictions_{side}.jsonl{more}" for side in (BEFORE, AFTER) for more in ("", ".unfinished.json")]
-    names += [f"lm_eval_{side}.json" for side in (BEFORE, AFTER)]
-    for name in names:
-        (output_dir / name).unlink(missing_ok=True)
+def _unfinished(side: str) -> tuple[str, str]:
+    """The files of a model's part that are kept until the evaluation is whole."""
+    return f"predictions_{side}.jsonl.unfinished.json", f"lm_eval_{side}.json"
 
 
 # --- The models ------------------------------------------------------------------------------------------------------
@@ -150,16 +138,12 @@ def _remove_earlier(output_dir: Path) -> None:
 
 def _to_infer(config: EvaluateConfig, base: str | None, adapter: str | None, system_prompt: str | None) -> InferConfig:
     """How answers are made: greedily, and without the repetition penalty that a model may bring."""
+    shared = ("cache_dir", "hub", "allow_other_base", "load_in_4bit", "load_in_8bit", "max_new_tokens")
     return InferConfig(
+        **{name: getattr(config, name) for name in shared},
         base_model=base,
         lora_model=adapter,
-        cache_dir=config.cache_dir,
-        hub=config.hub,
-        allow_other_base=config.allow_other_base,
-        load_in_4bit=config.load_in_4bit,
-        load_in_8bit=config.load_in_8bit,
         system_prompt=system_prompt,
-        max_new_tokens=config.max_new_tokens,
         temperature=0,
         top_p=1,
         top_k=0,
@@ -201,13 +185,9 @@ def _base_of(config: EvaluateConfig, after: Speaker) -> str | None:
 # --- The rows --------------------------------------------------------------------------------------------------------
 
 
-def _read(config: EvaluateConfig, system_prompt: str | None) -> list[RowWithForm]:
-    """The rows to evaluate on.
-
-    Raises:
-        UserError: rows or their rules are faulty, or there are no rows.
-    """
-    rows: list[RowWithForm] = []
+def _read(config: EvaluateConfig, system_prompt: str | None) -> list[EvaluationRow]:
+    """The rows to evaluate on; a UserError where there are none, or rows or their rules are faulty."""
+    rows: list[EvaluationRow] = []
     faults: list[Fault] = []
     rules = rules_of(config)
     read = (row for path in config.data or [] for row in asked_rows(path, system_prompt, rules))
@@ -216,7 +196,8 @@ def _read(config: EvaluateConfig, system_prompt: str | None) -> list[RowWithForm
             faults.append(row)
         else:
             try:
-                rows.append(RowWithForm(row, form_of(row.values, row.origin)))
+                form_of(row.values, row.origin)  # checked before hours go into answers
+                rows.append(row)
             except UserError as error:
                 faults.append(Fault(row.origin, " ".join(filter(None, (f"{error.what}.", error.fix)))))
         if len(rows) == config.limit:
@@ -228,19 +209,10 @@ def _read(config: EvaluateConfig, system_prompt: str | None) -> list[RowWithForm
     return rows
 
 
-def _about(config: EvaluateConfig, rows: Sequence[RowWithForm]) -> About:
-    return About(
-        data={path: sha256_of(Path(path)) for path in config.data or []},
-        rows=len(rows),
-        references=sum(row.asked.reference is not None for row in rows),
-        settings=config.model_dump(mode="json"),
-    )
-
-
 # --- A model over the rows -------------------------------------------------------------------------------------------
 
 
-def _go_through(name: str, speaker: Speaker, rows: Sequence[RowWithForm], config: EvaluateConfig) -> Side:
+def _go_through(name: str, speaker: Speaker, rows: Sequence[EvaluationRow], config: EvaluateConfig) -> Side:
     """What one model makes of the rows."""
     output_dir = Path(config.output_dir)
     identity = {
@@ -262,33 +234,29 @@ def _go_through(name: str, speaker: Speaker, rows: Sequence[RowWithForm], config
     asks = not config.skip_generation
     outcomes = [_outcome(row, json.loads(line), asks=asks) for row, line in zip(rows, lines, strict=True)]
     too_long = [
-        row.asked.origin for row, one in zip(rows, outcomes, strict=True)
-        if row.asked.conversation is not None and not one.trained_tokens
+        row.origin for row, one in zip(rows, outcomes, strict=True)
+        if row.conversation is not None and not one.trained_tokens
     ]  # fmt: skip
     model = f"{speaker.base} + {config.lora_model}" if name == AFTER and config.lora_model else str(speaker.base)
     model += f", in {speaker.identity['bits']} bits" if speaker.identity["bits"] else ""
     return Side(model, identity, outcomes, too_long, harness)
 
 
-def _prepare(speaker: Speaker, rows: Sequence[RowWithForm], longest: int) -> list[Prepared]:
-    """The rows in the model's tokens, all of them before hours go into the first.
-
-    Raises:
-        UserError: names rows that the template cannot express, or that leave no room for an answer.
-    """
+def _prepare(speaker: Speaker, rows: Sequence[EvaluationRow], longest: int) -> list[Prepared]:
+    """The rows in the model's tokens, all of them before hours go into the first; a UserError names those that the
+    template cannot express, or that leave no room for an answer."""
     prepared: list[Prepared] = []
     problems: list[UserError] = []
-    for row in rows:
-        asked = row.asked
+    for asked in rows:
         try:
             samples = _samples(speaker.template, asked, longest)
-            ids = None if asked.prompt is None else speaker.ids(asked.prompt)
-            decoding = None if ids is None else speaker.within_context(ids, speaker.decoding)
+            question = None
+            if asked.prompt is not None:
+                ids = speaker.ids(asked.prompt)
+                question = Question(asked.values, ids, speaker.within_context(ids, speaker.decoding))
+            prepared.append(Prepared(asked, samples, question))
         except UserError as error:
             problems.append(UserError(error.what, where=asked.origin, fix="Shorten or remove the row."))
-        else:
-            question = None if ids is None or decoding is None else Question(asked.values, ids, decoding)
-            prepared.append(Prepared(asked, samples, question))
     raise_all(problems[:SHOWN_PROBLEMS])
     return prepared
 
@@ -323,11 +291,7 @@ def _records(
 
 
 def _with_loss(speaker: Speaker, row: Prepared) -> dict[str, Any]:
-    """The row with its summed loss and trained tokens.
-
-    Raises:
-        UserError: the loss is not a number that can be used.
-    """
+    """The row with its summed loss and trained tokens."""
     scores = [score_sample(speaker.decoder, sample) for sample in row.samples]
     loss = sum(score.loss for score in scores)
     if not abs(loss) < float("inf"):
@@ -335,18 +299,19 @@ def _with_loss(speaker: Speaker, row: Prepared) -> dict[str, Any]:
     return {**row.asked.values, "summed_loss": loss, "trained_tokens": sum(score.tokens for score in scores)}
 
 
-def _outcome(row: RowWithForm, record: dict[str, Any], *, asks: bool) -> Outcome:
+def _outcome(row: EvaluationRow, record: dict[str, Any], *, asks: bool) -> Outcome:
     """What the metrics see of a line of predictions; without `asks` an "answer" there is the row's own column."""
-    asks = asks and row.asked.prompt is not None
+    asks = asks and row.prompt is not None
     answer = split_thinking(record["answer"])[1].strip() if asks else None
-    reference = None if row.asked.reference is None else split_thinking(row.asked.reference)[1].strip()
+    reference = None if row.reference is None else split_thinking(row.reference)[1].strip()
+    form = form_of(row.values, row.origin)
     return Outcome(
         loss=record["summed_loss"],
         trained_tokens=record["trained_tokens"],
         answer=answer,
         ended=asks and record["answer_ended"],
         reference=reference,
-        form={} if row.form is None or answer is None else kept_rules(row.form, answer),
+        form={} if form is None or answer is None else kept_rules(form, answer),
     )
 
 
