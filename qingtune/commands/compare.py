@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ DONE, FAILED, INTERRUPTED = 0, 1, 130
 # What a comparison leaves in its folder; BEGUN is the first.
 BEGUN, JOURNAL = "compare_config.json", "search.journal"
 PAGE, NUMBERS, PICTURE = "comparison.md", "comparison.json", "comparison.png"
+_FILES = (BEGUN, JOURNAL, PAGE, NUMBERS, PICTURE)
 START_OVER = "Pass --overwrite_output_dir to start over, or choose another output_dir."
 
 
@@ -62,7 +63,7 @@ def compare(loaded: Loaded[CompareConfig], command: str) -> int:
     check_output_folder(output_dir, overwrite=config.overwrite_output_dir, first_file=BEGUN, what="a comparison")
     check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
     with only_run_in(output_dir), interruption() as stopping:
-        refuse_links(output_dir, (BEGUN, JOURNAL, PAGE, NUMBERS, PICTURE))
+        refuse_links(output_dir, _FILES)
         wait_for_left_behind(output_dir / TRIALS, stopping)
         if stopping.asked:
             say(how_to_go_on)
@@ -86,46 +87,36 @@ def compare(loaded: Loaded[CompareConfig], command: str) -> int:
 
 
 def _check(config: CompareConfig, given: Mapping[str, Any]) -> None:
-    """Refuse what cannot be compared.
-
-    Args:
-        given: the settings that the user gave.
-
-    Raises:
-        UserError: names every problem.
-    """
+    """Refuse what cannot be compared, by a UserError that names every problem; `given` is what the user set."""
     check_varied(config)
-    problems: list[UserError] = []
-    if not config.has_evaluation:
-        problems.append(
-            UserError("a comparison needs evaluation data", fix="Set eval_data_path, or val_size, such as 0.1.")
-        )
-    elif config.eval_strategy == "no":
-        problems.append(UserError('eval_strategy is "no"', fix="Remove it: a comparison needs evaluations."))
-    if config.pruner != "none" and not config.space:
-        problems.append(UserError(f"pruner {config.pruner} needs space", fix="Set space, or remove it."))
-    problems += [
-        UserError(f"{name} needs space", fix="Set space, or remove it.")
-        for name in ("trials", "sampler")
-        if name in given and not config.space
+    no_space = not config.space
+    checks = [
+        (
+            not config.has_evaluation,
+            "a comparison needs evaluation data",
+            "Set eval_data_path, or val_size, such as 0.1.",
+        ),
+        (
+            config.has_evaluation and config.eval_strategy == "no",
+            'eval_strategy is "no"',
+            "Remove it: a comparison needs evaluations.",
+        ),
+        (config.pruner != "none" and no_space, f"pruner {config.pruner} needs space", "Set space, or remove it."),
+        ("trials" in given and no_space, "trials needs space", "Set space, or remove it."),
+        ("sampler" in given and no_space, "sampler needs space", "Set space, or remove it."),
+        (
+            config.dry_run,
+            "dry_run does not apply to a comparison",
+            f"`{command_line('plan')}` shows the memory of each method.",
+        ),
+        (
+            config.resume_from_checkpoint not in ("auto", True),
+            "resume_from_checkpoint does not apply to a comparison",
+            "Unfinished trials are resumed automatically.",
+        ),
+        (launched_processes() > 1, "a comparison starts its processes itself", "Run it without a launcher."),
     ]
-    if config.dry_run:
-        problems.append(
-            UserError(
-                "dry_run does not apply to a comparison",
-                fix=f"`{command_line('plan')}` shows the memory of each method.",
-            )
-        )
-    if config.resume_from_checkpoint not in ("auto", True):
-        problems.append(
-            UserError(
-                "resume_from_checkpoint does not apply to a comparison",
-                fix="Unfinished trials are resumed automatically.",
-            )
-        )
-    if launched_processes() > 1:
-        problems.append(UserError("a comparison starts its processes itself", fix="Run it without a launcher."))
-    raise_all(problems)
+    raise_all([UserError(what, fix=fix) for wrong, what, fix in checks if wrong])
 
 
 def _grid_checked(loaded: Loaded[CompareConfig]) -> tuple[list[Setup], list[str]]:
@@ -148,14 +139,10 @@ def _search_checked(loaded: Loaded[CompareConfig]) -> tuple[list[Setup], list[st
 
 
 def _begin(config: CompareConfig, output_dir: Path) -> None:
-    """Remove an earlier comparison where that is asked for, else make sure that this is the same one; write it down.
-
-    Raises:
-        UserError: the data or the space is not what it was.
-    """
+    """Remove an earlier comparison where that is asked for, else make sure that this is the same one; write it down."""
     if config.overwrite_output_dir:
         _remove_trials(output_dir / TRIALS)
-        for name in (BEGUN, JOURNAL, PAGE, NUMBERS, PICTURE):
+        for name in _FILES:
             (output_dir / name).unlink(missing_ok=True)
     paths = [*(config.data_path or []), *(config.eval_data_path or [])]
     space = config.model_dump(mode="json", include={"space"}).get("space")
@@ -176,8 +163,7 @@ def _begin(config: CompareConfig, output_dir: Path) -> None:
 def _remove_trials(folder: Path) -> None:
     """Remove those of an earlier comparison; one that stayed would pass for a trial of this one.
 
-    Raises:
-        UserError: something else lies there, or they cannot be removed; nothing is removed then, or not all.
+    Removes nothing where something else lies there.
     """
     names = [path.stem for path in folder.glob("*.json") if is_trial_file(path)]
     known = {folder / f"{name}{ending}" for name in names for ending in ("", ".json", ".log")}
@@ -212,17 +198,25 @@ def _report(bench: Bench) -> None:
     comparison = compare_outcomes([*bench.outcomes.values()])
     trials = [bench.trial(setup, seed) for setup, of_seeds in bench.outcomes.values() for seed in of_seeds]
     records = [record for trial in trials if (record := read_record(trial.folder))]
-    steps = sorted({record.results["steps"] for record in records})
-    rows = next((count for trial in trials if (count := rows_evaluated(trial.folder))), None)
-    about = _about(config, steps, rows, same_order=not ordered_otherwise(comparison))
+    steps = min((record.results["steps"] for record in records), default=0)
+    evaluated_on = ", ".join(config.eval_data_path or []) or f"{config.val_size:g} of it, held out"
+    data = ", ".join(config.data_path or [])
+    about = [f"Model: {config.model_name_or_path}", f"Data: {data}; evaluated on {evaluated_on}"]
+    rows = next(filter(None, (_rows_evaluated(trial.folder) for trial in trials)), 0)
+    few = " With so few, small differences may be noise." * (rows < FEW_ROWS)
+    evaluated = [f"Evaluated on {rows:,} sample{'s' * (rows > 1)}.{few}"] if rows else []
+    about += evaluated
+    if steps and not ordered_otherwise(comparison):
+        samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        about.append(f"{steps:,} steps of {samples} samples, the same for all setups, in the same order")
     write_text(output_dir / PAGE, redact(as_markdown(comparison, about)))
     versions = records[0].versions if records else {}
     write_json(output_dir / NUMBERS, redact_values({"about": about, "versions": versions, **as_json(comparison)}))
     drawn = False
     if comparison.best:
         drawn = try_to_draw(lambda: _draw(comparison, output_dir / PICTURE), PICTURE)
-        if rows:
-            show(_rows_line(rows))
+        for line in evaluated:
+            show(line)
         show(as_console(comparison, min(120, max(80, shutil.get_terminal_size().columns))))
         best = bench.trial(comparison.best.setup, min(comparison.best.numbers))
         show(f"Its settings: {best.config_file}; its result: {best.folder}")
@@ -233,38 +227,13 @@ def _report(bench: Bench) -> None:
     show(f"Report: {output_dir / PAGE}, {NUMBERS}" + f", {PICTURE}" * drawn)
 
 
-def rows_evaluated(folder: Path) -> int | None:
+def _rows_evaluated(folder: Path) -> int | None:
     """Samples that a run was evaluated on, from its facts; None where they are missing."""
     path = folder / FACTS
     if not path.exists():
         return None
     evaluation = read_json_object(str(path)).get("data", {}).get("evaluation") or {}
     return evaluation.get("summary", {}).get("samples")
-
-
-def _about(config: CompareConfig, steps: Sequence[int], rows: int | None, *, same_order: bool) -> list[str]:
-    """What was trained on what.
-
-    Args:
-        steps: of finished trials, each number once.
-        rows: samples of the evaluation data; None where unknown.
-        same_order: whether all setups train on the same samples in the same steps.
-    """
-    evaluated = ", ".join(config.eval_data_path or []) or f"{config.val_size:g} of it, held out"
-    data = ", ".join(config.data_path or [])
-    lines = [f"Model: {config.model_name_or_path}", f"Data: {data}; evaluated on {evaluated}"]
-    if rows:
-        lines.append(_rows_line(rows))
-    if steps and same_order:
-        samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        lines.append(f"{steps[0]:,} steps of {samples} samples, the same for all setups, in the same order")
-    return lines
-
-
-def _rows_line(rows: int) -> str:
-    """On how many samples all losses rest, and that few of them prove little."""
-    few = " With so few, small differences may be noise." * (rows < FEW_ROWS)
-    return f"Evaluated on {rows:,} sample{'s' * (rows > 1)}.{few}"
 
 
 def _draw(comparison: Comparison, picture: Path) -> None:
