@@ -118,11 +118,7 @@ def _base_name(config: ExportConfig, record: Record | None) -> str:
 
 
 def _check_names(adapter: StoredAdapter, layout: GGUFLayout) -> None:
-    """See that the file will hold all that an adapter changes.
-
-    Raises:
-        UserError: it will not.
-    """
+    """See that the file will hold all that an adapter changes; a UserError if it will not."""
     if unknown := sorted(adapter.names - {tensor.source for tensor in layout.tensors}):
         raise UserError(
             f"the adapter changes {unknown[0]}, which this base does not have",
@@ -160,11 +156,7 @@ def _write(folder: Path, name: str, plan: GGUFPlan, read: Read) -> ExportedFile:
 
 
 def _speech(config: ExportConfig, base: Path, record: Record | None, layout: GGUFLayout) -> Speech:
-    """Tokenizer, template and endings, as inference uses them.
-
-    Raises:
-        UserError: the tokenizer adds what llama.cpp cannot, or the system prompt holds a secret.
-    """
+    """Tokenizer, template and endings, as inference uses them."""
     adapter = Path(config.lora_model) if config.lora_model else None
     template = load_template(base, adapter, record.stop_ids if record else None)
     tokenizer = template.tokenizer

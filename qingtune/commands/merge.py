@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,9 +28,6 @@ from qingtune.output.invocation import command_line
 from qingtune.output.quiet import quieten
 from qingtune.runs.record import write_record
 from qingtune.runs.result_folder import open_result_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PROMPT_TOKENS = 160  # of each prompt that is compared, at most
 SAMPLE_TOKENS = 384  # of each sample whose answer's loss is compared, at most
@@ -73,7 +69,10 @@ def merge(config: MergeConfig) -> None:
                     dtypes = set[torch.dtype]()
                 else:
                     dtypes = _write(half_done, base, adapter, config.save_dtype and getattr(torch, config.save_dtype))
-            _write_rest(half_done, base, template.tokenizer)
+            generation = base / "generation_config.json"
+            if generation.exists() and not (half_done / generation.name).exists():
+                copy_file(generation, half_done / generation.name)
+            template.tokenizer.save_pretrained(half_done)
         prompts = _prompts(template, base)
         with memory_errors("the merged model was compared", output_dir, _SMALLER):
             samples = _samples(template, base) if config.save_in_4bit else []
@@ -92,11 +91,8 @@ def merge(config: MergeConfig) -> None:
 def _write(folder: Path, base: Path, adapter: StoredAdapter, dtype: torch.dtype | None) -> set[torch.dtype]:
     """Write the merged weights and their configuration, one tensor in memory at a time where names allow it.
 
-    Args:
-        dtype: of all weights; None for that in which the base keeps each.
-
-    Returns:
-        the dtypes in which the changed weights are stored, as read back.
+    `dtype` is that of all weights, None for that in which the base keeps each. Returns the dtypes in which the changed
+    weights are stored, as read back.
     """
     if not adapter.names - {HEAD} <= set(StoredWeights(base).shapes):
         say("Merging in memory: the base's tensors have other names in its files than in the model.")
@@ -131,13 +127,6 @@ def _write_whole(folder: Path, base: Path, adapter: StoredAdapter, dtype: torch.
     return {dtype}
 
 
-def _write_rest(folder: Path, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    generation = base / "generation_config.json"
-    if generation.exists() and not (folder / generation.name).exists():
-        copy_file(generation, folder / generation.name)
-    tokenizer.save_pretrained(folder)
-
-
 def _prompts(template: Template, base: Path) -> list[list[int]]:
     """Prompts of bundled samples in both languages, the beginning of long ones."""
     most = min(PROMPT_TOKENS, (context_length(base) or PROMPT_TOKENS) // 2)
@@ -156,14 +145,11 @@ def _samples(template: Template, base: Path) -> list[Sample]:
 
 
 def _judge(lost: Lost, dtypes: set[torch.dtype]) -> str:
-    """Where the difference from base + adapter comes from, for the user.
+    """Where the difference from base + adapter comes from, for the user; a UserError if merging itself made one.
 
     Args:
         lost: merging in fp32 and the written model, each against base + adapter.
         dtypes: in which the changed weights are stored.
-
-    Raises:
-        UserError: merging itself changed the logits.
     """
     merging, found = judge_merging(lost.merging), lost.result
     agreed = (

@@ -151,7 +151,7 @@ def test_a_merge_ended_by_a_signal_leaves_nothing(
         staged.append(folder)
         signal.raise_signal(signal.Signals[name])
 
-    monkeypatch.setattr(recipe, "_write_rest", interrupted)
+    monkeypatch.setattr(recipe, "check_rounded_once", interrupted)
     code = main(["merge", "--lora_model", str(adapter), "--output_dir", str(tmp_path / "merged")])
     assert (code, len(staged)) == (128 + signal.Signals[name], 1)
     assert sorted(tmp_path.iterdir()) == before
