@@ -23,22 +23,14 @@ from workload import ROOT  # which also lets a clone be imported as it is
 from qingtune.config.training import TrainConfig
 from qingtune.machine.resources import Machine, find_machine
 from qingtune.planning.blueprint import Blueprint, read_blueprint
-from qingtune.planning.planner import METHODS as PLANNED_METHODS
-from qingtune.planning.planner import Planner, Samples, as_method
+from qingtune.planning.planner import METHODS, SETTINGS, Planner, Samples, as_method
 
-METHODS = {
-    "full": [],
-    "full, 8-bit states": ["--optim", "adamw_8bit"],
-    "LoRA": ["--use_lora"],
-    "QLoRA 8": ["--use_qlora", "--quantization_bit", "8"],
-    "QLoRA 4": ["--use_qlora", "--quantization_bit", "4"],
-}
 STEPS = 2
 
 
 @dataclass(frozen=True)
 class Point:
-    """A run; rank is 0 in full training."""
+    """A run by a method of this name; rank is 0 in full training."""
 
     method: str
     length: int
@@ -51,17 +43,20 @@ class Point:
         return json.dumps(list(asdict(self).values()))
 
     @property
+    def planned(self) -> str:
+        """The method as plans name it."""
+        return next(key for key, name in METHODS.items() if name == self.method)
+
+    @property
     def flags(self) -> list[str]:
-        rank = ["--lora_r", str(self.rank)] if self.rank else []
-        return [
-            *METHODS[self.method], *rank, "--max_seq_length", str(self.length),
-            "--per_device_train_batch_size", str(self.batch),
-            "--gradient_checkpointing", str(self.checkpointing).lower(),
-        ]  # fmt: skip
+        settings = {
+            **SETTINGS[self.planned], **({"lora_r": self.rank} if self.rank else {}), "max_seq_length": self.length,
+            "per_device_train_batch_size": self.batch, "gradient_checkpointing": self.checkpointing,
+        }  # fmt: skip
+        return [f"--{name}={str(value).lower()}" for name, value in settings.items()]
 
     def plan(self, blueprint: Blueprint, machine: Machine) -> int:
         """Planned bytes of such a run: two steps of samples of one length, no evaluation."""
-        method = next(key for key, name in PLANNED_METHODS.items() if name == self.method)
         config = TrainConfig(
             lora_r=self.rank or 16,
             per_device_train_batch_size=self.batch,
@@ -69,7 +64,7 @@ class Point:
             max_seq_length=self.length,
         )
         samples = Samples(self.length, self.length, 1.0, STEPS * self.batch, False, "")
-        return Planner(blueprint, as_method(config, method), machine).plan_for(samples).total
+        return Planner(blueprint, as_method(config, self.planned), machine).plan_for(samples).total
 
 
 LARGER = [

@@ -69,18 +69,17 @@ def suppose_samples(config: PlanConfig, context: int | None, machine: Machine, m
         model: its folder or file.
     """
     limit = min(config.max_seq_length, context or config.max_seq_length)
-    evaluates = bool(config.eval_data_path) or config.val_size > 0
     if not config.data_path:
-        return Samples(limit, limit, 1.0, None, evaluates, "max_seq_length; no data given")
+        return Samples(limit, limit, 1.0, None, config.has_evaluation, "max_seq_length; no data given")
     reading = read_conversations(config.data_path, config.system_prompt, "skip", rules_of(config))
     path = tokenizer_file(model, cache_folder(config.cache_dir))
     tokenizer = None if path is None else _open_tokenizer(path)
     if tokenizer is not None:
-        answers, all_tokens = _count(reading.conversations, tokenizer)
-        share = min(1.0, sum(answers) / sum(all_tokens))
+        trained, all_tokens = _count(reading.conversations, tokenizer)
+        share = min(1.0, trained / sum(all_tokens))
         basis = "samples counted, their template guessed"
     else:
-        share, all_tokens = 1.0, [_most_tokens(row) for row in reading.conversations]
+        share, all_tokens = 1.0, [len(_text(row).encode()) + _around(row) for row in reading.conversations]
         basis = "samples, at most one token per byte, because there is no tokenizer"
     kept = [n for n in all_tokens if n <= limit or tokenizer is None or config.on_long == "truncate"]
     if not kept:
@@ -99,7 +98,7 @@ def suppose_samples(config: PlanConfig, context: int | None, machine: Machine, m
         mean=sum(lengths) / len(lengths),
         trained_share=share,
         count=len(lengths),
-        evaluates=evaluates,
+        evaluates=config.has_evaluation,
         basis=f"{len(lengths):,} {basis}",
         lengths=tuple(lengths),
         fullest=PassTokens(tokens, round(share * tokens), max(lengths[number] for number in group)),
@@ -113,20 +112,17 @@ def tokenizer_file(model: Path, cache: Path) -> Path | None:
     return found[0] if len(found) == 1 else None  # of several, it is not known which is this file's
 
 
-def _most_tokens(row: Conversation) -> int:
-    """Tokens that a row has at most: one a byte, in vocabularies made of bytes, and a template's."""
-    if row.text is not None:
-        return len(row.text.encode())
-    around = TEMPLATE_A_SAMPLE + TEMPLATE_A_MESSAGE * len(row.messages)
-    return around + sum(len(message.content.encode()) for message in row.messages)
+def _text(row: Conversation) -> str:
+    return row.text if row.text is not None else "".join(message.content for message in row.messages)
+
+
+def _around(row: Conversation) -> int:
+    """Tokens that a template adds to a row."""
+    return 0 if row.text is not None else TEMPLATE_A_SAMPLE + TEMPLATE_A_MESSAGE * len(row.messages)
 
 
 def _open_tokenizer(path: Path) -> Tokenizer | None:
-    """A tokenizer to count with; None where it is not known how long it takes.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """A tokenizer to count with; None where it is not known how long it takes."""
     from tokenizers import Tokenizer
 
     try:
@@ -141,15 +137,14 @@ def _open_tokenizer(path: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def _count(rows: list[Conversation], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Tokens of each row's answers, and of all of it with what a template adds."""
+def _count(rows: list[Conversation], tokenizer: Tokenizer) -> tuple[int, list[int]]:
+    """Tokens of all answers and texts, which are trained, and of each row with what a template adds."""
 
     def counts(texts: list[str]) -> list[int]:
         with panics_as_errors():
             return [len(encoding) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-    whole = counts([row.text if row.text is not None else "".join(m.content for m in row.messages) for row in rows])
+    whole = [count + _around(row) for count, row in zip(counts([_text(row) for row in rows]), rows, strict=True)]
     answers = counts(["".join(m.content for m in row.messages if m.role == "assistant") for row in rows])
-    around = [0 if row.text is not None else TEMPLATE_A_SAMPLE + TEMPLATE_A_MESSAGE * len(row.messages) for row in rows]
-    trained = [n if row.text is not None else m for n, m, row in zip(whole, answers, rows, strict=True)]
-    return trained, [n + extra for n, extra in zip(whole, around, strict=True)]
+    texts = sum(count for count, row in zip(whole, rows, strict=True) if row.text is not None)
+    return texts + sum(answers), whole

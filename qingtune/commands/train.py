@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qingtune.adapters.peft_files import save_adapter
 from qingtune.config.training import TrainConfig
+from qingtune.data.order import Plan
 from qingtune.data.prepare import Data, check_files_exist, load_data
 from qingtune.data.tokenize import Template
 from qingtune.errors import UserError
@@ -28,15 +29,9 @@ from qingtune.output.invocation import command_line
 from qingtune.output.quiet import quieten
 from qingtune.output.redaction import redact, redact_values
 from qingtune.output.units import duration
-from qingtune.planning.of_run import RunPlan, keep_measured_speed, plan_run, try_to_plan
-from qingtune.planning.report import as_lines, short_lines
-from qingtune.runs.folder import (
-    check_output_folder,
-    only_run_in,
-    prepare_output_folder,
-    put_result,
-    refuse_inputs,
-)
+from qingtune.planning.of_run import keep_measured_speed, plan_run
+from qingtune.planning.report import Report, as_lines, short_lines
+from qingtune.runs.folder import check_output_folder, only_run_in, prepare_output_folder, put_result, refuse_inputs
 from qingtune.runs.measures import loss_of_result
 from qingtune.runs.page.source import read_curves
 from qingtune.runs.page.write import PageOfRun
@@ -56,19 +51,13 @@ from qingtune.runs.record import (
 )
 from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, LinesFile, MetricsFile, Sink, to_all
 from qingtune.training.finished import already_finished, digests_of_inputs
-from qingtune.training.loop import Limits, Progress, Work
+from qingtune.training.loop import Limits, Progress
 from qingtune.training.loop import train as run_loop
 from qingtune.training.model import count_parameters, load_adapted_model
-from qingtune.training.processes import AcceleratedProcesses
-from qingtune.training.resume import (
-    Start,
-    check_checkpoint_exists,
-    check_start,
-    choose_start,
-    load_best,
-)
+from qingtune.training.processes import Processes
+from qingtune.training.resume import Start, check_checkpoint_exists, check_start, choose_start, load_best
 from qingtune.training.sample_answers import SampleAnswers
-from qingtune.training.setup import check_room, limits_of, make_trained, make_work, resume, say_length
+from qingtune.training.setup import limits_of, set_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,17 +103,16 @@ def train(config: TrainConfig, *, notices: Sequence[str] = (), command: str = ""
     """
     quieten()
     output_dir = Path(config.output_dir)
-    processes = AcceleratedProcesses(config.report_to, output_dir)
-    first = processes.index == 0
+    processes = Processes(config.report_to, output_dir)
     with ExitStack() as stack:
-        if not first:
+        if processes.index:
             stack.enter_context(labelled(None))
         processes.by_all(
             lambda: check_files_exist({"data_path": config.data_path, "eval_data_path": config.eval_data_path})
         )
         processes.by_first(lambda: _check_output(config))
         processes.by_first(lambda: stack.enter_context(only_run_in(output_dir)))
-        for notice in [*notices, *filter(None, [describe_processes(processes.count)])]:
+        for notice in filter(None, [*notices, describe_processes(processes.count)]):
             say(notice)
         result = _run(config, processes)
         if result is None:
@@ -133,18 +121,14 @@ def train(config: TrainConfig, *, notices: Sequence[str] = (), command: str = ""
             again = command if command and processes.count == 1 else "run the same command again"
             say(f"Stopped and saved after step {result.steps}. To resume: {again}")
             return False
-        if first:
+        if processes.index == 0:
             show(_summary(config, result))
     processes.finish()
     return True
 
 
 def _check_output(config: TrainConfig) -> None:
-    """Make sure before anything is loaded that output_dir can take the result, and that a named checkpoint is there.
-
-    Raises:
-        UserError: it cannot, or is not.
-    """
+    """Make sure before anything is loaded that output_dir can take the result, and that a named checkpoint is there."""
     output_dir = Path(config.output_dir)
     check_output_folder(output_dir, overwrite=config.overwrite_output_dir)
     refuse_inputs(
@@ -158,7 +142,7 @@ def _check_output(config: TrainConfig) -> None:
 
 
 @dataclass(frozen=True)
-class Opened:
+class _Run:
     """What a run has before any weight is read.
 
     Attributes:
@@ -166,57 +150,48 @@ class Opened:
         inputs: digests of what the data is made of, as it was when it was read.
     """
 
+    config: TrainConfig
+    processes: Processes
     hardware: Hardware
     folder: Path
     template: Template
     inputs: dict[str, str]
     data: Data
 
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
 
-def _run(config: TrainConfig, processes: AcceleratedProcesses) -> Result | None:
+
+def _run(config: TrainConfig, processes: Processes) -> Result | None:
     """Train and, unless a signal ended that early, write the result; None if it is there, or only planned for."""
-    output_dir, opened = Path(config.output_dir), _open(config, processes)
+    run = _open(config, processes)
+    plan = _plan(run)
     if config.dry_run:
-        report = _plan(config, opened, processes).report
-        if processes.index == 0:
-            give("\n".join(as_lines(report)))
+        if plan and processes.index == 0:
+            give("\n".join(as_lines(plan)))
         return None
-    plan = try_to_plan(lambda: _plan(config, opened, processes))
-    start = _agree_on_start(config, opened, processes)
+    start = _agree_on_start(run)
     if start.done:
-        say(already_finished(output_dir))
+        say(already_finished(run.output_dir))
         return None
-    for line in short_lines(plan.report) if plan else ():
+    for line in short_lines(plan) if plan else ():
         say(line)
-    model = processes.by_all(lambda: load_adapted_model(config, opened.folder, opened.hardware))
-    processes.by_first(lambda: _begin_folder(config, start.checkpoint))
-    page = PageOfRun(output_dir)
-    result = _train(config, opened, model, start, processes, page)
-    result = replace(result, planned_bytes=plan and plan.planned_bytes(), eval_samples=len(opened.data.evaluation))
+    model = processes.by_all(lambda: load_adapted_model(config, run.folder, run.hardware))
+    processes.by_first(lambda: _begin_folder(run, start.checkpoint))
+    page = PageOfRun(run.output_dir)
+    result = _train(run, model, start, plan, page)
     if plan and processes.count == 1:
-        keep_measured_speed(plan, output_dir / METRICS)
+        keep_measured_speed(plan, run.output_dir / METRICS)
     if processes.index == 0:
         with put_off("Writing the result first. Press Ctrl-C again to exit at once."):
             if result.finished:
-                _write(config, opened, model, start, result)
+                _write(run, model, start, result)
             page.write()
     return result
 
 
-def _plan(config: TrainConfig, opened: Opened, processes: AcceleratedProcesses) -> RunPlan:
-    return plan_run(config, opened.folder, opened.hardware, opened.data, processes.count)
-
-
-def _agree_on_start(config: TrainConfig, opened: Opened, processes: AcceleratedProcesses) -> Start:
-    """How the run starts: chosen by the first process from its disk, and possible in all of them."""
-    settings = settings_to_compare(config, processes.count, opened.data.hash, fingerprint(opened.folder))
-    steps = limits_of(config, len(opened.data.train), processes.count).total_steps
-    start = processes.by_first(lambda: choose_start(config, settings, steps))
-    processes.by_all(lambda: check_start(start, settings) if processes.index else None)
-    return start
-
-
-def _open(config: TrainConfig, processes: AcceleratedProcesses) -> Opened:
+def _open(config: TrainConfig, processes: Processes) -> _Run:
     """Choose the hardware, find the model, read the data."""
     hardware = choose_hardware(config.bf16, config.fp16, processes.local_index)
     reset_peak(hardware.device)
@@ -234,75 +209,53 @@ def _open(config: TrainConfig, processes: AcceleratedProcesses) -> Opened:
     template = load_template(folder)
     for notice in template.notices:
         say(notice)
-    inputs = digests_of_inputs(config, folder)
-    return Opened(hardware, folder, template, inputs, load_data(config, template, context_length(folder)))
+    inputs, data = digests_of_inputs(config, folder), load_data(config, template, context_length(folder))
+    return _Run(config, processes, hardware, folder, template, inputs, data)
 
 
-def _begin_folder(config: TrainConfig, resume_from: Path | None) -> None:
+def _plan(run: _Run) -> Report | None:
+    """The plan; None where the model's shape is not known to planning, which keeps no run from training."""
+    try:
+        return plan_run(run.config, run.folder, run.hardware, run.data, run.processes.count)
+    except UserError as error:
+        if run.config.dry_run:
+            raise
+        say(f"No plan of memory: {error}")
+        return None
+
+
+def _agree_on_start(run: _Run) -> Start:
+    """How the run starts: chosen by the first process from its disk, and possible in all of them."""
+    config, processes = run.config, run.processes
+    settings = settings_to_compare(config, processes.count, run.data.hash, fingerprint(run.folder))
+    steps = limits_of(config, Plan.of(config, len(run.data.train), processes.count)).total_steps
+    start = processes.by_first(lambda: choose_start(config, settings, steps))
+    processes.by_all(lambda: check_start(start, settings) if processes.index else None)
+    return start
+
+
+def _begin_folder(run: _Run, resume_from: Path | None) -> None:
     """Prepare the output folder for this run, with the checkpoint it resumes from."""
-    output_dir = Path(config.output_dir)
-    prepare_output_folder(output_dir, start_over=resume_from is None and config.overwrite_output_dir)
-    write_json(output_dir / SETTINGS, redact_values(config.model_dump(mode="json")))
+    prepare_output_folder(run.output_dir, start_over=resume_from is None and run.config.overwrite_output_dir)
+    write_json(run.output_dir / SETTINGS, redact_values(run.config.model_dump(mode="json")))
     if resume_from and (resume_from / METRICS).exists():
-        copy_file(resume_from / METRICS, output_dir / METRICS)
-
-
-def _facts(opened: Opened, processes: AcceleratedProcesses, limits: Limits) -> dict[str, Any]:
-    """What the run knows of itself when it starts, for its page."""
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    machine = {"device": opened.hardware.reason, "processes": processes.count, **describe_machine(), "started": started}
-    return {
-        "data": asdict(opened.data.report),
-        "machine": machine,
-        "versions": versions(),
-        "total_steps": limits.total_steps,
-    }
-
-
-def _record(config: TrainConfig, opened: Opened, start: Start, result: Result) -> Record:
-    """What the run says of itself."""
-    return Record(
-        method=config.method,
-        base_model=config.model_name_or_path,
-        base_fingerprint=fingerprint(opened.folder),
-        system_prompt=config.system_prompt,
-        prompt_style=opened.data.style,
-        stop_ids=sorted(opened.template.stop_ids),
-        settings=without_secrets(start.settings),
-        results={
-            **asdict(result),
-            "evaluation_data": opened.data.evaluation_hash,
-            "inputs": opened.inputs,
-            **(start.extends.results() if start.extends else {}),
-            **({"lost_output": lost} if (lost := lost_output()) else {}),
-        },
-        versions=versions(),
-    )
+        copy_file(resume_from / METRICS, run.output_dir / METRICS)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def _train(
-    config: TrainConfig,
-    opened: Opened,
-    model: PreTrainedModel,
-    start: Start,
-    processes: AcceleratedProcesses,
-    page: PageOfRun,
-) -> Result:
+def _train(run: _Run, model: PreTrainedModel, start: Start, plan: Report | None, page: PageOfRun) -> Result:
     """Train from where the run starts, evaluating before the first step too, so that the gain can be reported."""
-    limits = limits_of(config, len(opened.data.train), processes.count)
-    work, progress = _set_up(config, opened, model, start, limits, processes)
+    processes = run.processes
+    work, limits, progress = set_up(run.config, model, run.data, run.hardware, start, processes)
     evaluations: list[Evaluated] = []
     began = time.perf_counter()
     with ExitStack() as stack:
         sinks: list[Sink] = [lambda event: evaluations.append(event) if isinstance(event, Evaluated) else None]
         if processes.index == 0:
-            write_json(Path(config.output_dir) / FACTS, redact_values(_facts(opened, processes, limits)))
-            sinks += _observers(stack, config, limits, progress, [processes.track, page])
-            if config.eval_samples:
-                sinks.append(stack.enter_context(_sample_answers(config, opened, model, progress)))
+            write_json(run.output_dir / FACTS, redact_values(_facts(run, limits)))
+            sinks += _observers(stack, run, model, limits, progress, page)
         emit = to_all(sinks)
         if limits.evaluate_every and not progress.step:
             loss, tokens = work.evaluate()
@@ -315,65 +268,68 @@ def _train(
         steps=progress.step,
         seconds=round(time.perf_counter() - began, 1),
         peak_bytes=work.peak_bytes(),
-        planned_bytes=None,
+        planned_bytes=plan and plan.planned_bytes,
         trained_parameters=trained,
         parameters=parameters,
-        eval_loss_before=read_curves(Path(config.output_dir) / METRICS).eval_loss_before,  # of the first start
+        eval_loss_before=read_curves(run.output_dir / METRICS).eval_loss_before,  # of the first start
         eval_loss=after[-1] if after else None,
         best_eval_loss=progress.best_loss if progress.best_step else None,
         best_step=progress.best_step,
+        eval_samples=len(run.data.evaluation),
     )
 
 
-def _set_up(
-    config: TrainConfig,
-    opened: Opened,
-    model: PreTrainedModel,
-    start: Start,
-    limits: Limits,
-    processes: AcceleratedProcesses,
-) -> tuple[Work, Progress]:
-    """What the loop works with, where the run stands; all processes end where one of them cannot train."""
-    data, hardware, settings = opened.data, opened.hardware, without_secrets(start.settings)
-    trained = make_trained(config, model, hardware)
-    work = processes.by_all(lambda: make_work(config, model, trained, data, hardware, processes, settings))
-    progress = processes.by_all(lambda: resume(trained, start.checkpoint))
-    processes.by_first(lambda: check_room(config, work.parameters, limits))
-    say_length(config, len(data.train), processes.count)
-    return work, progress
+def _facts(run: _Run, limits: Limits) -> dict[str, Any]:
+    """What the run knows of itself when it starts, for its page."""
+    device, started = run.hardware.reason, datetime.now(timezone.utc).isoformat(timespec="seconds")
+    machine = {"device": device, "processes": run.processes.count, **describe_machine(), "started": started}
+    data = asdict(run.data.report)
+    return {"data": data, "machine": machine, "versions": versions(), "total_steps": limits.total_steps}
 
 
 def _observers(
-    stack: ExitStack, config: TrainConfig, limits: Limits, progress: Progress, others: Sequence[Sink]
+    stack: ExitStack, run: _Run, model: PreTrainedModel, limits: Limits, progress: Progress, page: PageOfRun
 ) -> list[Sink]:
-    """The console and the log of measurements, both open as long as the stack.
-
-    Args:
-        others: who get the logged measurements too.
-    """
+    """The console, what gets the logged measurements, and the answers to samples; open as long as the stack."""
+    config = run.config
     console = stack.enter_context(ConsoleSink(limits.total_steps, progress.step))
-    metrics = stack.enter_context(MetricsFile(Path(config.output_dir) / METRICS, progress.step))
-    logged = to_all([metrics, console.log, *others])
-    return [console, EverySteps(config.logging_steps, limits.total_steps, logged, progress.unlogged)]
-
-
-def _sample_answers(config: TrainConfig, opened: Opened, model: PreTrainedModel, progress: Progress) -> SampleAnswers:
-    """What writes answers to the first rows of the evaluation data."""
-    file = LinesFile(Path(config.output_dir) / SAMPLES, progress.step)
-    mixed = opened.hardware.dtype if config.method == "full" or config.modules_to_save else None
-    asked = opened.data.evaluation[: config.eval_samples]
-    return SampleAnswers(file, model, opened.template, asked, context_length(opened.folder), mixed)
+    metrics = stack.enter_context(closing(MetricsFile(run.output_dir / METRICS, progress.step)))
+    logged = to_all([metrics, console.log, run.processes.track, page])
+    sinks: list[Sink] = [console, EverySteps(config.logging_steps, limits.total_steps, logged, progress.unlogged)]
+    if config.eval_samples:
+        file = stack.enter_context(closing(LinesFile(run.output_dir / SAMPLES, progress.step)))
+        mixed = run.hardware.dtype if config.method == "full" or config.modules_to_save else None
+        asked = run.data.evaluation[: config.eval_samples]
+        sinks.append(SampleAnswers(file, model, run.template, asked, context_length(run.folder), mixed))
+    return sinks
 
 
 # --- The result ------------------------------------------------------------------------------------------------------
 
 
-def _write(config: TrainConfig, opened: Opened, model: PreTrainedModel, start: Start, result: Result) -> None:
+def _write(run: _Run, model: PreTrainedModel, start: Start, result: Result) -> None:
     """Write what the run came to: the best weights where these are wanted, its record and its curves."""
-    output_dir = Path(config.output_dir)
+    config, output_dir = run.config, run.output_dir
     if config.load_best_model_at_end and result.best_step not in (None, result.steps):
         load_best(output_dir, model, result.best_step, result.best_eval_loss)
-    save_result(config, model, opened.template, opened.folder, _record(config, opened, start, result))
+    record = Record(
+        method=config.method,
+        base_model=config.model_name_or_path,
+        base_fingerprint=fingerprint(run.folder),
+        system_prompt=config.system_prompt,
+        prompt_style=run.data.style,
+        stop_ids=sorted(run.template.stop_ids),
+        settings=without_secrets(start.settings),
+        results={
+            **asdict(result),
+            "evaluation_data": run.data.evaluation_hash,
+            "inputs": run.inputs,
+            **({"extended": start.extended} if start.extended else {}),
+            **({"lost_output": lost} if (lost := lost_output()) else {}),
+        },
+        versions=versions(),
+    )
+    save_result(config, model, run.template, run.folder, record)
     title = output_dir.resolve().name
     try_to_draw(lambda: plot_losses(output_dir / METRICS, output_dir / CURVE, title), CURVE)
 
@@ -411,24 +367,26 @@ def _loss_line(config: TrainConfig, result: Result) -> list[str]:
 
 def _summary(config: TrainConfig, result: Result) -> str:
     """The closing lines: what came out, and how to talk to it."""
+    output_dir = Path(config.output_dir)
     planned = f" (planned: {result.planned_bytes['total'] / 1e9:.2f})" if result.planned_bytes else ""
-    speed = read_curves(Path(config.output_dir) / METRICS).tokens_per_second
+    speed = read_curves(output_dir / METRICS).tokens_per_second
     lines = [
         f"{result.steps} steps in {duration(result.seconds)}, {f'{speed:,.0f} tokens/s, ' if speed else ''}"
         f"peak memory {result.peak_bytes / 1e9:.2f} GB{planned}"
     ]
     lines += _loss_line(config, result)
-    base, adapter = config.model_name_or_path, config.output_dir
-    if config.method == "full":
-        base, adapter = config.output_dir, None
-    talk = command_line("chat", base_model=base, lora_model=adapter)
-    if (Path(config.output_dir) / PAGE).exists():
-        lines.append(f"Report: {Path(config.output_dir) / PAGE}")
+    if (output_dir / PAGE).exists():
+        lines.append(f"Report: {output_dir / PAGE}")
     lines += [f"Some messages were lost ({lost})." for lost in lost_output()]
-    if config.method != "full" and _is_gguf(config):
-        lines.append(
-            "PEFT opens it with the converted copy of the .gguf file, which exists only on this machine. Before you "
-            "publish the adapter, set base_model_name_or_path in adapter_config.json to the model's name on its hub."
-        )
+    if config.method == "full":
+        talk = command_line("chat", base_model=config.output_dir)
+    else:
+        talk = command_line("chat", base_model=config.model_name_or_path, lora_model=config.output_dir)
+        if _is_gguf(config):
+            lines.append(
+                "PEFT opens it with the converted copy of the .gguf file, which exists only on this machine. Before "
+                "you publish the adapter, set base_model_name_or_path in adapter_config.json to the model's name on "
+                "its hub."
+            )
     lines += [f"Result: {config.output_dir}", f"Chat with it: {talk}"]
     return "\n".join(lines)

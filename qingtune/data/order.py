@@ -17,6 +17,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from qingtune.config.training import TrainConfig
+
 
 def sizes_of_groups(lengths: Sequence[int], most_tokens: int) -> list[int]:
     """How many samples go into each of the fewest groups of about equal length, in order.
@@ -61,6 +63,12 @@ class Plan:
     accumulation: int
     processes: int
     seed: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, count: int, processes: int = 1) -> Plan:
+        """The plan of a run over so many samples."""
+        batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        return cls(count, batch, accumulation, processes, config.seed)
 
     @property
     def window_size(self) -> int:

@@ -7,7 +7,6 @@ choice of kernels are those of training. No weight is read and none is allocated
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -97,6 +96,8 @@ class Blueprint:
     """
 
     def __init__(self, config: PretrainedConfig, where: Path, notices: tuple[str, ...] = ()) -> None:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
         self._config, self._where, self.notices = config, where, notices
         self._built: dict[tuple[Any, ...], Built] = {}
         model = self._model(None)
@@ -115,7 +116,7 @@ class Blueprint:
         self.stored_itemsize: int = stored.itemsize
         self.largest_end = max(end.numel() for end in _ends(model))
         self.experts, self.active_body = _body(model, _largest(text, "num_experts_per_tok") or 1)
-        self.renamed = _is_renamed(model)
+        self.renamed = bool(get_checkpoint_conversion_mapping(cast("Any", model.config).model_type))
         if type(model.config) is not type(config):
             self.notices += ("Only the language part of this model is loaded and counted.",)
 
@@ -201,24 +202,14 @@ def make_blueprint(content: dict[str, Any], where: Path) -> Blueprint:
     """
     check_config(content, str(where))
     check_architecture(content, str(where))
-    return Blueprint(make_config(content, where), where, tuple(_stored_otherwise(content)))
-
-
-def _stored_otherwise(content: Mapping[str, Any]) -> list[str]:
-    """A notice where training would refuse the weights."""
     stored: Any = content.get("quantization_config")
     method = cast("dict[str, Any]", stored).get("quant_method") if isinstance(stored, dict) else None
-    if method in (None, "bitsandbytes"):
-        return []
-    return [f"Its weights are stored quantised by {method}, which training refuses; this plans its 16-bit version."]
+    notice = f"Its weights are stored quantised by {method}, which training refuses; this plans its 16-bit version."
+    return Blueprint(make_config(content, where), where, () if method in (None, "bitsandbytes") else (notice,))
 
 
 def _size(text: Any, name: str, where: Path) -> int:
-    """A size that every plan needs.
-
-    Raises:
-        UserError: the architecture has no such size.
-    """
+    """A size that every plan needs; a UserError where the architecture has none."""
     value = _largest(text, name)
     if value is None:
         raise UserError(
@@ -255,12 +246,6 @@ def _body(model: PreTrainedModel, experts_per_token: int) -> tuple[int, int]:
     numbers = sum(matrix.numel() for matrix in experts.values())
     active = sum(matrix.numel() * experts_per_token // len(matrix) for matrix in experts.values())
     return numbers, sum(matrix.numel() for matrix in matrices.values()) - numbers + active
-
-
-def _is_renamed(model: PreTrainedModel) -> bool:
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    return bool(get_checkpoint_conversion_mapping(cast("Any", model.config).model_type))
 
 
 def _bytes(tensors: list[Any]) -> int:

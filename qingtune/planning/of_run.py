@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from qingtune.config.training import TrainConfig
 from qingtune.data.batch import collate
 from qingtune.data.prepare import Data
 from qingtune.data.tokenize import Sample
-from qingtune.errors import UserError
 from qingtune.kernels.device import Hardware, free_bytes
 from qingtune.kernels.footprint import PassTokens
 from qingtune.kernels.layout import fill_up, lay_out
@@ -21,9 +19,9 @@ from qingtune.machine.resources import Machine, cpu_has_int8_units, cpu_name, fr
 from qingtune.models.find import cache_folder
 from qingtune.output.console import say
 from qingtune.planning.blueprint import read_blueprint
-from qingtune.planning.planner import CONTEXT_ON_GPU, Planner, Samples, fullest_group, most_tokens_of, training_batches
+from qingtune.planning.planner import Planner, Samples, fullest_group, most_tokens_of, training_batches
 from qingtune.planning.report import Report, make_report
-from qingtune.planning.speed import Speed, flops_of, keep_speed, read_speeds
+from qingtune.planning.speed import Speed, keep_speed, read_speeds
 from qingtune.runs.measures import after_warm_up
 from qingtune.runs.page.source import read_curves
 
@@ -31,24 +29,7 @@ from qingtune.runs.page.source import read_curves
 LEAST_SECONDS, LEAST_STEPS = 2.0, 5
 
 
-@dataclass(frozen=True)
-class RunPlan:
-    """A report, and what it takes to keep this run's speed for later plans."""
-
-    report: Report
-    flops: float
-    cache: Path
-
-    def planned_bytes(self) -> dict[str, int]:
-        """Parts and total of the peak that a run measures; a GPU's context is not among what torch counts there."""
-        memory = self.report.own.memory
-        parts = dict(memory.parts)
-        if self.report.machine.kind == "cuda":
-            parts["runtime"] -= CONTEXT_ON_GPU
-        return {**parts, "total": sum(parts.values())}
-
-
-def plan_run(config: TrainConfig, folder: Path, hardware: Hardware, data: Data, processes: int) -> RunPlan:
+def plan_run(config: TrainConfig, folder: Path, hardware: Hardware, data: Data, processes: int) -> Report:
     """The plan, by the samples themselves.
 
     Args:
@@ -60,10 +41,8 @@ def plan_run(config: TrainConfig, folder: Path, hardware: Hardware, data: Data, 
     """
     blueprint = read_blueprint(folder)
     machine, cache = machine_of(hardware), cache_folder(config.cache_dir)
-    planner = Planner(blueprint, config, machine)
-    samples = _samples(planner, data, processes)
-    report = make_report(config.model_name_or_path, blueprint, config, machine, samples, read_speeds(cache))
-    return RunPlan(report, flops_of(planner, report.own.memory.recompute, samples), cache)
+    samples = _samples(Planner(blueprint, config, machine), data, processes)
+    return make_report(config.model_name_or_path, blueprint, config, machine, samples, read_speeds(cache))
 
 
 def machine_of(hardware: Hardware) -> Machine:
@@ -113,24 +92,14 @@ def _as_laid_out(samples: Sequence[Sample], *, share_prefix: bool) -> PassTokens
     return PassTokens(len(layout.token_ids), len(layout.targets), longest)
 
 
-def try_to_plan(make: Callable[[], RunPlan]) -> RunPlan | None:
-    """The plan, or None where the model's shape is not known to planning, which keeps no run from training."""
-    try:
-        return make()
-    except UserError as error:
-        say(f"No plan of memory: {error}")
-        return None
-
-
-def keep_measured_speed(plan: RunPlan, metrics: Path) -> None:
+def keep_measured_speed(report: Report, metrics: Path) -> None:
     """Keep a run's tokens a second for later plans, by its logged lines; a full disk keeps no run from its end."""
     rate = measured_speed(metrics)
     if rate is None:
         return
-    report = plan.report
-    speed = Speed(report.machine.name, report.machine.dtype, report.chosen, plan.flops, rate)
+    speed = Speed(report.machine.name, report.machine.dtype, report.chosen, report.own.flops, rate)
     try:
-        keep_speed(plan.cache, speed)
+        keep_speed(cache_folder(report.config.cache_dir), speed)
     except OSError as error:
         say(f"The speed of this run is not kept for later plans: {error.strerror}.")
 

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from qingtune.adapters.variants import TAKEN
+from qingtune.config.methods import METHOD_SETTINGS
 from qingtune.config.training import TrainConfig
 from qingtune.data.order import Plan, sizes_of_groups
 from qingtune.errors import UserError
@@ -56,6 +57,7 @@ METHODS = {
     "qlora8": "QLoRA 8",
     "qlora4": "QLoRA 4",
 }
+SETTINGS: dict[str, dict[str, Any]] = {**METHOD_SETTINGS, "full8": {"optim": "adamw_8bit"}}  # that choose each
 
 
 @dataclass(frozen=True)
@@ -90,20 +92,16 @@ class MemoryPlan:
     """What one method takes.
 
     Attributes:
-        method: a key of METHODS.
         parts: bytes by the keys of PARTS; they sum to the total.
         trainable: trained numbers.
         recompute: layers that are computed again in the backward pass.
         tokens: of the fullest pass.
-        fast: whether the project's own kernels compute it; otherwise activations are a rougher estimate.
     """
 
-    method: str
     parts: dict[str, int]
     trainable: int
     recompute: int
     tokens: int
-    fast: bool
 
     @property
     def total(self) -> int:
@@ -117,26 +115,15 @@ class MemoryPlan:
 
 def method_of(config: TrainConfig) -> str:
     """The key of METHODS that a configuration asks for."""
-    if config.method == "full":
-        return "full8" if config.optim in EIGHT_BITS else "full"
-    return config.training_method
+    return "full8" if config.method == "full" and config.optim in EIGHT_BITS else config.training_method
 
 
 def as_method(config: TrainConfig, method: str) -> TrainConfig:
     """The same run by another method."""
-    adapters = method not in ("full", "full8")
     optim = config.optim
-    if method == "full8":
-        optim = optim if optim in EIGHT_BITS else "adamw_8bit"
-    elif optim in EIGHT_BITS and (not adapters or config.method == "full"):
+    if optim in EIGHT_BITS and "full" in (method, config.method):
         optim = "adamw_torch_fused"
-    update: dict[str, Any] = {
-        "use_lora": adapters,
-        "use_qlora": method.startswith("qlora"),
-        "quantization_bit": 8 if method == "qlora8" else 4,
-        "optim": optim,
-    }
-    return config.model_copy(update=update)
+    return config.model_copy(update={"use_lora": False, "use_qlora": False, "optim": optim, **SETTINGS[method]})
 
 
 @dataclass(frozen=True)
@@ -147,7 +134,7 @@ class Planner:
     config: TrainConfig
     machine: Machine
 
-    @cached_property
+    @property
     def method(self) -> str:
         """Its key."""
         return method_of(self.config)
@@ -174,7 +161,7 @@ class Planner:
 
     @property
     def fast(self) -> bool:
-        """Whether kernels of our own compute it."""
+        """Whether kernels of our own compute it; otherwise activations are a rougher estimate."""
         return self.built.arithmetic is not None
 
     @cached_property
@@ -218,30 +205,29 @@ class Planner:
             return whole + built.quantized
         return whole + (blueprint.parameters * stored if self.full or held != stored else 0)
 
-    def plan(self, work: PassTokens, evaluation: PassTokens | None = None) -> MemoryPlan:
-        """The plan for passes of this size."""
-        return self._plan(work, evaluation, self._recompute(_filled_up(work), evaluation))
+    def plan_for(self, samples: Samples) -> MemoryPlan:
+        """The plan for these data."""
+        return self.plan(*self._passes(samples))
 
     def least_for(self, samples: Samples) -> int:
         """Bytes at the peak with every layer recomputed, by which methods compare."""
-        return self._plan(*self._passes(samples), self.blueprint.layers).total
+        return self.plan(*self._passes(samples), self.blueprint.layers).total
 
-    def _plan(self, work: PassTokens, evaluation: PassTokens | None, recompute: int) -> MemoryPlan:
+    def plan(self, work: PassTokens, evaluation: PassTokens | None = None, recompute: int | None = None) -> MemoryPlan:
+        """The plan for passes of this size, and for so many layers that are recomputed, by default as the run would."""
         work, evaluation = _filled_up(work), evaluation and _filled_up(evaluation)
+        if recompute is None:
+            recompute = self._recompute(work, evaluation)
         parts = dict(self.fixed)
-        if self.fast:
-            parts["activations"], parts["logits"] = self._buffers(recompute, work, evaluation)
-        else:
-            parts["activations"], parts["logits"] = self._autograd(recompute, work)
+        parts["activations"], parts["logits"] = self._pass_bytes(recompute, work, evaluation)
         parts["loading"] = max(0, self.loading - sum(parts.values()))
         ordered = {name: parts[name] for name in PARTS}
-        return MemoryPlan(self.method, ordered, self.built.trainable, recompute, work.tokens, self.fast)
+        return MemoryPlan(ordered, self.built.trainable, recompute, work.tokens)
 
     def _recompute(self, work: PassTokens, evaluation: PassTokens | None) -> int:
-        choice, layers = self.config.gradient_checkpointing, self.blueprint.layers
+        choice, layers, room = self.config.gradient_checkpointing, self.blueprint.layers, None
         if not self.fast:
             return layers if choice is True else 0
-        room = None
         if self.machine.free is not None:
             room = BUFFERS_OF_FREE * (self.machine.free - sum(self.fixed.values()))
         # As the engine counts, which does not know the samples.
@@ -251,21 +237,14 @@ class Planner:
             tokens = max(one.tokens, least)
             return PassTokens(tokens, tokens, one.longest)
 
-        passes = fullest(work), evaluation and fullest(_filled_up(evaluation))
+        passes = fullest(work), evaluation and fullest(evaluation)
+        return layers_to_recompute(choice, layers, lambda count: sum(self._pass_bytes(count, *passes)), room)
 
-        def pass_bytes(recompute: int) -> int:
-            return sum(self._buffers(recompute, *passes))
-
-        return layers_to_recompute(choice, layers, pass_bytes, room)
-
-    def _buffers(self, recompute: int, work: PassTokens, evaluation: PassTokens | None) -> tuple[int, int]:
-        """Bytes of activations and logits on the fast kernels."""
-        assert self.built.arithmetic is not None
-        return buffer_bytes(self.built.sizes, replace(self.built.arithmetic, recompute=recompute), work, evaluation)
-
-    def _autograd(self, recompute: int, work: PassTokens) -> tuple[int, int]:
-        """Bytes of activations and logits of the model's own modules."""
+    def _pass_bytes(self, recompute: int, work: PassTokens, evaluation: PassTokens | None) -> tuple[int, int]:
+        """Bytes of activations and logits, on the fast kernels or in the model's own modules."""
         built, itemsize, vocabulary = self.built, self.machine.itemsize, self.blueprint.vocabulary
+        if built.arithmetic is not None:
+            return buffer_bytes(built.sizes, replace(built.arithmetic, recompute=recompute), work, evaluation)
         logits = itemsize * logit_numbers(vocabulary, work.predicting)
         if built.one_by_one:
             work = PassTokens(work.longest, min(work.predicting, work.longest - 1), work.longest)
@@ -273,25 +252,19 @@ class Planner:
         kept = autograd_bytes(built.sizes, work.tokens, itemsize, built.low_rank, built.adapter_width, recompute)
         return kept, logits
 
-    def plan_for(self, samples: Samples) -> MemoryPlan:
-        """The plan for these data."""
-        return self.plan(*self._passes(samples))
-
     def _passes(self, samples: Samples) -> tuple[PassTokens, PassTokens | None]:
         """The fullest passes of training and evaluation."""
         work = samples.fullest or self.even_pass(samples.longest, self.config.per_device_train_batch_size)
         return work, self._evaluation(samples)
 
     def _evaluation(self, samples: Samples) -> PassTokens | None:
-        """The fullest pass over the evaluation data."""
         if samples.evaluation is not None or not samples.evaluates:
             return samples.evaluation
         return self.even_pass(samples.longest, self.config.per_device_eval_batch_size)
 
     def even_pass(self, length: int, batch: int) -> PassTokens:
         """The pass of a micro-batch of samples of one length, every token trained; batch.split_evenly cuts it so."""
-        most = most_tokens_of(self.machine)
-        groups = -(-batch // max(1, most // length))
+        groups = -(-batch // max(1, most_tokens_of(self.machine) // length))
         together = -(-batch // groups)
         return PassTokens(together * length, together * (length - 1), length)
 
@@ -317,11 +290,10 @@ class Planner:
         return any(self.plan(work, evaluation).fits(self.machine) is False for work in works)
 
     def _fits(self, work: PassTokens, samples: Samples) -> bool:
+        """Whether it fits, with "auto", which leaves room for a step's moments, also with all layers recomputed."""
         evaluation = self._evaluation(samples)
-        tries = (self, replace(self, config=self.config.model_copy(update={"gradient_checkpointing": True})))
-        if self.config.gradient_checkpointing != "auto":  # which leaves some room for a step's moments
-            tries = tries[:1]
-        return any(one.plan(work, evaluation).fits(self.machine) for one in tries)
+        tries = [None, self.blueprint.layers] if self.config.gradient_checkpointing == "auto" else [None]
+        return any(self.plan(work, evaluation, recompute).fits(self.machine) for recompute in tries)
 
 
 def most_tokens_of(machine: Machine) -> int:
@@ -330,20 +302,10 @@ def most_tokens_of(machine: Machine) -> int:
 
 
 def training_batches(count: int, config: TrainConfig, processes: int = 1) -> list[list[int]]:
-    """The numbers of the samples of each micro-batch of one process, in the first steps.
-
-    Args:
-        count: of all samples.
-    """
-    order = Plan(
-        sample_count=count,
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        processes=processes,
-        seed=config.seed,
-    )
+    """The numbers of the samples of each micro-batch of one process, in the first steps of a run over so many."""
+    order = Plan.of(config, count, processes)
     steps = range(min(order.steps_per_epoch, STEPS_TO_LOOK_AT))
-    return [[int(number) for number in share] for step in steps for share in order.micro_batches(step, 0)]
+    return [share.tolist() for step in steps for share in order.micro_batches(step, 0)]
 
 
 def fullest_group(lengths: Sequence[int], batches: Iterable[Sequence[int]], most_tokens: int) -> list[int]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qingtune.config.training import TrainConfig
+from qingtune.data.order import Plan
 from qingtune.machine.resources import Machine
 from qingtune.output.invocation import command_line
 from qingtune.output.units import duration
 from qingtune.planning.advice import Advice, advise
 from qingtune.planning.blueprint import Blueprint
 from qingtune.planning.planner import (
+    CONTEXT_ON_GPU,
     LARGEST_BATCH_TRIED,
     METHODS,
     PARTS,
@@ -50,6 +51,7 @@ class MethodPlan:
     """One method: its memory, the longest sample and largest micro-batch that fit, and its speed if it is known.
 
     `least`: bytes at the peak with every layer recomputed. `recomputing`: whether length and batch fit only so.
+    `flops`: operations a token.
     """
 
     memory: MemoryPlan
@@ -57,6 +59,7 @@ class MethodPlan:
     longest: int
     batch: int
     recomputing: bool
+    flops: float
     speed: Estimate | None
 
 
@@ -71,8 +74,8 @@ class Report:
     samples: Samples
     chosen: str
     methods: dict[str, MethodPlan]
-    advice: tuple[Advice, ...]
-    notices: tuple[str, ...]
+    advice: Sequence[Advice]
+    notices: Sequence[str]
 
     @property
     def own(self) -> MethodPlan:
@@ -80,9 +83,12 @@ class Report:
         return self.methods[self.chosen]
 
     @property
-    def fits(self) -> bool | None:
-        """Whether that one fits; None where free memory is unknown."""
-        return self.own.memory.fits(self.machine)
+    def planned_bytes(self) -> dict[str, int]:
+        """Parts and total of the peak that a run measures; a GPU's context is not among what torch counts there."""
+        parts = dict(self.own.memory.parts)
+        if self.machine.kind == "cuda":
+            parts["runtime"] -= CONTEXT_ON_GPU
+        return {**parts, "total": sum(parts.values())}
 
 
 def make_report(
@@ -113,20 +119,18 @@ def make_report(
         speed = estimate_speed(speeds, machine.name, machine.dtype, method, flops)
         longest, batch = planner.longest_that_fits(samples), planner.largest_batch_that_fits(samples)
         recomputing = planner.has_to_recompute(samples, batch, longest)
-        methods[method] = MethodPlan(memory, planner.least_for(samples), longest, batch, recomputing, speed)
-    advice = advise(Planner(blueprint, config, machine), samples)
-    notices = (*blueprint.notices, *_notices(blueprint, methods[chosen].memory))
-    return Report(name, blueprint, config, machine, samples, chosen, methods, tuple(advice), notices)
-
-
-def _notices(blueprint: Blueprint, memory: MemoryPlan) -> Iterator[str]:
+        methods[method] = MethodPlan(memory, planner.least_for(samples), longest, batch, recomputing, flops, speed)
+    own, notices = Planner(blueprint, config, machine), [*blueprint.notices]
     if blueprint.experts:
-        yield (
+        notices.append(
             "The experts of this model are one parameter a layer: they get no adapters, and QLoRA leaves them in 16 "
             "bits."
         )
-    if not memory.fast:
-        yield "This model is trained by the general kernels: its activations are an estimate, within a third or so."
+    if not own.fast:
+        notices.append(
+            "This model is trained by the general kernels: its activations are an estimate, within a third or so."
+        )
+    return Report(name, blueprint, config, machine, samples, chosen, methods, advise(own, samples), notices)
 
 
 # --- Text ------------------------------------------------------------------------------------------------------------
@@ -137,8 +141,10 @@ def as_lines(report: Report) -> list[str]:
     machine, samples, config = report.machine, report.samples, report.config
     free = "free memory unknown" if machine.free is None else f"{_gb(machine.free)} GB free"
     total = "" if machine.total is None else f" of {_gb(machine.total)}"
+    count = report.blueprint.parameters
+    size = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.0f} million"
     lines = [
-        f"Model: {report.name}, {_billions(report.blueprint.parameters)} parameters ({report.blueprint.model_type})",
+        f"Model: {report.name}, {size} parameters ({report.blueprint.model_type})",
         f"Machine: {machine.name}, {machine.dtype}; {free}{total}",
         f"Run: {config.per_device_train_batch_size} samples a micro-batch, longest sample {samples.longest:,} tokens "
         f"({samples.basis})",
@@ -162,26 +168,14 @@ def _table(report: Report) -> Iterator[str]:
     for method, plan in report.methods.items():
         memory = plan.memory
         cells = [sum(memory.parts[part] for part in parts) for parts in _COLUMNS.values()]
-        numbers = "".join(f"{_cell(size):>6}" for size in (*cells, memory.total, plan.least))
+        numbers = "".join(f"{_gb(size) if size else '-':>6}" for size in (*cells, memory.total, plan.least))
         mark = "> " if method == report.chosen else "  "
-        yield f"{mark + METHODS[method]:20}{numbers} {_yes(memory.fits(report.machine)):>4}"
-
-
-def _yes(fits: bool | None) -> str:
-    return {True: "yes", False: "no", None: "?"}[fits]
-
-
-def _cell(size: int) -> str:
-    gigabytes = size / 1e9
-    return "-" if size == 0 else f"{gigabytes:.2f}" if gigabytes < 100 else f"{gigabytes:.0f}"
+        fits = {True: "yes", False: "no", None: "?"}[memory.fits(report.machine)]
+        yield f"{mark + METHODS[method]:20}{numbers} {fits:>4}"
 
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.2f}" if size < 100e9 else f"{size / 1e9:.0f}"
-
-
-def _billions(number: int) -> str:
-    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.0f} million"
 
 
 def _verdict(report: Report) -> str:
@@ -233,25 +227,12 @@ def _time(report: Report) -> str:
     rate = f"about {speed.tokens_per_second:,.0f} tokens/s, by {speed.basis}"
     if samples.count is None:
         return f"Time: {rate}; name data_path for the time of an epoch."
-    epoch = seconds_per_epoch(report)
-    assert epoch is not None
-    return f"Time: {duration(epoch)} an epoch, {duration(epoch * _epochs(report))} in all ({rate})."
-
-
-def seconds_per_epoch(report: Report) -> float | None:
-    """Of the chosen method; None where speed or data are unknown."""
-    speed, samples = report.own.speed, report.samples
-    if speed is None or samples.count is None:
-        return None
-    return samples.count * samples.mean / speed.tokens_per_second
-
-
-def _epochs(report: Report) -> float:
-    config, count = report.config, report.samples.count
-    if config.max_steps > 0 and count:
-        window = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        return config.max_steps / math.ceil(count / window)
-    return config.num_train_epochs
+    epoch = samples.count * samples.mean / speed.tokens_per_second
+    config = report.config
+    epochs = config.num_train_epochs
+    if config.max_steps > 0:
+        epochs = config.max_steps / Plan.of(config, samples.count).steps_per_epoch
+    return f"Time: {duration(epoch)} an epoch, {duration(epoch * epochs)} in all ({rate})."
 
 
 def short_lines(report: Report) -> list[str]:
@@ -290,13 +271,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "free_bytes": machine.free,
             "total_bytes": machine.total,
         },
-        "samples": {
-            "longest": samples.longest,
-            "mean": samples.mean,
-            "trained_share": samples.trained_share,
-            "count": samples.count,
-            "basis": samples.basis,
-        },
+        "samples": {name: getattr(samples, name) for name in ("longest", "mean", "trained_share", "count", "basis")},
         "method": report.chosen,
         **_method_json(report, report.chosen),
         "methods": {method: _method_json(report, method) for method in report.methods},

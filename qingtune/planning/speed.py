@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from qingtune.files.write import write_json
 from qingtune.planning.planner import Planner, Samples
@@ -76,7 +78,10 @@ def flops_of(planner: Planner, recompute: int, samples: Samples) -> float:
     return flops_per_token(work, samples.trained_share, samples.mean, full=planner.full, recomputed=again)
 
 
-@dataclass(frozen=True)
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@pydantic_dataclass(frozen=True)
 class Speed:
     """What was seen once.
 
@@ -91,8 +96,11 @@ class Speed:
     device: str
     dtype: str
     method: str
-    flops_per_token: float
-    tokens_per_second: float
+    flops_per_token: _Positive
+    tokens_per_second: _Positive
+
+
+_SPEEDS = TypeAdapter(list[Speed])
 
 
 @dataclass(frozen=True)
@@ -106,16 +114,9 @@ class Estimate:
 def read_speeds(cache: Path) -> list[Speed]:
     """All that was seen; nothing where the file is missing or broken, as it can be measured again."""
     try:
-        content: Any = json.loads((cache / FILE).read_text(encoding="utf-8"))
-        found = [Speed(**entry) for entry in cast("list[dict[str, Any]]", content)]
-    except (OSError, ValueError, TypeError):
+        return _SPEEDS.validate_json((cache / FILE).read_bytes())
+    except (OSError, ValueError):
         return []
-    return [speed for speed in found if _is_sound(speed)]
-
-
-def _is_sound(speed: Speed) -> bool:
-    numbers: tuple[Any, ...] = (speed.flops_per_token, speed.tokens_per_second)
-    return all(isinstance(n, int | float) and math.isfinite(n) and n > 0 for n in numbers)
 
 
 def keep_speed(cache: Path, speed: Speed) -> None:

@@ -44,25 +44,13 @@ _SCALER = {
 _PROGRESS = {"best_step": _COUNT, "best_loss": number(), "unlogged": list_of(OBJECT)}
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint's folder, whole or not."""
-
-    folder: Path
-    step: int
+def checkpoints(output_dir: Path) -> dict[int, Path]:
+    """The folders of the checkpoints in a run's folder, whole or not, by step, in order; the clock has no say."""
+    found = {folder.name.removeprefix(_NAME): folder for folder in output_dir.glob(f"{_NAME}*") if folder.is_dir()}
+    return dict(sorted((int(step), folder) for step, folder in found.items() if step.isascii() and step.isdecimal()))
 
 
-def checkpoints(output_dir: Path) -> list[Checkpoint]:
-    """The checkpoints in a run's folder, by step; the clock has no say."""
-    found = [
-        Checkpoint(folder, int(folder.name.removeprefix(_NAME)))
-        for folder in output_dir.glob(f"{_NAME}*")
-        if folder.name.removeprefix(_NAME).isdecimal() and folder.is_dir()
-    ]
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
-
-
-def to_go_on_from(output_dir: Path) -> list[Checkpoint]:
+def to_go_on_from(output_dir: Path) -> list[Path]:
     """The checkpoints that a run may resume from, best choice first: the latest, then earlier ones.
 
     Checkpoints after the latest one were abandoned when the run was resumed from an earlier checkpoint.
@@ -72,8 +60,8 @@ def to_go_on_from(output_dir: Path) -> list[Checkpoint]:
         name = read_object(output_dir / LATEST)["folder"]
     except (UserError, FileNotFoundError, KeyError):  # cut off before the first move, or broken: the steps tell too
         name = None
-    latest = next((checkpoint.step for checkpoint in found if checkpoint.folder.name == name), None)
-    return [checkpoint for checkpoint in reversed(found) if latest is None or checkpoint.step <= latest]
+    latest = next((step for step, folder in found.items() if folder.name == name), math.inf)
+    return [folder for step, folder in reversed(found.items()) if step <= latest]
 
 
 def save_checkpoint(
@@ -150,9 +138,8 @@ def _optimizer_state(
 
 
 def _progress_to_json(progress: Progress) -> dict[str, Any]:
-    values = dataclasses.asdict(progress)
-    values["best_loss"] = None if math.isinf(progress.best_loss) else progress.best_loss
-    return values
+    best_loss = None if math.isinf(progress.best_loss) else progress.best_loss
+    return {**dataclasses.asdict(progress), "best_loss": best_loss}
 
 
 def _progress_from_json(values: dict[str, Any]) -> Progress:
@@ -160,10 +147,9 @@ def _progress_from_json(values: dict[str, Any]) -> Progress:
         if not _COUNT.fits(values[name]):
             raise ValueError(f"{name} is not {_COUNT.wanted}")
     check_fields(values, _PROGRESS, "progress")
-    progress = Progress(**values)
-    progress.best_loss = math.inf if values["best_loss"] is None else progress.best_loss
-    progress.unlogged = [Stepped(**step) for step in values["unlogged"]]
-    return progress
+    best_loss = math.inf if values["best_loss"] is None else values["best_loss"]
+    unlogged = [Stepped(**step) for step in values["unlogged"]]
+    return dataclasses.replace(Progress(**values), best_loss=best_loss, unlogged=unlogged)
 
 
 @dataclass(frozen=True)
@@ -265,9 +251,8 @@ def prune(output_dir: Path, keep: int | None, progress: Progress) -> None:
     """
     if keep is None:
         return
-    older = [checkpoint for checkpoint in checkpoints(output_dir) if checkpoint.step < progress.step]
-    spare = [checkpoint for checkpoint in older if checkpoint.step != progress.best_step]
-    newest_counts = 1
+    older = {step: folder for step, folder in checkpoints(output_dir).items() if step < progress.step}
+    spare = [folder for step, folder in older.items() if step != progress.best_step]
     with disk_errors("the removal of old checkpoints", output_dir, "Remove them yourself."):
-        for checkpoint in spare[: max(0, len(spare) - (keep - newest_counts))]:
-            remove(checkpoint.folder)
+        for folder in spare[: max(0, len(spare) + 1 - keep)]:  # the newest one counts
+            remove(folder)

@@ -89,7 +89,8 @@ def make_engine(
         longest: tokens of the longest sample.
         evaluates: whether passes over evaluation data come between those of training.
     """
-    most_tokens = TOKENS_PER_PASS_ON_CPU if hardware.device.type == "cpu" else ALL
+    on_cpu = hardware.device.type == "cpu"
+    most_tokens = TOKENS_PER_PASS_ON_CPU if on_cpu else ALL
     if reason := why_general(model, hardware.device.type):
         say(f"Using general kernels (slower, more memory): {reason}.")
         return _general_engine(config, model, hardware, most_tokens)
@@ -100,13 +101,11 @@ def make_engine(
         dropout=0.0 if config.method == "full" else config.lora_dropout,
         int8_units=has_int8_units(hardware.device),
     )
-    tokens = max(longest, most_tokens if most_tokens < ALL else longest * config.per_device_train_batch_size)
-    evaluated = tokens if most_tokens < ALL else longest * config.per_device_eval_batch_size
+    sizes = config.per_device_train_batch_size, config.per_device_eval_batch_size
+    tokens, evaluated = (max(longest, most_tokens) if on_cpu else longest * size for size in sizes)
     most, free = (tokens, longest), free_bytes(hardware.device)
-    evaluated = evaluated if evaluates else 0
-    decoder.recompute = _layers_to_recompute(config, model, decoder, most, evaluated, free)
-    _say_recomputed(config, decoder, most, evaluated, free)
-    if hardware.device.type == "cpu":
+    decoder.recompute = _layers_to_recompute(config, model, decoder, most, evaluated * evaluates, free)
+    if on_cpu:
         tokens = _tokens_that_fit(config, model, decoder, longest, tokens)
         most_tokens, decoder.most_tokens = min(most_tokens, tokens), tokens
 
@@ -124,11 +123,8 @@ def make_engine(
 def _tokens_that_fit(
     config: TrainConfig, model: PreTrainedModel, decoder: TrainingDecoder, longest: int, tokens: int
 ) -> int:
-    """Tokens of a pass for which there is memory on a CPU, where asking too late means to be killed.
-
-    Raises:
-        UserError: the longest sample does not fit.
-    """
+    """Tokens of a pass for which there is memory on a CPU, where asking too late means to be killed; a UserError where
+    the longest sample does not fit."""
     free = free_bytes(decoder.embedding.device, swap=True)
     training = _training_bytes(config, model)
     needed = decoder.pass_bytes(tokens, longest)
@@ -163,7 +159,8 @@ def _layers_to_recompute(
     evaluated: int,
     free: int | None,
 ) -> int:
-    """All, none, or as many as the free memory requires next to gradients and optimizer states yet to be made.
+    """All, none, or as many as the free memory requires next to gradients and optimizer states yet to be made; reports
+    why, where the settings leave that open.
 
     Args:
         most: tokens of a pass, and of the longest sample.
@@ -175,20 +172,13 @@ def _layers_to_recompute(
         return decoder.pass_bytes(*most, recompute, evaluated)
 
     room = None if free is None else BUFFERS_OF_FREE * (free - _training_bytes(config, model))
-    return layers_to_recompute(config.gradient_checkpointing, len(decoder.mlp), held, room)
-
-
-def _say_recomputed(
-    config: TrainConfig, decoder: TrainingDecoder, most: tuple[int, int], evaluated: int, free: int | None
-) -> None:
-    """Report how many layers are recomputed and why, where the settings leave that open."""
-    if free is None or not decoder.recompute or config.gradient_checkpointing is True:
-        return
-    say(
-        f"Memory: {free / 1e9:.1f} GB are free; {decoder.recompute} of {len(decoder.mlp)} layers are recomputed in the "
-        f"backward pass, as keeping all of a pass of {most[0]:,} tokens would take "
-        f"{decoder.pass_bytes(*most, 0, evaluated) / 1e9:.1f} GB."
-    )
+    count = layers_to_recompute(config.gradient_checkpointing, len(decoder.mlp), held, room)
+    if free is not None and count and config.gradient_checkpointing is not True:
+        say(
+            f"Memory: {free / 1e9:.1f} GB are free; {count} of {len(decoder.mlp)} layers are recomputed in the "
+            f"backward pass, as keeping all of a pass of {most[0]:,} tokens would take {held(0) / 1e9:.1f} GB."
+        )
+    return count
 
 
 def _general_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardware, most_tokens: int) -> Engine:

@@ -183,15 +183,7 @@ def _step_of(line: bytes, where: str) -> int:
 
 
 class MetricsFile(LinesFile):
-    """metrics.jsonl. Use as a context manager."""
-
-    def __enter__(self) -> MetricsFile:
-        """The file is open already."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
-        self.close()
+    """metrics.jsonl."""
 
     def __call__(self, event: Event) -> None:
         """Write an event; numbers that are not finite, which JSON does not have, become null, with a text."""

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,23 +22,11 @@ from qingtune.machine.signals import put_off
 from qingtune.training.events import Evaluated, Noted, Sink, Stepped
 from qingtune.training.optim import Schedule
 
+if TYPE_CHECKING:
+    from qingtune.training.processes import Processes
+
 MOST_BAD_STEPS_IN_A_ROW = 5
 LEANER = "Use less memory: optim adamw_8bit, LoRA or QLoRA, a smaller lora_r."
-
-
-class Processes(Protocol):
-    """The processes of a run, as the loop sees them."""
-
-    index: int
-    count: int
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all processes."""
-        ...
-
-    def wait(self) -> None:
-        """Wait until all processes are here."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -124,16 +112,11 @@ def train(work: Work, limits: Limits, processes: Processes, emit: Sink, progress
                 work.save(progress)
                 return False
             if _due(limits.save_every, progress.step, last) or best:
-                _try_to_save(work, emit, progress)
+                try:
+                    work.save(progress)
+                except UserError as error:  # the disk may take the next one, and nothing is won by stopping
+                    emit(Noted(f"Warning: {error} Training continues."))
     return True
-
-
-def _try_to_save(work: Work, emit: Sink, progress: Progress) -> None:
-    """Save; where the disk does not take it, train on: the next one may, and nothing is won by stopping."""
-    try:
-        work.save(progress)
-    except UserError as error:
-        emit(Noted(f"Warning: {error} Training continues."))
 
 
 def _due(every: int | None, step: int, last: bool) -> bool:

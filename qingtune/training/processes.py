@@ -15,12 +15,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from qingtune.errors import UserError, reason_of
 from qingtune.machine.describe import launched_processes
-from qingtune.training.events import Event, Noted, as_metrics
+from qingtune.training.events import Event, as_metrics
 
 T = TypeVar("T")
 
 
-class AcceleratedProcesses:
+class Processes:
     """Sums, barriers and trackers over the processes that the launcher started."""
 
     def __init__(self, trackers: Sequence[str] | None, output_dir: Path) -> None:
@@ -93,14 +93,13 @@ class AcceleratedProcesses:
 
     def track(self, event: Event) -> None:
         """Send a measurement to the trackers, which are started with the first one."""
-        if isinstance(event, Noted) or not self._wanted:
+        metrics = as_metrics(event)
+        if metrics is None or not self._wanted:
             return
         if not self._tracking:
             self._accelerator.init_trackers("qingtune")
             self._tracking = True
-        metrics = dict(as_metrics(event) or {})
-        step = int(metrics.pop("step"))
-        self._accelerator.log(metrics, step=step)
+        self._accelerator.log(metrics, step=metrics.pop("step"))
 
     def finish(self) -> None:
         """Close the trackers and leave the process group."""

@@ -13,8 +13,8 @@ from qingtune.errors import UserError, shorten
 from qingtune.files.digests import MANIFEST, sha256_of, why_not_whole
 from qingtune.output.console import say
 from qingtune.runs.folder import refuse_files_in_the_way
-from qingtune.runs.record import differences, read_record, versions
-from qingtune.training.checkpoint import Checkpoint, State, checkpoints, load_checkpoint, read_state, to_go_on_from
+from qingtune.runs.record import Record, differences, read_record, versions
+from qingtune.training.checkpoint import State, checkpoints, load_checkpoint, read_state, to_go_on_from
 from qingtune.training.finished import START_OVER
 from qingtune.training.optim import make_schedule, warmup_steps
 
@@ -26,26 +26,6 @@ LENGTH = ("max_steps", "num_train_epochs")  # settings by which a finished run m
 
 
 @dataclass(frozen=True)
-class Finished:
-    """The finished run that output_dir holds.
-
-    Attributes:
-        steps: that it made.
-        extended: how it was extended before, from its record.
-        same_so_far: whether a run of the length asked for now would have had the same learning rates in these steps.
-    """
-
-    steps: int
-    extended: Sequence[Mapping[str, Any]]
-    same_so_far: bool
-
-    def results(self) -> dict[str, Any]:
-        """What the record of the longer run says of the shorter one."""
-        now = {"after_steps": self.steps, "as_if_never_stopped": self.same_so_far}
-        return {"extended": [*self.extended, now]}
-
-
-@dataclass(frozen=True)
 class Start:
     """How a run starts.
 
@@ -54,14 +34,15 @@ class Start:
         done: output_dir holds its result already.
         checkpoint: to resume from; None to start at the first step.
         manifest: SHA-256 of the checkpoint's manifest.
-        extends: the finished run that is extended by more steps.
+        extended: for the record of a finished run that is extended by more steps: after how many, each time, and
+            whether a run of the new length would have had the same learning rates until then.
     """
 
     settings: dict[str, Any]
     done: bool = False
     checkpoint: Path | None = None
     manifest: str | None = None
-    extends: Finished | None = None
+    extended: Sequence[Mapping[str, Any]] = ()
 
 
 def choose_start(config: TrainConfig, settings: dict[str, Any], total_steps: int) -> Start:
@@ -74,15 +55,23 @@ def choose_start(config: TrainConfig, settings: dict[str, Any], total_steps: int
     Raises:
         UserError: what output_dir holds is in the way, or cannot be resumed.
     """
-    finished = finished_run(config, settings, total_steps)
-    if finished and finished.steps in (0, total_steps):
-        return Start(settings, done=True)
-    if finished:
+    record, extended, finished = _finished_run(config, settings, total_steps), list[Mapping[str, Any]](), None
+    if record:
+        finished = _steps_of(record)
+        if finished in (0, total_steps):
+            return Start(settings, done=True)
         refuse_files_in_the_way(Path(config.output_dir))
-        _say_extension(config, finished, total_steps)
-    folder = where_to_go_on(config, settings, finished)
-    manifest = sha256_of(folder / MANIFEST) if folder else None
-    return Start(settings, checkpoint=folder, manifest=manifest, extends=finished)
+        same = _same_rates(config, finished, total_steps)
+        extended = [*(record.results.get("extended") or []), {"after_steps": finished, "as_if_never_stopped": same}]
+        say(f"The run in {config.output_dir} is finished after {finished:,} steps; continuing to {total_steps:,}.")
+        if not same:
+            say(
+                f"Warning: its learning rate ({config.lr_scheduler_type}) was planned for {finished:,} steps. From "
+                f"here on it is that of a run of {total_steps:,} steps, so the result is not that of one run of this "
+                "length; the record says so. lr_scheduler_type constant does not depend on the length."
+            )
+    folder = _where_to_go_on(config, settings, finished)
+    return Start(settings, False, folder, sha256_of(folder / MANIFEST) if folder else None, extended)
 
 
 def check_start(start: Start, settings: dict[str, Any]) -> None:
@@ -109,12 +98,8 @@ def check_start(start: Start, settings: dict[str, Any]) -> None:
         raise UserError("process 0 resumes from another checkpoint of this name", where=str(folder), fix=fix)
 
 
-def finished_run(config: TrainConfig, settings: dict[str, Any], total_steps: int) -> Finished | None:
+def _finished_run(config: TrainConfig, settings: dict[str, Any], total_steps: int) -> Record | None:
     """The finished run in output_dir, of these settings or of a smaller number of steps; None if there is none.
-
-    Args:
-        settings: what decides the run's result, from record.settings_to_compare.
-        total_steps: that the settings ask for.
 
     Raises:
         UserError: it holds another run's result, which must not be replaced unasked.
@@ -125,13 +110,13 @@ def finished_run(config: TrainConfig, settings: dict[str, Any], total_steps: int
         return None
     if config.resume_from_checkpoint is False:
         raise UserError("output_dir contains a finished run", where=str(output_dir), fix=START_OVER)
-    steps = int(record.results.get("steps") or 0)
-    _same_settings(output_dir, record.settings, settings, may_differ=LENGTH if 0 < steps <= total_steps else ())
-    return Finished(
-        steps,
-        record.results.get("extended") or [],
-        _same_rates(config, steps, total_steps),
-    )
+    may_differ = LENGTH if 0 < _steps_of(record) <= total_steps else ()
+    _check_same_settings(output_dir, record.settings, settings, may_differ)
+    return record
+
+
+def _steps_of(record: Record) -> int:
+    return int(record.results.get("steps") or 0)
 
 
 def _same_rates(config: TrainConfig, steps: int, total_steps: int) -> bool:
@@ -142,17 +127,6 @@ def _same_rates(config: TrainConfig, steps: int, total_steps: int) -> bool:
         for total in (steps, total_steps)
     )
     return all(shorter(step) == longer(step) for step in range(steps))
-
-
-def _say_extension(config: TrainConfig, finished: Finished, total_steps: int) -> None:
-    """Report that a finished run continues to more steps, and what that means."""
-    say(f"The run in {config.output_dir} is finished after {finished.steps:,} steps; continuing to {total_steps:,}.")
-    if not finished.same_so_far:
-        say(
-            f"Warning: its learning rate ({config.lr_scheduler_type}) was planned for {finished.steps:,} steps. From "
-            f"here on it is that of a run of {total_steps:,} steps, so the result is not that of one run of this "
-            "length; the record says so. lr_scheduler_type constant does not depend on the length."
-        )
 
 
 def check_checkpoint_exists(config: TrainConfig) -> None:
@@ -168,12 +142,8 @@ def check_checkpoint_exists(config: TrainConfig) -> None:
         )
 
 
-def where_to_go_on(config: TrainConfig, settings: dict[str, Any], finished: Finished | None = None) -> Path | None:
-    """The checkpoint to resume from; None to start from the beginning.
-
-    Args:
-        settings: what decides the run's result, from record.settings_to_compare.
-        finished: the run that is extended by more steps.
+def _where_to_go_on(config: TrainConfig, settings: dict[str, Any], finished: int | None) -> Path | None:
+    """The checkpoint to resume from, None to start from the beginning; `finished`: steps of a run that is extended.
 
     Raises:
         UserError: it is not a checkpoint, or of a run with other settings, or a newer checkpoint is broken.
@@ -186,7 +156,7 @@ def where_to_go_on(config: TrainConfig, settings: dict[str, Any], finished: Fini
         found = [] if config.overwrite_output_dir else to_go_on_from(Path(config.output_dir))
         if not found and finished:
             raise UserError(
-                f"the run is finished after {finished.steps:,} steps, and without a checkpoint it cannot be extended",
+                f"the run is finished after {finished:,} steps, and without a checkpoint it cannot be extended",
                 where=config.output_dir,
                 fix=f"{START_OVER} save_strategy steps or epoch keeps a checkpoint of the last step.",
             )
@@ -195,28 +165,30 @@ def where_to_go_on(config: TrainConfig, settings: dict[str, Any], finished: Fini
         if wish is False:
             raise UserError("output_dir contains a run that can be resumed", where=config.output_dir, fix=START_OVER)
         folder, state = _first_whole(found)
-    _same_settings(folder, state.settings, settings, may_differ=LENGTH if finished else ())
+    _check_same_settings(folder, state.settings, settings, LENGTH if finished else ())
     say(f"Resuming from {folder}.")
     if changed := differences(state.versions, versions()):
         say(f"Warning: numbers may differ slightly from now on: {'; '.join(changed)}.")
     return folder
 
 
-def _first_whole(found: Sequence[Checkpoint]) -> tuple[Path, State]:
+def _first_whole(found: Sequence[Path]) -> tuple[Path, State]:
     """The first intact checkpoint; broken ones are reported and skipped."""
-    for checkpoint in found:
+    for folder in found:
         try:
-            return checkpoint.folder, read_state(checkpoint.folder)
+            return folder, read_state(folder)
         except UserError as error:
             say(f"Warning: checkpoint skipped. {error.where}: {error.what}.")
     raise UserError(
         f"none of the {len(found)} checkpoints is complete, so the run cannot resume",
-        where=str(found[0].folder.parent),
+        where=str(found[0].parent),
         fix=START_OVER,
     )
 
 
-def _same_settings(place: Path, before: dict[str, Any], now: dict[str, Any], may_differ: Collection[str] = ()) -> None:
+def _check_same_settings(
+    place: Path, before: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str]
+) -> None:
     # A setting that the version of then did not have was at its default.
     newer = {name: field.default for name, field in TrainConfig.model_fields.items() if name in now}
     passed_over = {name: now[name] for name in may_differ}
@@ -227,12 +199,12 @@ def _same_settings(place: Path, before: dict[str, Any], now: dict[str, Any], may
 
 def load_best(output_dir: Path, model: PreTrainedModel, step: int, eval_loss: float | None) -> None:
     """Give the model the weights of its best evaluation, which came after this step; the loop saved them then."""
-    best = next((checkpoint for checkpoint in checkpoints(output_dir) if checkpoint.step == step), None)
+    best = checkpoints(output_dir).get(step)
     if best is None:  # the run began without load_best_model_at_end
         say(f"Step {step} had the best evaluation but was not saved; the result is the last step.")
         return
-    if reason := why_not_whole(best.folder):
-        say(f"Warning: {best.folder}, the best evaluation, is broken ({reason}); the result is the last step.")
+    if reason := why_not_whole(best):
+        say(f"Warning: {best}, the best evaluation, is broken ({reason}); the result is the last step.")
         return
-    load_checkpoint(best.folder, {name: p for name, p in model.named_parameters() if p.requires_grad}, None)
+    load_checkpoint(best, {name: p for name, p in model.named_parameters() if p.requires_grad}, None)
     say(f"The result is step {step}, the best evaluation ({eval_loss:.4f}).")

@@ -6,6 +6,7 @@ An observer: nothing is drawn at random, and weights, their gradients and the mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,12 @@ MOST_TOKENS = 256  # of an answer
 REPETITION_PENALTY = 1.1  # without one, the likeliest tokens of a small model soon repeat a line to the end
 
 
+@dataclass(frozen=True)
 class SampleAnswers:
-    """Writes answers at each evaluation. Use as a context manager.
+    """Writes answers at each evaluation.
 
-    Args:
-        file: of the lines; closed at the end.
+    Attributes:
+        file: of the lines.
         model: as it is trained, with its adapters.
         template: of the run.
         samples: their last answer is generated again; samples without a prompt, such as plain text, are skipped.
@@ -33,25 +35,12 @@ class SampleAnswers:
         mixed: the dtype to compute in, for weights that are trained in fp32; None for the weights' own.
     """
 
-    def __init__(
-        self,
-        file: LinesFile,
-        model: Any,
-        template: Template,
-        samples: Sequence[Sample],
-        longest: int | None,
-        mixed: torch.dtype | None,
-    ) -> None:
-        self.file, self.model, self.template, self.longest, self.mixed = file, model, template, longest, mixed
-        self.asked = [pair for sample in samples if (pair := split_last_answer(sample)) is not None]
-
-    def __enter__(self) -> SampleAnswers:
-        """The file is open already."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
-        self.file.close()
+    file: LinesFile
+    model: Any
+    template: Template
+    samples: Sequence[Sample]
+    longest: int | None
+    mixed: torch.dtype | None
 
     def __call__(self, event: Event) -> None:
         """Answer, if this is an evaluation."""
@@ -62,7 +51,7 @@ class SampleAnswers:
         device = next(self.model.parameters()).device
         try:
             with torch.autocast(device.type, self.mixed, enabled=self.mixed not in (None, torch.float32)):
-                for prompt, reference in self.asked:
+                for prompt, reference in filter(None, map(split_last_answer, self.samples)):
                     self.file.add({"step": event.step, **self._answered(prompt, reference)})
         finally:
             self.model.train(training)

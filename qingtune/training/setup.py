@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,109 +19,121 @@ from qingtune.errors import UserError, is_out_of_memory
 from qingtune.kernels.device import Hardware, peak_bytes
 from qingtune.kernels.footprint import optimizer_bytes
 from qingtune.output.console import say
-from qingtune.runs.record import versions
+from qingtune.runs.record import versions, without_secrets
 from qingtune.training.checkpoint import load_checkpoint, parse_state, prune, save_checkpoint
 from qingtune.training.engine import Engine, make_engine
-from qingtune.training.loop import Limits, Processes, Progress, Work
+from qingtune.training.loop import Limits, Progress, Work
 from qingtune.training.optim import make_optimizer, make_schedule, warmup_steps
+from qingtune.training.processes import Processes
+from qingtune.training.resume import Start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a run trains, by name, and what updates it."""
-
-    parameters: dict[str, torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-
-
-def make_trained(config: TrainConfig, model: PreTrainedModel, hardware: Hardware) -> Trained:
-    """The trained parameters of a model with a new optimizer and a new loss scale."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer, notice = make_optimizer(config, parameters.items(), hardware.device)
-    if notice:
-        say(notice)
-    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
-    return Trained(parameters, optimizer, scaler)
-
-
-def resume(trained: Trained, checkpoint: Path | None) -> Progress:
-    """Load a checkpoint into what is trained.
-
-    Args:
-        checkpoint: of a run with the same settings; None leaves all at its start.
-
-    Returns:
-        where the run stands.
+def set_up(
+    config: TrainConfig, model: PreTrainedModel, data: Data, hardware: Hardware, start: Start, processes: Processes
+) -> tuple[Work, Limits, Progress]:
+    """What the loop works with, when things happen, and where the run stands; reports how long it is.
 
     Raises:
-        UserError: the checkpoint cannot be loaded.
+        UserError: in one of the processes there is no memory for the longest sample, or the checkpoint cannot be
+            loaded; or the disk does not even take the result. All processes end then.
     """
-    if checkpoint is None:
-        return Progress()
-    load_checkpoint(checkpoint, trained.parameters, trained.optimizer, trained.scaler)
-    return parse_state(checkpoint).progress
-
-
-def make_work(
-    config: TrainConfig,
-    model: PreTrainedModel,
-    trained: Trained,
-    data: Data,
-    hardware: Hardware,
-    processes: Processes,
-    settings: dict[str, Any],
-) -> Work:
-    """What the loop calls: gradients, batches, updates, evaluations and checkpoints.
-
-    Args:
-        settings: kept in each checkpoint, so that a later run can tell whether it may resume.
-
-    Raises:
-        UserError: there is no memory for the longest sample.
-    """
-    assert config.learning_rate is not None
-    device = hardware.device
-    longest = max(len(sample.token_ids) for sample in [*data.train, *data.evaluation])
-    engine = make_engine(config, model, hardware, longest, evaluates=bool(data.evaluation))
-    plan = _order(config, len(data.train), processes.count)
-    total = _limits(config, plan).total_steps
-    model.train()
-    return Work(
-        parameters=list(trained.parameters.values()),
-        add_gradients=engine.add_gradients,
-        fetch=_fetcher(data.train, plan, device, processes, engine),
-        shrink=engine.shrink,
-        optimizer=trained.optimizer,
-        learning_rate=make_schedule(config.lr_scheduler_type, config.learning_rate, warmup_steps(config, total), total),
-        evaluate=_evaluator(data.evaluation, config.per_device_eval_batch_size, model, device, processes, engine),
-        save=_saver(config, trained, settings, processes),
-        peak_bytes=lambda: peak_bytes(device),
-        scaler=trained.scaler,
-    )
-
-
-def say_length(config: TrainConfig, samples: int, processes: int) -> None:
-    """Report how long the run is and how it learns."""
-    plan = _order(config, samples, processes)
-    total = _limits(config, plan).total_steps
-    if (warmup := warmup_steps(config, total)) >= total:
-        say(f"Warning: the warm-up takes {warmup:,} steps of {total:,}, so the learning rate never reaches its peak.")
+    plan = Plan.of(config, len(data.train), processes.count)
+    limits = limits_of(config, plan)
+    work, progress = processes.by_all(lambda: _make_work(config, model, data, hardware, start, processes, plan))
+    processes.by_first(lambda: _check_room(config, work.parameters, limits))
+    if (warmup := warmup_steps(config, limits.total_steps)) >= limits.total_steps:
+        say(
+            f"Warning: the warm-up takes {warmup:,} steps of {limits.total_steps:,}, so the learning rate never "
+            "reaches its peak."
+        )
     say(
-        f"Training: {total:,} steps of {plan.window_size} samples ({total / plan.steps_per_epoch:.3g} epochs), "
+        f"Training: {limits.total_steps:,} steps of {plan.window_size} samples "
+        f"({limits.total_steps / plan.steps_per_epoch:.3g} epochs), "
         f"{config.optim}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}."
     )
+    return work, limits, progress
 
 
-def check_room(config: TrainConfig, trained: Sequence[torch.nn.Parameter], limits: Limits) -> None:
-    """Look at the disk before hours of work.
+def limits_of(config: TrainConfig, plan: Plan) -> Limits:
+    """When things happen in a run that sees its samples in this order."""
 
-    Raises:
-        UserError: it does not even take the result.
-    """
+    def every(strategy: str | None, steps: int | None) -> int | None:
+        return {"steps": steps, "epoch": plan.steps_per_epoch}.get(strategy or "no")
+
+    by_epochs = math.ceil(config.num_train_epochs * plan.steps_per_epoch)
+    return Limits(
+        total_steps=config.max_steps if config.max_steps > 0 else by_epochs,
+        steps_per_epoch=plan.steps_per_epoch,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        evaluate_every=every(config.eval_strategy, config.eval_steps),
+        save_every=every(config.save_strategy, config.save_steps),
+        save_best=config.load_best_model_at_end,
+    )
+
+
+def _make_work(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    data: Data,
+    hardware: Hardware,
+    start: Start,
+    processes: Processes,
+    plan: Plan,
+) -> tuple[Work, Progress]:
+    assert config.learning_rate is not None
+    device, output_dir, settings = hardware.device, Path(config.output_dir), without_secrets(start.settings)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer, notice = make_optimizer(config, trained.items(), device)
+    if notice:
+        say(notice)
+    scaler = torch.amp.GradScaler(device.type, enabled=hardware.dtype == torch.float16)
+    longest = max(len(sample.token_ids) for sample in [*data.train, *data.evaluation])
+    engine = make_engine(config, model, hardware, longest, evaluates=bool(data.evaluation))
+    total = limits_of(config, plan).total_steps
+
+    def fetch(step: int) -> list[Batch]:
+        """This process's micro-batches of a step, as large as the engine takes at a time."""
+        return [
+            collate(group).to(device)
+            for share in plan.micro_batches(step, processes.index)
+            for group in split_evenly([data.train[i] for i in share], engine.most_tokens)
+        ]
+
+    def save(now: Progress) -> None:
+        """Write a checkpoint, from one process, and remove those that are too many."""
+        try:
+            if processes.index == 0:
+                save_checkpoint(output_dir, trained, optimizer, now, settings, versions(), scaler)
+                prune(output_dir, config.save_total_limit, now)
+        finally:
+            processes.wait()
+
+    progress = Progress()
+    if start.checkpoint:
+        load_checkpoint(start.checkpoint, trained, optimizer, scaler)
+        progress = parse_state(start.checkpoint).progress
+    model.train()
+    work = Work(
+        parameters=list(trained.values()),
+        add_gradients=engine.add_gradients,
+        fetch=fetch,
+        shrink=engine.shrink,
+        optimizer=optimizer,
+        learning_rate=make_schedule(config.lr_scheduler_type, config.learning_rate, warmup_steps(config, total), total),
+        evaluate=_evaluator(data.evaluation, config.per_device_eval_batch_size, model, device, processes, engine),
+        save=save,
+        peak_bytes=lambda: peak_bytes(device),
+        scaler=scaler,
+    )
+    return work, progress
+
+
+def _check_room(config: TrainConfig, trained: Sequence[torch.nn.Parameter], limits: Limits) -> None:
+    """Look at the disk before hours of work."""
     result = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     checkpoint = result + optimizer_bytes(config.optim, sum(parameter.numel() for parameter in trained))
     count = limits.total_steps // limits.save_every if limits.save_every else 0
@@ -140,72 +151,6 @@ def check_room(config: TrainConfig, trained: Sequence[torch.nn.Parameter], limit
             f"Warning: the disk has {free / 1e9:.2f} GB left; {count} checkpoints of about {checkpoint / 1e9:.2f} GB "
             "and the result need more. save_total_limit removes old ones."
         )
-
-
-def _saver(
-    config: TrainConfig, trained: Trained, settings: dict[str, Any], processes: Processes
-) -> Callable[[Progress], None]:
-    """Writes a checkpoint, from one process, and removes those that are too many."""
-    output_dir = Path(config.output_dir)
-
-    def save(now: Progress) -> None:
-        try:
-            if processes.index == 0:
-                save_checkpoint(
-                    output_dir, trained.parameters, trained.optimizer, now, settings, versions(), trained.scaler
-                )
-                prune(output_dir, config.save_total_limit, now)
-        finally:
-            processes.wait()
-
-    return save
-
-
-def limits_of(config: TrainConfig, samples: int, processes: int) -> Limits:
-    """When things happen in a run over so many samples."""
-    return _limits(config, _order(config, samples, processes))
-
-
-def _order(config: TrainConfig, samples: int, processes: int) -> Plan:
-    return Plan(
-        sample_count=samples,
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        processes=processes,
-        seed=config.seed,
-    )
-
-
-def _limits(config: TrainConfig, plan: Plan) -> Limits:
-    by_epochs = math.ceil(config.num_train_epochs * plan.steps_per_epoch)
-
-    def every(strategy: str | None, steps: int | None) -> int | None:
-        return {"steps": steps, "epoch": plan.steps_per_epoch}.get(strategy or "no")
-
-    return Limits(
-        total_steps=config.max_steps if config.max_steps > 0 else by_epochs,
-        steps_per_epoch=plan.steps_per_epoch,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        evaluate_every=every(config.eval_strategy, config.eval_steps),
-        save_every=every(config.save_strategy, config.save_steps),
-        save_best=config.load_best_model_at_end,
-    )
-
-
-def _fetcher(
-    samples: list[Sample], plan: Plan, device: torch.device, processes: Processes, engine: Engine
-) -> Callable[[int], list[Batch]]:
-    """A function that gives this process's micro-batches of a step, as large as the engine takes at a time."""
-
-    def fetch(step: int) -> list[Batch]:
-        return [
-            collate(group).to(device)
-            for share in plan.micro_batches(step, processes.index)
-            for group in split_evenly([samples[i] for i in share], engine.most_tokens)
-        ]
-
-    return fetch
 
 
 def _evaluator(

@@ -42,9 +42,9 @@ def start(tmp_path: Path) -> Runs:
 
 def unfinished(folder: Path, step: int) -> Path:
     """Make a finished run one that was killed after a step: the last checkpoints and the result never came."""
-    for one in checkpoints(folder):
-        if one.step > step:
-            shutil.rmtree(one.folder)
+    for number, one in checkpoints(folder).items():
+        if number > step:
+            shutil.rmtree(one)
     (folder / "latest_checkpoint.json").write_text(json.dumps({"folder": f"checkpoint-{step}"}))
     (folder / "qingtune.json").unlink()
     (folder / "adapter_model.safetensors").unlink()
@@ -94,8 +94,8 @@ def test_a_checkpoint_without_a_manifest_is_none(manifest: str | None, start: Ru
 def test_where_no_checkpoint_is_whole_nothing_starts_from_zero(start: Runs, tmp_path: Path) -> None:
     start("run")
     unfinished(tmp_path / "run", 2)
-    for one in checkpoints(tmp_path / "run"):
-        cut(one.folder / "weights.safetensors")
+    for one in checkpoints(tmp_path / "run").values():
+        cut(one / "weights.safetensors")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="none of the 2 checkpoints is complete, so the run cannot resume"):
         start("run")
@@ -111,8 +111,8 @@ def test_a_way_that_was_left_is_not_gone_on(start: Runs, tmp_path: Path, capsys:
         shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "run" / f"checkpoint-{step}")
     assert start("run", save_total_limit=1)
     assert "Resuming from " + str(tmp_path / "run" / "checkpoint-3") in capsys.readouterr().err
-    assert [one.step for one in checkpoints(tmp_path / "run")] == [STEPS]
-    assert all(why_not_whole(one.folder) is None for one in checkpoints(tmp_path / "run"))
+    assert [*checkpoints(tmp_path / "run")] == [STEPS]
+    assert all(why_not_whole(one) is None for one in checkpoints(tmp_path / "run").values())
 
 
 def test_without_the_pointer_the_steps_decide_not_the_clock(
@@ -121,8 +121,8 @@ def test_without_the_pointer_the_steps_decide_not_the_clock(
     start("run")
     unfinished(tmp_path / "run", 4)
     (tmp_path / "run" / "latest_checkpoint.json").unlink()
-    for one in checkpoints(tmp_path / "run"):
-        os.utime(one.folder, (10**9 - one.step, 10**9 - one.step))
+    for step, one in checkpoints(tmp_path / "run").items():
+        os.utime(one, (10**9 - step, 10**9 - step))
     assert start("run")
     assert f"Resuming from {tmp_path / 'run' / 'checkpoint-4'}." in capsys.readouterr().err
 
@@ -143,7 +143,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     told = capsys.readouterr().err
     assert "Warning: " + str(tmp_path / "run") + ": checkpoint-2 could not be written: No space left on device." in told
     assert "checkpoint-3 could not be written" in told
-    assert [one.step for one in checkpoints(tmp_path / "run")] == [1, 4, 5, 6]
+    assert [*checkpoints(tmp_path / "run")] == [1, 4, 5, 6]
     assert not list((tmp_path / "run").glob(".*"))
 
 

@@ -151,7 +151,7 @@ def test_experts_stay_as_they_are_and_that_is_told() -> None:
     experts = blueprint_of(MIXTURE).experts
     assert packed.parts["weights"] > 2 * experts
     assert dense.total - packed.total < dense.parts["weights"] - 2 * experts
-    assert not dense.fast
+    assert not planner("lora", shape=MIXTURE).fast
     report = make_report("m", blueprint_of(MIXTURE), config_of("qlora4"), CPU, samples(), [])
     assert any("experts" in notice for notice in report.notices)
 
@@ -381,7 +381,7 @@ def test_the_report_fits_a_terminal_and_says_whether_it_fits(free: int | None) -
             lines = as_lines(report)
             assert max(map(len, lines)) <= 80
             text = " ".join(" ".join(lines).split())
-            verdict = {True: "and fits", False: "does not fit", None: "cannot be told"}[report.fits]
+            verdict = {True: "and fits", False: "does not fit", None: "cannot be told"}[report.own.memory.fits(machine)]
             assert verdict in text
             assert ("Time: unknown" in text) == (not speeds)
             marked = [line for line in lines if line.startswith("> ")]

@@ -128,10 +128,9 @@ def recomputed(free: int | None, choice: bool | str, *, trained: bool = False) -
     model = make_model("qwen2", num_hidden_layers=LAYERS).requires_grad_(trained)
     decoder = TrainingDecoder(model, torch.float32, member)
     config, most = config_of(gradient_checkpointing=choice), (TOKENS, TOKENS)
-    decoder.recompute = engine._layers_to_recompute(config, model, decoder, most, 0, free)
     with reporting() as told:
-        engine._say_recomputed(config, decoder, most, 0, free)
-    return decoder.recompute, "\n".join(told)
+        count = engine._layers_to_recompute(config, model, decoder, most, 0, free)
+    return count, "\n".join(told)
 
 
 def free_for(recompute: int) -> int:
