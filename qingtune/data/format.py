@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from qingtune.config.roles import ROLES, Role
@@ -60,16 +61,13 @@ class FileFacts:
 
     def described(self) -> str:
         """The format and the fields that are not used, as a few words."""
-        words = f"{self.format or 'no'} rows"
-        if not self.ignored_columns:
-            return words
-        names = sorted(self.ignored_columns)
-        shown = [
-            name if self.ignored_columns[name] >= self.used else f"{name} (in {self.ignored_columns[name]:,} rows)"
-            for name in names[:SHOWN_FIELDS]
+        unused = [
+            name if count >= self.used else f"{name} (in {count:,} rows)"
+            for name, count in sorted(self.ignored_columns.items())
         ]
-        more = f" and {len(names) - SHOWN_FIELDS:,} more" if len(names) > SHOWN_FIELDS else ""
-        return f"{words}; not used: {', '.join(shown)}{more}"
+        more = f" and {len(unused) - SHOWN_FIELDS:,} more" if len(unused) > SHOWN_FIELDS else ""
+        shown = f"; not used: {', '.join(unused[:SHOWN_FIELDS])}{more}" if unused else ""
+        return f"{self.format or 'no'} rows{shown}"
 
 
 @dataclass
@@ -145,7 +143,7 @@ def conversations_of(
 
     Args:
         system_prompt: system message for rows that have none; None leaves them without.
-        about: called with the file's format as soon as it is known.
+        about: gets the file's format as soon as it is known, and counts.
         rules: which fields to leave unread, and how large rows and files may be.
 
     Raises:
@@ -193,35 +191,42 @@ def without_fields(values: dict[str, Any], names: Collection[str]) -> dict[str, 
 
 def detect(values: dict[str, Any]) -> str:
     """The name of the format that a row has; empty where it has none."""
-    for name, format_ in FORMATS.items():
-        if all(column in values for column in format_.needed):
-            return name
-    return ""
+    return next((name for name, form in FORMATS.items() if values.keys() >= {*form.needed}), "")
 
 
 def convert_row(row: Row, about: FileFacts, system_prompt: str | None, rules: Rules) -> Conversation | Fault:
     """A row of a known format as a conversation, or why it is not one."""
-    form = FORMATS[about.format]
-    read = (*form.columns, OF_EVALUATION)
     try:
-        if refusal := lost_meaning(row.values, read, labels_answer=about.format == "text"):
-            raise refusal
-        conversation = form.convert(row)
-        refuse_long(conversation, rules)
+        conversation = as_turns(row, about.format, rules, labels_answer=about.format == "text")
         conversation = conversation if conversation.text is not None else _checked(conversation, system_prompt)
     except RowError as error:
         return Fault(row.origin, str(error), error.kind, error.sign)
     about.used += 1
-    for name in _unread(row.values, read):
+    for name in _unread(row.values, _read_by(about.format)):
         name = name if name in about.ignored_columns or len(about.ignored_columns) < MOST_FIELDS else "other fields"
         about.ignored_columns[name] = about.ignored_columns.get(name, 0) + 1
     return conversation
 
 
-def refuse_long(conversation: Conversation, rules: Rules) -> None:
-    """Raise a RowError where a conversation has more turns than the rules allow."""
+def as_turns(row: Row, form: str, rules: Rules, *, labels_answer: bool = False) -> Conversation:
+    """A row of a format as a conversation, the order of its turns unchecked.
+
+    Args:
+        labels_answer: as in `lost_meaning`.
+
+    Raises:
+        RowError: the row does not hold what the format needs, has too many turns, or means more than would be read.
+    """
+    if refusal := lost_meaning(row.values, _read_by(form), labels_answer=labels_answer):
+        raise refusal
+    conversation = FORMATS[form].convert(row)
     if (turns := len(conversation.messages)) > rules.max_row_turns:
         raise RowError(f"{turns:,} turns; raise max_row_turns if this is intended")
+    return conversation
+
+
+def _read_by(form: str) -> tuple[str, ...]:
+    return (*FORMATS[form].columns, OF_EVALUATION)
 
 
 def _unread(values: dict[str, Any], read: Collection[str]) -> set[str]:
@@ -229,8 +234,6 @@ def _unread(values: dict[str, Any], read: Collection[str]) -> set[str]:
     names = {shorten(name) or '""' for name, value in values.items() if name not in read and not is_empty(value)}
     for column in TURN_COLUMNS.intersection(values, read):
         for turn in values[column] if isinstance(values[column], list) else ():
-            if turn.keys() <= _OF_TURNS:
-                continue
             unread = (name for name, value in turn.items() if name not in _OF_TURNS and not is_empty(value))
             names |= {f"{column}.{shorten(name)}" for name in unread}
     return names
@@ -241,13 +244,12 @@ def _checked(conversation: Conversation, system_prompt: str | None) -> Conversat
     messages = conversation.messages
     if not any(message.role == "assistant" for message in messages):
         raise RowError("no assistant turn, so there is nothing to train on")
-    for place, message in enumerate(messages):
-        before = messages[place - 1].role if place else None
-        if message.role == "system" and place:
+    for before, role in pairwise((None, *(message.role for message in messages))):
+        if role == "system" and before is not None:
             raise RowError("a system message that is not the first")
-        if message.role == "assistant" and before in (None, "system", "assistant"):
+        if role == "assistant" and before in (None, "system", "assistant"):
             raise RowError("an assistant turn without a user turn before it")
-        if message.role == "tool" and before in (None, "system"):
+        if role == "tool" and before in (None, "system"):
             raise RowError("a tool turn without a turn before it")
     if messages[-1].role != "assistant":
         raise RowError("the last turn is not an assistant turn")

@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from qingtune.config.roles import is_answer
-from qingtune.data.fields import ANSWER_FIELDS, RowError, lost_meaning
+from qingtune.data.fields import ANSWER_FIELDS, RowError
 from qingtune.data.format import (
-    FORMATS,
-    OF_EVALUATION,
     Conversation,
     FileFacts,
     Message,
+    as_turns,
     convert_row,
     detect,
     prompt_of,
     read_conversations,
-    refuse_long,
     without_fields,
 )
 from qingtune.data.read import Fault, Row, read_rows
@@ -57,10 +55,7 @@ def rows_with_prompts(path: str, rules: Rules = USUAL) -> Iterable[tuple[dict[st
 def _prompt_of_row(row: Row, rules: Rules) -> tuple[Message, ...] | str:
     values = without_fields(row.values, rules.ignore_fields | ANSWER_FIELDS)
     name, values = _with_some_answer(values)
-    if refusal := lost_meaning(values, (*FORMATS[name].columns, OF_EVALUATION)):
-        raise refusal
-    conversation = FORMATS[name].convert(Row(values, row.origin))
-    refuse_long(conversation, rules)
+    conversation = as_turns(Row(values, row.origin), name, rules)
     if conversation.text is not None:
         return conversation.text
     turns = conversation.messages

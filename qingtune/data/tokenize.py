@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -293,14 +294,10 @@ def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversatio
 def _one_ahead(work: Callable[[_Item], _Made], items: Iterable[_Item]) -> Iterator[_Made]:
     """Yield what `work` makes of each item, while a thread makes that of the next one."""
     with ThreadPoolExecutor(1) as thread:
-        before: Future[_Made] | None = None
-        for item in items:
-            made = thread.submit(work, item)
-            if before is not None:
-                yield before.result()
-            before = made
-        if before is not None:
-            yield before.result()
+        made = (thread.submit(work, item) for item in items)
+        for one, _ in pairwise(chain(made, [None])):
+            assert one is not None
+            yield one.result()
 
 
 def _prepare(template: Template, rows: Sequence[Conversation]) -> list[tuple[str, PartedTexts | str | Fault]]:

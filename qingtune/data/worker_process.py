@@ -111,6 +111,8 @@ def _compile(template: str) -> jinja2.Template:
 
 def _shared(before: str, text: str) -> int:
     """Characters that two texts begin with in common."""
+    if text.startswith(before):
+        return len(before)
     least, most = 0, min(len(before), len(text))
     while least < most:
         middle = (least + most + 1) // 2

@@ -250,11 +250,11 @@ def test_a_tokenizer_that_cannot_read_control_tokens_as_text_says_so() -> None:
 
     merges = [("<", "e"), ("<e", ">")]  # the model's own merges make the control token
     inner = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(["<", "e", ">", "a", "<e", "<e>"])}, merges=merges))
-    inner.add_special_tokens(["<e>"])
+    inner.add_special_tokens(["<e>", "[b]"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<e>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}[b]{{ m.content }}{{ eos_token }}{% endfor %}"
     template = make_template(tokenizer, [])
-    assert prompt_ids(template, [Message("user", "ae")]) == [3, 1, 5]
+    assert prompt_ids(template, [Message("user", "ae")]) == [6, 3, 1, 5]
     with pytest.raises(UserError, match="holds <e>, which this model's tokenizer cannot read as text"):
         prompt_ids(template, [Message("user", "a<e>")])
     with pytest.raises(UserError, match="cannot read as text"):
