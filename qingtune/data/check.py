@@ -98,7 +98,6 @@ def check_data(
         limit: the longest sample, in tokens.
         on_long: "drop", "truncate" or "raise", for samples above the limit.
         training: what was seen in the training data, if this is the evaluation data.
-        rules: which fields to leave unread, and how large rows may be.
 
     Raises:
         UserError: a file is broken as a whole, or there are no rows.

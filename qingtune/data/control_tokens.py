@@ -52,10 +52,9 @@ class ControlTokens:
 
 
 def find_control_tokens(tokenizer: PreTrainedTokenizerBase, render: Render, stop_ids: Collection[int]) -> ControlTokens:
-    """Look for the control tokens of a tokenizer with its chat template.
+    """The control tokens of a tokenizer with its chat template.
 
     Args:
-        tokenizer: with its chat template.
         render: writes turns, with or without what stands before an answer.
         stop_ids: ids at which generation stops.
     """

@@ -37,11 +37,7 @@ def fault_lines(faults: Sequence[Fault]) -> list[str]:
 
 
 def describe_rows(name: str, rows: Mapping[str, int], reasons: Mapping[str, int]) -> list[str]:
-    """What became of all rows as a sum, and the reasons why rows were refused; a warning where these are many.
-
-    Args:
-        rows: how many rows went which way, such as used or refused.
-    """
+    """How many rows went which way, as a sum, and the reasons why rows were refused; a warning where these are many."""
     lines = [f"{name}: {sum_of_rows(rows)}"]
     every, refused = sum(rows.values()), rows.get("refused", 0)
     if reasons:

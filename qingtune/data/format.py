@@ -91,7 +91,6 @@ def read_conversations(
         paths: the files, in order.
         system_prompt: system message for rows that have none; None leaves them without.
         on_bad_row: "raise" or "skip".
-        rules: which fields to leave unread, and how large rows and files may be.
 
     Raises:
         UserError: a file is of no known format, rows are faulty and on_bad_row is "raise", no row is left, or the rows
@@ -144,7 +143,6 @@ def conversations_of(
     Args:
         system_prompt: system message for rows that have none; None leaves them without.
         about: gets the file's format as soon as it is known, and counts.
-        rules: which fields to leave unread, and how large rows and files may be.
 
     Raises:
         UserError: the file cannot be read, or its rows are of no known format.

@@ -45,10 +45,7 @@ class RecordBatch:
 
 
 def parquet_batches(source: Any) -> Iterator[RecordBatch]:
-    """The rows of a Parquet file, a few at a time.
-
-    Args:
-        source: a path, or a file opened for reading.
+    """The rows of a Parquet file, given by its path or opened for reading, a few at a time.
 
     Raises:
         RepeatedColumn: two columns have one name.

@@ -29,11 +29,7 @@ def _may_hold_one(text: str) -> bool:
 
 
 def first_placeholder(text: str, *, asked: bool) -> str | None:
-    """The first placeholder in the prose of a text; None without one.
-
-    Args:
-        asked: whether this is a user's turn, in which a bare <image> takes the place of a picture.
-    """
+    """The first placeholder in the prose of a text; in a turn that asks, a bare <image> is one, too."""
     if not _may_hold_one(text):
         return None
     if asked and (media := _MEDIA.search(text)):

@@ -107,7 +107,6 @@ def asked_rows(path: str, system_prompt: str | None, rules: Rules = USUAL) -> It
 
     Args:
         system_prompt: system message for rows that have none; None leaves them without.
-        rules: which fields to leave unread, and how large rows may be.
 
     Raises:
         UserError: the file cannot be read.

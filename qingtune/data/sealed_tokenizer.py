@@ -64,11 +64,9 @@ class SealedTokenizer:
 
 
 def sealed_copy(tokenizer: PreTrainedTokenizerBase, control_ids: Mapping[str, int]) -> SealedTokenizer | None:
-    """Copy a tokenizer; None where the copy would read other text otherwise, or the tokenizer is written in Python.
+    """A copy of a tokenizer, by the ids of its control tokens; None where it would read other text otherwise.
 
-    Args:
-        tokenizer: stays as it is.
-        control_ids: of each control token by its text.
+    There is none of a tokenizer that is written in Python.
     """
     if not tokenizer.is_fast:
         return None

@@ -29,11 +29,7 @@ class Rendered:
     error: str | None = None
 
     def only_text(self) -> str:
-        """The text, where only one was asked for.
-
-        Raises:
-            TemplateError: it could not be rendered.
-        """
+        """The text, where only one was asked for; TemplateError where it could not be rendered."""
         if self.error is not None:
             raise TemplateError(self.error)
         return self.changes[0][1]
@@ -51,7 +47,6 @@ def render_template(
     """A conversation as the template writes it.
 
     Args:
-        template: Jinja.
         variables: the tokenizer's special tokens by name.
         add_generation_prompt: whether to end with what stands before an answer.
 

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 
 from qingtune.data.control_tokens import find_control_tokens
-from qingtune.data.encoder import Encoder, unveil
+from qingtune.data.encoder import Encoder, PartedTexts, PartIds, unveil
 from qingtune.data.format import Conversation, Message
-from qingtune.data.parted_texts import PartedTexts, PartIds
 from qingtune.data.read import Fault
 from qingtune.data.templates import Rendered, Request, TemplateError, Turn, render_texts
 from qingtune.data.tokenizer_calls import encode

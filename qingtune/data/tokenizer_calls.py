@@ -35,11 +35,7 @@ def panics_as_errors() -> Generator[None]:
 
 
 class ConfinedTokenizer:
-    """A tokenizer in a process with limits.
-
-    Args:
-        content: what its tokenizer.json holds.
-    """
+    """A tokenizer in a process with limits, made of what its tokenizer.json holds."""
 
     def __init__(self, content: str) -> None:
         self._worker = Worker("tokenizer", SECONDS, opening={"tokenizer": content})

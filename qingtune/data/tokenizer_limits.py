@@ -140,10 +140,7 @@ def steps_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def check_steps(content: Mapping[str, Any]) -> None:
-    """Look at the steps around a vocabulary.
-
-    Args:
-        content: the kinds of steps, as tokenizer.json holds them, among others.
+    """Look at the steps around a vocabulary, by their kinds as tokenizer.json holds them.
 
     Raises:
         UnsafeTokenizer: they are not bounded.
