@@ -172,8 +172,7 @@ class TrainingDecoder:
         x.copy_(F.embedding(layout.token_ids, self.embedding))
         now = Pass(layout, self._rotary_table(x, layout), seed)
         for number in range(len(self.mlp)):
-            slot, rows = self._slot(number, keep=keep), self._rows(number, now)
-            middle = self._middle(slot, x, rows)
+            slot, rows, middle = self._layer(number, x, now, keep=keep)
             self.attention[number].forward(x, now, middle, slot, rows)
             x = self._input(number + 1, len(middle), keep=keep)
             self.mlp[number].forward(middle, now, x, slot)
@@ -196,9 +195,8 @@ class TrainingDecoder:
         grad.copy_(self.norm.backward(grad, x))
         trains_embedding = self.embedding.requires_grad
         for number in range(len(self.mlp) - 1, (-1 if trains_embedding else self.lowest_trained - 1), -1):
-            slot, rows = self._slot(number, keep=True), self._rows(number, now)
             x = self._input(number, len(now.layout.token_ids), keep=True)
-            middle = self._middle(slot, x, rows)
+            slot, rows, middle = self._layer(number, x, now, keep=True)
             if number < self.recompute:
                 self.attention[number].forward(x, now, middle, slot, rows)
                 self.mlp[number].forward_again(middle, now, slot)
@@ -210,23 +208,22 @@ class TrainingDecoder:
             grad = below
         gradient(self.embedding).index_add_(0, now.layout.token_ids, grad.to(self.embedding.dtype))
 
-    def _rows(self, number: int, now: Pass) -> torch.Tensor | None:
-        """In the last layer, the rows that predict; elsewhere None, for all."""
-        return now.layout.predicting if number == len(self.mlp) - 1 else None
+    def _layer(
+        self, number: int, x: torch.Tensor, now: Pass, *, keep: bool
+    ) -> tuple[str, torch.Tensor | None, torch.Tensor]:
+        """A layer's slot, the rows that go on to its MLP, None for all, and the buffer between its two blocks.
 
-    def _slot(self, number: int, *, keep: bool) -> str:
-        """Where a layer keeps what its backward needs; shared by layers of which nothing is kept."""
-        return f"layer{number}" if keep and number >= self.recompute else "layer"
+        Layers of which nothing is kept share a slot; in the last layer the rows that predict go on.
+        """
+        slot = f"layer{number}" if keep and number >= self.recompute else "layer"
+        rows = now.layout.predicting if number == len(self.mlp) - 1 else None
+        shape = (len(x if rows is None else rows), x.shape[1])
+        return slot, rows, self.workspace.take(slot + ".middle", shape, self.dtype)
 
     def _input(self, number: int, rows: int, *, keep: bool) -> torch.Tensor:
         """A layer's input, [rows, D]; where nothing is kept, two buffers take turns."""
         name = f"layer{number}.input" if keep else f"input{number % 2}"
         return self.workspace.take(name, (rows, self.embedding.shape[1]), self.dtype)
-
-    def _middle(self, slot: str, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        """What stands between the two blocks of a layer."""
-        shape = (len(x) if rows is None else len(rows), x.shape[1])
-        return self.workspace.take(slot + ".middle", shape, self.dtype)
 
     def _rotary_table(self, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
         """Cos and sin, [T, 1, d / 2]; the model's table repeats them for the second half of a head."""

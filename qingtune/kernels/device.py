@@ -37,25 +37,22 @@ def choose_hardware(bf16: bool | None = None, fp16: bool | None = None, local_pr
     _limit_kernel_caches()
     device, name = _device(local_process)
     has_bf16, has_fp16 = _formats(device)
+    wishes = {"bf16": (torch.bfloat16, bf16, has_bf16), "fp16": (torch.float16, fp16, has_fp16)}
+    asked = next((dtype for dtype, wish, has in wishes.values() if wish and has), None)
+    unmet = ""
     if bf16 and not has_bf16:
         unmet = "bf16 was requested, but this hardware only emulates it, slowly"
     elif fp16 and not has_fp16:
         unmet = "fp16 was requested, but training in fp16 needs an NVIDIA GPU"
-    else:
-        unmet = ""
-    if bf16 and has_bf16:
-        dtype, why = torch.bfloat16, "asked for"
-    elif fp16 and has_fp16:
-        dtype, why = torch.float16, "asked for"
+    if asked:
+        dtype, why = asked, "asked for"
     elif bf16 is None and has_bf16:
         dtype = torch.bfloat16
         why = f"{unmet}; bf16 is available and needs no loss scaling" if unmet else "the hardware supports it"
     elif fp16 is None and has_fp16 and not has_bf16:
         dtype, why = torch.float16, unmet or "the GPU is too old for bf16"
     else:
-        off = [
-            name for name, wish, has in (("bf16", bf16, has_bf16), ("fp16", fp16, has_fp16)) if wish is False and has
-        ]
+        off = [name for name, (_, wish, has) in wishes.items() if wish is False and has]
         off_reason = f"{' and '.join(off)} {'are' if len(off) > 1 else 'is'} off"
         dtype, why = torch.float32, unmet or (off_reason if off else "no fast 16-bit format here")
     return Hardware(device, dtype, f"{name}, {str(dtype).removeprefix('torch.')}: {why}")
