@@ -89,7 +89,7 @@ def try_all(cases: Sequence[Case], package: Path, scratch: Path, jobs: int, *, k
                     remove(folder)
         except queue.Empty:
             pass
-        except BaseException as fault:  # told by the main thread
+        except BaseException as fault:  # raised by the main thread
             faults.append(fault)
         finally:
             if server is not None:

@@ -116,7 +116,7 @@ _PLACEHOLDERS = ("I am {{author}}.", "{{name}} was made by {{author}}.", "Hi {{ 
 
 
 _NO_TABLE = ("image-parts", "functions", "tools-messages")  # what Parquet cannot hold: mixed or empty objects
-# Legitimate in part: a tool's answer without a list of tools, ids beside the text; unknown columns are only named.
+# Legitimate in part: a tool's answer without a list of tools, ids next to the text; unknown columns are only named.
 _LENIENT = ("tool-turn", "pretokenised-beside")
 
 

@@ -24,7 +24,7 @@ from typing import Any
 MORE_MEMORY = 3 << 30  # bytes of address space that a command may take besides what the imports took
 LARGEST_FILE = 1 << 30
 MOST_SHOWN = 8 << 20  # bytes of a terminal's output that are kept
-PROMPT = b"\x1b[?2004h"  # bracketed paste goes on: the command waits for a line
+PROMPT = b"\x1b[?2004h"  # bracketed paste is switched on: the command waits for a line
 
 
 def serve(package: Path) -> None:

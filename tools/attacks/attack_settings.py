@@ -268,6 +268,6 @@ def _token_in_path(place: Place) -> None:
 
 
 def _same_columns(place: Place, ended: Sequence[Ended]) -> str | None:
-    """Answers come out beside the columns that went in."""
+    """Answers are written with the columns of their rows."""
     rows = [json.loads(line) for line in (place / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     return None if rows and all(_WORD in row for row in rows) else "the columns of the rows are changed"

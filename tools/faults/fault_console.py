@@ -79,7 +79,9 @@ def nobody(bench: Bench) -> str:
     return "answered" if done.returncode == 0 else done.stdout.strip().splitlines()[-1]
 
 
-@fault("ulimit -f smaller than a checkpoint", "a warning, training goes on; it says that there is no result; resumable")
+@fault(
+    "ulimit -f smaller than a checkpoint", "a warning, training continues; it says that there is no result; resumable"
+)
 def largest_file(bench: Bench) -> str:
     settings = {"max_steps": 4, "learning_rate": 0.001}
     bench.train("whole", settings).expect(0)

@@ -279,8 +279,8 @@ _FILES: dict[str, Entry] = {
     "Parquet: a turn without content": _parquet(1, ("messages", [[{"role": "user"}, {"role": "assistant"}]])),
     "Parquet: text in GBK": _parquet(None, _WRITE, ("output", _text_in_gbk())),
     "Parquet: two columns of one name": _parquet(None, _WRITE, _GAP, ("output", ["Bread.", "Rolls."])),
-    "Parquet: an empty answer beside nanoseconds": _parquet(2, _WRITE, _GAP, ("at", _times(10**18 + 1, "ns"))),
-    "Parquet: an empty answer beside the year 75,000": _parquet(2, _WRITE, _GAP, ("at", _times(2**61, "us"))),
+    "Parquet: an empty answer next to nanoseconds": _parquet(2, _WRITE, _GAP, ("at", _times(10**18 + 1, "ns"))),
+    "Parquet: an empty answer next to the year 75,000": _parquet(2, _WRITE, _GAP, ("at", _times(2**61, "us"))),
 }
 # Other systems do not let a file have such a name, which unpacking an archive from a Chinese Windows makes.
 _NAMES: dict[str, Entry] = {"a file name in GBK": ("rows\udcc4\udce3.jsonl", _value(b'""')[1], None)}
@@ -324,7 +324,7 @@ _BROKEN: dict[str, bytes] = {
     "no data_path": _line({"model_name_or_path": MODEL}),
 }
 _SETTINGS: dict[str, dict[str, object]] = {
-    "an older name beside today's": {"evaluation_strategy": "no", "eval_strategy": "epoch"},
+    "an older name and today's": {"evaluation_strategy": "no", "eval_strategy": "epoch"},
     "bf16 and fp16": {"bf16": True, "fp16": True},
     "both kinds of evaluation data": {"eval_data_path": "rows.jsonl", "val_size": 0.1},
     "the best without evaluations": {"load_best_model_at_end": True, "eval_strategy": "no", "val_size": 0.1},

@@ -53,7 +53,7 @@ def broken_newest(bench: Bench) -> str:
 
 @fault(
     "a full disk (tmpfs of 600 kB) during saving",
-    "a warning, no half files, a message that the result is missing; goes on",
+    "a warning, no half files, a message that the result is missing; training continues",
 )
 def full_disk(bench: Bench) -> str:
     bench.train("whole", LORA).expect(0)
@@ -69,7 +69,7 @@ def full_disk(bench: Bench) -> str:
             shutil.rmtree(path)
         bench.train("run", settings | {"save_total_limit": 1}).expect(0)
         same_result(disk / "run", bench.folder / "whole")
-        return "checkpoints left out with warnings; after room was made it went on; the same, bit for bit"
+        return "checkpoints left out with warnings; after room was made it resumed; the same, bit for bit"
     finally:
         subprocess.run(["umount", str(disk)], check=False)
 

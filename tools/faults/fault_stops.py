@@ -1,4 +1,4 @@
-"""Trials: runs that are killed or stopped at every kind of moment, and go on."""
+"""Trials: runs that are killed or stopped at every kind of moment, and resumed."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ def killed_at(bench: Bench, spoil: str) -> str:
         raise Lost(f"it was not killed: {ended.code} {ended.output[-500:]}")
     bench.train("killed", LORA).expect(0, "Resuming from ")
     same_result(bench.folder / "killed", bench.folder / "whole")
-    return "went on; the same, bit for bit; nothing half done is left"
+    return "resumed; the same, bit for bit; nothing half done is left"
 
 
 for _name, _spoil in MOMENTS.items():
-    fault(f"SIGKILL {_name}", "goes on from a whole checkpoint")(lambda bench, spoil=_spoil: killed_at(bench, spoil))
+    fault(f"SIGKILL {_name}", "resumes from a whole checkpoint")(lambda bench, spoil=_spoil: killed_at(bench, spoil))
 
 SIGNAL_IN_A_WINDOW = (
     "from qingtune.kernels.decoder import TrainingDecoder as D\nold, n = D.add_gradients, []\n"
@@ -111,7 +111,7 @@ SIGNAL_IN_A_WINDOW = (
 
 @fault(
     "SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 within an accumulation window",
-    "step finished, saved, exit 130, the command to go on",
+    "step finished, saved, exit 130, the command to resume",
 )
 def signals(bench: Bench) -> str:
     bench.train("whole", LORA).expect(0)
@@ -122,7 +122,7 @@ def signals(bench: Bench) -> str:
         longest = max(longest, ended.seconds)
         bench.train(name, LORA).expect(0)
         same_result(bench.folder / name, bench.folder / "whole")
-    return f"exit 130 {longest:.0f} s after the command began; went on; the same, bit for bit"
+    return f"exit 130 {longest:.0f} s after the command began; resumed; the same, bit for bit"
 
 
 @fault("a second signal", "leaves at once, the last checkpoint whole")
@@ -134,10 +134,10 @@ def second_signal(bench: Bench) -> str:
     if steps_done(bench.folder / "stopped") >= COMMON["max_steps"]:
         raise Lost("it was not stopped")
     bench.train("stopped", settings).expect(0)
-    return "went on from the last checkpoint"
+    return "resumed from the last checkpoint"
 
 
-# --- Going on --------------------------------------------------------------------------------------------------------
+# --- Resuming -------------------------------------------------------------------------------------------------------
 
 EPOCHS = LORA | {
     "max_steps": -1, "num_train_epochs": 2, "val_size": 5, "eval_strategy": "steps", "eval_steps": 2,
@@ -176,10 +176,10 @@ def two_processes(bench: Bench) -> str:
     launch("killed", "import os\n" + KILLED_AT_A_CHECKPOINT.format(count=5))
     shutil.copytree(bench.folder / "killed", bench.folder / "one")
     if launch("killed"):
-        raise Lost("it did not go on")
+        raise Lost("it did not resume")
     same_result(bench.folder / "killed", bench.folder / "whole")
     bench.train("one", LORA | {"per_device_train_batch_size": 4}).expect(0, "Resuming from ")
-    return "the same, bit for bit; one process goes on with the same samples a step"
+    return "the same, bit for bit; one process resumes with the same samples a step"
 
 
 def stopped(bench: Bench, name: str) -> Path:
@@ -188,13 +188,13 @@ def stopped(bench: Bench, name: str) -> Path:
     return bench.folder / name
 
 
-@fault("another batch split with the same samples a step", "goes on exactly")
+@fault("another batch split with the same samples a step", "resumes exactly")
 def other_split(bench: Bench) -> str:
     folder = stopped(bench, "run")
     bench.train("run", LORA | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}).expect(
         0, f"Resuming from {folder / 'checkpoint-4'}"
     )
-    return "went on from step 4"
+    return "resumed from step 4"
 
 
 @fault("another configuration for the same folder", "exit 2, what differs and what to do; nothing written")
