@@ -4,6 +4,7 @@ not fit."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +175,14 @@ class Assembly:
             context_length=config.max_position_embeddings,
         )
         head = self._head()  # first, as packing it takes the most for a moment
-        norm, layers = self._norm("model.norm"), _Layers(self, shape.layers)
-        embedding, rotary = self._embedding(), self._rotary()
-        kept = layers if self.lazy else list(layers)
-        return CachedDecoder(shape, embedding, kept, norm, head, rotary, slots, self.library)
+        norm, layers = self._norm("model.norm"), self if self.lazy else list(self)
+        return CachedDecoder(shape, self._embedding(), layers, norm, head, self._rotary(), slots, self.library)
+
+    def __iter__(self) -> Iterator[AnswerLayer]:
+        """Layers in order, read when they are asked for; what packing one took is given back before the next."""
+        for number in range(len(self.model.model.layers)):
+            yield self._layer(number)
+            give_back_memory()
 
     def _embedding(self) -> torch.Tensor:
         """[V, D]: only rows of it are looked up, so on a CPU it stays in its file if the adapter does not change it."""
@@ -193,8 +198,7 @@ class Assembly:
         # A tied head is mapped once more: pages that were read here are released.
         return self._pack(self._embedding() if tied else self.weights.read(HEAD), None)
 
-    def layer(self, number: int) -> AnswerLayer:
-        """A layer's weights, read from the files."""
+    def _layer(self, number: int) -> AnswerLayer:
         name = f"model.layers.{number}"
         normed = "q_norm" in dict(self.model.get_submodule(f"{name}.self_attn").named_children())
         return AnswerLayer(
@@ -264,26 +268,15 @@ def _may_be_native(model: Any, hardware: Hardware) -> bool:
     )
 
 
-class _Layers:
-    """Layers that are read when they are asked for; what packing one of them took is given back before the next."""
-
-    def __init__(self, assembly: Assembly, count: int) -> None:
-        self.assembly, self.count = assembly, count
-
-    def __iter__(self) -> Iterator[AnswerLayer]:
-        for number in range(self.count):
-            yield self.assembly.layer(number)
-            give_back_memory()
-
-
+@dataclass(frozen=True)
 class _DenseParts:
     """Weights [n, K] that read one input, some with an adapter's change, which is computed separately as in training.
 
     A weight may stay in its file: it is converted for each product.
     """
 
-    def __init__(self, parts: Sequence[tuple[torch.Tensor, LowRank | None]], bias: torch.Tensor | None) -> None:
-        self.parts, self.bias = parts, bias
+    parts: Sequence[tuple[torch.Tensor, LowRank | None]]
+    bias: torch.Tensor | None
 
     def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """[T, K] -> [T, N], N the sum of n."""

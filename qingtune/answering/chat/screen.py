@@ -33,16 +33,14 @@ class Screen:
 
 
 class AnswerView:
-    """An answer on the screen, from its first piece to its last."""
+    """An answer on the screen, from its first piece to its last.
+
+    Args:
+        show_thinking: dim on a terminal, between its tags elsewhere; if not, it is counted on a terminal.
+        opened: whether the prompt ended with the tag that opens the thinking.
+    """
 
     def __init__(self, screen: Screen, *, show_thinking: bool, opened: bool) -> None:
-        """Begin an answer.
-
-        Args:
-            screen: where it is shown.
-            show_thinking: dim on a terminal, between its tags elsewhere; if not, it is counted on a terminal.
-            opened: whether the prompt ended with the tag that opens the thinking.
-        """
         self._screen, self._show_thinking = screen, show_thinking
         self._splitter = ThinkingSplitter(opened=opened)
         self._thinking = ""  # so far, without the blanks before it
@@ -79,9 +77,7 @@ class AnswerView:
             self._screen.write_line_anew(f"thinking… {len(self._thinking.rstrip()):,} characters")
 
     def _end_thinking(self) -> None:
-        if not self._thinking:
-            return
-        if not self._show_thinking:
-            self._screen.write("\n" if self._screen.live else "")
-        else:
+        if self._thinking and self._show_thinking:
             self._screen.write("\n\n" if self._screen.live else f"{CLOSING}\n\n")
+        elif self._thinking and self._screen.live:
+            self._screen.write("\n")
