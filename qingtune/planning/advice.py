@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qingtune.kernels.footprint import EIGHT_BITS
-from qingtune.planning.planner import METHODS, SETTINGS, Planner, Samples
+from qingtune.planning.planner import METHODS, SETTINGS, Planner, Samples, method_of
 from qingtune.planning.speed import flops_of
 
 LEAST_SAVING = 0.02  # of the whole, below which a change is not worth a line
@@ -125,7 +125,7 @@ def _methods(planner: Planner, samples: Samples) -> list[_Change]:
     """Those that take less than the one of the settings, which keeps its other settings."""
     order, config = list(METHODS), planner.config
     changes: list[_Change] = []
-    for method in order[order.index(planner.method) + 1 :]:
+    for method in order[order.index(method_of(config)) + 1 :]:
         update = {name: value for name, value in SETTINGS[method].items() if getattr(config, name) is not True}
         changes.append(_Change(update, samples, _PRICES[method]))
     return [change for change in changes if _with(planner, change.update).possible]

@@ -135,11 +135,6 @@ class Planner:
     machine: Machine
 
     @property
-    def method(self) -> str:
-        """Its key."""
-        return method_of(self.config)
-
-    @property
     def full(self) -> bool:
         """Whether all weights are trained."""
         return self.config.method == "full"
@@ -279,11 +274,7 @@ class Planner:
         return _largest(LARGEST_BATCH_TRIED, lambda n: self._fits(self.even_pass(samples.longest, n), samples))
 
     def has_to_recompute(self, samples: Samples, batch: int, longest: int) -> bool:
-        """Whether what fits at most does so only with gradient_checkpointing true, as "auto" leaves less room.
-
-        Args:
-            batch: the largest that fits, 0 for none; likewise longest.
-        """
+        """Whether the largest that fit (0: none) do so only with gradient_checkpointing true, as "auto" leaves less."""
         evaluation = self._evaluation(samples)
         sizes = ((samples.longest, batch), (longest, self.config.per_device_train_batch_size))
         works = [self.even_pass(length, size) for length, size in sizes if length and size]

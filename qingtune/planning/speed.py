@@ -61,11 +61,7 @@ def flops_per_token(
 
 
 def flops_of(planner: Planner, recompute: int, samples: Samples) -> float:
-    """Operations a token of a run.
-
-    Args:
-        recompute: layers that go forward twice.
-    """
+    """Operations a token of a run in which so many layers go forward twice."""
     blueprint = planner.blueprint
     work = TokenWork(
         body=blueprint.active_body,

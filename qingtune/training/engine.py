@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -126,7 +126,7 @@ def _tokens_that_fit(
     """Tokens of a pass for which there is memory on a CPU, where asking too late means to be killed; a UserError where
     the longest sample does not fit."""
     free = free_bytes(decoder.embedding.device, swap=True)
-    training = _training_bytes(config, model)
+    training = sum(trained_bytes(config, model.parameters()))
     needed = decoder.pass_bytes(tokens, longest)
     if free is None or needed <= free - training:
         return tokens
@@ -144,11 +144,11 @@ def _tokens_that_fit(
     return fitting
 
 
-def _training_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
-    """Gradients and optimizer states, which are yet to be made."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    return gradients + optimizer_bytes(config.optim, sum(parameter.numel() for parameter in trained))
+def trained_bytes(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
+    """Bytes of what is trained, which are those of its gradients too, and of the optimizer's states."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    return size, optimizer_bytes(config.optim, sum(parameter.numel() for parameter in trained))
 
 
 def _layers_to_recompute(
@@ -171,7 +171,7 @@ def _layers_to_recompute(
     def held(recompute: int) -> int:
         return decoder.pass_bytes(*most, recompute, evaluated)
 
-    room = None if free is None else BUFFERS_OF_FREE * (free - _training_bytes(config, model))
+    room = None if free is None else BUFFERS_OF_FREE * (free - sum(trained_bytes(config, model.parameters())))
     count = layers_to_recompute(config.gradient_checkpointing, len(decoder.mlp), held, room)
     if free is not None and count and config.gradient_checkpointing is not True:
         say(

@@ -75,10 +75,7 @@ def choose_start(config: TrainConfig, settings: dict[str, Any], total_steps: int
 
 
 def check_start(start: Start, settings: dict[str, Any]) -> None:
-    """Make sure that this process can start as the first one chose.
-
-    Args:
-        settings: of this process.
+    """Make sure that this process, by its own settings, can start as the first one chose.
 
     Raises:
         UserError: it has other data, another model or other settings, or it cannot read the checkpoint.

@@ -17,11 +17,10 @@ from qingtune.data.prepare import Data
 from qingtune.data.tokenize import Sample
 from qingtune.errors import UserError, is_out_of_memory
 from qingtune.kernels.device import Hardware, peak_bytes
-from qingtune.kernels.footprint import optimizer_bytes
 from qingtune.output.console import say
 from qingtune.runs.record import versions, without_secrets
 from qingtune.training.checkpoint import load_checkpoint, parse_state, prune, save_checkpoint
-from qingtune.training.engine import Engine, make_engine
+from qingtune.training.engine import Engine, make_engine, trained_bytes
 from qingtune.training.loop import Limits, Progress, Work
 from qingtune.training.optim import make_optimizer, make_schedule, warmup_steps
 from qingtune.training.processes import Processes
@@ -134,8 +133,8 @@ def _make_work(
 
 def _check_room(config: TrainConfig, trained: Sequence[torch.nn.Parameter], limits: Limits) -> None:
     """Look at the disk before hours of work."""
-    result = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    checkpoint = result + optimizer_bytes(config.optim, sum(parameter.numel() for parameter in trained))
+    result, states = trained_bytes(config, trained)
+    checkpoint = result + states
     count = limits.total_steps // limits.save_every if limits.save_every else 0
     if config.save_total_limit:
         count = min(count, config.save_total_limit + 2)  # the best one, and the next one before an old one goes
