@@ -52,10 +52,7 @@ def find_modules(model: Any, names: Sequence[str] | None) -> list[str]:
 def train_in_full(model: Any, modules: Sequence[str]) -> list[str]:
     """Let modules be trained, in fp32, as small steps would be lost in 16 bits; returns what the user should know.
 
-    Where one of head and embedding is trained that were one matrix, each gets its own, as in PEFT.
-
-    Args:
-        modules: full names, from find_modules.
+    Where one of head and embedding is trained that were one matrix, each gets its own, as in PEFT; modules: full names.
     """
     notices: list[str] = []
     if is_tied(model) and (own := tied_modules(model, modules)):

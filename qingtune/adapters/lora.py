@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qingtune.adapters.names import choose_layers, is_within, match_names
-from qingtune.adapters.variants import DRAWN, TAKEN, LowRank, Pair, Variant, merge_weight, row_norms, take
+from qingtune.adapters.names import choose_layers, is_within, match_names, pattern_value
+from qingtune.adapters.variants import DRAWN, TAKEN, LowRank, Pair, Variant, merge_weight, row_norms, scaling_of, take
 from qingtune.errors import UserError
 from qingtune.kernels.decoder import why_not
 from qingtune.kernels.dropout import dropout
@@ -170,7 +170,9 @@ def add_lora(
     generator = torch.Generator().manual_seed(seed)
     adapters: dict[str, LoRALinear] = {}
     for name in chosen:
-        rank, scaling = variant.rank_and_scaling(name, r, alpha)
+        rank = int(pattern_value(variant.rank_pattern, name, r))
+        numerator = pattern_value(variant.alpha_pattern, name, alpha)
+        scaling = scaling_of(numerator, rank, rank_stabilised=variant.use_rslora)
         adapters[name] = _adapter(name, layers[name], rank, scaling, dropout, variant, generator)
         replace_layer(model, name, adapters[name])
     return adapters

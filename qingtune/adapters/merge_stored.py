@@ -82,10 +82,7 @@ class StoredAdapter:
         """Whether head and embedding are one matrix in the base and no longer so in the merged model.
 
         That model's config.json then says tie_word_embeddings false, and its weights hold the head as well:
-        `merged(HEAD, the base's embedding)`.
-
-        Args:
-            config: the base's config.json; a base that says nothing of tie_word_embeddings may have it either way.
+        `merged(HEAD, the base's embedding)`. A base whose config says nothing of it may have them either way.
         """
         return config.get("tie_word_embeddings") is not False and self._parts_head()
 

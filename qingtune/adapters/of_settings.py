@@ -14,14 +14,11 @@ from qingtune.kernels.footprint import EIGHT_BITS
 
 
 def weights_dtype(config: TrainConfig, device_type: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the dense weights.
+    """The dtype of the dense weights; dtype: the hardware's.
 
     Adapters train in fp32 on weights in the hardware's dtype. Full training keeps the weights in fp32, as small steps
     would be lost in 16 bits, and computes in the hardware's dtype; only our 8-bit optimizer, which rounds at random so
     that they are not lost on average, works on weights in 16 bits.
-
-    Args:
-        dtype: the hardware's.
     """
     narrow = config.optim in EIGHT_BITS and device_type == "cpu" and dtype == torch.bfloat16
     return torch.float32 if config.method == "full" and not narrow else dtype

@@ -77,10 +77,8 @@ def save_adapter(model: Any, folder: Path, base_model: str, dropout: float) -> N
     tool that reads LoRA computes the same.
 
     Args:
-        model: a model with LoRALinear layers.
         folder: exists; the two files are written into it.
-        base_model: name of the base, kept in the configuration.
-        dropout: kept in the configuration.
+        base_model: name of the base, kept in the configuration as dropout is.
     """
     from peft import LoraConfig
 

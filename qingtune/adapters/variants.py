@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from qingtune.adapters.names import pattern_value
 from qingtune.errors import UserError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -62,9 +61,7 @@ def _olora(weight: torch.Tensor, r: int, _scaling: float) -> Pair:
 # Ways to draw A [r, in] that leave the base alone, B being zero, as nn.Linear starts and as PEFT's gaussian:
 # (r, in features, generator) -> A.
 DRAWN: dict[str, Callable[[int, int, torch.Generator], torch.Tensor]] = {
-    "default": lambda r, n, draw: nn.init.kaiming_uniform_(
-        torch.empty(r, n), math.sqrt(5), generator=draw
-    ),  # nn.Linear's
+    "default": lambda r, n, draw: nn.init.kaiming_uniform_(torch.empty(r, n), math.sqrt(5), generator=draw),
     "gaussian": lambda r, n, draw: nn.init.normal_(torch.empty(r, n), std=1 / r, generator=draw),
 }
 # Ways that take s B A out of the base's weight, W fp32: (W, r, scaling) -> A, B. Signs of singular vectors and of Q's
@@ -160,9 +157,3 @@ class Variant:
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
     layers_to_transform: Sequence[int] | None = None
-
-    def rank_and_scaling(self, name: str, r: int, alpha: float) -> tuple[int, float]:
-        """A layer's own rank and scaling; r and alpha are those of layers that no pattern names."""
-        rank = int(pattern_value(self.rank_pattern, name, r))
-        alpha = pattern_value(self.alpha_pattern, name, alpha)
-        return rank, scaling_of(alpha, rank, rank_stabilised=self.use_rslora)

@@ -94,8 +94,7 @@ def has_int8_units(device: torch.device) -> bool:
 def free_bytes(device: torch.device, *, swap: bool = False) -> int | None:
     """Memory that this process may still take, limits of a container or shell respected; None where unknown.
 
-    Args:
-        swap: count free swap space, which keeps a process alive but is no place to compute in.
+    swap: count free swap space, which keeps a process alive but is no place to compute in.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -67,14 +67,7 @@ def find_model(name: str, cache_dir: str | None, hub: str) -> ModelSource:
 
 
 def find_header(name: str, cache_dir: str | None, hub: str) -> ModelSource:
-    """Find as much of a model as says its shape: a folder with a config.json, or a .gguf file; no weights are fetched.
-
-    Args:
-        name: a folder, a .gguf file or `owner/model`; likewise cache_dir and hub as in find_model.
-
-    Raises:
-        UserError: nothing found.
-    """
+    """Find as much of a model as says its shape, as find_model does: config.json or a .gguf file, without weights."""
     return _find(name, cache_dir, hub, header=True)
 
 

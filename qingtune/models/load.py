@@ -113,8 +113,6 @@ def load_template(base: Path, adapter: Path | None = None, stops: Sequence[int] 
     """The tokenizer and chat template of a model; those of the adapter, if it brings its own.
 
     Args:
-        base: the model's folder.
-        adapter: the adapter's; None for none.
         stops: ids that end an answer; None for those of the model's own configuration.
 
     Raises:
@@ -195,14 +193,9 @@ def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def model_on_meta(config: PretrainedConfig, dtype: torch.dtype | None, where: Path) -> PreTrainedModel:
-    """The model on the meta device: all of its modules and shapes, and no memory for their numbers.
+    """The model on the meta device: modules and shapes, no memory for numbers; a UserError if Transformers refuses it.
 
-    Args:
-        dtype: of its parameters; None for that of the configuration.
-        where: the configuration's file, for messages.
-
-    Raises:
-        UserError: Transformers refuses the configuration.
+    dtype: of its parameters, None for that of the configuration; where: the configuration's file, for messages.
     """
     with torch.device("meta"):
         return _build(config, dtype, where)

@@ -38,8 +38,6 @@ def fill_quantized(
 
     Args:
         model: as `models.load.empty_model` makes it.
-        bits: 4 or 8.
-        device: where the model is to live.
         read: a parameter's name -> the tensor.
         ready: returns layers from packed tensors that exist already; None to quantise what `read` returns.
     """

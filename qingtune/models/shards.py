@@ -19,20 +19,14 @@ from qingtune.files.weights_file import FLOATS, INDEX, WHOLE, Tensor, read_heade
 from qingtune.files.write import flush, replacing, write_json
 
 SHARD_BYTES = 1 << 29  # of the files that ShardWriter makes, at least
+Change = Callable[[str, torch.Tensor], torch.Tensor]  # a tensor's name and the tensor -> one of the same shape
 
 
-def copy_changed(
-    folder: Path, target: Path, names: Collection[str], change: Callable[[str, torch.Tensor], torch.Tensor]
-) -> None:
+def copy_changed(folder: Path, target: Path, names: Collection[str], change: Change) -> None:
     """Copy a model's weights into a folder that exists; of the tensors named, the changed ones, in their own dtype.
 
     All else stays byte for byte. Peak memory is a few times the largest changed tensor.
-
-    Args:
-        change: a tensor's name and the tensor -> one of the same shape.
-
-    Raises:
-        UserError: a changed value is too large for the dtype.
+    A UserError if a changed value is too large for the dtype.
     """
     for path in weight_files(folder):
         shutil.copyfile(path, target / path.name)
@@ -46,31 +40,18 @@ def copy_changed(
         shutil.copyfile(folder / INDEX, target / INDEX)
 
 
-def _changed_bytes(path: Path, name: str, change: Callable[[str, torch.Tensor], torch.Tensor]) -> memoryview:
+def _changed_bytes(path: Path, name: str, change: Change) -> memoryview:
     with safe_open(path, "pt") as file:
         before = file.get_tensor(name)
         after = rounded(name, change(name, before), before.dtype, path)
     return _bytes_of(after)
 
 
-def convert_changed(
-    folder: Path,
-    target: Path,
-    names: Collection[str],
-    change: Callable[[str, torch.Tensor], torch.Tensor],
-    dtype: torch.dtype,
-) -> None:
+def convert_changed(folder: Path, target: Path, names: Collection[str], change: Change, dtype: torch.dtype) -> None:
     """Write a model's weights into a folder that exists, those named as they are changed, all numbers in one dtype.
 
     Files keep their names and tensors; whole numbers, such as counters, stay as they are. Peak memory is a few times
-    the largest tensor.
-
-    Args:
-        change: a tensor's name and the tensor -> one of the same shape.
-        dtype: a floating one.
-
-    Raises:
-        UserError: a value is too large for the dtype.
+    the largest tensor. A UserError if a value is too large for the dtype.
     """
     total = 0
     for path in weight_files(folder):

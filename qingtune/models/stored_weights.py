@@ -83,13 +83,7 @@ class StoredWeights:
             return file.get_tensor(name)
 
     def layer(self, name: str, bias: torch.Tensor | None, device: torch.device) -> NF4Linear:
-        """The frozen layer of a weight stored in 4 bits, its codes as they are.
-
-        Args:
-            name: the weight's.
-            bias: [out] on the device, or None.
-            device: where the layer is to live.
-        """
+        """The frozen layer of a weight stored in 4 bits, its codes as they are; bias: [out] on the device, or None."""
         with self._faults(name):
             parts = {part: tensor.to(device) for part, tensor in self._parts(name).items()}
             return _layer_of(self._described[name], parts, bias)
