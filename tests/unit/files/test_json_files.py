@@ -112,7 +112,6 @@ _OWN = {
     "export/gguf_vocab": "what the tokenizers library has read already",
     "evaluation/form": "a row's form, of data that is read already",
     "answering/chat/editor": "lines typed by the user",
-    "planning/speed": "our own cache",
     "commands/evaluate": "lines written by this very command",
 }
 
