@@ -33,7 +33,7 @@ from qingtune.files.json_files import (
 )
 from qingtune.files.paths import refuse_odd_name
 from qingtune.files.weights_file import check_floats, read_header
-from qingtune.kernels.linear import QuantizedLinear
+from qingtune.kernels.linear import QuantizedLinear, import_bitsandbytes
 from qingtune.models.layers import dense_weight, linear_layers, replace_layer
 
 WEIGHTS = "adapter_model.safetensors"
@@ -80,6 +80,7 @@ def save_adapter(model: Any, folder: Path, base_model: str, dropout: float) -> N
         folder: exists; the two files are written into it.
         base_model: name of the base, kept in the configuration as dropout is.
     """
+    import_bitsandbytes()
     from peft import LoraConfig
 
     adapters = lora_layers(model)

@@ -31,10 +31,11 @@ _CPU_KERNELS = {
 
 
 @functools.cache
-def _bitsandbytes() -> ModuleType:
+def import_bitsandbytes() -> ModuleType:
     """The library, imported without PyTorch's compiler: 42 MB and 0.8 s that only its generic kernels would use.
 
-    On import it wraps those in torch.compile, which is disabled meanwhile.
+    On import it wraps those in torch.compile, which is disabled meanwhile. To be called before PEFT is imported,
+    which imports it as well.
     """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -155,7 +156,7 @@ class NF4Linear(QuantizedLinear):
     @staticmethod
     def pack(weight: torch.Tensor, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """Quantise a weight, [out, in]; dtype: in which it is unpacked again, None for its own."""
-        packed, state = _bitsandbytes().functional.quantize_4bit(
+        packed, state = import_bitsandbytes().functional.quantize_4bit(
             weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
         )
         state.dtype = dtype or weight.dtype
@@ -164,7 +165,7 @@ class NF4Linear(QuantizedLinear):
     def _hold(self, packed: dict[str, torch.Tensor]) -> None:
         scales = {name: tensor for name, tensor in packed.items() if name != "packed"}
         super()._hold({"packed": packed["packed"]})
-        self.state = _bitsandbytes().functional.QuantState.from_dict(scales, self.packed.device)
+        self.state = import_bitsandbytes().functional.QuantState.from_dict(scales, self.packed.device)
         self._in_blocks = self._state_in_blocks()
 
     def _state_in_blocks(self) -> Any:
@@ -187,7 +188,7 @@ class NF4Linear(QuantizedLinear):
         """The weight, [out, in]."""
         if out is not None and self._dequantize_on_cpu(out):
             return out
-        weight = _bitsandbytes().functional.dequantize_4bit(self.packed, self._in_blocks).to(dtype)
+        weight = import_bitsandbytes().functional.dequantize_4bit(self.packed, self._in_blocks).to(dtype)
         return weight.reshape(self.out_features, self.in_features)  # two numbers would come back transposed
 
     def _dequantize_on_cpu(self, out: torch.Tensor) -> bool:
@@ -196,8 +197,8 @@ class NF4Linear(QuantizedLinear):
         Its Python side takes fresh memory for each weight, which leaves holes of 0.2 GB in the heap or, if it is given
         back each time, costs a tenth of the speed.
         """
-        functional = _bitsandbytes().functional
-        kernel = getattr(_bitsandbytes().cextension.lib, _CPU_KERNELS.get(out.dtype, ""), None)
+        functional = import_bitsandbytes().functional
+        kernel = getattr(import_bitsandbytes().cextension.lib, _CPU_KERNELS.get(out.dtype, ""), None)
         if kernel is None or out.device.type != "cpu" or out.dtype != self.state.dtype or self._in_blocks.shape[1] % 2:
             return False
         scales = self.state.absmax
