@@ -17,10 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-# PYTHONPATH of processes that tests start: this checkout before what the caller has.
-MODULES = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+from fork_server import MODULES, ROOT, ForkServer
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -237,3 +234,11 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run_python
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Starts Python with libraries loaded, for tests of what a command does in a process, but not of its start."""
+    server = ForkServer()
+    yield server
+    server.close()

@@ -13,13 +13,15 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MODULES, ROOT
+from conftest import ROOT
+from fork_server import ForkServer, start_python
 
+Start = Callable[..., Any]
 ENTER, CTRL_C, CTRL_D = "\r", "\x03", "\x04"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]|\x1b\][^\x07]*\x07")
 
@@ -48,19 +50,18 @@ chat(answer, ChatSession(template, 4000), Decoding())
 
 
 class Terminal:
-    """A process on a pseudo-terminal of its own, of 24 lines and 80 columns."""
+    """A process on a pseudo-terminal of its own, of 24 lines and 80 columns.
 
-    def __init__(self, argv: Sequence[str | Path], **environment: str) -> None:
+    Args:
+        start: starts Python with arguments on streams, in a session.
+    """
+
+    def __init__(self, start: Start, argv: Sequence[str | Path], environment: Mapping[str, str]) -> None:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.modes = termios.tcgetattr(slave)
-        kept = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, argv)],
-            stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
-            env={**kept, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONPATH": MODULES} | environment,
-        )  # fmt: skip
+        environment = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"} | environment
+        self.process = start(*argv, streams=(slave, slave, slave), session=True, **environment)
         self._slave = slave
         self.seen = self.all_seen = ""
 
@@ -92,17 +93,19 @@ class Terminal:
 
     def close(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.wait(60)
         os.close(self._master)
         os.close(self._slave)
 
 
 @pytest.fixture
-def open_terminal() -> Iterator[Callable[..., Terminal]]:
+def open_terminal(fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Terminal]]:
+    """A function that starts Python at a terminal: forked, or as a new process."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
     opened: list[Terminal] = []
 
-    def start(*argv: str | Path, **environment: str) -> Terminal:
-        opened.append(Terminal(argv, **environment))
+    def start(*argv: str | Path, new: bool = False, **environment: str) -> Terminal:
+        opened.append(Terminal(start_python if new else fork_server.start, argv, environment))
         return opened[-1]
 
     yield start
@@ -174,7 +177,7 @@ def test_the_command_at_a_terminal(
     open_terminal: Callable[..., Terminal], tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     argv = ("-m", "qingtune", "chat", "--base_model", tiny(), "--max_new_tokens", "12", "--seed", "1")
-    terminal = open_terminal(*argv, QINGTUNE_CACHE=str(tmp_path))
+    terminal = open_terminal(*argv, new=True, QINGTUNE_CACHE=str(tmp_path))
     terminal.ask("/set stats on")
     terminal.wait_for("stats  on")
     terminal.ask("Fresh bread?")

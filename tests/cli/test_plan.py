@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import write_jsonl
+from fork_server import ForkServer
 
 from qingtune.cli import main
 from qingtune.errors import UserError
@@ -20,7 +20,6 @@ CONFIG = {
     "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
     "num_hidden_layers": 28, "num_key_value_heads": 4, "vocab_size": 152064, "torch_dtype": "bfloat16",
 }  # fmt: skip
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -289,10 +288,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
 
 
 def test_a_runs_record_holds_plan_and_peak(
-    tiny: Callable[..., Path], data_file: Path, tmp_path: Path, run: Run
+    tiny: Callable[..., Path], data_file: Path, tmp_path: Path, fork_server: ForkServer
 ) -> None:
     output = tmp_path / "out"
-    done = run("-m", "qingtune", *flags_of(tiny(), data_file, output, "--report_to", "none"))
+    done = fork_server.run("-m", "qingtune", *flags_of(tiny(), data_file, output, "--report_to", "none"))
     assert done.returncode == 0, done.stderr
     assert "Plan: " in done.stderr
     assert "It fits: " in done.stderr

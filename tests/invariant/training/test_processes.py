@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import instruction_rows, write_jsonl
+from fork_server import ForkServer
 from tiny_runs import LORA, assert_close, losses, metrics, save_model, train, weights
 
 # Windows of 8 from 18 rows: 8, 8 and 2, the last one too small for the second process to get any.
@@ -27,12 +28,15 @@ ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def torchrun() -> list[str]:
-    """What `torchrun --nproc_per_node 2` runs, on a port of its own."""
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+        return str(probe.getsockname()[1])
+
+
+def torchrun() -> list[str]:
+    """What `torchrun --nproc_per_node 2` runs, on a port of its own."""
+    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
 
 
 def test_two_processes_equal_one(tmp_path: Path, run: Run) -> None:
@@ -87,8 +91,12 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def extend_on_two_disks(tmp_path: Path, run: Run, *, shared: bool) -> subprocess.CompletedProcess[str]:
-    """Extend a finished run of two steps to four with two processes, the second of which has the checkpoint or not."""
+def extend_on_two_disks(tmp_path: Path, fork_server: ForkServer, *, shared: bool) -> tuple[list[int], str]:
+    """Extend a finished run of two steps to four with two processes, the second of which has the checkpoint or not.
+
+    Returns:
+        Their exit codes, and what both report.
+    """
     model, data = save_model(tmp_path / "model"), write_jsonl(tmp_path / "rows.jsonl", instruction_rows(18))
     settings = LORA | {"optim": "sgd", "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
     for place in ("0", "1"):
@@ -101,20 +109,27 @@ def extend_on_two_disks(tmp_path: Path, run: Run, *, shared: bool) -> subprocess
     values = json.loads((tmp_path / "0" / "run.config.json").read_text())
     values |= {"output_dir": "run", "max_steps": 4, "per_device_train_batch_size": 2}
     (tmp_path / "two.json").write_text(json.dumps(values))
-    (tmp_path / "on_own_disk.py").write_text(ON_OWN_DISK)
-    command = [tmp_path / "on_own_disk.py", tmp_path, "train", "--config_file", tmp_path / "two.json"]
-    return run(*torchrun(), *command, **ENVIRONMENT)
+    command = ("-c", ON_OWN_DISK, tmp_path, "train", "--config_file", tmp_path / "two.json")
+    shared_by_all = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    log = tmp_path / "log"
+    with log.open("a") as file:
+        streams = (subprocess.DEVNULL, subprocess.DEVNULL, file)
+        ranks = [
+            fork_server.start(*command, streams=streams, RANK=rank, LOCAL_RANK=rank, **shared_by_all)
+            for rank in ("0", "1")
+        ]
+    return [rank.wait(timeout=300) for rank in ranks], log.read_text()
 
 
-def test_the_first_process_decides_where_all_resume(tmp_path: Path, run: Run) -> None:
-    ended = extend_on_two_disks(tmp_path, run, shared=True)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("is finished after 2 steps; continuing to 4") == 1
+def test_the_first_process_decides_where_all_resume(tmp_path: Path, fork_server: ForkServer) -> None:
+    codes, reported = extend_on_two_disks(tmp_path, fork_server, shared=True)
+    assert codes == [0, 0], reported
+    assert reported.count("is finished after 2 steps; continuing to 4") == 1
     assert_close(weights(tmp_path / "0" / "run"), weights(tmp_path / "whole"), share=1e-4)
 
 
-def test_a_process_without_the_chosen_checkpoint_ends_all(tmp_path: Path, run: Run) -> None:
-    ended = extend_on_two_disks(tmp_path, run, shared=False)
-    assert ended.returncode != 0
-    assert "process 0 resumes from this checkpoint, but this process cannot read it" in ended.stderr
-    assert "process 1 failed: " in ended.stderr
+def test_a_process_without_the_chosen_checkpoint_ends_all(tmp_path: Path, fork_server: ForkServer) -> None:
+    codes, reported = extend_on_two_disks(tmp_path, fork_server, shared=False)
+    assert 0 not in codes
+    assert "process 0 resumes from this checkpoint, but this process cannot read it" in reported
+    assert "process 1 failed: " in reported
