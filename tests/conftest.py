@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import io
 import json
@@ -66,9 +67,15 @@ def _console_script() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Leave the user's cache alone, here and in subprocesses, let no hub be asked, and buffer output as usual."""
+    """Leave the user's cache alone, here and in subprocesses, let no hub be asked, and buffer output as usual.
+
+    The workers of a session share a cache, as what a user starts does: kernels are compiled once.
+    """
     kept = {name: os.environ.pop(name, None) for name in ("QINGTUNE_CACHE", "HF_HUB_OFFLINE", "PYTHONUNBUFFERED")}
-    os.environ["QINGTUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    cache.mkdir(exist_ok=True)
+    os.environ["QINGTUNE_CACHE"] = str(cache)
     os.environ["HF_HUB_OFFLINE"] = "1"
     yield
     for name, value in kept.items():
@@ -76,6 +83,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _loaded_libraries_are_no_garbage() -> None:
+    """Keep collections short: a run of training begins with one, and looking through the libraries takes as long."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_tokenizer(chat_template: str | None = CHATML) -> Any:
