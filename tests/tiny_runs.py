@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,10 +68,20 @@ def lively_model(kind: str, **changes: Any) -> Any:
     return lively(other_model(kind) if kind in ("mistral", "gemma2") else make_model(kind, **changes))
 
 
+@functools.cache
+def _files_of(kind: str) -> dict[str, bytes]:
+    """What a lively model and its tokenizer are stored as; made once."""
+    with tempfile.TemporaryDirectory() as folder:
+        lively_model(kind).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
 def save_model(folder: Path, kind: str = "qwen2", **changes: Any) -> Path:
     """The folder of a lively model with its tokenizer; `changes` go into its config.json."""
-    lively_model(kind).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _files_of(kind).items():
+        (folder / name).write_bytes(content)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return folder

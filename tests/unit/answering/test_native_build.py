@@ -12,6 +12,7 @@ import pytest
 
 from qingtune.answering.decoder.native import build
 from qingtune.answering.decoder.native.build import has_native_units, native_library
+from qingtune.files.paths import default_cache
 
 
 @pytest.fixture(autouse=True)
@@ -30,31 +31,6 @@ def stand_in(folder: Path, script: str) -> str:
     path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     path.chmod(0o755)
     return str(path)
-
-
-@pytest.mark.skipif(not has_native_units(), reason="needs AVX-512 with int8 units")
-def test_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = ["-O0" if flag == "-O3" else flag for flag in build.FLAGS]  # three times: what comes of it is not run
-    monkeypatch.setattr(build, "FLAGS", quick)
-    library = native_library()
-    if isinstance(library, str):
-        pytest.skip(library)
-    (file,) = fresh.iterdir()
-    assert isinstance(library, ctypes.CDLL)
-    before = file.stat().st_mtime_ns
-    native_library.cache_clear()
-    assert isinstance(native_library(), ctypes.CDLL)
-    assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [before]
-    file.unlink()  # not written over: this process runs it
-    file.write_bytes(b"cut off")
-    native_library.cache_clear()
-    assert isinstance(native_library(), ctypes.CDLL)
-    source = fresh.parent / "other.c"
-    source.write_text(build.SOURCE.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    monkeypatch.setattr(build, "SOURCE", source)
-    native_library.cache_clear()
-    assert isinstance(native_library(), ctypes.CDLL)
-    assert len(list(fresh.iterdir())) == 2
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -93,6 +69,39 @@ while [ $# -gt 0 ]; do
     [ "$1" = -o ] && cp LIBRARY "$2" && chmod 775 "$2"
     shift
 done"""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Path:
+    """The library as the compiler makes it, in the cache of all tests."""
+    if not has_native_units():
+        pytest.skip("needs AVX-512 with int8 units")
+    native_library.cache_clear()
+    library = native_library()
+    if isinstance(library, str):
+        pytest.skip(library)
+    return next((default_cache() / "native").glob("*.so"))
+
+
+def test_compiled_once(compiled: Path, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", stand_in(tmp_path, COPIES.replace("LIBRARY", str(compiled))))
+    assert isinstance(native_library(), ctypes.CDLL)
+    (file,) = fresh.iterdir()
+    before = file.stat().st_mtime_ns
+    native_library.cache_clear()
+    assert isinstance(native_library(), ctypes.CDLL)
+    assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [before]
+    file.unlink()  # not written over: this process runs it
+    file.write_bytes(b"cut off")
+    native_library.cache_clear()
+    assert isinstance(native_library(), ctypes.CDLL)
+    assert file.stat().st_size == compiled.stat().st_size
+    source = fresh.parent / "other.c"
+    source.write_text(build.SOURCE.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    monkeypatch.setattr(build, "SOURCE", source)
+    native_library.cache_clear()
+    assert isinstance(native_library(), ctypes.CDLL)
+    assert len(list(fresh.iterdir())) == 2
 
 
 @pytest.fixture
