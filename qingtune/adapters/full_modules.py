@@ -96,7 +96,7 @@ def tied_modules(model: Any, modules: Iterable[str]) -> list[str]:
 
 
 def untie(model: Any) -> None:
-    """Give the head a matrix of its own, equal to the embedding's."""
+    """Give the head its own matrix, equal to the embedding's."""
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False

@@ -62,7 +62,7 @@ class StoredAdapter:
 
         Args:
             name: the parameter's.
-            weight: as the base stores it. The head's of a model whose head is its embedding is the embedding.
+            weight: as the base stores it. For a head tied to the embedding, the embedding.
 
         Raises:
             UserError: their shapes do not fit.
@@ -98,7 +98,7 @@ class StoredAdapter:
 class MergedWeights(StoredWeights):
     """A base's tensors with an adapter's changes, read one at a time; without an adapter, the base's alone.
 
-    A head of its own that is missing in the files is made of the embedding.
+    A separate head that is missing in the files is made of the embedding.
 
     Attributes:
         adapter: the adapter.
@@ -114,11 +114,11 @@ class MergedWeights(StoredWeights):
         self.changed = adapter.names if adapter else set[str]()
 
     def unchanged(self, name: str) -> torch.Tensor:
-        """The base's own tensor, in memory of its own."""
+        """The base's own tensor, in separate memory."""
         return super().read(EMBEDDING if name == HEAD and HEAD not in self.shapes else name)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor in memory of its own."""
+        """A tensor in its own memory."""
         weight = self.unchanged(name)
         return self.adapter.merged(name, weight) if self.adapter else weight
 

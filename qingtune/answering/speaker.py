@@ -30,7 +30,7 @@ DEFAULT_CONTEXT = 2048  # tokens, where a model's configuration does not say
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model to answer, whose weights are read when they are first needed.
+    """A model that answers; its weights are read when they are first needed.
 
     Attributes:
         load: reads base and adapter.

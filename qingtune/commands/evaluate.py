@@ -2,7 +2,7 @@
 
 Each model in turn goes over the rows and writes what it made of each as a line of predictions_before.jsonl or
 predictions_after.jsonl; the metrics are made of these files alone. So a stopped evaluation resumes at the row at
-which it stopped, and a model whose file is whole is not loaded again.
+which it stopped, and a model with a complete file is not loaded again.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def _answer_file(speaker: Speaker, rows: list[tuple[dict[str, Any], Any]], confi
 
 
 def _fit_slots(decoder: Decoder, questions: Sequence[Question], prompt_file: str) -> None:
-    """Have as many slots as there is memory for, each with room for the longest prompt and answer; tells if fewer."""
+    """Make as many slots as memory allows, each with room for the longest prompt and answer; reports if fewer."""
     free = free_bytes(decoder.device) if isinstance(decoder, CachedDecoder) else None
     if not isinstance(decoder, CachedDecoder) or free is None or not questions:
         return  # the model's own modules hold one sequence, as it grows

@@ -38,7 +38,7 @@ class Batch:
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), origins=self.origins)
 
     def trained_samples(self) -> Iterator[Batch]:
-        """Each sample that trains a token, as a micro-batch of its own."""
+        """Each sample that trains a token, as its own micro-batch."""
         for number, (start, end) in enumerate(pairwise(self.starts.tolist())):
             mine = (self.predicting >= start) & (self.predicting < end)
             if bool(mine.any()):

@@ -206,7 +206,7 @@ class Seen:
         self.places.append(len(self.files) - 1 << 40 | int(line))
 
     def place(self, number: int) -> str:
-        """Where a row stands, as `file:line`."""
+        """The place of a row, as `file:line`."""
         place = self.places[number]
         return f"{self.files[place >> 40]}:{place & (1 << 40) - 1}"
 

@@ -55,7 +55,7 @@ def find_control_tokens(tokenizer: PreTrainedTokenizerBase, render: Render, stop
     """The control tokens of a tokenizer with its chat template.
 
     Args:
-        render: writes turns, with or without what stands before an answer.
+        render: writes turns, with or without what comes before an answer.
         stop_ids: ids at which generation stops.
     """
     added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if token.content}
@@ -110,7 +110,7 @@ def _found_in(texts: Sequence[str], tokens: Collection[str]) -> set[str]:
 def _delimiters(render: Render, written: Collection[str], endings: set[str]) -> set[str]:
     """Those of the written tokens that set turns apart.
 
-    A pair of tags in an answer's frame is none, as `<think>` and `</think>`, unless one of it stands elsewhere too.
+    A pair of tags in an answer's frame is none, as `<think>` and `</think>`, unless one of them occurs elsewhere too.
     """
     answered = _rendered(render, ("user", "assistant"))
     others = [_rendered(render, ("user",)), _rendered(render, ("system", "user"))]

@@ -35,7 +35,7 @@ _LEAVE_OUT = "Remove it from the text."
 
 
 class Encoder:
-    """A tokenizer whose control tokens cannot be forged.
+    """A tokenizer with control tokens that cannot be forged.
 
     Args:
         tokenizer: with its chat template.
@@ -71,7 +71,7 @@ class Encoder:
     # --- Texts that a template writes --------------------------------------------------------------------------------
 
     def veil(self, messages: Sequence[Message]) -> list[Turn]:
-        """The messages for a template to write, so that `ids` tells their text from the template's own."""
+        """The messages for a template to write, so that `ids` can distinguish their text from the template's own."""
         return [{"role": message.role, "content": self._veiled(message)} for message in messages]
 
     def _veiled(self, message: Message) -> str:
@@ -177,7 +177,7 @@ class Encoder:
     # --- Parts -------------------------------------------------------------------------------------------------------
 
     def cuts(self, text: str, first: int = 0) -> list[int]:
-        """Where the parts of a text begin whose ids together are those of the text: `first`, and each cut after it."""
+        """Where a text can be cut without changing its ids: `first`, and each cut after it."""
         return [first, *(found.start() for found in self._cuts.finditer(text, first) if found.start() > first)]
 
     @cached_property

@@ -39,7 +39,7 @@ class RowError(Exception):
 
 
 class Refusal(RowError):
-    """A row of a kind of data that cannot be trained on, and the sign that tells so."""
+    """A row of a kind of data that cannot be trained on, and the sign of that."""
 
     def __init__(self, kind: str, sign: str) -> None:
         super().__init__(f"{kind} is not supported ({sign})")
@@ -115,7 +115,7 @@ FIELDS = {name: (kind, harmless) for kind, harmless, names in _KINDS for name in
 _LABELS: dict[str, tuple[str, Callable[[Any], bool]]] = dict.fromkeys(
     ("label", "labels", "label_text", "class"), (CLASSIFICATION, is_empty)
 ) | {"role": (TURNS, _is_no_role)}
-# Columns by which files are known whose rows are of no known form.
+# Columns that identify files with rows of no known form.
 _SIGNS = {
     EMBEDDING: ("query pos", "query positive", "anchor positive", "sentence1 sentence2", "query passage"),
     CHOICES: ("question choices", "question options", "question A B"),
@@ -148,7 +148,7 @@ def lost_meaning(values: Mapping[str, Any], read: Collection[str], *, labels_ans
 
 
 def kind_of_file(values: Mapping[str, Any]) -> Refusal | None:
-    """What a row of no known form tells of its file; None where that is not known either."""
+    """What a row of no known form shows about its file; None if nothing is known."""
     if "input_ids" in values:
         return Refusal(TOKENISED, '"input_ids"')
     refusal = lost_meaning(values, (), labels_answer=True)

@@ -16,7 +16,7 @@ from qingtune.data.read import Fault, Places, Row, read_rows
 from qingtune.data.rules import USUAL, MemoryBound, Rules
 from qingtune.errors import UserError, shorten
 
-MOST_UNKNOWN = 1000  # rows read in the hope that one of them tells the format
+MOST_UNKNOWN = 1000  # rows read in the hope that one of them shows the format
 SHOWN_FIELDS = 20
 MOST_FIELDS = 1000  # that are not used, counted apart
 OF_EVALUATION = "form"  # a column that evaluation alone reads; see answer_form.py

@@ -66,7 +66,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: TrainConfig, count: int, processes: int = 1) -> Plan:
-        """The plan of a run over so many samples."""
+        """The plan of a run over this many samples."""
         batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
         return cls(count, batch, accumulation, processes, config.seed)
 

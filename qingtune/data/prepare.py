@@ -57,7 +57,7 @@ def check_files_exist(paths: Mapping[str, Sequence[str] | None]) -> None:
         paths: by the setting that names them.
 
     Raises:
-        UserError: names every file that is not there; or the first whose path no record can hold.
+        UserError: names every missing file, or the first path that no record can hold.
     """
     problems: list[UserError] = []
     for setting, names in paths.items():

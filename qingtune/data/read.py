@@ -44,7 +44,7 @@ class Fault:
     """A place in the data that cannot be used, and why.
 
     Attributes:
-        kind: of data, where that is not supported; then `sign` tells what it was known by.
+        kind: of data, where that is not supported; then `sign` is what it was recognised by.
     """
 
     origin: str
@@ -211,7 +211,7 @@ def _read_json(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Row
 
 
 def _whole_text(file: io.BufferedIOBase, path: str, rules: Rules) -> str:
-    """What is left of a file whose text is held as a whole, which takes up to five times as much memory."""
+    """The rest of a file that is held in memory as a whole, which takes up to five times its size."""
     most = min(MOST_LIST_BYTES, rules.data_bytes() // 4)
     content = file.read(most + 1)
     if len(content) > most:
@@ -235,7 +235,7 @@ def _broken_list(what: str, text: str, path: str, place: int) -> UserError:
 
 
 class _Lines:
-    """The lines of a text, of which a record may take several, but no more than so many characters in all."""
+    """The lines of a text, of which a record may take several, but only a limited number of characters in all."""
 
     def __init__(self, text: io.TextIOWrapper, most: int) -> None:
         self._text, self._most = text, most
@@ -255,7 +255,7 @@ class _Lines:
 
 
 def _separator(file: io.BufferedIOBase, rules: Rules) -> str:
-    """What stands between the columns' names: where the comma is a decimal point, spreadsheets write semicolons."""
+    """The separator of the columns' names: where the comma is a decimal point, spreadsheets write semicolons."""
     start = file.tell()
     names = file.readline(rules.row_bytes)
     file.seek(start)

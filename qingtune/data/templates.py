@@ -36,7 +36,7 @@ class Rendered:
 
 
 Turn = Mapping[str, str]  # `role` and `content`
-# A conversation's turns; and of each text how many of them it holds, and whether it ends with what stands before an
+# A conversation's turns; and of each text how many of them it holds, and whether it ends with what comes before an
 # answer.
 Request = tuple[Sequence[Turn], Sequence[tuple[int, bool]]]
 
@@ -48,7 +48,7 @@ def render_template(
 
     Args:
         variables: the tokenizer's special tokens by name.
-        add_generation_prompt: whether to end with what stands before an answer.
+        add_generation_prompt: whether to end with what comes before an answer.
 
     Raises:
         TemplateError: the template is broken, refuses the turns, or takes too long or too much memory.

@@ -375,7 +375,7 @@ def _answer_ids(template: Template, before: array[int], added: str | None, ids: 
     """Ids of an assistant's turn after its prompt, and how many of them, up to the end of turn, are trained.
 
     They are those of the text in one go, unless the two melt into one token at the seam: alone, an answer would get a
-    space of its own from a SentencePiece tokenizer.
+    additional space from a SentencePiece tokenizer.
     """
     if added is None:
         raise _TemplateFault("the chat template does not write the answer directly after its prompt")

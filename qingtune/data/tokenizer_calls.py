@@ -86,7 +86,7 @@ _CONFINED: WeakKeyDictionary[Any, ConfinedTokenizer | None] = WeakKeyDictionary(
 
 
 def _confined(tokenizer: PreTrainedTokenizerBase) -> ConfinedTokenizer | None:
-    """The tokenizer in a process of its own, if it cuts text by an unknown regular expression."""
+    """The tokenizer in a separate process, if it cuts text by an unknown regular expression."""
     if tokenizer not in _CONFINED:
         foreign = has_foreign_patterns(steps_of(tokenizer))
         content = cast("Any", tokenizer).backend_tokenizer.to_str() if foreign else None

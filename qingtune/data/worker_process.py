@@ -36,8 +36,8 @@ import jinja2.sandbox
 import jinja2.utils
 
 BYTES = {"templates": 1 << 30, "tokenizer": 4 << 30}
-MOST_LETTERS = 1 << 20  # that a template may write beside the messages, of which it may write each letter ...
-MOST_COPIES = 8  # ... so many times
+MOST_LETTERS = 1 << 20  # that a template may write in addition to the messages, of which it may write each letter ...
+MOST_COPIES = 8  # ... this many times
 TIMED = 16  # texts of a conversation that are timed together, as starting the clock takes as long as rendering one
 
 

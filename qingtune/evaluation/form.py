@@ -41,9 +41,9 @@ class Form(Settings):
         title: true: the first line is a title. It is not empty, at most 80 columns wide (40 Chinese characters), is
             not made of hashtags alone, and more lines follow.
         emoji: true: at least one emoji, be it a flag or a keycap; false: none. ©, digits and signs such as ★ are none.
-        tags: so many hashtags at least, such as `#bakery`, `#面包#` or `#面包[话题]#`. A # begins one at the start of
+        tags: least number of hashtags, such as `#bakery`, `#面包#` or `#面包[话题]#`. A # begins one at the start of
             a word or after a Chinese character, and a letter has to be in it: `# A heading`, `C#` and `#1` are none.
-        min_characters: so many characters at least, white space not counted; likewise max_characters, at most.
+        min_characters: the least number of characters, without white space; max_characters: the most.
         contains: each of these texts is in the answer, verbatim.
         excludes: none of these texts does.
     """

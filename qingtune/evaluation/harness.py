@@ -109,7 +109,7 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
 
     @property
     def tokenizer_name(self) -> str:
-        """By which the harness tells the prompts that it keeps apart."""
+        """What the harness distinguishes its cached prompts by."""
         text = f"{self.tokenizer.name_or_path} {self.tokenizer.chat_template} {self.speaker.system_prompt}"
         return f"qingtune-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -144,7 +144,7 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
     def _loglikelihood_tokens(
         self, requests: Iterable[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Of each continuation after its context, whose beginning goes where both are too long."""
+        """Of each continuation after its context, the beginning of which is dropped if both are too long."""
         found: list[tuple[float, bool]] = []
         for number, (_, context, continuation) in enumerate(requests, 1):
             ids = [*context, *continuation][-self.max_length :]

@@ -100,7 +100,7 @@ def signatures(references: Sequence[str]) -> dict[str, str]:
 
 
 def is_chinese(texts: Iterable[str]) -> bool:
-    """Whether so many characters are Chinese that BLEU has to take them one by one."""
+    """Whether enough characters are Chinese for BLEU to take them one by one."""
     characters = "".join("".join(text.split()) for text in texts)
     return len(_HAN.findall(characters)) >= CHINESE_FROM * max(1, len(characters))
 

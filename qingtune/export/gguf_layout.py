@@ -87,7 +87,7 @@ def layout_of(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, untie: boo
     Args:
         folder: of the model.
         shapes: of its stored tensors, by name.
-        untie: the head is a matrix of its own here, though the model's configuration has it tied.
+        untie: the head is a separate matrix here, though the model's configuration has it tied.
 
     Raises:
         UserError: the architecture, or something about this model, cannot be expressed.
@@ -163,7 +163,7 @@ def _place(config: Any, kind: str, folder: Path, shapes: Mapping[str, tuple[int,
         if source.endswith("rotary_emb.inv_freq"):
             continue  # old folders hold this; it follows from the settings
         name = names.get_name(source, (".weight", ".bias")) or ""
-        # gguf's map knows the names of other libraries as well, whose tensors may be arranged in another way.
+        # gguf's map also has the names of other libraries, which may arrange tensors in another way.
         if not source.startswith(("model.", "lm_head.")) or name not in known or name in placed:
             raise UserError(f"{source} has no place in llama.cpp's {kind}", where=str(folder))
         placed[name] = PlacedTensor(name, source, shape, heads.get(name.rpartition(".")[0].rpartition(".")[2], 0))

@@ -23,8 +23,8 @@ from qingtune.models.stored_weights import StoredWeights
 from qingtune.output.console import labelled
 
 ANSWER_TOKENS = 32
-ROWS_AT_A_TIME = 32  # places whose logits are there at once
-# Merging in fp32 against the adapter beside its weights: what changes the order of sums. The largest difference of two
+ROWS_AT_A_TIME = 32  # positions with logits in memory at once
+# Merging in fp32 against the unmerged adapter: only the order of sums differs. The largest difference of two
 # logits, as a share of the logits' standard deviation.
 MOST_MERGING_DIFFERENCE = 1e-3
 

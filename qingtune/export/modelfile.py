@@ -1,7 +1,7 @@
 """Ollama's Modelfile: the chat template in Go's template language, stop tokens, system prompt and sampling.
 
 A model's own template is Jinja, which Ollama does not read. What it does is found out by rendering conversations of
-known contents and looking at the text between these; a template whose turns do not simply follow one another is left
+known contents and looking at the text between these; a template that does not just write turn after turn is left
 out rather than guessed.
 """
 
@@ -40,8 +40,8 @@ class Turns:
     """A chat template as the text around each turn.
 
     Attributes:
-        opening: stands first where the first message is not the system's.
-        around: what stands before and after the content of a turn, by role: system, user, assistant.
+        opening: comes first if the first message is not the system's.
+        around: what comes before and after the content of a turn, by role: system, user, assistant.
         prompt: before the answer to be made.
         changed: what the model's own template does to some contents and this does not.
     """
@@ -80,7 +80,7 @@ def find_turns(template: str, render: Render, bos: str | None) -> Turns:
 
     Args:
         template: Jinja, looked at for words only.
-        render: writes messages, with or without what stands before an answer.
+        render: writes messages, with or without what comes before an answer.
         bos: text of the token that llama.cpp puts before a prompt by itself, to be left out here; None if it does not.
 
     Raises:

@@ -34,7 +34,7 @@ class Pass:
     seed: int | None
 
     def dropout_seed(self, layer: int, part: int) -> int | None:
-        """The seed of one mask of a layer; part tells its masks apart."""
+        """The seed of one mask of a layer; `part` selects the mask."""
         return None if self.seed is None else (self.seed + 8 * layer + part) % 2**62
 
 

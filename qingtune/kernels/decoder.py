@@ -62,7 +62,7 @@ class TrainingDecoder:
         dropout: of the adapters' inputs.
         int8_units: whether int8 weights are multiplied as such.
         recompute: of how many layers, counted from the first, nothing but the input is kept.
-        most_tokens: in a pass, as far as known; buffers are made for so many at once.
+        most_tokens: in a pass, as far as known; buffers are made for that many at once.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class TrainingDecoder:
             tokens: of the pass.
             longest: tokens of its longest sample.
             recompute: layers of which nothing but the input is kept; None for as many as there are now.
-            evaluated: tokens of a pass without gradients, whose buffers stay beside it; 0 without evaluation.
+            evaluated: tokens of a pass without gradients, the buffers of which are kept as well; 0 without evaluation.
         """
         how = self.arithmetic if recompute is None else replace(self.arithmetic, recompute=recompute)
         work, evaluation = (PassTokens(n, n, min(longest, n)) for n in (tokens, evaluated))

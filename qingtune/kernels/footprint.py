@@ -1,6 +1,6 @@
 """Bytes that training takes, as plain arithmetic over sizes: no torch, nothing read, nothing measured here.
 
-The fast kernels keep what they need in named buffers (kernels/workspace.py), and `buffers` tells each one's size; a
+The fast kernels keep what they need in named buffers (kernels/workspace.py), and `buffers` gives the size of each; a
 test holds it against the buffers that a pass really made. The engine takes its own estimates from the same functions.
 
 Symbols: T tokens of a pass, N of them whose next token is trained, b bytes a number of the dtype that is computed in,
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 CHUNK_ELEMENTS = 2**25 + 2**23  # logits held at a time: 84 MB in bf16, 276 rows of Qwen's vocabulary
-ROWS_AT_A_TIME = 8  # rows whose softmax is taken in fp32 at a time on a CPU, so that they stay in its cache
+ROWS_AT_A_TIME = 8  # rows of which the softmax is taken in fp32 at a time on a CPU, so that they stay in its cache
 VOCABULARY_TILE = 2048  # rows of a head in another dtype, or one that is trained, taken at a time
 QUERY_BLOCK = 256  # rows of a block of attention scores, at most
 ROWS_MULTIPLE = 8  # passes are filled up to it: products of 577 or 583 rows were seen to take 5 to 12 % longer than 584
@@ -141,7 +141,7 @@ def layers_to_recompute(choice: bool | str, layers: int, pass_bytes: Callable[[i
 
 
 def optimizer_bytes(optim: str, numbers: int) -> int:
-    """What the optimizer keeps for so many trained numbers: AdamW's two moments in fp32 or 8 bits."""
+    """What the optimizer keeps for this many trained numbers: AdamW's two moments in fp32 or 8 bits."""
     return round(numbers * (0 if optim == "sgd" else BYTES_A_8BIT_STATE if optim in EIGHT_BITS else 8))
 
 

@@ -1,6 +1,6 @@
 """How a micro-batch lies in memory: samples end to end, a beginning that all of them share held once.
 
-Samples of one task often begin alike (system prompt, instruction). Where no adapter dropout tells them apart, that
+Samples of one task often begin alike (system prompt, instruction). Unless adapter dropout makes them differ, that
 prefix gives the same keys and values in every sample, so it is computed once and the gradients of all samples meet
 in it.
 """

@@ -104,7 +104,7 @@ def _visible(gpus: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
 
 
 def _torch_has_cuda() -> bool:
-    """Whether the installed torch is not a build for CPUs alone, as its version tells."""
+    """Whether the installed torch is not a build for CPUs alone, by its version."""
     try:
         return "+cpu" not in importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:

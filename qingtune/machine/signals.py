@@ -42,7 +42,7 @@ def unwinding() -> Generator[None]:
     """Let the signals of ENDING unwind the process as Ctrl-C does; those that are ignored or handled are left alone.
 
     One that follows during the unwinding changes nothing. Where one came, any other error counts as it: code in C that
-    the signal found at work may turn the exception into one of its own.
+    the signal found at work may turn the exception into another.
     """
     came: list[int] = []
 

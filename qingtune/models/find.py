@@ -22,7 +22,7 @@ from qingtune.models.config_file import read_model_config
 ANSWER_WITHIN_S = 4.0
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 _HEADER = ("config.json",)
-# Ends the name of the tensor that says how a weight in 4 bits is packed; the weight's own name stands before it.
+# Ends the name of the tensor that says how a weight in 4 bits is packed; the weight's own name comes before it.
 NF4_MARK = ".quant_state.bitsandbytes__nf4"
 HEADERS = "headers"  # where config.json files without weights are kept, in the cache
 CONVERTED = "gguf"  # where converted .gguf files are kept, in the cache
@@ -130,7 +130,7 @@ def _is_hub_name(name: str) -> bool:
 def _from_hugging_face(name: str, cache_dir: str | None, header: bool) -> Path | str:
     """The folder of the model, downloaded if need be; or a line on why it could not be had.
 
-    A header is downloaded to a cache of its own: in the common one, a later run would take it for the whole model.
+    A header is downloaded to a separate cache: in the common one, a later run would take it for the whole model.
     """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError

@@ -45,7 +45,7 @@ def _read_dequantised(path: Path) -> tuple[Any, Any]:
     file = str(path.resolve())
     with (
         contextlib.redirect_stderr(io.StringIO()),  # the converter's bars; its errors are exceptions
-        tempfile.TemporaryDirectory() as empty,  # files beside the .gguf, such as an adapter, are none
+        tempfile.TemporaryDirectory() as empty,  # without the files next to the .gguf, such as an adapter
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(empty, gguf_file=file)
         dequantise = transformers.GgufConfig(dequantize=True)

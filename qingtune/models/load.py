@@ -235,7 +235,7 @@ def make_config(content: Mapping[str, Any], where: Path) -> PretrainedConfig:
 
 
 def _check_layer_types(config: PretrainedConfig, where: Path) -> None:
-    """Refuse layers of a kind whose size is missing, at whose first tokens Transformers would fail."""
+    """Refuse layers of a kind whose size is missing: Transformers would fail at the first tokens."""
     text: Any = config.get_text_config(decoder=True)
     for kind, size in _SIZES_OF_LAYERS.items():
         if kind in (getattr(text, "layer_types", None) or ()) and getattr(text, size, None) is None:

@@ -154,7 +154,7 @@ class ShardWriter:
 
 
 def add_tensor(folder: Path, name: str, tensor: torch.Tensor) -> None:
-    """Put one more tensor into a copied model, in a file of its own."""
+    """Put one more tensor into a copied model, in a separate file."""
     files = sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).exists():
         index = read_object(folder / INDEX, INDEX_BYTES)

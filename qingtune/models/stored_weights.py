@@ -68,7 +68,7 @@ class StoredWeights:
         return all(self.shapes.get(name) == tuple(tensor.shape) for name, tensor in stored_tensors(model).items())
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor in memory of its own."""
+        """A tensor in its own memory."""
         if name not in self.packed:
             return self._read(name)
         with self._faults(name):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-# What is a secret by its own look, whatever stands around it; a Chinese character before it is no part of it.
+# What is recognised as a secret in any text; a Chinese character before it is no part of it.
 TOKENS: dict[str, re.Pattern[str]] = {
     kind: re.compile(pattern, re.ASCII)
     for kind, pattern in {
@@ -56,7 +56,7 @@ NAMED: dict[str, re.Pattern[str]] = {
     }.items()
 }
 
-# Variables of the environment whose values are secrets, unless their names end in what says where or of which kind.
+# Variables of the environment whose values are secrets, unless their names end in a word for a place or a kind.
 SECRET_NAME = re.compile(
     r"TOKEN(?!IZER)|SECRET|PASSWO?R?D|PASSPHRASE|API_?KEY|ACCESS_?KEY|CREDENTIAL|"
     r"(?:^|_)(?:PASS|PWD|PW|PAT|KEY|AUTH|APIKEY)\d*(?:_|$)",

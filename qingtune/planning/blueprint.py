@@ -45,7 +45,7 @@ class Built:
         weights: dense weights; in full training the trained ones, otherwise the frozen ones.
         weight_itemsize: bytes a number of the dense frozen weights.
         quantized: packed weights with their scales.
-        adapters: what is trained beside frozen weights.
+        adapters: what is trained on frozen weights.
         taken: copies of the adapters' start, kept in main memory where it was taken out of the weights.
         gradients: one for each trained number.
         trainable: trained numbers; likewise low_rank, those of the adapters' alone.

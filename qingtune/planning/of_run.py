@@ -1,4 +1,4 @@
-"""The plan of a run whose data are at hand, and what it is held against at the end."""
+"""The plan of a run with known data, and its comparison with the run at the end."""
 
 from __future__ import annotations
 

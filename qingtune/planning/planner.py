@@ -29,7 +29,7 @@ from qingtune.kernels.footprint import (
 from qingtune.machine.resources import Machine
 from qingtune.planning.blueprint import Blueprint, Built
 
-# Resident memory of a run beside all that is counted: Python, torch, Transformers and what they allocate, measured on
+# Resident memory of a run over all that is counted: Python, torch, Transformers and what they allocate, measured on
 # Linux (benchmarks/plan_grid.py) at two vocabularies; a tokenizer in memory grows with its own.
 RUNTIME_ON_CPU = 430_000_000
 RUNTIME_A_TOKEN_OF_VOCABULARY = 730
@@ -209,7 +209,7 @@ class Planner:
         return self.plan(*self._passes(samples), self.blueprint.layers).total
 
     def plan(self, work: PassTokens, evaluation: PassTokens | None = None, recompute: int | None = None) -> MemoryPlan:
-        """The plan for passes of this size, and for so many layers that are recomputed, by default as the run would."""
+        """The plan for passes of this size, and for this many recomputed layers, by default as the run would."""
         work, evaluation = _filled_up(work), evaluation and _filled_up(evaluation)
         if recompute is None:
             recompute = self._recompute(work, evaluation)
@@ -293,7 +293,7 @@ def most_tokens_of(machine: Machine) -> int:
 
 
 def training_batches(count: int, config: TrainConfig, processes: int = 1) -> list[list[int]]:
-    """The numbers of the samples of each micro-batch of one process, in the first steps of a run over so many."""
+    """The numbers of the samples of each micro-batch of one process, in the first steps of a run over this many."""
     order = Plan.of(config, count, processes)
     steps = range(min(order.steps_per_epoch, STEPS_TO_LOOK_AT))
     return [share.tolist() for step in steps for share in order.micro_batches(step, 0)]

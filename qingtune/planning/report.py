@@ -65,7 +65,7 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is told; `chosen` is the key of the method that the settings ask for."""
+    """All of the report; `chosen` is the key of the method that the settings ask for."""
 
     name: str
     blueprint: Blueprint
@@ -183,7 +183,7 @@ def _verdict(report: Report) -> str:
     name = METHODS[report.chosen]
     name = name[0].upper() + name[1:]
     if free is None:
-        return f"{name} takes {_gb(memory.total)} GB; how much is free cannot be told here."
+        return f"{name} takes {_gb(memory.total)} GB; how much is free is not known here."
     if memory.total <= free:
         verdict = f"{name} takes {_gb(memory.total)} GB and fits, with {_gb(free - memory.total)} GB to spare."
     else:

@@ -61,7 +61,7 @@ def flops_per_token(
 
 
 def flops_of(planner: Planner, recompute: int, samples: Samples) -> float:
-    """Operations a token of a run in which so many layers go forward twice."""
+    """Operations a token of a run in which this many layers go forward twice."""
     blueprint = planner.blueprint
     work = TokenWork(
         body=blueprint.active_body,

@@ -67,7 +67,7 @@ def plot_comparison(
     """Draw setups as points with their spread.
 
     Args:
-        points: name, then median, least and most of what lies across (from 0 on), and of what stands up.
+        points: name, then median, least and most of the horizontal axis (from 0 on), and of the vertical one.
         labels: of the two axes.
         picture: the file to write.
     """
@@ -152,7 +152,7 @@ def _matplotlib() -> Any:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty picture of so many inches."""
+    """An empty picture of this size in inches."""
     _matplotlib()
     from matplotlib.figure import Figure
 

@@ -175,7 +175,7 @@ class ResultFolder:
                 say(f"{aside} contains files that appeared in output_dir at the last moment; they are kept there.")
 
     def _kept_elsewhere(self, staged: Path, why: str) -> UserError:
-        """Give a result that cannot get its place a name of its own."""
+        """Give a result another name if its place is taken."""
         places = (self.target.with_name(f"{self.target.name}-{number}") for number in count(2))
         place = next(place for place in places if not os.path.lexists(place))
         move_into_place(staged, place)

@@ -2,7 +2,7 @@
 
 Moments are held in blocks of 256 with the block's largest value (Dettmers et al. 2022,
 https://arxiv.org/abs/2110.02861). The first one is held as its signed square root, the second as its fourth root, so
-that small values beside large ones keep their relative precision; both, and weights in bf16, are rounded up or down
+that small values next to large ones keep their relative precision; both, and weights in bf16, are rounded up or down
 at random with the right expectation, without which a change smaller than half a step would be lost every time.
 """
 

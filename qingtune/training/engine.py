@@ -38,7 +38,7 @@ class Engine:
         loss: summed loss of a micro-batch, fp32 scalar without a graph.
         add_gradients: micro-batch, scale -> summed loss; adds scale times its gradient to the parameters'.
         most_tokens: to be given at a time; longer micro-batches are to be split between samples.
-        release: gives back what is held between passes, which will have no more than so many tokens from then on.
+        release: gives back what is held between passes, which will have no more than this many tokens from then on.
         recompute_all: keeps nothing but inputs for the backward pass; False if that was so already.
     """
 

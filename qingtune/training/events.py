@@ -129,7 +129,7 @@ class LinesFile:
         lines = _whole_lines(path) if keep_to_step else []
         kept = [line for number, line in enumerate(lines, 1) if _step_of(line, f"{path}:{number}") <= keep_to_step]
         self.path = path
-        write_bytes(path, b"")  # a file of its own, whoever has a link to the one before
+        write_bytes(path, b"")  # a new file, whoever has a link to the one before
         self.file = open_in_place(path)
         self.waiting = b"".join(line + b"\n" for line in kept)
         self.failed = False

@@ -31,9 +31,9 @@ def digests_of_inputs(config: TrainConfig, folder: Path) -> dict[str, str]:
     Raises:
         OSError: a file cannot be read.
     """
-    beside = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in _BESIDE_WEIGHTS]
+    others = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in _BESIDE_WEIGHTS]
     data = {f"data {number}": sha256_of(Path(path)) for number, path in enumerate(config.data_path or [])}
-    files = {path.name: sha256_of(path) for path in beside}
+    files = {path.name: sha256_of(path) for path in others}
     return {**data, **files, "version of tokenizers": importlib.metadata.version("tokenizers")}
 
 
@@ -53,6 +53,6 @@ def is_surely_finished(config: TrainConfig) -> bool:
         if record.versions != versions() or record.results.get("inputs") != digests_of_inputs(config, folder):
             return False
         now = settings_to_compare(config, 1, str(record.settings.get("data")), fingerprint(folder))
-    except (OSError, UserError):  # the recipe comes upon the same, and tells it
+    except (OSError, UserError):  # training finds the same, and reports it
         return False
     return not differences(record.settings, now)

@@ -91,7 +91,7 @@ class Progress:
 
 
 def train(work: Work, limits: Limits, processes: Processes, emit: Sink, progress: Progress) -> bool:
-    """Train from where `progress` stands to the last step.
+    """Train from `progress` to the last step.
 
     Returns:
         True if all steps are done, False if a signal ended the run early; the state is saved then.
@@ -187,7 +187,7 @@ def _backward(work: Work, batches: Sequence[Batch], trained: int, seed: list[int
 
 
 def _rows_to_blame(batches: Sequence[Batch], losses: torch.Tensor) -> str:
-    """The rows of the micro-batches whose loss is not finite; all of the step's, where only the gradient is not."""
+    """The rows of micro-batches with a loss that is not finite; all rows of the step if only the gradient is not."""
     bad = [batch for batch, loss in zip(batches, losses.tolist(), strict=True) if not math.isfinite(loss)]
     return ", ".join(origin for batch in bad or batches for origin in batch.origins)
 

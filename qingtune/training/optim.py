@@ -23,9 +23,9 @@ def parameter_groups(
     Args:
         named: the trained parameters by name.
         weight_decay: of matrices.
-        ratio: LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354): B matrices learn at so many times the
+        ratio: LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354): B matrices learn at this many times the
             learning rate, and so do vectors, as in PEFT's create_loraplus_optimizer. A group's factor on the schedule
-            stands under `lr_ratio`.
+            is under `lr_ratio`.
     """
     parameters = list(named)
     quick = {id(p) for name, p in parameters if name.endswith("lora_B") or p.ndim < 2} if ratio != 1 else set[int]()

@@ -61,7 +61,7 @@ class SampleAnswers:
         room = MOST_TOKENS if self.longest is None else min(MOST_TOKENS, self.longest - len(prompt))
         # The reference came after the prompt, so there is room for at least one token.
         decoding = Decoding(max_new_tokens=room, temperature=0, repetition_penalty=REPETITION_PENALTY)
-        # A decoder of its own, as one goes on from a prompt that begins alike, and the weights have changed since.
+        # A new decoder: one continues from a prompt that begins alike, and the weights have changed since.
         tokens = list(generate(ModulesDecoder(self.model), prompt, decoding, self.template.stop_ids))
         return {
             "prompt": decode(self.template.tokenizer, prompt),
@@ -71,7 +71,7 @@ class SampleAnswers:
 
 
 def split_last_answer(sample: Sample) -> tuple[list[int], list[int]] | None:
-    """Ids before the last trained part of a sample, and those of that part; None if nothing stands before it."""
+    """Ids before the last trained part of a sample, and those of that part; None if nothing comes before it."""
     trained = np.flatnonzero(sample.trained)
     if not len(trained):
         return None

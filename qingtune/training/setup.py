@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def set_up(
     config: TrainConfig, model: PreTrainedModel, data: Data, hardware: Hardware, start: Start, processes: Processes
 ) -> tuple[Work, Limits, Progress]:
-    """What the loop works with, when things happen, and where the run stands; reports how long it is.
+    """What the loop works with, when things happen, and the progress of the run; reports its length.
 
     Raises:
         UserError: in one of the processes there is no memory for the longest sample, or the checkpoint cannot be

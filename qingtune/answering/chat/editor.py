@@ -85,7 +85,7 @@ class EditedLines:
         silent[3] &= ~(termios.ECHO | termios.ICANON)
 
         def silence(*_: object) -> None:
-            with suppress(OSError, termios.error):  # a terminal that hangs up tells so with SIGCONT too
+            with suppress(OSError, termios.error):  # a terminal that hangs up sends SIGCONT too
                 shown = termios.tcgetattr(sys.stdin)[3] & termios.ECHO
                 if shown and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():
                     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)

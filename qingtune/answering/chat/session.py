@@ -23,7 +23,7 @@ class ChatSession:
         system_prompt: the first message, if any.
         turns: the questions and answers; thinking stays in an answer as the model wrote it, for the template to decide
             what later prompts show of it.
-        asked: answers begun so far; each is drawn with a seed of its own.
+        asked: answers begun so far; each is drawn with its own seed.
     """
 
     template: Template

@@ -25,7 +25,7 @@ def chat(answer: AnswerFunction, session: ChatSession, decoding: Decoding) -> No
 
     Args:
         session: changed in place.
-        decoding: until /set says otherwise; each answer has a seed of its own.
+        decoding: until /set changes it; each answer has its own seed.
     """
     kind = terminal_kind()
     screen = Screen(live=kind == "full")
@@ -155,7 +155,7 @@ class Chat:
 
 
 def _speed(prompt: int, began: float, first: tuple[float, int] | None, tokens: int) -> str:
-    """Of the prompt until the first text, when `first` tells moment and tokens, and of the tokens after that."""
+    """Of the prompt until the first text, with moment and tokens in `first`, and of the tokens after that."""
     now = time.perf_counter()
     moment, at_first = first or (now, tokens)
     rate = f", {(tokens - at_first) / (now - moment):.1f} tokens/s" if tokens > at_first else ""

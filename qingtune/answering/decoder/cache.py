@@ -53,10 +53,10 @@ class AnswerCache:
         self.keys, self.values = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
 
     def reserve(self, length: int) -> None:
-        """Make room for so many tokens a slot.
+        """Make room for this many tokens a slot.
 
         Raises:
-            ValueError: the model has no positions for so many.
+            ValueError: the model has too few positions.
         """
         held, most = self.keys.shape[3], self.shape.context_length
         if length <= held:

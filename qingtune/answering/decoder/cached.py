@@ -23,7 +23,7 @@ from qingtune.answering.decoder.native.matrices import NativeMatrix
 from qingtune.answering.decoder.packed import AnswerLayer, AnswerNorm, Matrix
 
 CHUNK = 512  # tokens of a prompt computed at a time
-PLACES_AT_A_TIME = 128  # of a text whose logits are there at once: 39 MB in bf16 with Qwen's vocabulary
+PLACES_AT_A_TIME = 128  # of a text, with logits in memory at once: 39 MB in bf16 with Qwen's vocabulary
 
 
 @dataclass(eq=False)
@@ -56,12 +56,12 @@ class CachedDecoder:
             self._step = AnswerStep(self.library, self.shape, layers, self.norm, head, self.rotary)
 
     def slot_bytes(self, length: int) -> int:
-        """What a slot that holds a sequence of so many tokens takes."""
+        """The bytes of a slot that holds a sequence of this many tokens."""
         shape = self.shape
         return 2 * shape.layers * shape.keys * shape.size * length * self.dtype.itemsize
 
     def make_slots(self, count: int, length: int) -> None:
-        """Have other slots, which hold nothing, with room for sequences of so many tokens, taken at once."""
+        """Replace the slots by empty ones with room for sequences of this many tokens, allocated at once."""
         self.slots = count
         self._cache = AnswerCache(self.shape, count, self.dtype, self.device, length)
 

@@ -65,7 +65,7 @@ class AnswerLayer:
 
 
 class DenseMatrix:
-    """A weight as it is; on a CPU in oneDNN's own layout, whose products of one row read memory twice as fast."""
+    """A weight as it is; on a CPU in oneDNN's own layout, with which products of one row read memory twice as fast."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.bias = bias
@@ -131,7 +131,7 @@ def _packed_for_units(numbers: torch.Tensor, scale: torch.Tensor) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that this way of quantising models may be taken out of PyTorch one day
-            # PyTorch's own name for it from Python, whose warnings can be silenced; below it they are printed.
+            # By PyTorch's name for it in Python, where warnings can be silenced; below that they are printed.
             weight = torch._make_per_channel_quantized_tensor(  # pyright: ignore[reportPrivateUsage]
                 numbers, scale.double(), zeros, 0
             )
@@ -223,7 +223,7 @@ def has_int4_kernels() -> bool:
         x = torch.randn(3, weight.shape[1], generator=generator)
         wanted = x @ matrix.dense()
         return bool((matrix.multiply(x) - wanted).norm() < 0.02 * wanted.norm())
-    except RuntimeError:  # no such kernels on this machine; the caller tells the user why the general ones are used
+    except RuntimeError:  # no such kernels on this machine; the caller reports why the general ones are used
         return False
 
 

@@ -78,7 +78,7 @@ class Search:
         ]
 
     def ask(self) -> AskedPoint | None:
-        """The next point; None where all are told."""
+        """The next point; None after the last one."""
         count = len(self.reported())
         if count >= self.config.trials:
             return None

@@ -116,7 +116,7 @@ def check_varied(config: CompareConfig) -> None:
 
 
 def make_setup(loaded: Loaded[CompareConfig], method: TrainingMethod, varied: Mapping[str, Any]) -> Setup:
-    """A method with settings of its own.
+    """A method with its own settings.
 
     What concerns adapters is left out for full training; a learning rate stays with the method that it was given for.
 

@@ -27,7 +27,7 @@ def _figures(number: float) -> str:
     return f"{number:.2f}" if number < 1000 else f"{number:.4g}"
 
 
-# Each measure as text, in the order of the columns. How far a quality lies below nothing tells nothing.
+# Each measure as text, in the order of the columns. The size of a quality below zero has no meaning.
 _SHOWN: dict[str, Callable[[float], str]] = {
     "peak_bytes": lambda count: f"{count / 1e9:.2f} GB",
     "trained_share": lambda share: f"{share * 100:.3g} %",

@@ -208,7 +208,7 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def remove_model(trial: Trial) -> None:
-    """Remove a whole model's weights, which are large; a note in their place tells how to have them again."""
+    """Remove a whole model's weights, which are large; a note in their place says how to train them again."""
     weights = [*trial.folder.glob("model*.safetensors*")]
     if not weights:
         return
@@ -220,7 +220,7 @@ def remove_model(trial: Trial) -> None:
 
 
 def last_evaluation(trial: Trial) -> str:
-    """Where a trial stands, in words."""
+    """The state of a trial, in words."""
     found = read_curves(trial.folder / METRICS).evaluations
     return f"step {found[-1][0]}: eval_loss {found[-1][1]:.4f}" if found else ""
 

@@ -381,7 +381,9 @@ def test_the_report_fits_a_terminal_and_says_whether_it_fits(free: int | None) -
             lines = as_lines(report)
             assert max(map(len, lines)) <= 80
             text = " ".join(" ".join(lines).split())
-            verdict = {True: "and fits", False: "does not fit", None: "cannot be told"}[report.own.memory.fits(machine)]
+            verdict = {True: "and fits", False: "does not fit", None: "is not known here"}[
+                report.own.memory.fits(machine)
+            ]
             assert verdict in text
             assert ("Time: unknown" in text) == (not speeds)
             marked = [line for line in lines if line.startswith("> ")]

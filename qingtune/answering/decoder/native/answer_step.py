@@ -44,7 +44,7 @@ class AnswerStep:
     """A model as answer_step.c reads it.
 
     Args:
-        layers: whose matrices are all native ones; likewise the head, [V, D].
+        layers: with native matrices only; likewise the head, [V, D].
         norm: the last one.
         rotary: cos and sin, each [context, d / 2].
     """

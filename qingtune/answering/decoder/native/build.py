@@ -26,7 +26,7 @@ SECONDS = 120  # that a compiler may take
 
 @functools.cache
 def native_library() -> ctypes.CDLL | str:
-    """The compiled kernels, or the reason why this machine, whose CPU could run them, has none.
+    """The compiled kernels, or the reason why there are none on a CPU that could run them.
 
     What was compiled is kept in the user's own cache folder, and loaded only if nobody else can write there or wrote
     the file: a cache shared with others must not be a way to run their code.
