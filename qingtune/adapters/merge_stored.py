@@ -3,10 +3,9 @@ one tensor at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,10 +40,15 @@ class StoredAdapter:
     @property
     def names(self) -> set[str]:
         """The parameters that it changes; the head too where it stays as it is and the embedding, if tied, does not."""
-        return {*self.layers, *self.whole, *({HEAD} if self._parts_head() else ())}
+        return {*self.layers, *self.whole, *({HEAD} if self.parts_head else ())}
 
-    def _parts_head(self) -> bool:
-        """Whether head and embedding can be one matrix no longer."""
+    @property
+    def parts_head(self) -> bool:
+        """Whether head and embedding can be one matrix no longer.
+
+        The merged model's config.json then says tie_word_embeddings false, and its weights hold the head: where the
+        base's do not, it is `merged(HEAD, the base's embedding)`.
+        """
         modules = {module.rpartition(".")[2] for module in modules_of(self.whole)}
         return not self.keeps_tie and (HEAD in self.whole or bool(modules & _EMBEDDINGS))
 
@@ -77,14 +81,6 @@ class StoredAdapter:
         self._check(name, weight, tuple(dense.shape) == (len(layer.b), layer.a.shape[1]))
         merged = layer.merged(dense)
         return merged.t() if self.transposed else merged
-
-    def unties(self, config: Mapping[str, Any]) -> bool:
-        """Whether head and embedding are one matrix in the base and no longer so in the merged model.
-
-        That model's config.json then says tie_word_embeddings false, and its weights hold the head as well:
-        `merged(HEAD, the base's embedding)`. A base whose config says nothing of it may have them either way.
-        """
-        return config.get("tie_word_embeddings") is not False and self._parts_head()
 
     def _check(self, name: str, weight: torch.Tensor, fits: bool) -> None:
         if not fits:

@@ -79,9 +79,9 @@ def export(config: ExportConfig) -> None:
     base, record = find_base(config, adapter_folder)
     place.refuse_input("the base model", base)
     weights = MergedWeights(base, adapter)
-    unties = adapter is not None and adapter.unties(read_model_config(base))
-    head = {HEAD: weights.shapes[EMBEDDING]} if unties else {}
-    layout = layout_of(base, weights.shapes | head, untie=unties)
+    parts_head = adapter is not None and adapter.parts_head
+    head = {HEAD: weights.shapes[EMBEDDING]} if parts_head and HEAD not in weights.shapes else {}
+    layout = layout_of(base, weights.shapes | head, untie=parts_head)
     if adapter:
         _check_names(adapter, layout)
     speech = _speech(config, base, record, layout)

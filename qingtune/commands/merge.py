@@ -104,10 +104,11 @@ def _write(folder: Path, base: Path, adapter: StoredAdapter, dtype: torch.dtype 
         convert_changed(base, folder, adapter.names, adapter.merged, dtype)
         names = ("dtype", *(name for name in ("torch_dtype",) if name in settings))  # as older configurations call it
         settings |= dict.fromkeys(names, str(dtype).removeprefix("torch."))
-    if adapter.unties(settings):
-        embedding = StoredWeights(base).read(EMBEDDING)
-        head = rounded(HEAD, adapter.merged(HEAD, embedding), dtype or embedding.dtype, base)
-        add_tensor(folder, HEAD, head)
+    if adapter.parts_head:
+        stored = StoredWeights(base)
+        if HEAD not in stored.shapes:
+            embedding = stored.read(EMBEDDING)
+            add_tensor(folder, HEAD, rounded(HEAD, adapter.merged(HEAD, embedding), dtype or embedding.dtype, base))
         settings["tie_word_embeddings"] = False
     write_json(folder / "config.json", settings)
     return check_rounded_once(folder, base, adapter)

@@ -43,7 +43,7 @@ def write_in_4bit(folder: Path, base: Path, adapter: StoredAdapter) -> None:
     adapter.check_names(stored.shapes)
     dtype = stored_dtype(base)
     writer = ShardWriter(folder)
-    head = [HEAD] if adapter.unties(settings) else []
+    head = [HEAD] if adapter.parts_head and HEAD not in stored.shapes else []
     for name in [*stored.shapes, *head]:
         weight = stored.read(EMBEDDING if name in head else name)
         merged = adapter.merged(name, weight)
@@ -55,7 +55,7 @@ def write_in_4bit(folder: Path, base: Path, adapter: StoredAdapter) -> None:
             writer.add(name, rounded(name, merged, weight.dtype, base))
         give_back_memory()  # what rounding took for a moment
     writer.finish()
-    if head:
+    if adapter.parts_head:
         settings["tie_word_embeddings"] = False
     write_json(folder / "config.json", {**settings, "quantization_config": _quantization(dtype, skipped)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,22 @@ KINDS_OF_ADAPTERS: dict[str, dict[str, Any]] = {
     "own embedding and norm": {"modules_to_save": ["embed_tokens", "model.norm"]},
     "own layer": {"lora_target_modules": ["q_proj"], "modules_to_save": ["layers.0.mlp.up_proj"]},
 }
+
+
+@pytest.mark.parametrize("name", ["own head", "own embedding and norm"])
+def test_a_head_of_its_own_stays_where_the_config_does_not_say_so(name: str, tmp_path: Path, data_file: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del settings["tie_word_embeddings"]  # as older versions of Transformers left out what is a class's default
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    adapter = tmp_path / "adapter"
+    train(adapter, folder, data_file, max_steps=3, learning_rate=0.05, **LORA, **KINDS_OF_ADAPTERS[name])
+    model = load_model(folder, torch.float32)
+    load_adapter(model, adapter)
+    wanted = logits_of(model.eval(), IDS)[-1]
+    assert apart(opened(folder, adapter).start(IDS), wanted) < 1e-4
+    merge(MergeConfig(lora_model=str(adapter), output_dir=str(tmp_path / "merged")))
+    assert apart(logits_of(load_model(tmp_path / "merged", torch.float32), IDS)[-1], wanted) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
