@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qingtune.config.training import DEFAULT_MODEL
-from qingtune.errors import UserError
+from qingtune.errors import UserError, shorten
 from qingtune.files.digests import sha256_of
 from qingtune.files.paths import default_cache, refuse_odd_name
 from qingtune.files.weights_file import read_header, read_weights_header
@@ -26,6 +26,8 @@ _HEADER = ("config.json",)
 NF4_MARK = ".quant_state.bitsandbytes__nf4"
 HEADERS = "headers"  # where config.json files without weights are kept, in the cache
 CONVERTED = "gguf"  # where converted .gguf files are kept, in the cache
+_MODELS = Path("models")  # the folder, in the current one, where models are put by hand and by the demo
+_MOST_AT_HAND = 5  # of its models, that an error names
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -86,7 +88,7 @@ def _find(name: str, cache_dir: str | None, hub: str, *, header: bool) -> ModelS
     raise UserError(
         f"the model was not found. Tried:{listing}\n"
         f"To fix it, download it elsewhere and put the folder at models/{Path(name).name}; "
-        "pass a .gguf file or a folder as the model; or set HF_ENDPOINT to a mirror, or --hub modelscope.",
+        f"pass a .gguf file or a folder as the model; or set HF_ENDPOINT to a mirror, or --hub modelscope.{_at_hand()}",
         where=name,
     )
 
@@ -106,14 +108,24 @@ def _find_here(name: str, cache_dir: str | None) -> tuple[Path | None, list[str]
         raise UserError(
             f"no model folder or .gguf file here (nor at {tried[1]} or {tried[2]})",
             where=name,
-            fix=f"Check the path. A name such as {DEFAULT_MODEL} is looked up on a hub.",
+            fix=f"Check the path. A name such as {DEFAULT_MODEL} is looked up on a hub.{_at_hand()}",
         )
     return None, tried
 
 
+def _at_hand() -> str:
+    """A sentence on the models in models/, of which one may be meant; empty if there are none."""
+    there = sorted([*_MODELS.glob("*.gguf"), *(config.parent for config in _MODELS.glob("*/config.json"))])
+    if not there:
+        return ""
+    names = ", ".join(shorten(path.name) for path in there[:_MOST_AT_HAND])
+    more = f" and {len(there) - _MOST_AT_HAND:,} more" * (len(there) > _MOST_AT_HAND)
+    return f" {_MODELS}/ holds {names}{more}: pass {shorten(str(there[0]))} as the model."
+
+
 def _places(name: str, cache_dir: str | None) -> tuple[Path, ...]:
     last = Path(name).name
-    return Path(os.path.expanduser(name)), Path("models") / last, cache_folder(cache_dir) / last
+    return Path(os.path.expanduser(name)), _MODELS / last, cache_folder(cache_dir) / last
 
 
 def is_here(name: str, cache_dir: str | None, hub: str) -> bool:

@@ -102,6 +102,24 @@ def test_what_is_not_here_is_told_with_all_that_was_tried(
         assert way in ways
 
 
+@pytest.mark.parametrize("name", [NAME, "./none", "none.gguf"])
+def test_what_models_holds_is_named_where_a_model_is_not_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hubs(monkeypatch)
+    with pytest.raises(UserError) as caught:
+        find_header(name, None, "auto")
+    assert "models/ holds" not in str(caught.value)
+    for folder in ("mine", "no-model"):
+        (Path("models") / folder).mkdir(parents=True)
+    (Path("models") / "mine" / "config.json").write_text("{}")
+    for number in range(5):
+        (Path("models") / f"SmolLM2-{number}.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError) as caught:
+        find_header(name, None, "auto")
+    few = ", ".join(f"SmolLM2-{number}.gguf" for number in range(5))
+    pass_it = f"pass {Path('models') / 'SmolLM2-0.gguf'} as the model."
+    assert str(caught.value).endswith(f" models/ holds {few} and 1 more: {pass_it}")
+
+
 @pytest.mark.parametrize("name", ["./owner/m", "/no/such", "~/m", "a/b/c", "m.gguf", "owner/m.gguf", "../m"])
 def test_paths_are_not_looked_up_on_a_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = hubs(monkeypatch)
