@@ -104,7 +104,7 @@ def read_rows(path: str, rules: Rules = USUAL) -> Iterator[Row | Fault]:
                 reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}[kind]
                 yield from reader(file, path, rules)
     except FileNotFoundError:
-        raise UserError("there is no such file", where=path, fix="Check the path of the data.") from None
+        raise UserError("there is no such file", where=path, fix="Check the path.") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"the gzip file is broken ({error})", where=path, fix="Create or download it again.") from None
     except OSError as error:
@@ -159,7 +159,10 @@ def _read_jsonl(file: io.BufferedIOBase, path: str, rules: Rules) -> Iterator[Ro
 
 def _row_of_line(line: bytes, origin: str) -> Row | Fault:
     try:
-        return _row(_JSON.decode(line.decode("utf-8")), origin, len(line))
+        text = line.decode("utf-8").rstrip(
+            "\r\n"
+        )  # with its end, what is missing there would be at column 1 of the next
+        return _row(_JSON.decode(text), origin, len(line))
     except UnicodeDecodeError:
         return Fault(origin, _WRONG_ENCODING)
     except (ValueError, RecursionError) as error:

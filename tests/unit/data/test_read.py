@@ -163,7 +163,8 @@ def test_json_list_names_the_line_on_which_an_object_starts(read: Read) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"a": 1', "not valid JSON: "),
+        ('{"a": 1', "not valid JSON: Expecting ',' delimiter (column 8)"),
+        ('{"a": 1\r', "not valid JSON: Expecting ',' delimiter (column 8)"),
         ("{'a': 1}", "not valid JSON: "),
         ('{"a": 1} {"b": 2}', "not valid JSON: Extra data"),
         ('{"a": 1, "a": 2}', 'not valid JSON: the key "a" comes twice'),
