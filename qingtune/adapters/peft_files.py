@@ -145,6 +145,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         if (folder / "config.json").exists() or (folder.suffix == ".gguf" and folder.is_file()):
             fix = "Pass it as --base_model, without --lora_model."
             raise UserError("this is a whole model, not an adapter", where=str(folder), fix=fix)
+        if not folder.exists():
+            raise UserError("there is no such folder", where=str(folder), fix="Check the path.")
         what = "no adapter_config.json here: this is not an adapter folder"
         raise UserError(what, where=str(folder), fix="Check the path.")
     check_fields(config, _KINDS, str(path))
