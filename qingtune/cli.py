@@ -23,7 +23,7 @@ from qingtune.config.commands import (
     ReportConfig,
 )
 from qingtune.config.flags import parse_flags
-from qingtune.config.load import Loaded, check_flags, load_config
+from qingtune.config.load import Loaded, check_flags, did_you_mean, load_config
 from qingtune.config.training import Settings, TrainConfig
 from qingtune.errors import UserError
 from qingtune.machine.signals import Terminated, unwinding
@@ -152,7 +152,9 @@ def _run(argv: Sequence[str]) -> int:
     elif name in COMMANDS:
         return _run_command(name, rest)
     else:
-        raise UserError(f'"{name}" is not a command', fix=f"The commands are {', '.join(COMMANDS)}.")
+        commands = f"The commands are {', '.join(COMMANDS)}."
+        fix = " ".join(filter(None, (did_you_mean(name, COMMANDS), commands)))
+        raise UserError(f'"{name}" is not a command', fix=fix)
     return DONE
 
 

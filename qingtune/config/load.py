@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -189,9 +189,14 @@ def _validate(
     return schema.model_validate({k: v for k, v in values.items() if k not in faults}), set(faults)
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that proposes the known name nearest to a mistyped one; empty if none is near."""
+    near = difflib.get_close_matches(name, [*known], n=1, cutoff=0.6)
+    return f'Did you mean "{near[0]}"?' if near else ""
+
+
 def not_a_setting(schema: type[Settings], name: str, origin: str) -> UserError:
     """The problem of a name that the schema lacks, with the name that may be meant."""
     known = [*schema.model_fields, *(ALIASES if issubclass(schema, TrainConfig) else ())]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    fix = f'Did you mean "{near[0]}"?' if near else "See --help for all settings."
+    fix = did_you_mean(name, known) or "See --help for all settings."
     return UserError(f'"{shorten(name)}" is not a setting', where=origin, fix=fix)

@@ -131,6 +131,7 @@ def test_error_in_a_process_of_its_own(run: Callable[..., subprocess.CompletedPr
     ("argv", "message"),
     [
         (("zzz",), f'"zzz" is not a command. The commands are {", ".join(COMMANDS)}.'),
+        (("chek",), f'"chek" is not a command. Did you mean "check"? The commands are {", ".join(COMMANDS)}.'),
         (("--lora_r", "8"), '"--lora_r" is not a command'),
         (("train",), "data_path is missing"),
         (("train", "stray.json"), '"stray.json" is not a flag'),
