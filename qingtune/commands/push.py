@@ -81,10 +81,14 @@ def look_through(folder: Path) -> tuple[dict[str, int], list[str]]:
     """
     if not folder.is_dir():
         raise UserError("there is no such folder", where=str(folder), fix="Check --folder.")
+    paths = sorted(folder.iterdir())
+    if not any(_WEIGHTS.fullmatch(path.name) or _is_checkpoint(path) for path in paths):
+        fix = "Pass the --output_dir of train, merge or export as --folder."
+        raise UserError("no model or adapter here", where=str(folder), fix=fix)
     published: dict[str, int] = {}
     left_out: list[str] = []
     problems: list[UserError] = []
-    for path in sorted(folder.iterdir()):
+    for path in paths:
         if path.name in _LEFT_OUT:
             left_out.append(path.name)
             continue
@@ -95,15 +99,17 @@ def look_through(folder: Path) -> tuple[dict[str, int], list[str]]:
             problems.append(problem)
         else:
             published[path.name] = path.stat().st_size
-    if not problems and not any(name.endswith((".gguf", ".safetensors")) for name in published):
-        problems.append(UserError("no model or adapter here", where=str(folder), fix="Check --folder."))
     raise_all(problems)
     return published, left_out
 
 
+def _is_checkpoint(path: Path) -> bool:
+    return path.name.startswith("checkpoint-")
+
+
 def _why_not(path: Path) -> UserError | None:
     """What speaks against publishing a file."""
-    if path.name.startswith("checkpoint-"):
+    if _is_checkpoint(path):
         return UserError(
             "a checkpoint with the optimizer's state, which is not published",
             where=str(path),

@@ -155,6 +155,15 @@ def test_what_is_no_model_is_refused(folder: Path, missing: str) -> None:
         publish(folder / "x" if missing == "folder" else folder, FakeHub())
 
 
+def test_a_folder_without_any_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    for name in ("README.md", "data.md", "faults.md"):
+        (tmp_path / name).write_text("# Documentation")
+    with pytest.raises(UserError) as caught:
+        publish(tmp_path, FakeHub())
+    fix = "Pass the --output_dir of train, merge or export as --folder."
+    assert str(caught.value) == f"{tmp_path}: no model or adapter here. {fix}"
+
+
 @pytest.mark.parametrize("repo", ["mine", "a/b/c", "me/", "../x", "me/mi ne", "https://huggingface.co/me/mine"])
 def test_the_repository_is_owner_and_name(repo: str) -> None:
     with pytest.raises(ValueError, match="repo"):
