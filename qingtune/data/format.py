@@ -170,8 +170,17 @@ def conversations_of(
         raise UserError(
             f"the columns ({columns}) match no known format",
             where=waiting[0].origin,
-            fix=f"The known formats are {known}.",
+            fix=f"The known formats are {known}. {_how_to_rename(waiting[0].values)}, or see docs/data.md.",
         )
+
+
+def _how_to_rename(values: Collection[str]) -> str:
+    """What to do with the columns of no known format; exact where one asks and one answers."""
+    asking, answering = (next((name for name in names if name in values), None) for names in (_ASKING, _ANSWERING))
+    if asking is None or answering is None:
+        return "Rename the keys"
+    pairs = [(asking, "instruction"), (answering, "output")]
+    return "Rename " + " and ".join(f'"{name}" to "{known}"' for name, known in pairs if name != known)
 
 
 def without_fields(values: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -370,6 +379,9 @@ FORMATS = {
     "completion": Format(("prompt", "completion"), ("prompt", "completion", "system"), _completion),
     "text": Format(("text",), ("text",), _text),
 }
+# What other data sets call the columns of "instruction", the likeliest first.
+_ASKING = ("instruction", "question", "query", "prompt", "input")
+_ANSWERING = ("output", "answer", "response", "completion")
 TURN_COLUMNS = frozenset({"messages", "conversations", "prompt", "completion"})
 _OF_TURNS = frozenset({"role", "content", "from", "value"})
 

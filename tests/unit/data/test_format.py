@@ -245,6 +245,22 @@ def test_no_known_format_names_the_columns_there_are(read: Callable[..., Reading
         assert " + ".join(form.needed) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("columns", "fix"),
+    [
+        (("question", "answer"), 'Rename "question" to "instruction" and "answer" to "output"'),
+        (("response", "instruction"), 'Rename "response" to "output"'),
+        (("question", "topic"), "Rename the keys"),
+    ],
+)
+def test_no_known_format_names_the_keys_to_rename(
+    columns: tuple[str, ...], fix: str, read: Callable[..., Reading]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        read(dict.fromkeys(columns, "x"))
+    assert str(caught.value).endswith(f" {fix}, or see docs/data.md.")
+
+
 def test_raise_lists_the_first_faults_and_counts_all(read: Callable[..., Reading]) -> None:
     bad = {"instruction": "q", "output": ""}
     with pytest.raises(UserError) as caught:
