@@ -64,7 +64,7 @@ def check_files_exist(paths: Mapping[str, Sequence[str] | None]) -> None:
         for name in names or []:
             if reason := _why_no_file(name):
                 where = shorten(name)
-                problems.append(UserError(f"{reason} ({setting})", where=where, fix="Check the path of the data."))
+                problems.append(UserError(reason, where=where, fix=f"Check --{setting}."))
             else:
                 refuse_odd_name(Path(name), setting)
     raise_all(problems)

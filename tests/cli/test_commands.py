@@ -189,7 +189,9 @@ def test_flag_without_its_value_is_refused(empty: Path) -> None:
 
 def test_all_missing_data_files_are_named(empty: Path) -> None:
     argv = ("train", "--data_path", "a.jsonl,b.csv", "--eval_data_path", "c.json")
-    assert_refused(empty, argv, *(f"{name}: there is no such file" for name in ("a.jsonl", "b.csv", "c.json")))
+    flags = {"a.jsonl": "data_path", "b.csv": "data_path", "c.json": "eval_data_path"}
+    messages = (f"{name}: there is no such file. Check --{flag}.\n" for name, flag in flags.items())
+    assert_refused(empty, argv, *messages)
 
 
 def test_training_without_its_model_is_refused(empty: Path, data_file: Path) -> None:
