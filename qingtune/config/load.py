@@ -110,7 +110,19 @@ def _check(
     resolved, reasons = resolve(config)
     # A plan or a comparison trains by other methods as well, in which settings of adapters have their effect.
     idle = without_effect(resolved, given) if schema is TrainConfig else idle_names(given)
-    return Loaded(resolved, (*notice_of(idle), *reasons, *_about_secrets(resolved)), given)
+    notices = (*notice_of(idle), *reasons, *_about_evaluation_data(resolved, origin), *_about_secrets(resolved))
+    return Loaded(resolved, notices, given)
+
+
+def _about_evaluation_data(config: TrainConfig, origin: Mapping[str, str]) -> list[str]:
+    """A warning where a flag replaced the file's training data, but not its evaluation data."""
+    paths, where = config.eval_data_path, origin.get("eval_data_path", "")
+    if not paths or config.eval_strategy == "no" or where.startswith("--") or origin.get("data_path") != "--data_path":
+        return []
+    return [
+        f"Warning: the evaluation data is still {', '.join(paths)}, from {where}. Pass --eval_data_path FILE, or "
+        "--eval_data_path null --val_size 0.1 to hold out a tenth of the training data."
+    ]
 
 
 def _about_secrets(config: TrainConfig) -> list[str]:

@@ -130,6 +130,27 @@ def test_typical_training_arguments_load(file: Path) -> None:
     assert not any(name in told for name in ("do_eval", "disable_tqdm", "ddp_find_unused_parameters"))
 
 
+@pytest.mark.parametrize(
+    ("typed", "warned"),
+    [
+        ({"data_path": "mine.jsonl"}, True),
+        ({"data_path": "mine.jsonl", "eval_data_path": "held.jsonl"}, False),
+        ({"data_path": "mine.jsonl", "eval_data_path": "null", "val_size": "0.1"}, False),
+        ({"data_path": "mine.jsonl", "eval_strategy": "no"}, False),
+        ({"output_dir": "mine"}, False),
+    ],
+)
+def test_evaluation_data_of_the_file_is_named_where_a_flag_replaced_only_the_training_data(
+    typed: dict[str, str], warned: bool, file: Path
+) -> None:
+    loaded = load(file, silence(eval_data_path="data/theirs.jsonl", eval_strategy="epoch"), **typed)
+    told = [notice for notice in loaded.notices if "evaluation data" in notice]
+    start = f"Warning: the evaluation data is still data/theirs.jsonl, from {file}. Pass --eval_data_path FILE, or "
+    assert [notice.startswith(start) for notice in told] == [True] * warned
+    if "val_size" in typed:  # what the warning advises
+        assert (loaded.config.eval_data_path, loaded.config.val_size) == (None, 0.1)
+
+
 # --- Pipes, and files where pipes usually are ---------------------------------------------------------------------
 
 SHARED_MEMORY = Path("/dev/shm")
