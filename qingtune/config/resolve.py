@@ -134,6 +134,7 @@ def _about_alpha(config: TrainConfig) -> list[str]:
     if config.use_rslora or alpha >= config.lora_r / 2:
         return []
     return [
-        f"lora_alpha {alpha:g} at lora_r {config.lora_r} gives an adapter scale of {alpha / config.lora_r:.3g}, so "
-        f"they learn slowly (docs/measurements.md). Leave it out (default {default}), or raise learning_rate."
+        f"lora_alpha {alpha:g} at lora_r {config.lora_r} gives an adapter scale of {alpha / config.lora_r:.3g}, with "
+        f"which adapters learn slowly (docs/measurements.md). Leave lora_alpha out (default {default}), or raise "
+        "learning_rate."
     ]

@@ -191,7 +191,8 @@ def test_json_has_the_same_forms(tmp_path: Path) -> None:
 def test_alpha_left_out_is_told_with_what_it_scales() -> None:
     assert "lora_alpha = 32, twice lora_r, so the adapter scale is 2 at any rank." in notices(use_lora="true")
     weak = notices(use_lora="true", lora_r="64", lora_alpha="16")
-    assert any(line.startswith("lora_alpha 16 at lora_r 64 gives an adapter scale of 0.25, so") for line in weak)
+    start = "lora_alpha 16 at lora_r 64 gives an adapter scale of 0.25, with which adapters learn slowly"
+    assert any(line.startswith(start) and "Leave lora_alpha out (default 128)" in line for line in weak)
     for fine in ({"lora_alpha": "32"}, {"lora_alpha": "16", "use_rslora": "true"}):
         assert not any("slowly" in line for line in notices(use_lora="true", lora_r="64", **fine))
     (told,) = (line for line in notices(use_lora="true", use_rslora="true") if "lora_alpha" in line)
