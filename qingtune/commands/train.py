@@ -199,7 +199,8 @@ def _open(config: TrainConfig, processes: Processes) -> _Run:
     with processes.main_first():
         source = find_model(config.model_name_or_path, config.cache_dir, config.hub)
         folder = local_folder(source, config.cache_dir)
-    say(f"Model: {source.name} ({source.path}).")
+    place = "" if source.path == Path(source.name) else f" ({source.path})"
+    say(f"Model: {source.name}{place}.")
     if config.method == "full" and stored_in_4bit(folder):
         raise UserError(
             "full training needs unquantised weights, and this model is stored in 4 bits",

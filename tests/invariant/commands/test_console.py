@@ -125,6 +125,13 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing(
     assert read_record(tmp_path / "out")
 
 
+def test_a_model_given_by_its_path_is_named_once(
+    flags: list[str], tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags, "--dry_run"]) == 0
+    assert f"Model: {tiny()}.\n" in capsys.readouterr().err
+
+
 # --- Signals ---------------------------------------------------------------------------------------------------------
 
 
