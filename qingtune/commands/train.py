@@ -49,7 +49,7 @@ from qingtune.runs.record import (
     without_secrets,
     write_record,
 )
-from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, LinesFile, MetricsFile, Sink, to_all
+from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, LinesFile, MetricsFile, Noted, Sink, to_all
 from qingtune.training.finished import already_finished, digests_of_inputs
 from qingtune.training.loop import Limits, Progress
 from qingtune.training.loop import train as run_loop
@@ -259,6 +259,7 @@ def _train(run: _Run, model: PreTrainedModel, start: Start, plan: Report | None,
             sinks += _observers(stack, run, model, limits, progress, page)
         emit = to_all(sinks)
         if limits.evaluate_every and not progress.step:
+            emit(Noted(f"Evaluating {len(run.data.evaluation):,} samples before the first step ..."))
             loss, tokens = work.evaluate()
             emit(Evaluated(0, 0.0, loss, tokens, time.perf_counter() - began))
         finished = run_loop(work, limits, processes, emit, progress)

@@ -132,6 +132,16 @@ def test_a_model_given_by_its_path_is_named_once(
     assert f"Model: {tiny()}.\n" in capsys.readouterr().err
 
 
+def test_the_evaluation_before_the_first_step_is_announced(
+    flags: list[str], data_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags, "--eval_data_path", str(data_file), "--max_steps", "2", "--eval_strategy", "epoch"]) == 0
+    told = capsys.readouterr().err
+    samples = data_file.read_text(encoding="utf-8").count("\n")
+    assert told.index(f"Evaluating {samples} samples before the first step ...\n") < told.index("step 0: eval_loss")
+    assert told.count("Evaluating") == 1
+
+
 # --- Signals ---------------------------------------------------------------------------------------------------------
 
 
