@@ -101,8 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return WRONG_USAGE
         except OutputClosed:
             return UNREAD
-        except KeyboardInterrupt:
-            say("interrupted")
+        except KeyboardInterrupt as ended:  # with a message where it is known what was saved
+            say(str(ended) or "interrupted")
             return INTERRUPTED
         except Terminated as ended:
             say(f"ended by {ended.name}")

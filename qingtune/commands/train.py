@@ -41,6 +41,7 @@ from qingtune.runs.record import (
     FACTS,
     METRICS,
     PAGE,
+    RECORD,
     SAMPLES,
     SETTINGS,
     Record,
@@ -49,6 +50,7 @@ from qingtune.runs.record import (
     without_secrets,
     write_record,
 )
+from qingtune.training.checkpoint import checkpoints
 from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, LinesFile, MetricsFile, Noted, Sink, to_all
 from qingtune.training.finished import already_finished, digests_of_inputs
 from qingtune.training.loop import Limits, Progress
@@ -114,17 +116,31 @@ def train(config: TrainConfig, *, notices: Sequence[str] = (), command: str = ""
         processes.by_first(lambda: stack.enter_context(only_run_in(output_dir)))
         for notice in filter(None, [*notices, describe_processes(processes.count)]):
             say(notice)
-        result = _run(config, processes)
+        again = command if command and processes.count == 1 else "run the same command again"
+        try:
+            result = _run(config, processes)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_interrupted(config, again)) from None
         if result is None:
             return True
         if not result.finished:
-            again = command if command and processes.count == 1 else "run the same command again"
             say(f"Stopped and saved after step {result.steps}. To resume: {again}")
             return False
         if processes.index == 0:
             show(_summary(config, result))
     processes.finish()
     return True
+
+
+def _interrupted(config: TrainConfig, again: str) -> str:
+    """What Ctrl-C left of a run that it ended at once; empty where an earlier run's files may be in its folder."""
+    output_dir = Path(config.output_dir)
+    steps = checkpoints(output_dir)
+    if not steps and not (output_dir / RECORD).exists():
+        return "Interrupted before the first checkpoint: nothing was saved. Run the same command to start again."
+    if steps and not config.overwrite_output_dir:
+        return f"Interrupted: the checkpoint of step {max(steps)} is kept. To resume: {again}"
+    return ""
 
 
 def _check_output(config: TrainConfig) -> None:

@@ -127,11 +127,15 @@ class ResultFolder:
 
         Raises:
             UserError: it cannot be made.
+            KeyboardInterrupt: on Ctrl-C; says so if nothing was put in its place.
         """
         with ExitStack() as stack:
             with disk_errors("a folder next to output_dir", self.target.parent, _ELSEWHERE):
                 folder = stack.enter_context(staging_folder(self.target))
-            yield folder
+            try:
+                yield folder
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("Interrupted: nothing was written." if folder.exists() else "") from None
 
     def refuse_input(self, name: str, folder: Path | None) -> None:
         """Make sure that a folder that is read is not this one, nor in it, by any name or link; `name` says what it is.

@@ -17,6 +17,7 @@ import pytest
 from tiny_runs import LORA, assert_equal, metrics, train, weights
 
 from qingtune.cli import main
+from qingtune.commands import train as train_command
 from qingtune.machine.signals import Terminated, put_off, unwinding
 from qingtune.runs.record import CURVE, read_record
 from qingtune.training import loop
@@ -181,8 +182,29 @@ def test_asked_twice_it_leaves_at_once(
 ) -> None:
     signal_at(monkeypatch, 2, [signal.Signals[name] for name in names.split()])
     assert main(flags) == 130
-    assert "interrupted" in capsys.readouterr().err
+    said = "Interrupted before the first checkpoint: nothing was saved. Run the same command to start again.\n"
+    assert capsys.readouterr().err.endswith(said)
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@needs_posix
+def test_ctrl_c_outside_of_the_steps_says_what_was_saved(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_command, "load_adapted_model", interrupted)
+        assert main(flags) == 130
+    assert "nothing was saved. Run the same command to start again." in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        signal_at(patch, 2, [signal.SIGINT])
+        assert main(flags) == 130
+    assert list((tmp_path / "out").glob("checkpoint-2"))
+    monkeypatch.setattr(train_command, "_open", interrupted)
+    assert main(flags) == 130
+    assert "Interrupted: the checkpoint of step 2 is kept. To resume: " in capsys.readouterr().err
 
 
 @needs_posix
@@ -201,8 +223,6 @@ def test_nohup_is_heeded(flags: list[str], tmp_path: Path, monkeypatch: pytest.M
 def test_a_signal_while_the_result_is_written_waits(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qingtune.commands import train as train_command
-
     save = train_command.save_adapter
 
     def interrupted(*arguments: Any) -> None:

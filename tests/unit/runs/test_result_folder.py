@@ -309,6 +309,21 @@ def test_broken_off_in_the_switch_the_old_result_is_back(
     assert sorted(path.name for path in merged.parent.iterdir()) == kept
 
 
+def test_ctrl_c_says_that_nothing_was_written_only_where_that_is_so(
+    merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=r"^Interrupted: nothing was written\.$"):
+        put(merged, while_it_is_made=interrupted)
+    assert contents(merged) == {"config.json": "old", "templates/tool.jinja": "old"}
+    monkeypatch.setattr(result_folder, "_remove_files", lambda *_: interrupted())
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        put(merged)
+    assert contents(merged) == NEW
+
+
 def test_one_process_at_a_time(merged: Path) -> None:
     with look(merged).staging(), pytest.raises(UserError, match="another process is writing"):
         look(merged)
