@@ -38,8 +38,10 @@ TEXTS = [
 ]
 
 
-# Where tests are started in the background, Ctrl-C is ignored, by them and by the processes that they start.
+# Where tests are started in the background or by nohup, these are ignored, by them and by the processes they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
