@@ -41,7 +41,6 @@ from qingtune.runs.record import (
     FACTS,
     METRICS,
     PAGE,
-    RECORD,
     SAMPLES,
     SETTINGS,
     Record,
@@ -50,14 +49,13 @@ from qingtune.runs.record import (
     without_secrets,
     write_record,
 )
-from qingtune.training.checkpoint import checkpoints
 from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, LinesFile, MetricsFile, Noted, Sink, to_all
 from qingtune.training.finished import already_finished, digests_of_inputs
 from qingtune.training.loop import Limits, Progress
 from qingtune.training.loop import train as run_loop
 from qingtune.training.model import count_parameters, load_adapted_model
 from qingtune.training.processes import Processes
-from qingtune.training.resume import Start, check_checkpoint_exists, check_start, choose_start, load_best
+from qingtune.training.resume import Start, check_checkpoint_exists, check_start, choose_start, load_best, what_is_left
 from qingtune.training.sample_answers import SampleAnswers
 from qingtune.training.setup import limits_of, set_up
 
@@ -120,7 +118,7 @@ def train(config: TrainConfig, *, notices: Sequence[str] = (), command: str = ""
         try:
             result = _run(config, processes)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_interrupted(config, again)) from None
+            raise KeyboardInterrupt(what_is_left(config, again)) from None
         if result is None:
             return True
         if not result.finished:
@@ -130,17 +128,6 @@ def train(config: TrainConfig, *, notices: Sequence[str] = (), command: str = ""
             show(_summary(config, result))
     processes.finish()
     return True
-
-
-def _interrupted(config: TrainConfig, again: str) -> str:
-    """What Ctrl-C left of a run that it ended at once; empty where an earlier run's files may be in its folder."""
-    output_dir = Path(config.output_dir)
-    steps = checkpoints(output_dir)
-    if not steps and not (output_dir / RECORD).exists():
-        return "Interrupted before the first checkpoint: nothing was saved. Run the same command to start again."
-    if steps and not config.overwrite_output_dir:
-        return f"Interrupted: the checkpoint of step {max(steps)} is kept. To resume: {again}"
-    return ""
 
 
 def _check_output(config: TrainConfig) -> None:

@@ -13,7 +13,7 @@ from qingtune.errors import UserError, shorten
 from qingtune.files.digests import MANIFEST, sha256_of, why_not_whole
 from qingtune.output.console import say
 from qingtune.runs.folder import refuse_files_in_the_way
-from qingtune.runs.record import Record, differences, read_record, versions
+from qingtune.runs.record import RECORD, Record, differences, read_record, versions
 from qingtune.training.checkpoint import State, checkpoints, load_checkpoint, read_state, to_go_on_from
 from qingtune.training.finished import START_OVER
 from qingtune.training.optim import make_schedule, warmup_steps
@@ -137,6 +137,20 @@ def check_checkpoint_exists(config: TrainConfig) -> None:
         raise UserError(
             "there is no such checkpoint (resume_from_checkpoint)", where=shorten(wish), fix="Pass a folder, or auto."
         )
+
+
+def what_is_left(config: TrainConfig, again: str) -> str:
+    """What Ctrl-C left of a run that it ended at once; empty where the files may be an earlier run's.
+
+    `again` resumes the run.
+    """
+    output_dir = Path(config.output_dir)
+    steps = checkpoints(output_dir)
+    if not steps and not (output_dir / RECORD).exists():
+        return "Interrupted before the first checkpoint: nothing was saved. Run the same command to start again."
+    if steps and not config.overwrite_output_dir:
+        return f"Interrupted: the checkpoint of step {max(steps)} is kept. To resume: {again}"
+    return ""
 
 
 def _where_to_go_on(config: TrainConfig, settings: dict[str, Any], finished: int | None) -> Path | None:
