@@ -92,6 +92,7 @@ def export(config: ExportConfig) -> None:
     ):
         plans = [GGUFPlan(layout, metadata, kind) for kind in dict.fromkeys(config.quantize)]
         files = [_write(half_done, name, plan, weights.read) for plan in plans]
+        say(f"Writing {MODELFILE} and {CARD} ...")
         remarks = [
             *_write_modelfile(half_done, files[0].name, base, speech), *_limits(base, speech, config.quantize)
         ]  # fmt: skip

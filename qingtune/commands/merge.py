@@ -17,6 +17,7 @@ from qingtune.data.tokenize import Sample, Template, prompt_ids, tokenize
 from qingtune.errors import UserError
 from qingtune.export.merge_check import Lost, check_rounded_once, check_same, judge_merging, measure_lost
 from qingtune.export.merge_nf4 import check_weights, judge, write_in_4bit
+from qingtune.files.weights_file import weight_files
 from qingtune.files.write import copy_file, disk_errors, write_json
 from qingtune.kernels.device import choose_hardware, memory_errors
 from qingtune.models.find import context_length, read_model_config, stored_in_4bit
@@ -62,6 +63,8 @@ def merge(config: MergeConfig) -> None:
     hardware = choose_hardware()
     with place.staging() as half_done:
         with disk_errors("the merged model", output_dir, "Free disk space, or choose another output_dir."):
+            size = sum(file.stat().st_size for file in weight_files(base))
+            say(f"Merging: {size / 1e9:.2f} GB of weights, written and read back ...")
             with memory_errors("the adapter was merged", base, _SMALLER):
                 if config.save_in_4bit:
                     write_in_4bit(half_done, base, adapter)
@@ -76,6 +79,7 @@ def merge(config: MergeConfig) -> None:
         prompts = _prompts(template, base)
         with memory_errors("the merged model was compared", output_dir, _SMALLER):
             samples = _samples(template, base) if config.save_in_4bit else []
+            say("Comparing the merged model's logits and answers with those of base and adapter ...")
             lost = measure_lost(
                 base, adapter, half_done, prompts, samples, template.stop_ids, hardware,
                 rounded=dtypes != {torch.float32},

@@ -88,9 +88,12 @@ def test_exported_logits_are_those_of_base_and_adapter(kind: str, trained: Train
     assert theirs.chat_template == ours.chat_template
 
 
-def test_base_alone_and_merged_models_are_exported(tmp_path: Path) -> None:
+def test_base_alone_and_merged_models_are_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_model(tmp_path / "model", "qwen2")
     export_to(tmp_path / "out", None, base_model=str(model), quantize=["f32"])
+    told = capsys.readouterr().err
+    steps = ("Writing out-f32.gguf", "Reading out-f32.gguf back", "Writing Modelfile and README.md ...")
+    assert sorted(steps, key=told.index) == list(steps)
     wanted = logits_of(lively_model("qwen2"))
     assert float((logits_of(read_by_transformers(tmp_path / "out" / "out-f32.gguf")) - wanted).abs().max()) < 1e-4
     assert "Not known: the model brings no record" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
