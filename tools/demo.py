@@ -88,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as ended:
+        _say(
+            str(ended) or "Interrupted. A fetched model and saved checkpoints are kept; make demo continues with them."
+        )
         return 130
     chat = command_line("chat", base_model=config.model_name_or_path, lora_model=config.output_dir)
     print(f"Chat with it: {chat}")
@@ -157,7 +160,8 @@ def _length(trial: Trial | None, left_s: float) -> tuple[int, int]:
     minutes = (BUDGET_S - left_s + trial.seconds(FEWEST_STEPS, 1)) / 60
     _say(
         f"{speed}, which is slow: with {FEWEST_STEPS} steps, the fewest that change its answers, the demo may take "
-        f"{minutes:.0f} minutes instead of {BUDGET_S / 60:.0f}."
+        f"{minutes:.0f} minutes instead of {BUDGET_S / 60:.0f}. Ctrl-C saves after the step and stops; make demo "
+        "resumes it."
     )
     return FEWEST_STEPS, 1
 

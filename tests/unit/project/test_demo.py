@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,28 @@ from typing import Any
 import pytest
 from conftest import instruction_rows, load_tool, write_jsonl
 
+from qingtune.training import loop
+
 demo: Any = load_tool("demo")
 
 
 def trial(tokens_per_second: float) -> Any:
     return demo.Trial(startup_s=20.0, step_tokens=600.0, tokens_per_second=tokens_per_second)
+
+
+def of_tiny_model(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the demo train a tiny model in three steps, into folder/output."""
+    rows = write_jsonl(folder / "rows.jsonl", instruction_rows(4))
+    settings = {
+        "model_name_or_path": str(model), "data_path": str(rows), "eval_data_path": str(rows), "use_lora": True,
+        "output_dir": str(folder / "output"), "report_to": "none", "learning_rate": 0.01,
+    }  # fmt: skip
+    file = folder / "demo.json"
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    monkeypatch.setattr(demo, "_model", lambda: (str(file), {}))
+    monkeypatch.setattr(demo, "_try", lambda *_: None)
+    monkeypatch.setattr(demo, "MOST_STEPS", 3)
+    monkeypatch.setattr(demo, "MOST_TOKENS", 8)
 
 
 def test_a_fast_machine_takes_all_steps(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,23 +54,33 @@ def test_a_slow_machine_shows_less_and_says_how_long_it_takes(capsys: pytest.Cap
     assert demo._length(trial(20), 400) == (demo.FEWEST_STEPS, 1)
     said = capsys.readouterr().err
     assert "20 tokens a second, which is slow" in said
-    assert "25 minutes instead of 8" in said
+    assert "25 minutes instead of 8. Ctrl-C saves after the step and stops; make demo resumes it.\n" in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_ctrl_c_saves_and_the_demo_resumes(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_tiny_model(tiny(), tmp_path, monkeypatch)
+    step = loop._step
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", lambda *given: (signal.raise_signal(signal.SIGINT), step(*given))[1])
+        assert demo.main([]) == 130
+    assert "Stopped and saved after step 1. To resume: make demo\n" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "_show", lambda _: signal.raise_signal(signal.SIGINT))
+        assert demo.main([]) == 130
+    said = capsys.readouterr().err
+    assert "Resuming from " in said
+    assert said.endswith(
+        "Interrupted. A fetched model and saved checkpoints are kept; make demo continues with them.\n"
+    )
 
 
 def test_the_terminal_shows_the_answers_of_the_report(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = write_jsonl(tmp_path / "rows.jsonl", instruction_rows(4))
-    settings = {
-        "model_name_or_path": str(tiny()), "data_path": str(rows), "eval_data_path": str(rows), "use_lora": True,
-        "output_dir": str(tmp_path / "output"), "report_to": "none", "learning_rate": 0.01,
-    }  # fmt: skip
-    file = tmp_path / "demo.json"
-    file.write_text(json.dumps(settings), encoding="utf-8")
-    monkeypatch.setattr(demo, "_model", lambda: (str(file), {}))
-    monkeypatch.setattr(demo, "_try", lambda *_: None)
-    monkeypatch.setattr(demo, "MOST_STEPS", 3)
-    monkeypatch.setattr(demo, "MOST_TOKENS", 8)
+    of_tiny_model(tiny(), tmp_path, monkeypatch)
     assert demo.main([]) == 0
     first = capsys.readouterr().out
     kept = [json.loads(line) for line in (tmp_path / "output" / "eval_samples.jsonl").read_text().splitlines()]
