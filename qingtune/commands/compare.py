@@ -31,6 +31,7 @@ from qingtune.machine.describe import launched_processes
 from qingtune.output.console import say, show
 from qingtune.output.invocation import command_line
 from qingtune.output.redaction import redact, redact_values
+from qingtune.output.units import counted
 from qingtune.runs.folder import check_output_folder, is_run, only_run_in, ours_and_others
 from qingtune.runs.plots import plot_comparison, try_to_draw
 from qingtune.runs.record import FACTS, FEW_ROWS, WEIGHTS_REMOVED, changed_names, read_record, without_secrets
@@ -204,11 +205,13 @@ def _report(bench: Bench) -> None:
     about = [f"Model: {config.model_name_or_path}", f"Data: {data}; evaluated on {evaluated_on}"]
     rows = next(filter(None, (_rows_evaluated(trial.folder) for trial in trials)), 0)
     few = " With so few, small differences may be noise." * (rows < FEW_ROWS)
-    evaluated = [f"Evaluated on {rows:,} sample{'s' * (rows > 1)}.{few}"] if rows else []
+    evaluated = [f"Evaluated on {counted(rows, 'sample')}.{few}"] if rows else []
     about += evaluated
     if steps and not ordered_otherwise(comparison):
         samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        about.append(f"{steps:,} steps of {samples} samples, the same for all setups, in the same order")
+        about.append(
+            f"{counted(steps, 'step')} of {counted(samples, 'sample')}, the same for all setups, in the same order"
+        )
     write_text(output_dir / PAGE, redact(as_markdown(comparison, about)))
     versions = records[0].versions if records else {}
     write_json(output_dir / NUMBERS, redact_values({"about": about, "versions": versions, **as_json(comparison)}))

@@ -40,6 +40,7 @@ from qingtune.models.find import find_model, fingerprint, is_here
 from qingtune.models.load import local_folder
 from qingtune.output.console import labelled, say, show
 from qingtune.output.quiet import quieten
+from qingtune.output.units import counted
 from qingtune.runs.folder import only_run_in
 from qingtune.runs.page.source import PREDICTIONS
 from qingtune.runs.page.write import write_page
@@ -278,7 +279,7 @@ def _records(
     window = ROWS_A_SLOT * speaker.decoder.slots
     for start in range(0, len(rows), window):
         group = rows[start : start + window]
-        say(f"losses of {len(group)} rows")
+        say(f"losses of {counted(len(group), 'row')}")
         records = [_with_loss(speaker, row) for row in group]
         asked = [
             replace(row.question, values=record)

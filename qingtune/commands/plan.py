@@ -20,6 +20,7 @@ from qingtune.kernels.footprint import PassTokens
 from qingtune.machine.resources import Machine, find_machine, supposed_gpu
 from qingtune.models.find import CONVERTED, cache_folder, find_header
 from qingtune.output.console import give
+from qingtune.output.units import counted
 from qingtune.planning.blueprint import read_blueprint
 from qingtune.planning.planner import Samples, fullest_group, most_tokens_of, training_batches
 from qingtune.planning.report import as_json, as_lines, make_report
@@ -89,7 +90,7 @@ def suppose_samples(config: PlanConfig, context: int | None, machine: Machine, m
             fix="Raise max_seq_length, or pass --on_long truncate.",
         )
     left_out = len(reading.faults) + len(all_tokens) - len(kept)
-    basis += f"; {left_out:,} row{'s' * (left_out > 1)} skipped" * bool(left_out)
+    basis += f"; {counted(left_out, 'row')} skipped" * bool(left_out)
     lengths = [min(n, limit) for n in kept]
     group = fullest_group(lengths, training_batches(len(lengths), config), most_tokens_of(machine))
     tokens = sum(lengths[number] for number in group)

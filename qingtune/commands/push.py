@@ -11,6 +11,7 @@ from qingtune.config.commands import PushConfig
 from qingtune.errors import UserError, raise_all
 from qingtune.output.console import give, say, show
 from qingtune.output.redaction import find_secret, find_token, redact
+from qingtune.output.units import counted
 from qingtune.runs.folder import LOCK
 from qingtune.runs.record import CURVE, FACTS, LATEST, METRICS, PAGE, RECORD, SETTINGS
 from qingtune.runs.result_folder import RESULT_FILES
@@ -56,7 +57,7 @@ def push(config: PushConfig) -> None:
     listing = [f"{folder} -> {where}, {config.repo} ({seen} if the repository is new):"]
     listing += [f"  {name}  {_size(size)}" for name, size in published.items()]
     total = sum(published.values())
-    listing.append(f"{len(published)} files, {_size(total)}.")
+    listing.append(f"{counted(len(published), 'file')}, {_size(total)}.")
     if left_out:
         listing.append(f"Left out: {', '.join(left_out)}.")
     if not config.confirm:

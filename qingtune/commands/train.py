@@ -28,7 +28,7 @@ from qingtune.output.console import give, labelled, lost_output, say, show
 from qingtune.output.invocation import command_line
 from qingtune.output.quiet import quieten
 from qingtune.output.redaction import redact, redact_values
-from qingtune.output.units import duration
+from qingtune.output.units import counted, duration
 from qingtune.planning.of_run import keep_measured_speed, plan_run
 from qingtune.planning.report import Report, as_lines, short_lines
 from qingtune.runs.folder import check_output_folder, only_run_in, prepare_output_folder, put_result, refuse_inputs
@@ -367,7 +367,7 @@ def _loss_line(config: TrainConfig, result: Result) -> list[str]:
     start = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f} -> "
     best = result.best_step if config.load_best_model_at_end else None
     kept = "" if best is None else f", at step {best:,} (the best)"
-    return [f"eval_loss {start}{loss:.4f} on {result.eval_samples:,} samples{kept}"]
+    return [f"eval_loss {start}{loss:.4f} on {counted(result.eval_samples, 'sample')}{kept}"]
 
 
 def _summary(config: TrainConfig, result: Result) -> str:
@@ -376,7 +376,7 @@ def _summary(config: TrainConfig, result: Result) -> str:
     planned = f" (planned: {result.planned_bytes['total'] / 1e9:.2f})" if result.planned_bytes else ""
     speed = read_curves(output_dir / METRICS).tokens_per_second
     lines = [
-        f"{result.steps} steps in {duration(result.seconds)}, {f'{speed:,.0f} tokens/s, ' if speed else ''}"
+        f"{counted(result.steps, 'step')} in {duration(result.seconds)}, {f'{speed:,.0f} tokens/s, ' if speed else ''}"
         f"peak memory {result.peak_bytes / 1e9:.2f} GB{planned}"
     ]
     lines += _loss_line(config, result)

@@ -26,6 +26,7 @@ from qingtune.data.rules import Rules
 from qingtune.data.tokenize import Template, tokenize
 from qingtune.errors import UserError
 from qingtune.output.console import say
+from qingtune.output.units import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -142,7 +143,7 @@ def _usable(
                 yield row
             if time.monotonic() - last_report > TELL_EVERY_S:
                 last_report = time.monotonic()
-                say(f"{path}: {report.rows:,} rows read in {last_report - began:.0f} s")
+                say(f"{path}: {counted(report.rows, 'row')} read in {last_report - began:.0f} s")
 
 
 def _marker_in(row: Conversation) -> str | None:
@@ -291,7 +292,7 @@ class _Answers:
 
 def as_lines(name: str, report: CheckReport, limit: int) -> list[str]:
     """The report as text, a finding a line with the first places below."""
-    lines = [f"{name}: {report.rows:,} rows, {report.faults.count:,} faults"]
+    lines = [f"{name}: {counted(report.rows, 'row')}, {counted(report.faults.count, 'fault')}"]
     rows = {
         "used": report.used,
         "refused": report.rows - report.used - report.too_long_rows - report.untrained_rows,
@@ -304,7 +305,7 @@ def as_lines(name: str, report: CheckReport, limit: int) -> list[str]:
     if report.percentiles:
         shares = ", ".join(f"{key} {value:,}" for key, value in report.percentiles.items())
         lines.append(
-            f"  {report.samples:,} samples of {report.tokens:,} tokens, {report.trained:,} trained "
+            f"  {counted(report.samples, 'sample')} of {report.tokens:,} tokens, {report.trained:,} trained "
             f"({report.trained / report.tokens:.0%}); length {shares}"
         )
     if report.scripts:
@@ -312,25 +313,25 @@ def as_lines(name: str, report: CheckReport, limit: int) -> list[str]:
         lines.append("  answers by script: " + ", ".join(f"{k} {n:,}" for k, n in by_count))
     others = report.faults.count - sum(places.count for places in report.kinds.values())
     findings = [
-        *((f"faults: {kind} is not supported", places) for kind, places in report.kinds.items()),
-        ("faults", Places(others, report.faults.first)),
-        ("rows with placeholders that were never filled in", report.placeholders),
-        ("evaluation rows that are also in the training data", report.in_training),
-        ("repeated rows", report.repeated),
-        ("rows with the same prompt as another row but a different answer", report.other_answer),
-        (f"samples longer than {limit:,} tokens (dropped)", report.too_long),
-        ("samples without a trained token", report.untrained),
-        ("near-empty answers", report.near_empty),
-        ("answers in a script that is rare here", report.rare_script),
-        ("answers in two scripts", report.two_scripts),
+        *(("fault", f": {kind} is not supported", places) for kind, places in report.kinds.items()),
+        ("fault", "", Places(others, report.faults.first)),
+        ("row", " with placeholders that were never filled in", report.placeholders),
+        ("evaluation row", " also in the training data", report.in_training),
+        ("repeated row", "", report.repeated),
+        ("row", " with the same prompt as another row but a different answer", report.other_answer),
+        ("sample", f" longer than {limit:,} tokens (dropped)", report.too_long),
+        ("sample", " without a trained token", report.untrained),
+        ("near-empty answer", "", report.near_empty),
+        ("answer", " in a script that is rare here", report.rare_script),
+        ("answer", " in two scripts", report.two_scripts),
     ]
-    for what, places in findings:
+    for noun, rest, places in findings:
         if places.count:
-            lines.append(f"  {places.count:,} {what}:")
+            lines.append(f"  {counted(places.count, noun)}{rest}:")
             lines += [f"    {place}" for place in places.first]
             lines += ["    ..."] * (places.count > len(places.first))
     if report.truncated:
-        lines.append(f"  {report.truncated:,} samples longer than {limit:,} tokens (cut at the end)")
+        lines.append(f"  {counted(report.truncated, 'sample')} longer than {limit:,} tokens (cut at the end)")
     return lines
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from qingtune.data.read import Fault, Places
 from qingtune.errors import UserError, shorten
+from qingtune.output.units import counted
 
 SHOWN_FAULTS = 10
 MANY = 0.1  # the share of refused rows that is worth a warning
@@ -18,7 +19,7 @@ def faulty_rows(faults: Sequence[Fault], rows: int, fix: str = "Fix the rows or 
     """The error that lists the first faults, a kind of data once for each file, and says what can be done."""
     fields = ' --ignore_fields skips fields, for example "label".' * any(fault.kind for fault in faults)
     lines = "\n".join(fault_lines(faults))
-    return UserError(f"{lines}\n({len(faults):,} of {rows:,} rows.) {fix}{fields}")
+    return UserError(f"{lines}\n({len(faults):,} of {counted(rows, 'row')}.) {fix}{fields}")
 
 
 def fault_lines(faults: Sequence[Fault]) -> list[str]:
@@ -29,7 +30,7 @@ def fault_lines(faults: Sequence[Fault]) -> list[str]:
             kinds.setdefault((fault.origin.rpartition(":")[0], fault.kind), Places()).add(str(fault))
     single = [str(fault) for fault in faults if not fault.kind]
     lines = [
-        places.first[0] + (f" (and {places.count - 1:,} more rows)" if places.count > 1 else "")
+        places.first[0] + (f" (and {counted(places.count - 1, 'more row')})" if places.count > 1 else "")
         for places in kinds.values()
     ]
     more = len(single) - SHOWN_FAULTS
@@ -43,14 +44,15 @@ def describe_rows(name: str, rows: Mapping[str, int], reasons: Mapping[str, int]
     if reasons:
         warning = "Warning: " * (refused >= MANY * every)
         why = "; ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-        lines.append(f"{warning}{name}: {refused:,} of {every:,} rows ({refused / every:.0%}) are refused: {why}")
+        share = f"{refused:,} of {counted(every, 'row')} ({refused / every:.0%})"
+        lines.append(f"{warning}{name}: {share} refused: {why}")
     return lines
 
 
 def sum_of_rows(rows: Mapping[str, int]) -> str:
     """All rows as the sum of those that went each way, such as `300 rows = 143 used + 157 refused`."""
     parts = " + ".join(f"{count:,} {what}" for what, count in rows.items() if count or what == "used")
-    return f"{sum(rows.values()):,} rows = {parts}"
+    return f"{counted(sum(rows.values()), 'row')} = {parts}"
 
 
 def count_reasons(faults: Sequence[Fault]) -> dict[str, int]:

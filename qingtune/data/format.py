@@ -15,6 +15,7 @@ from qingtune.data.placeholders import first_placeholder
 from qingtune.data.read import Fault, Places, Row, read_rows
 from qingtune.data.rules import USUAL, MemoryBound, Rules
 from qingtune.errors import UserError, shorten
+from qingtune.output.units import counted
 
 MOST_UNKNOWN = 1000  # rows read in the hope that one of them shows the format
 SHOWN_FIELDS = 20
@@ -62,7 +63,7 @@ class FileFacts:
     def described(self) -> str:
         """The format and the fields that are not used, as a few words."""
         unused = [
-            name if count >= self.used else f"{name} (in {count:,} rows)"
+            name if count >= self.used else f"{name} (in {counted(count, 'row')})"
             for name, count in sorted(self.ignored_columns.items())
         ]
         more = f" and {len(unused) - SHOWN_FIELDS:,} more" if len(unused) > SHOWN_FIELDS else ""

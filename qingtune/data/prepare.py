@@ -19,6 +19,7 @@ from qingtune.data.tokenize import Sample, Template, tokenize
 from qingtune.errors import UserError, raise_all, shorten
 from qingtune.files.paths import refuse_odd_name
 from qingtune.output.console import say
+from qingtune.output.units import counted
 
 PromptStyle = Literal["chat", "plain"]
 
@@ -106,7 +107,7 @@ def load_data(config: TrainConfig, template: Template, context: int | None) -> D
     )
     twice = len(ids_of_both)
     if twice:
-        say(f"Warning: {twice:,} evaluation samples are also in the training data; eval_loss is too low.")
+        say(f"Warning: {counted(twice, 'evaluation sample')} also in the training data; eval_loss is too low.")
     short = min(train_samples[:100], key=lambda sample: len(sample.token_ids))
     example = show_example(template.tokenizer, short)
     say(f"An example; the part between >>> and <<< is trained:\n{example}")
@@ -122,8 +123,8 @@ def _read(name: str, paths: Sequence[str], config: TrainConfig) -> Reading:
     if placeholders.count:
         more = " ..." * (placeholders.count > len(placeholders.first))
         say(
-            f"Warning: {name}: {placeholders.count:,} rows contain unfilled placeholders and are "
-            f"trained as they are: {', '.join(placeholders.first)}{more}"
+            f"Warning: {name}: {counted(placeholders.count, 'row')} with unfilled placeholders, trained unchanged: "
+            f"{', '.join(placeholders.first)}{more}"
         )
     return reading
 
@@ -135,7 +136,7 @@ def _hold_out(reading: Reading, val_size: float, seed: int) -> Reading:
     if val_size > 0:
         count = max(1, count)
     if count >= len(rows):
-        raise UserError(f"val_size holds out all {len(rows):,} rows", fix="Make it smaller.")
+        raise UserError(f"val_size holds out all {counted(len(rows), 'row')}", fix="Make it smaller.")
     aside = np.zeros(len(rows), dtype=np.bool_)
     aside[np.random.default_rng(seed).permutation(len(rows))[:count]] = True
     reading.held_out = count

@@ -10,6 +10,7 @@ import numpy as np
 from qingtune.data.read import Places
 from qingtune.data.tokenize import Sample, Tokenized
 from qingtune.data.tokenizer_calls import decode
+from qingtune.output.units import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,11 +105,12 @@ def describe(name: str, summary: Summary) -> list[str]:
     """A summary as a few lines."""
     lengths = ", ".join(f"{place} {length:,}" for place, length in summary.lengths.items())
     lines = [
-        f"{name}: {summary.samples:,} samples of {summary.tokens:,} tokens, {summary.trained_tokens:,} of them trained "
-        f"({summary.trained_tokens / summary.tokens:.0%}); length {lengths}",
+        f"{name}: {counted(summary.samples, 'sample')} of {summary.tokens:,} tokens, "
+        f"{summary.trained_tokens:,} of them trained ({summary.trained_tokens / summary.tokens:.0%}); length {lengths}",
     ]
     if summary.truncated:
-        lines.append(f"{name}: {summary.truncated:,} samples were cut at the end; they do not teach the model to stop")
+        cut = counted(summary.truncated, "sample")
+        lines.append(f"{name}: {cut} cut at the end, which does not teach the model to stop")
     if summary.split_conversations:
         lines.append(
             f"{name}: {summary.split_conversations:,} conversations trained turn by turn, "

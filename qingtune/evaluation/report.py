@@ -16,6 +16,7 @@ from qingtune.files.write import write_json, write_text
 from qingtune.output.console import show
 from qingtune.output.markdown import table
 from qingtune.output.redaction import redact, redact_values
+from qingtune.output.units import counted
 from qingtune.runs.record import versions
 
 RESULT, MARKDOWN = "evaluation.json", "evaluation.md"
@@ -165,7 +166,7 @@ def notes(about: About, changes: Sequence[Change], sides: Mapping[str, Side]) ->
         ruled = sum(bool(one.form) for one in after.outcomes)
         how = f"{answered:,} answered greedily" if answered else "none answered"
         found.append(
-            f"{about.rows:,} rows: {about.references:,} with a reference, {how}, {ruled:,} with rules of form."
+            f"{counted(about.rows, 'row')}: {about.references:,} with a reference, {how}, {ruled:,} with rules of form."
         )
         found.append(f"{SHARE:.0%} intervals: paired bootstrap over rows, {RESAMPLES:,} times.")
     if any(change.sure for change in changes):
@@ -174,7 +175,8 @@ def notes(about: About, changes: Sequence[Change], sides: Mapping[str, Side]) ->
     for name, side in sides.items():
         if side.without_loss:
             shown = ", ".join(side.without_loss[:SHOWN_TOO_LONG]) + " ..." * (len(side.without_loss) > SHOWN_TOO_LONG)
-            found.append(f"{name}: {len(side.without_loss):,} rows are too long for a loss (max_seq_length): {shown}")
+            rows = counted(len(side.without_loss), "row")
+            found.append(f"{name}: {rows} too long for a loss (max_seq_length): {shown}")
     if any(c.name in PER_TOKEN and c.before is not None and c.difference is None for c in changes):
         found.append("Losses are per token, and the models' tokenizers differ: the losses cannot be compared.")
     return found

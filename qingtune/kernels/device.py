@@ -16,6 +16,7 @@ import torch
 
 from qingtune.errors import UserError, is_out_of_memory
 from qingtune.machine.resources import cpu_has_bf16, cpu_has_int8_units, free_ram_bytes
+from qingtune.output.units import counted
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _device(local_process: int) -> tuple[torch.device, str]:
         return device, f"GPU {torch.cuda.get_device_name(device)}"
     if torch.backends.mps.is_available():
         return torch.device("mps"), "Apple GPU"
-    return torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads (no GPU that torch can use)"
+    return torch.device("cpu"), f"CPU, {counted(torch.get_num_threads(), 'thread')} (no GPU that torch can use)"
 
 
 def _formats(device: torch.device) -> tuple[bool, bool]:

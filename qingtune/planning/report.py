@@ -11,7 +11,7 @@ from qingtune.config.training import TrainConfig
 from qingtune.data.order import Plan
 from qingtune.machine.resources import Machine
 from qingtune.output.invocation import command_line
-from qingtune.output.units import duration
+from qingtune.output.units import counted, duration
 from qingtune.planning.advice import Advice, advise
 from qingtune.planning.blueprint import Blueprint
 from qingtune.planning.planner import (
@@ -146,8 +146,8 @@ def as_lines(report: Report) -> list[str]:
     lines = [
         f"Model: {report.name}, {size} parameters ({report.blueprint.model_type})",
         f"Machine: {machine.name}, {machine.dtype}; {free}{total}",
-        f"Run: {config.per_device_train_batch_size} samples a micro-batch, longest sample {samples.longest:,} tokens "
-        f"({samples.basis})",
+        f"Run: {counted(config.per_device_train_batch_size, 'sample')} a micro-batch, "
+        f"longest sample {samples.longest:,} tokens ({samples.basis})",
         "",
         *_table(report),
         "",

@@ -12,6 +12,7 @@ from qingtune.config.training import TrainConfig
 from qingtune.errors import UserError, shorten
 from qingtune.files.digests import MANIFEST, sha256_of, why_not_whole
 from qingtune.output.console import say
+from qingtune.output.units import counted
 from qingtune.runs.folder import refuse_files_in_the_way
 from qingtune.runs.record import RECORD, Record, differences, read_record, versions
 from qingtune.training.checkpoint import State, checkpoints, load_checkpoint, read_state, to_go_on_from
@@ -63,10 +64,11 @@ def choose_start(config: TrainConfig, settings: dict[str, Any], total_steps: int
         refuse_files_in_the_way(Path(config.output_dir))
         same = _same_rates(config, finished, total_steps)
         extended = [*(record.results.get("extended") or []), {"after_steps": finished, "as_if_never_stopped": same}]
-        say(f"The run in {config.output_dir} is finished after {finished:,} steps; continuing to {total_steps:,}.")
+        length = counted(finished, "step")
+        say(f"The run in {config.output_dir} is finished after {length}; continuing to {total_steps:,}.")
         if not same:
             say(
-                f"Warning: its learning rate ({config.lr_scheduler_type}) was planned for {finished:,} steps. From "
+                f"Warning: its learning rate ({config.lr_scheduler_type}) was planned for {length}. From "
                 f"here on it is that of a run of {total_steps:,} steps, so the result is not that of one run of this "
                 "length; the record says so. lr_scheduler_type constant does not depend on the length."
             )
@@ -167,7 +169,8 @@ def _where_to_go_on(config: TrainConfig, settings: dict[str, Any], finished: int
         found = [] if config.overwrite_output_dir else to_go_on_from(Path(config.output_dir))
         if not found and finished:
             raise UserError(
-                f"the run is finished after {finished:,} steps, and without a checkpoint it cannot be extended",
+                f"the run is finished after {counted(finished, 'step')}, "
+                "and without a checkpoint it cannot be extended",
                 where=config.output_dir,
                 fix=f"{START_OVER} save_strategy steps or epoch keeps a checkpoint of the last step.",
             )

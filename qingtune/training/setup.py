@@ -18,6 +18,7 @@ from qingtune.data.tokenize import Sample
 from qingtune.errors import UserError, is_out_of_memory
 from qingtune.kernels.device import Hardware, peak_bytes
 from qingtune.output.console import say
+from qingtune.output.units import counted
 from qingtune.runs.record import versions, without_secrets
 from qingtune.training.checkpoint import load_checkpoint, parse_state, prune, save_checkpoint
 from qingtune.training.engine import Engine, make_engine, trained_bytes
@@ -45,12 +46,12 @@ def set_up(
     processes.by_first(lambda: _check_room(config, work.parameters, limits))
     if (warmup := warmup_steps(config, limits.total_steps)) >= limits.total_steps:
         say(
-            f"Warning: the warm-up takes {warmup:,} steps of {limits.total_steps:,}, so the learning rate never "
-            "reaches its peak."
+            f"Warning: the warm-up takes {counted(warmup, 'step')} of {limits.total_steps:,}, so the learning rate "
+            "never reaches its peak."
         )
     say(
-        f"Training: {limits.total_steps:,} steps of {plan.window_size} samples "
-        f"({limits.total_steps / plan.steps_per_epoch:.3g} epochs), "
+        f"Training: {counted(limits.total_steps, 'step')} of {counted(plan.window_size, 'sample')} "
+        f"({counted(limits.total_steps / plan.steps_per_epoch, 'epoch', '.3g')}), "
         f"{config.optim}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}."
     )
     return work, limits, progress

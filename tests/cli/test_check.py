@@ -78,7 +78,7 @@ def test_each_finding_names_its_places(check: Callable[..., Any]) -> None:
     assert report["two_scripts"]["first"] == ["a.jsonl:16 (Han and Latin)"]
     assert reports["Evaluation data"]["in_training"] == {"count": 1, "first": ["e.jsonl:1 = a.jsonl:21"]}
     assert reports["Evaluation data"]["faulty"] == 1
-    for line in ("  2 faults:", "    a.jsonl:8 = a.jsonl:7", "  1 evaluation rows that are also in the training data:"):
+    for line in ("  2 faults:", "    a.jsonl:8 = a.jsonl:7", "  1 evaluation row also in the training data:"):
         assert line in text.splitlines()
 
 
@@ -124,7 +124,7 @@ def test_progress_goes_to_stderr(
     write_jsonl(Path("a.jsonl"), [row("a")])
     assert main(["check", "--data", "a.jsonl"]) == 0
     seen = capsys.readouterr()
-    assert "a.jsonl: 1 rows read in 0 s" in seen.err
+    assert "a.jsonl: 1 row read in 0 s" in seen.err
     assert "rows read in" not in seen.out
 
 

@@ -14,6 +14,7 @@ import jinja2
 
 from qingtune.config.methods import Method, method_of
 from qingtune.config.training import TrainConfig
+from qingtune.output.units import counted
 from qingtune.runs.measures import loss_of_result, perplexity
 from qingtune.runs.page.charts import Chart, Column, make_chart, smooth
 from qingtune.runs.page.source import Source
@@ -42,6 +43,7 @@ def render(source: Source) -> str:
     data = source.facts.get("data")
     return _template().render(
         Words=Words,
+        counted=counted,
         size=size,
         name=Path(source.folder).resolve().name,
         source=source,

@@ -149,7 +149,7 @@ def test_rows_of_all_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert ["answer" in line for line in lines(tmp_path / "out" / "predictions_after.jsonl")] == [
         True, False, True, True,
     ]  # fmt: skip
-    assert "1 rows are too long for a loss" in capsys.readouterr().out
+    assert "1 row too long for a loss" in capsys.readouterr().out
 
 
 class Cut:

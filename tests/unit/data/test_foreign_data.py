@@ -206,9 +206,7 @@ def test_fields_that_are_not_used_are_counted_over_all_rows_and_turns() -> None:
     rows += [{"messages": [{"role": "user", "content": "q"}, turns[1]], "lang": None}]
     about = read(rows).files["t.jsonl"]
     assert about.ignored_columns == {"id": 1, "source": 1, "messages.name": 3}
-    assert about.described() == (
-        "messages rows; not used: id (in 1 rows), messages.name (in 3 rows), source (in 1 rows)"
-    )
+    assert about.described() == ("messages rows; not used: id (in 1 row), messages.name (in 3 rows), source (in 1 row)")
     assert check(rows)["files"]["t.jsonl"]["ignored_columns"] == about.ignored_columns
 
 
@@ -254,7 +252,7 @@ def test_rows_add_up_in_what_is_shown_and_in_the_report() -> None:
         f"Training data: {report.rows_read} rows = "
         + " + ".join(f"{count} {what}" for what, count in report.rows.items() if count)
     ]
-    (refused,) = [line for line in lines if " are refused" in line]
+    (refused,) = [line for line in lines if " refused: " in line]
     assert refused.startswith(f"Warning: Training data: {report.faults} of {report.rows_read} rows (")
     assert f"8 {fields.TOOLS}" in refused
     checked = check([*rows, marked, long])
@@ -275,7 +273,7 @@ def test_placeholders_are_a_finding_and_a_warning() -> None:
     data, lines = prepare(foreign.IDENTITY)
     assert data.report.training.placeholders.count == 3
     (warning,) = [line for line in lines if "placeholders" in line]
-    assert warning.startswith("Warning: Training data: 3 rows contain unfilled placeholders")
+    assert warning.startswith("Warning: Training data: 3 rows with unfilled placeholders")
 
 
 @pytest.mark.parametrize(

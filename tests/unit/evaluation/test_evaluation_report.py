@@ -80,6 +80,6 @@ def test_rows_without_a_loss_are_named() -> None:
     origins = [f"rows.jsonl:{number}" for number in range(7)]
     sides = {"after": side(1.0, REFERENCES, without_loss=origins)}
     (line,) = [note for note in notes(ABOUT, changes_of(sides), sides) if "too long" in note]
-    assert line.startswith("after: 7 rows are too long for a loss")
+    assert line.startswith("after: 7 rows too long for a loss")
     assert line.endswith("rows.jsonl:4 ...")
     assert as_json(ABOUT, changes_of(sides), sides)["rows_without_loss"] == {"after": origins}

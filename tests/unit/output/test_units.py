@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qingtune.output.units import duration
+from qingtune.output.units import counted, duration
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,17 @@ from qingtune.output.units import duration
 )
 def test_a_time_has_the_unit_that_suits_it(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "form", "text"),
+    [
+        (0, ",", "0 rows"),
+        (1, ",", "1 row"),
+        (2_000, ",", "2,000 rows"),
+        (1.0004, ".3g", "1 row"),
+        (0.5, ".3g", "0.5 rows"),
+    ],
+)
+def test_one_of_something_is_in_the_singular(number: float, form: str, text: str) -> None:
+    assert counted(number, "row", form) == text

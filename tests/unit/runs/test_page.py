@@ -282,15 +282,18 @@ def test_numbers_as_text_are_numbers(folder: Path) -> None:
     assert_sound(page_of(folder))
 
 
-def test_the_evaluation_says_on_what_it_rests(folder: Path) -> None:
+@pytest.mark.parametrize(("rows", "counted"), [(1, "1 row"), (4, "4 rows")])
+def test_the_evaluation_says_on_what_it_rests(folder: Path, rows: int, counted: str) -> None:
     content = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
     nothing = {"value": 0.0, "interval": [0.0, 0.0]}
     content["metrics"] = {"exact match %": dict.fromkeys(("before", "after", "difference"), nothing)}
     content["metrics"]["exact match %"]["difference_excludes_zero"] = False
-    (folder / EVALUATION).write_text(json.dumps({**content, "rows": 4, "data": {"小店.jsonl": "0"}}), encoding="utf-8")
+    (folder / EVALUATION).write_text(
+        json.dumps({**content, "rows": rows, "data": {"小店.jsonl": "0"}}), encoding="utf-8"
+    )
     page = page_of(folder)
-    assert "Over 4 rows of 小店.jsonl." in page.text
-    assert "共评估 4 行" in page.text
+    assert f"Over {counted} of 小店.jsonl." in page.text
+    assert f"共评估 {rows} 行" in page.text
     assert "+0 " not in page.text
     assert "[+0" not in page.text
     assert_sound(page)
