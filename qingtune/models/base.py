@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from qingtune.errors import UserError
 from qingtune.files.staging import move_into_place, staging_folder
-from qingtune.kernels.device import free_bytes, give_back_memory, memory_errors
+from qingtune.kernels.device import free_bytes, memory_errors
 from qingtune.kernels.linear import QuantizedLinear, quantized_class
 from qingtune.models.find import cache_folder, fingerprint, stored_numbers
 from qingtune.models.load import empty_model, load_model
@@ -84,7 +84,6 @@ def _load_quantized(
         _fill_as_kept(model, stored, bits, device, kept)
     else:
         fill_quantized(model, bits, device, stored.read)
-        give_back_memory()  # quantising leaves holes in the heap: 0.25 GB for a model of 135 million weights
         _keep(model, kept)
     return model
 

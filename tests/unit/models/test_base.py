@@ -17,7 +17,7 @@ from qingtune.errors import UserError
 from qingtune.files.paths import default_cache
 from qingtune.files.weights_file import read_header
 from qingtune.kernels.linear import Int8Linear, NF4Linear, QuantizedLinear
-from qingtune.models import base
+from qingtune.models import base, quantize
 from qingtune.models.base import PACKED, load_base
 from qingtune.models.find import fingerprint, stored_numbers
 from qingtune.models.load import load_model
@@ -183,6 +183,14 @@ def test_weights_made_to_look_alike_are_quantised_anew(copy: Path, tmp_path: Pat
     model, _ = load(copy, 8, tmp_path)
     assert_same(model, usual(copy, 8))
     assert len(kept_folders(tmp_path)) == 2
+
+
+def test_freed_memory_goes_back_after_each_layer(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else holes in the heap make the first load of a 4-bit model take more than the model in 16 bits."""
+    returned: list[None] = []
+    monkeypatch.setattr(quantize, "give_back_memory", lambda: returned.append(None))
+    model, _ = load(tiny("llama"), 4, tmp_path)
+    assert len(returned) == sum(isinstance(module, QuantizedLinear) for module in model.modules()) > 1
 
 
 def test_each_width_and_dtype_is_kept_apart(tiny: Tiny, tmp_path: Path) -> None:
