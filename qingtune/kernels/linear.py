@@ -229,6 +229,8 @@ class Int8Linear(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """The weight, [out, in]."""
+        if out is not None and out.dtype == torch.float32:  # torch.mul would first convert the packed numbers elsewhere
+            return out.copy_(self.packed).mul_(self.scale)
         return (self.packed * self.scale).to(dtype) if out is None else torch.mul(self.packed, self.scale, out=out)
 
 
