@@ -44,7 +44,7 @@ check: .venv/dev
 	$(BIN)/python tools/generate_docs.py --check
 	$(BIN)/python tools/check_samples.py
 
-# Tiny models gain nothing by threads: two processes of one thread take 5 minutes, one takes 8.
+# Tiny models gain nothing by threads: two processes of one thread take 6 minutes, one takes 10.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -20,7 +20,7 @@ def staging_folder(target: Path) -> Generator[Path]:
     It is locked while its process lives; those of killed processes next to this path are removed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    is_staged(target)
+    remove_left_behind(target)
     folder, handle = _locked_folder(target)
     try:
         yield folder
@@ -41,8 +41,8 @@ def _locked_folder(target: Path) -> tuple[Path, int | None]:
         os.close(handle)
 
 
-def is_staged(target: Path) -> bool:
-    """Whether a living process stages something next to this path; removes what dead processes left there."""
+def remove_left_behind(target: Path) -> bool:
+    """Remove what dead processes staged next to this path; returns whether a living one stages something there."""
     alive = False
     for folder in _staging_folders(target):
         handle = _lock(folder, wait=False)

@@ -21,7 +21,7 @@ from qingtune.errors import UserError
 from qingtune.files.digests import sha256_of
 from qingtune.files.json_files import INDEX_BYTES, read_object
 from qingtune.files.paths import refuse_no_path, refuse_odd_name
-from qingtune.files.staging import is_staged, move_into_place, staging_folder
+from qingtune.files.staging import move_into_place, remove_left_behind, staging_folder
 from qingtune.files.write import disk_errors, flush, write_json
 from qingtune.output.console import say
 
@@ -195,7 +195,8 @@ def open_result_folder(output_dir: Path, maker: str, what: str, *, overwrite: bo
     refuse_no_path(output_dir, "output_dir")
     target = Path(os.path.realpath(output_dir))
     refuse_odd_name(target, "output_dir")
-    if is_staged(target):
+    still_written = remove_left_behind(target)
+    if still_written:
         raise UserError("another process is writing to this output_dir", where=str(output_dir), fix="Wait for it.")
     _finish_earlier_switch(target)
     if os.path.lexists(target) and not target.is_dir():
