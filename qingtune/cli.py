@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,8 +174,20 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         given = (loaded, shown([*program(name), *argv, *keep]))
         if name == "train":
             return _train(*given)
-    module = importlib.import_module(f"qingtune.commands.{command.function}")
+    with _without_collection():
+        module = importlib.import_module(f"qingtune.commands.{command.function}")
     return getattr(module, command.function)(*given) or DONE
+
+
+@contextmanager
+def _without_collection() -> Generator[None]:
+    """Import without Python's search for cycles, which takes a fifth of the time of torch and Transformers."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _train(loaded: Loaded[TrainConfig], command: str) -> int:
@@ -183,6 +197,7 @@ def _train(loaded: Loaded[TrainConfig], command: str) -> int:
     if is_surely_finished(loaded.config):
         say("\n".join([*loaded.notices, already_finished(Path(loaded.config.output_dir))]))
         return DONE
-    from qingtune.commands.train import train
 
+    with _without_collection():
+        from qingtune.commands.train import train
     return DONE if train(loaded.config, notices=loaded.notices, command=command) else INTERRUPTED

@@ -6,6 +6,7 @@ What else sets kinds of adapters apart is in variants.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -201,7 +202,7 @@ def _adapter(
 
 
 def _device_of(layer: nn.Module) -> torch.device:
-    return next(layer.parameters(), next(layer.buffers(), torch.empty(0))).device
+    return next(chain(layer.parameters(), layer.buffers())).device
 
 
 def _take_out(layer: Any, pair: Pair, scaling: float) -> None:

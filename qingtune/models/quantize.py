@@ -64,8 +64,9 @@ def fill_quantized(
 
 def _quantized(layer: Any, weight: torch.Tensor, bits: int, device: torch.device) -> QuantizedLinear:
     quantized = quantized_class(bits)(weight.to(device), _on(layer.bias, device))
-    # The copies that this took leave holes between what stays: in the end 2.3 bytes for each weight of the model.
-    give_back_memory()
+    if device.type != "meta":
+        # The copies that this took leave holes between what stays: in the end 2.3 bytes for each weight of the model.
+        give_back_memory()
     return quantized
 
 
