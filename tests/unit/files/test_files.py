@@ -246,11 +246,8 @@ STAGED = "into a staging folder of a random name"
 ALLOWED = {
     ("output/console.py", "os.open"): "the null device, in the place of a stream that is gone",
     ("data/read.py", "TemporaryFile"): "a file without a name, for Parquet that is packed",
-    ("answering/decoder/native/build.py", "os.open"): "for reading",
-    (
-        "answering/decoder/native/build.py",
-        "TemporaryDirectory",
-    ): "a random name in a folder that only the user writes to",
+    ("kernels/native/build.py", "os.open"): "for reading",
+    ("kernels/native/build.py", "TemporaryDirectory"): "a random name in a folder that only the user writes to",
     ("runs/folder.py", "FileLock"): "which follows no link and does not change the file",
     ("evaluation/compare/search.py", "JournalFileBackend"): "Optuna's; links are refused before",
     ("runs/plots.py", "savefig"): "into memory",

@@ -1,53 +1,20 @@
-"""Compile the kernels in C for this machine, once, and load them."""
+"""The answering step in C: whether this machine can run it, and its library."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import os
-import shlex
-import shutil
-import stat
-import subprocess
 import sys
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
-from qingtune.files.paths import default_cache
+from qingtune.kernels.native.build import compiled_library
 from qingtune.machine.resources import cpu_flags
 
 SOURCE = Path(__file__).with_name("answer_step.c")
-FLAGS = ("-O3", "-march=native", "-std=c11", "-fopenmp", "-fPIC", "-shared")
-COMPILERS = ("cc", "gcc", "clang")
-SECONDS = 120  # that a compiler may take
 
 
-@functools.cache
 def native_library() -> ctypes.CDLL | str:
-    """The compiled kernels, or the reason why there are none on a CPU that could run them.
-
-    What was compiled is kept in the user's own cache folder, and loaded only if nobody else can write there or wrote
-    the file: a cache shared with others must not be a way to run their code.
-    """
-    if os.environ.get("QINGTUNE_NATIVE") == "0":
-        return "QINGTUNE_NATIVE is 0"
-    try:
-        compiler = _compiler()
-    except ValueError as error:
-        return f"CC is not a valid command: {error}"
-    if compiler is None:
-        return "there is no C compiler (cc, gcc or clang)"
-    try:
-        library = _loaded(compiler)
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines() or ["no reason given"]
-        return f"{shlex.join(compiler)} failed: {lines[-1]}"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"the compiled kernels cannot be used: {error}"
-    _declare(library)
-    return library
+    """The compiled kernels, or the reason why there are none on a CPU that could run them."""
+    return compiled_library(SOURCE, _declare)
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -58,53 +25,3 @@ def _declare(library: ctypes.CDLL) -> None:
 def has_native_units() -> bool:
     """Whether the kernels are for this machine: Linux on x86 with AVX-512 and its int8 products."""
     return sys.platform == "linux" and {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"} <= cpu_flags()
-
-
-def _compiler() -> list[str] | None:
-    """The user's own choice in CC, or the first one found; a ValueError where CC is no command line."""
-    chosen = shlex.split(os.environ.get("CC", ""))
-    for words in (chosen, *([name] for name in COMPILERS)):
-        if words and shutil.which(words[0]):
-            return words
-    return None
-
-
-def _loaded(compiler: list[str]) -> ctypes.CDLL:
-    """The library, made if it is not there for this source, compiler and machine, or cannot be loaded."""
-    version = _run([*compiler, "--version"])
-    parts = [SOURCE.read_text(encoding="utf-8"), version, *FLAGS, *sorted(cpu_flags())]
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    folder = default_cache() / "native"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _refuse_of_others(folder, folder.stat())
-    path = folder / f"answer_step-{name}.so"
-    with suppress(OSError):  # missing, truncated, or somebody else's: compile it again
-        return _load(path)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / path.name
-        _run([*compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"])
-        made.chmod(0o700)  # a umask may have left it open to the group
-        library = _load(made)
-        os.replace(made, path)
-        return library
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    """Load a library that nobody else can have written; what was looked at is loaded, whatever happens to the path."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        _refuse_of_others(path, os.fstat(handle))
-        return ctypes.CDLL(f"/proc/self/fd/{handle}")  # stays open: to the loader, the same name is the same library
-    except OSError:
-        os.close(handle)
-        raise
-
-
-def _run(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=SECONDS).stdout
-
-
-def _refuse_of_others(path: Path, status: os.stat_result) -> None:
-    """Only this user, or root, may own it and write to it."""
-    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"others can write to {path}")

@@ -1,0 +1,212 @@
+"""C is compiled once, into a folder of the user's own; where it cannot be, there is a reason instead of a library."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from qingtune.kernels.native.build import compiled_library
+
+SMALL = "int doubled(int x) { return 2 * x; }\n"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="libraries are loaded as on Linux")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("QINGTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("QINGTUNE_NATIVE", raising=False)
+    (tmp_path / "small.c").write_text(SMALL, encoding="utf-8")
+    compiled_library.cache_clear()
+    yield tmp_path / "cache" / "native"
+    compiled_library.cache_clear()  # what comes after is to find the real ones
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Nothing: the small library's function returns an int."""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tmp_path / "small.c"
+
+
+def substitute(folder: Path, script: str) -> str:
+    """A program in the place of a compiler."""
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compiled_library(source, declare) == "there is no C compiler (cc, gcc or clang)"
+
+
+def test_a_compiler_that_fails_leaves_nothing(
+    source: Path, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = substitute(
+        tmp_path, '[ "$1" = --version ] && echo 1 && exit 0\necho one >&2\necho "no such option" >&2\nexit 1'
+    )
+    monkeypatch.setenv("CC", compiler)
+    assert compiled_library(source, declare) == f"{compiler} failed: no such option"
+    assert list(fresh.iterdir()) == []
+
+
+def test_what_was_compiled_is_no_library(
+    source: Path, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = """
+while [ $# -gt 0 ]; do
+    [ "$1" = -o ] && echo rubbish > "$2"
+    shift
+done"""
+    monkeypatch.setenv("CC", substitute(tmp_path, script))
+    assert "the compiled kernels cannot be used" in str(compiled_library(source, declare))
+    assert list(fresh.iterdir()) == []
+
+
+def test_a_compiler_that_cannot_be_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "'x")
+    assert compiled_library(source, declare) == "CC is not a valid command: No closing quotation"
+
+
+def test_no_home_folder_is_no_failure(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QINGTUNE_CACHE")
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    assert "your home folder is not known" in str(compiled_library(source, declare))
+
+
+def test_functions_are_declared_and_flags_passed(source: Path) -> None:
+    source.write_text("double factor(void) { return FACTOR; }\n", encoding="utf-8")
+
+    def returns_double(library: ctypes.CDLL) -> None:
+        library.factor.restype = ctypes.c_double
+
+    for factor in (1.5, 2.5):  # other flags, another library
+        library = compiled_library(source, returns_double, (f"-DFACTOR={factor}",))
+        if isinstance(library, str):
+            pytest.skip(library)
+        assert library.factor() == factor
+
+
+def test_processes_that_compile_at_the_same_time(source: Path, fresh: Path) -> None:
+    if isinstance(found := compiled_library(source, declare), str):
+        pytest.skip(found)
+    next(fresh.iterdir()).unlink()
+    program = (
+        "import pathlib, sys\nfrom qingtune.kernels.native.build import compiled_library\n"
+        "print(compiled_library(pathlib.Path(sys.argv[1]), lambda library: None).doubled(21))"
+    )
+    command = [sys.executable, "-c", program, str(source)]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[0] for process in processes] == ["42\n"] * 3
+    assert len(list(fresh.iterdir())) == 1
+
+
+COPIES = r"""
+[ "$1" = --version ] && echo 1 && exit 0
+while [ $# -gt 0 ]; do
+    [ "$1" = -o ] && cp LIBRARY "$2" && chmod 775 "$2"
+    shift
+done"""
+
+
+@pytest.fixture
+def library_path(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small library; the "compiler" copies it."""
+    library, compiler = tmp_path / "library.so", shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    monkeypatch.setenv("CC", substitute(tmp_path, COPIES.replace("LIBRARY", str(library))))
+    return library
+
+
+def test_compiled_once(source: Path, library_path: Path, fresh: Path) -> None:
+    assert isinstance(compiled_library(source, declare), ctypes.CDLL)
+    (file,) = fresh.iterdir()
+    before = file.stat().st_mtime_ns
+    compiled_library.cache_clear()
+    assert isinstance(compiled_library(source, declare), ctypes.CDLL)
+    assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [before]
+    file.unlink()  # not written over: this process runs it
+    file.write_bytes(b"cut off")
+    compiled_library.cache_clear()
+    assert isinstance(compiled_library(source, declare), ctypes.CDLL)
+    assert file.stat().st_size == library_path.stat().st_size
+    source.write_text(SMALL + "\n", encoding="utf-8")
+    compiled_library.cache_clear()
+    assert isinstance(compiled_library(source, declare), ctypes.CDLL)
+    assert len(list(fresh.iterdir())) == 2
+
+
+@pytest.fixture
+def kept(source: Path, library_path: Path, fresh: Path) -> Path:
+    """The file in the cache."""
+    assert isinstance(compiled_library(source, declare), ctypes.CDLL)
+    (file,) = fresh.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o700
+    compiled_library.cache_clear()
+    return file
+
+
+def made_again(source: Path, file: Path) -> bool:
+    before = file.lstat().st_ino
+    assert isinstance(compiled_library(source, declare), ctypes.CDLL)
+    return file.lstat().st_ino != before
+
+
+def test_what_only_the_user_can_write_is_loaded_again(source: Path, kept: Path) -> None:
+    assert not made_again(source, kept)
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_a_library_that_others_can_write_to_is_made_again(mode: int, source: Path, kept: Path) -> None:
+    kept.chmod(mode)
+    assert made_again(source, kept)
+
+
+def test_a_library_of_somebody_else_is_made_again(source: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = kept.stat().st_ino
+    real = os.fstat
+
+    def fstat(handle: int) -> os.stat_result:
+        status = real(handle)
+        return os.stat_result((*status[:4], 12345, *status[5:10])) if status.st_ino == theirs else status
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    assert made_again(source, kept)
+
+
+def test_a_link_is_not_followed(source: Path, kept: Path, tmp_path: Path) -> None:
+    kept.rename(tmp_path / "theirs.so")
+    kept.symlink_to(tmp_path / "theirs.so")
+    assert made_again(source, kept)
+    assert not kept.is_symlink()
+
+
+def test_turned_off(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QINGTUNE_NATIVE", "0")
+    assert compiled_library(source, declare) == "QINGTUNE_NATIVE is 0"
+
+
+def test_a_folder_that_others_write_to_is_not_trusted(source: Path, fresh: Path) -> None:
+    fresh.mkdir(parents=True)
+    fresh.chmod(0o777)
+    assert "others can write to" in str(compiled_library(source, declare))
+    assert list(fresh.iterdir()) == []
