@@ -1,11 +1,12 @@
 """Training speed and memory, ours and the peers', side by side in one run.
 
-python benchmarks/train.py [--model FOLDER] [--systems NAME ...] [--repeats 3] [--output FILE.json]
+python benchmarks/train.py [--shape NAME | --model FOLDER] [--systems NAME ...] [--repeats 3] [--output FILE.json]
 
 Every system trains LoRA r = 64 on all linear layers (or QLoRA, or all weights) on the same samples in the same order,
 8 a step, in a process of its own; systems take turns, so that a machine that slows down slows all of them. The first
-step of a process warms up and is not timed. Shares are of what the machine's bf16 matrix products, timed beside each
-run, would allow (roofline.py). Tokens count once even where a beginning that samples share is computed once.
+step of a process warms up and is not timed. All compute in bf16, or in fp32 on a CPU without units for bf16. Shares
+are of what the machine's matrix products in that dtype, timed next to each run, would allow (roofline.py). Tokens
+count once even where a beginning that samples share is computed once.
 """
 
 from __future__ import annotations
@@ -28,8 +29,19 @@ from typing import Any
 
 from peers.environments import make_environment
 from roofline import flops_per_token, work_of
-from workload import DATA, MAX_LENGTH, SEED, SYSTEM_PROMPT, cache_folder, model_folder, write_rows
+from workload import (
+    DATA,
+    DEFAULT_SHAPE,
+    MAX_LENGTH,
+    SEED,
+    SHAPES,
+    SYSTEM_PROMPT,
+    cache_folder,
+    model_folder,
+    write_rows,
+)
 
+from qingtune.machine.resources import cpu_has_bf16
 from qingtune.runs.measures import tokens_per_second
 
 HERE = Path(__file__).parent
@@ -72,7 +84,7 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace, scratch: Path) -> None:
     """Run all systems in turn and print the table."""
-    model = model_folder(arguments.model)
+    model, dtype = model_folder(arguments.model, arguments.shape), "bf16" if cpu_has_bf16() else "fp32"
     most = max(arguments.steps, arguments.peer_steps)
     facts = write_rows(model, scratch / "rows.jsonl", most * SAMPLES_PER_STEP, SAMPLES_PER_STEP)
     pythons = {
@@ -88,16 +100,16 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
         for system in arguments.systems:
             if isinstance(pythons.get(system), str):
                 continue
-            rate = _gemm_rate()
+            rate = _gemm_rate(dtype)
             began = time.perf_counter()
             result = (
                 _run_ours(system, model, scratch, arguments.steps)
                 if system in OURS
-                else _run_peer(system, pythons[system], model, scratch, arguments.peer_steps)
+                else _run_peer(system, pythons[system], model, scratch, arguments.peer_steps, dtype)
             )
             if result is None:
                 continue
-            rate = (rate + _gemm_rate()) / 2
+            rate = (rate + _gemm_rate(dtype)) / 2
             speed = tokens_per_second(result["tokens"], result["seconds"]) or math.nan
             seen = [result[name] for name in ("first_step_after_s", "settings")]
             runs.append(Run(system, speed, rate, result["peak_bytes"], result["losses"][0], *seen))
@@ -112,7 +124,8 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a Transformers folder; default: random weights of Qwen2.5-0.5B's shape")
+    parser.add_argument("--model", help="a Transformers folder; default: random weights of --shape")
+    parser.add_argument("--shape", default=DEFAULT_SHAPE, choices=list(SHAPES), help="a model's published shape")
     parser.add_argument("--systems", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS], metavar="NAME")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="steps of our runs, the first one not timed")
@@ -156,13 +169,16 @@ def _run_ours(system: str, model: Path, scratch: Path, steps: int) -> dict[str, 
     }
 
 
-def _run_peer(system: str, python: Path | str, model: Path, scratch: Path, steps: int) -> dict[str, Any] | None:
+def _run_peer(
+    system: str, python: Path | str, model: Path, scratch: Path, steps: int, dtype: str
+) -> dict[str, Any] | None:
     _, script, bits = PEERS[system]
     workload, result = scratch / "workload.json", scratch / "result.json"
     content = {
         "model": str(model), "rows": str(scratch / "rows.jsonl"), "steps": steps, "samples_per_step": SAMPLES_PER_STEP,
         "lora_r": RANK, "lora_alpha": 16, "lora_dropout": 0.0, "learning_rate": 1e-4, "max_length": MAX_LENGTH,
-        "threads": os.cpu_count(), "quantization_bit": bits,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)), "quantization_bit": bits,
+        "dtype": dtype,
     }  # fmt: skip
     workload.write_text(json.dumps(content), encoding="utf-8")
     result.unlink(missing_ok=True)
@@ -174,8 +190,10 @@ def _run_peer(system: str, python: Path | str, model: Path, scratch: Path, steps
     return json.loads(result.read_text(encoding="utf-8"))
 
 
-def _gemm_rate() -> float:
-    done = subprocess.run([sys.executable, str(HERE / "roofline.py")], stdout=subprocess.PIPE, text=True, check=True)
+def _gemm_rate(dtype: str) -> float:
+    done = subprocess.run(
+        [sys.executable, str(HERE / "roofline.py"), dtype], stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(done.stdout)["flops_per_second"]
 
 

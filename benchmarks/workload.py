@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # a clone is used as it is, without being installed
@@ -13,20 +14,40 @@ SEED = 42
 MAX_LENGTH = 2048
 # Told to every system, as their templates differ in what they say by themselves.
 SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-# The published shape of Qwen2.5-0.5B.
-QWEN = {
-    "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-}
+# Published shapes by the models' names: Transformers' type, and what of its configuration is not the default.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2.5-0.5b": (
+        "qwen2",
+        {
+            "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+            "num_attention_heads": 14, "num_key_value_heads": 2, "rope_theta": 1e6,
+        },
+    ),
+    "qwen3.5-0.8b": (
+        "qwen3_5_text",
+        {
+            "vocab_size": 248320, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24,
+            "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256, "linear_num_key_heads": 16,
+            "linear_num_value_heads": 16, "rope_theta": 1e7,
+        },
+    ),
+    "gemma-3-1b": (
+        "gemma3_text",
+        {
+            "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+            "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512,
+        },
+    ),
+    # Of an architecture without kernels of ours; its published shape, with 8 of 16 layers.
+    "olmo-2-1b": (
+        "olmo2",
+        {
+            "vocab_size": 100352, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8,
+            "num_attention_heads": 16, "num_key_value_heads": 16, "rope_theta": 5e5,
+        },
+    ),
+}  # fmt: skip
+DEFAULT_SHAPE = "qwen2.5-0.5b"
 # How Qwen2's tokenizer cuts text into words; some versions of Transformers put it in place of a tokenizer's own.
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -45,20 +66,25 @@ def cache_folder() -> Path:
     return default_cache()
 
 
-def model_folder(given: str | None) -> Path:
-    """The model that the user names, or random weights."""
-    return Path(given) if given else random_model(cache_folder() / "bench-qwen-model")
+def model_folder(given: str | None, shape: str = DEFAULT_SHAPE) -> Path:
+    """The model that the user names, or random weights of a shape."""
+    return Path(given) if given else random_model(cache_folder() / f"bench-{shape}", shape)
 
 
-def random_model(folder: Path) -> Path:
-    """Weights of Qwen2.5-0.5B's shape without its training, and a tokenizer learnt from the bundled samples."""
+def random_model(folder: Path, shape: str = DEFAULT_SHAPE) -> Path:
+    """Weights of a published shape without its training, and a tokenizer learnt from the bundled samples."""
     if (folder / "model.safetensors").exists():
         return folder
     import torch
     import transformers
 
+    kind, sizes = SHAPES[shape]
+    ends = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(
+        kind, max_position_embeddings=32768, tie_word_embeddings=True, **ends, **sizes
+    )
     torch.manual_seed(0)
-    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN)).to(torch.bfloat16).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder
 

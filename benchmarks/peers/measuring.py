@@ -14,7 +14,14 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DELTA_NET = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
+
+
+def linear_layers(workload: dict) -> list[str]:
+    """The names of all linear layers but the head."""
+    config = json.loads((Path(workload["model"]) / "config.json").read_text(encoding="utf-8"))
+    return ATTENTION_AND_MLP + DELTA_NET * ("linear_attention" in config.get("layer_types", []))
 
 
 def prepare(scratch: str) -> tuple[dict, list[dict]]:
@@ -68,7 +75,7 @@ def trainer_arguments(workload: dict, best_batch: int, scratch: str) -> dict:
         "warmup_steps": 0,
         "weight_decay": 0.0,
         "optim": "adamw_torch_fused",
-        "bf16": True,
+        "bf16": workload["dtype"] == "bf16",
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

@@ -77,7 +77,7 @@ def main() -> None:
         recorder = make_recorder(rows)
         run_exp(arguments(workload, scratch), callbacks=[recorder])
     batch, accumulation = batch_of(workload, BATCH)
-    settings = f"batch {batch} x accumulation {accumulation}, base bf16, bf16 autocast, SDPA, fused AdamW"
+    settings = f"batch {batch} x accumulation {accumulation}, {workload['dtype']}, SDPA, fused AdamW"
     write_result("LLaMA-Factory", "llamafactory", settings, recorder)
 
 

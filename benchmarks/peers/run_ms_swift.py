@@ -8,29 +8,40 @@ import json
 import tempfile
 from pathlib import Path
 
-from measuring import LAYERS, batch_of, make_recorder, prepare, refuse_quantisation, trainer_arguments, write_result
+from measuring import (
+    batch_of,
+    linear_layers,
+    make_recorder,
+    prepare,
+    refuse_quantisation,
+    trainer_arguments,
+    write_result,
+)
 
 # Samples a micro-batch. Tried on a busy machine, so in CPU seconds of one thread for a first step of 8 samples, with a
 # random model of the real one's width and 4 layers: batch 1 12.5, batch 4 24.3. One sample needs no padding and has
 # the smallest logits.
 BATCH = 1
+# Its own names for the architectures of Transformers.
+MODEL_TYPES = {"qwen2": "qwen2", "qwen3_5_text": "qwen3_5", "gemma3_text": "gemma3_text", "olmo2": "olmo2"}
 
 
 def make_arguments(workload: dict, rows: list[dict], scratch: str):
     from swift.arguments import SftArguments
 
+    config = json.loads((Path(workload["model"]) / "config.json").read_text(encoding="utf-8"))
     dataset = Path(scratch) / "rows.jsonl"
     lines = [json.dumps({"messages": row["messages"]}, ensure_ascii=False) + "\n" for row in rows]
     dataset.write_text("".join(lines), encoding="utf-8")
     return SftArguments(
         **{**trainer_arguments(workload, BATCH, scratch), "report_to": ["none"]},
         model=workload["model"],
-        model_type="qwen2",
+        model_type=MODEL_TYPES[config["model_type"]],
         template="qwen2_5",
-        torch_dtype="bfloat16",
+        torch_dtype={"bf16": "bfloat16", "fp32": "float32"}[workload["dtype"]],
         attn_impl="sdpa",
         tuner_type="lora",
-        target_modules=LAYERS,
+        target_modules=linear_layers(workload),
         lora_rank=workload["lora_r"],
         lora_alpha=workload["lora_alpha"],
         lora_dropout=workload["lora_dropout"],
@@ -69,7 +80,7 @@ def main() -> None:
         train(make_arguments(workload, rows, scratch), recorder)
     batch, accumulation = batch_of(workload, BATCH)
     settings = (
-        f"batch {batch} x accumulation {accumulation}, base bf16, bf16 autocast, SDPA, fused AdamW, "
+        f"batch {batch} x accumulation {accumulation}, {workload['dtype']}, SDPA, fused AdamW, "
         "logits of the answers' part only"
     )
     write_result("ms-swift", "ms-swift", settings, recorder)

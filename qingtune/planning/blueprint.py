@@ -85,6 +85,7 @@ class Blueprint:
         largest_end: numbers of the larger of head and embedding.
         active_body: weights that a token is multiplied by, embedding and head not counted.
         attention_width: all query heads together.
+        attention_layers: layers in which a token attends to those before it.
         context: tokens that it knows positions for; None if it does not say.
         experts: numbers in parameters that hold several experts each.
         stored_itemsize: bytes a number on disk.
@@ -107,6 +108,8 @@ class Blueprint:
         self.layers, self.hidden, self.vocabulary = (
             _size(text, name, where) for name in ("num_hidden_layers", "hidden_size", "vocab_size")
         )
+        kinds: list[str] = getattr(text, "layer_types", None) or ["full_attention"] * self.layers
+        self.attention_layers = sum(kind != "linear_attention" for kind in kinds)
         self.context = _largest(text, "max_position_embeddings")
         self.heads = _largest(text, "num_attention_heads") or 1
         head_size = _largest(text, "head_dim") or self.hidden // self.heads

@@ -29,13 +29,14 @@ class TokenWork:
     Attributes:
         body: weights that a token is multiplied by between embedding and head.
         attention_width: all query heads together.
+        attention_layers: layers in which a token attends to those before it.
     """
 
     body: int
     head: int
     adapters: int
     attention_width: int
-    layers: int
+    attention_layers: int
 
 
 def flops_per_token(
@@ -53,7 +54,7 @@ def flops_per_token(
         full: whether all weights are trained.
         recomputed: share of the layers that go forward twice.
     """
-    attention = work.layers * 6 * 2 * work.attention_width * mean_length / 2
+    attention = work.attention_layers * 6 * 2 * work.attention_width * mean_length / 2
     a_weight = 6 if full else 4
     adapters = 0 if full else 6 * work.adapters
     again = recomputed * (2 * work.body + attention / 3)
@@ -68,7 +69,7 @@ def flops_of(planner: Planner, recompute: int, samples: Samples) -> float:
         head=blueprint.hidden * blueprint.vocabulary,
         adapters=planner.built.low_rank,
         attention_width=blueprint.attention_width,
-        layers=blueprint.layers,
+        attention_layers=blueprint.attention_layers,
     )
     again = recompute / blueprint.layers
     return flops_per_token(work, samples.trained_share, samples.mean, full=planner.full, recomputed=again)

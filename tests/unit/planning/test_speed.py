@@ -25,7 +25,7 @@ def seen(method: str = "lora", flops: float = 2e9, rate: float = 200.0, device: 
 
 
 def test_the_work_of_a_token_is_that_of_the_docs() -> None:
-    work = TokenWork(body=357_826_560, head=136_134_656, adapters=35_192_832, attention_width=896, layers=24)
+    work = TokenWork(body=357_826_560, head=136_134_656, adapters=35_192_832, attention_width=896, attention_layers=24)
     assert flops_per_token(work, 0.6, 326, full=False) == pytest.approx(2.011e9, rel=1e-3)  # docs/performance.md
     once = flops_per_token(work, 0.6, 326, full=False)
     again = flops_per_token(work, 0.6, 326, full=False, recomputed=1.0)
