@@ -22,8 +22,8 @@ from measuring import (
 # random model of the real one's width and 4 layers: batch 1 12.5, batch 4 24.3. One sample needs no padding and has
 # the smallest logits.
 BATCH = 1
-# Its own names for the architectures of Transformers.
-MODEL_TYPES = {"qwen2": "qwen2", "qwen3_5_text": "qwen3_5", "gemma3_text": "gemma3_text", "olmo2": "olmo2"}
+# Its names for kinds of models; Transformers loads what config.json says, its "qwen3_5" wants the vision tower's tools.
+MODEL_TYPES = {"qwen2": "qwen2", "qwen3_5_text": "qwen3", "gemma3_text": "gemma3_text", "olmo2": "llama"}
 
 
 def make_arguments(workload: dict, rows: list[dict], scratch: str):
