@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from qingtune.adapters.base_of import find_base
 from qingtune.adapters.merge_stored import EMBEDDING, HEAD, MergedWeights, StoredAdapter
 from qingtune.adapters.peft_files import read_adapter, read_adapter_config
@@ -19,9 +21,10 @@ from qingtune.data.templates import render_template
 from qingtune.data.tokenize import Template, prompt_ids
 from qingtune.data.tokenizer_calls import encode
 from qingtune.errors import UserError
-from qingtune.export.gguf_file import GGUFPlan, Read, check_gguf, write_gguf
+from qingtune.export.gguf_file import K_QUANTS, GGUFPlan, Read, check_gguf, write_gguf
 from qingtune.export.gguf_layout import GGUFLayout, Value, layout_of
 from qingtune.export.gguf_vocab import MOST_ENDS, Ending, normalizes, vocabulary_of
+from qingtune.export.kquants import quantize_gguf, require_quantizer
 from qingtune.export.model_card import CARD, ExportedFile, Origin, shown_name, write_card
 from qingtune.export.modelfile import GO_PLAIN, TemplateNotExpressible, find_turns, left_out, modelfile
 from qingtune.files.digests import sha256_of
@@ -33,10 +36,12 @@ from qingtune.output.console import say, show
 from qingtune.output.invocation import shown
 from qingtune.output.quiet import quieten
 from qingtune.output.redaction import find_token
+from qingtune.output.units import counted
 from qingtune.runs.record import Record
 from qingtune.runs.result_folder import open_result_folder
 
 MODELFILE = "Modelfile"
+_SOURCE_OF_K_QUANTS = "bf16"
 # generation_config.json -> Ollama's parameters
 _SAMPLING = {
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
@@ -70,6 +75,8 @@ def export(config: ExportConfig) -> None:
     quieten()
     if config.base_model is None and config.lora_model is None:
         raise UserError("no model was given", fix="Pass --lora_model, --base_model, or both.")
+    if any(form in K_QUANTS for form in config.quantize):
+        require_quantizer()
     adapter_folder = Path(config.lora_model) if config.lora_model else None
     output_dir = Path(config.output_dir)
     name = re.sub(r"[^\w.-]+", "-", output_dir.absolute().name).strip("-") or "model"
@@ -90,11 +97,11 @@ def export(config: ExportConfig) -> None:
         disk_errors("the export", output_dir, "Free disk space, or choose another output_dir."),
         place.staging() as half_done,
     ):
-        plans = [GGUFPlan(layout, metadata, kind) for kind in dict.fromkeys(config.quantize)]
-        files = [_write(half_done, name, plan, weights.read) for plan in plans]
+        files = _write_files(half_done / name, layout, metadata, list(dict.fromkeys(config.quantize)), weights.read)
         say(f"Writing {MODELFILE} and {CARD} ...")
         remarks = [
-            *_write_modelfile(half_done, files[0].name, base, speech), *_limits(base, speech, config.quantize)
+            *_write_modelfile(half_done, files[0].name, base, speech), *_limits(base, speech, config.quantize),
+            *_undivided(layout, files, config.quantize),
         ]  # fmt: skip
         origin = Origin(shown_name(_base_name(config, record)), fingerprint(base), base, adapter_folder, record)
         write_card(half_done / CARD, name, origin, files, remarks)
@@ -138,19 +145,42 @@ def _metadata(name: str, layout: GGUFLayout, speech: Speech) -> dict[str, Value]
     return metadata
 
 
-def _write(folder: Path, name: str, plan: GGUFPlan, read: Read) -> ExportedFile:
-    """Write one GGUF file, read it back and compare it."""
-    path = folder / f"{name}-{plan.quantize}.gguf"
-    say(f"Writing {path.name} ({len(plan.layout.tensors)} tensors) ...")
-    if plan.undivided:
-        say(f"{len(plan.undivided)} tensors stay in 16 bits (row length not a multiple of 32): {plan.undivided[0]} ...")
-    write_gguf(path, plan, read)
+def _write_files(
+    stem: Path, layout: GGUFLayout, metadata: dict[str, Value], quantize: Sequence[str], read: Read
+) -> list[ExportedFile]:
+    """Write a GGUF file of each form, read it back and compare it; K-quants are made of one in bf16."""
+    plans = {form: GGUFPlan(layout, metadata, form) for form in (*quantize, _SOURCE_OF_K_QUANTS)}
+    paths = {form: stem.with_name(f"{stem.name}-{form}.gguf") for form in plans}
+    source = paths[_SOURCE_OF_K_QUANTS]
+    files: list[ExportedFile] = []
+    for form in quantize:
+        if form in K_QUANTS:
+            _write_once(source, plans[_SOURCE_OF_K_QUANTS], read)
+            say(f"Quantising it to {paths[form].name} with llama.cpp ...")
+            quantize_gguf(source, paths[form], form, torch.get_num_threads())
+        else:
+            _write_once(paths[form], plans[form], read)
+        files.append(_check(paths[form], plans[form], read))
+    if _SOURCE_OF_K_QUANTS not in quantize:
+        source.unlink(missing_ok=True)
+    return files
+
+
+def _write_once(path: Path, plan: GGUFPlan, read: Read) -> None:
+    if not path.exists():
+        say(f"Writing {path.name} ({counted(len(plan.layout.tensors), 'tensor')}) ...")
+        write_gguf(path, plan, read)
+
+
+def _check(path: Path, plan: GGUFPlan, read: Read) -> ExportedFile:
+    """Read a file back, compare it and report what it lost."""
     say(f"Reading {path.name} back ...")
-    worst = check_gguf(path, plan, read)
-    largest = ", ".join(f"{kind} {error:.3%} ({tensor})" for kind, (error, tensor) in worst.items())
+    kept = check_gguf(path, plan, read)
+    largest = ", ".join(
+        f"{kind} {of.error:.3%} ({counted(of.tensors, 'tensor')}, {of.worst})" for kind, of in kept.items()
+    )
     say(f"Read back and compared with the source weights; largest error of a tensor: {largest}.")
-    errors = {kind: error for kind, (error, _) in worst.items()}
-    return ExportedFile(path.name, path.stat().st_size, sha256_of(path), errors)
+    return ExportedFile(path.name, path.stat().st_size, sha256_of(path), kept)
 
 
 # --- Speech ----------------------------------------------------------------------------------------------------------
@@ -178,14 +208,30 @@ def _speech(config: ExportConfig, base: Path, record: Record | None, layout: GGU
     return Speech(template, plain, Ending(template.end_of_turn, others, bos, add_bos), system)
 
 
+def _undivided(layout: GGUFLayout, files: Sequence[ExportedFile], quantize: Sequence[str]) -> list[str]:
+    """For which tensors a form other than the one asked for was used, a sentence for each file."""
+    found: list[str] = []
+    for file, form in zip(files, dict.fromkeys(quantize), strict=True):
+        if not (undivided := GGUFPlan(layout, {}, form).undivided):
+            continue
+        rows = f"{len(undivided)} of {len(layout.tensors)} tensors have rows that are not a multiple of"
+        if form in K_QUANTS:
+            other = [f"{kind} ({of.tensors})" for kind, of in file.kept.items() if not kind.endswith(("_K", "F32"))]
+            found.append(f"{form}: {rows} 256, as K-quants need; llama.cpp keeps them as {', '.join(other)}.")
+        else:
+            found.append(f"{form}: {rows} 32; they stay in 16 bits.")
+    return found
+
+
 def _limits(base: Path, speech: Speech, quantize: Sequence[str]) -> list[str]:
     """What the files cannot say, or say less well."""
     limits: list[str] = []
     if stored_in_4bit(base):
         limits.append("The base's linear layers were stored in 4 bits, which had rounded them before they came here.")
-    if "q4_0" in quantize:
+    if coarse := [form for form in ("q4_0", "q3_k_m") if form in quantize]:
         limits.append(
-            "q4_0 is coarse, and a model of less than a billion weights may answer otherwise: try it before use."
+            f"{' and '.join(coarse)}: coarse; a model of less than a billion weights may answer otherwise, so try it "
+            "before use."
         )
     if normalizes(speech.template.tokenizer):
         limits.append("llama.cpp does not bring text into Unicode's composed form (NFC) as this tokenizer does.")

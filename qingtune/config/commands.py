@@ -130,7 +130,10 @@ class ExportConfig(ModelSettings):
         "gguf", "Result", "File format; gguf: for llama.cpp, Ollama and tools built on them."
     )
     quantize: Quantizations = setting(
-        ["q8_0"], "Result", "Weight types, one file per type: f32, f16, bf16, q8_0, q4_0; comma-separated."
+        ["q8_0"],
+        "Result",
+        "Weight types, one file per type: f32, f16, bf16, q8_0, q4_0; with llama-cpp-python also q6_k, q5_k_m, q5_k_s, "
+        "q4_k_m, q4_k_s, q3_k_m; comma-separated.",
     )
     overwrite_output_dir: bool = setting(False, "Result", "Replace an earlier export in output_dir.")
     system_prompt: Text | None = setting(

@@ -46,6 +46,11 @@ def _split_commas(value: object) -> object:
     return None if value in ("", []) else value
 
 
+def _split_lower_case(value: object) -> object:
+    """Read "Q4_K_M,f16" as ["q4_k_m", "f16"]: types of GGUF are written both ways."""
+    return _split_commas(value.lower() if isinstance(value, str) else value)
+
+
 def _no_if_false(value: object) -> object:
     """YAML-minded files write `no` as false; TrainingArguments calls it "no"."""
     return "no" if value is False else value
@@ -194,7 +199,8 @@ def _any_of(*kinds: dict[str, Any]) -> WithJsonSchema:
 CommaList = Annotated[
     list[str] | None, BeforeValidator(_split_commas), _any_of({"type": "array", "items": {"type": "string"}})
 ]
-Quantizations = Annotated[list[Literal["f32", "f16", "bf16", "q8_0", "q4_0"]], BeforeValidator(_split_commas)]
+Quantization = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m"]
+Quantizations = Annotated[list[Quantization], BeforeValidator(_split_lower_case)]
 RepositoryName = Annotated[str, BeforeValidator(_owner_and_name)]
 Numbers = Annotated[
     list[NonNegativeInt] | None,

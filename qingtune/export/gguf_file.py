@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, ReaderTensor
-from gguf.constants import GGML_QUANT_SIZES, GGML_QUANT_VERSION
+from gguf.constants import GGML_QUANT_SIZES, GGML_QUANT_VERSION, QK_K
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
 from qingtune.errors import UserError
@@ -25,16 +25,32 @@ if TYPE_CHECKING:
 Read = Callable[[str], torch.Tensor]  # gives a tensor of the model by its name in the folder, in any float dtype
 
 KINDS = {name: Kind[name.upper()] for name in ("f32", "f16", "bf16", "q8_0", "q4_0")}
-# The most that rounding does to a tensor: the root of the summed squared errors over that of the squared weights. Of a
-# block of 32 with m its largest value, 8 bits round to steps of m/127 and 4 bits to steps of m/8. A step s errs by
-# s/sqrt(12) on average, and the root of the block's squares is at least m, hence sqrt(32/12)/127. A twentieth on top,
-# as the steps are kept in 16 bits themselves.
+K_QUANTS = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m")  # which llama.cpp's own quantiser makes
+# Steps of the other forms as a share of the largest value of a block, and numbers in a block. Where a block has a
+# minimum of its own, its values may lie up to twice the largest one apart. IQ4_NL's steps differ; this is the longest.
+_STEPS = {
+    Kind.Q4_0: (1 / 8, 32),
+    Kind.Q5_0: (1 / 16, 32),
+    Kind.Q5_1: (2 / 31, 32),
+    Kind.Q8_0: (1 / 127, 32),
+    Kind.IQ4_NL: (24 / 127, 32),
+    Kind.Q3_K: (1 / 4, 16),
+    Kind.Q4_K: (2 / 15, 32),
+    Kind.Q5_K: (2 / 31, 32),
+    Kind.Q6_K: (1 / 32, 16),
+}
+# The most that rounding does to a tensor: the root of the summed squared errors over that of the squared weights. A
+# step s errs by s/sqrt(12) on average, and the root of a block's squares is at least its largest value m: of a block of
+# 32 in 8 bits, with steps of m/127, sqrt(32/12)/127. A twentieth on top, as the steps are kept in 16 bits themselves;
+# a quarter where they are kept in 6 or 8 bits.
 MOST_ERROR = {
     Kind.F32: 0.0,
     Kind.F16: 2.0**-11,
     Kind.BF16: 2.0**-8,
-    Kind.Q8_0: math.sqrt(32 / 12) / 127 * 1.05,
-    Kind.Q4_0: math.sqrt(32 / 12) / 8 * 1.05,
+    **{
+        kind: math.sqrt(numbers / 12) * step * (1.25 if kind.name.endswith("_K") else 1.05)
+        for kind, (step, numbers) in _STEPS.items()
+    },
 }
 _AT_A_TIME = 1 << 22  # numbers converted together, so that no whole tensor is held in fp32
 
@@ -46,21 +62,23 @@ class GGUFPlan:
     Attributes:
         layout: of the model.
         metadata: settings, tokenizer and description, in order.
-        quantize: a key of KINDS.
+        quantize: a key of KINDS, or one of K_QUANTS.
     """
 
     layout: GGUFLayout
     metadata: Mapping[str, Value]
     quantize: str
 
-    def kind(self, tensor: PlacedTensor) -> Kind:
-        """In what form a tensor is kept.
+    def kind(self, tensor: PlacedTensor) -> Kind | None:
+        """In what form a tensor is kept; None where llama.cpp decides.
 
         Vectors are kept in fp32; in 4-bit files the embedding and the head in 8 bits, as they lose most; and in 16 bits
         whatever does not divide into blocks.
         """
         if len(tensor.shape) == 1:
             return Kind.F32
+        if self.quantize in K_QUANTS:
+            return None
         kind = KINDS[self.quantize]
         if kind == Kind.Q4_0 and tensor.name in ("token_embd.weight", "output.weight"):
             kind = Kind.Q8_0
@@ -68,13 +86,28 @@ class GGUFPlan:
 
     @property
     def undivided(self) -> list[str]:
-        """Tensors that stay in 16 bits as their rows do not divide into blocks."""
-        wanted = {KINDS[self.quantize], Kind.F32, Kind.Q8_0}
-        return [tensor.name for tensor in self.layout.tensors if self.kind(tensor) not in wanted]
+        """Matrices whose rows do not divide into the blocks of the form asked for."""
+        block = QK_K if self.quantize in K_QUANTS else GGML_QUANT_SIZES[KINDS[self.quantize]][0]
+        return [tensor.name for tensor in self.layout.tensors if len(tensor.shape) > 1 and tensor.shape[-1] % block]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The tensors that a file keeps in one form.
+
+    Attributes:
+        tensors: how many.
+        error: the largest of a tensor, as a share of its size.
+        worst: which one that is.
+    """
+
+    tensors: int
+    error: float
+    worst: str
 
 
 def write_gguf(path: Path, plan: GGUFPlan, read: Read) -> None:
-    """Write a file that does not exist, holding one tensor at a time."""
+    """Write a file that does not exist, holding one tensor at a time; not for K_QUANTS."""
     writer = GGUFWriter(path, plan.layout.architecture)
     try:
         for name, value in plan.metadata.items():
@@ -85,7 +118,7 @@ def write_gguf(path: Path, plan: GGUFPlan, read: Read) -> None:
         for name, array in plan.layout.constants.items():
             writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
         for tensor in plan.layout.tensors:
-            kind = plan.kind(tensor)
+            kind = _chosen(plan, tensor)
             size = math.prod(quant_shape_to_byte_shape(tensor.shape, kind))
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
         writer.write_header_to_file()
@@ -97,7 +130,13 @@ def write_gguf(path: Path, plan: GGUFPlan, read: Read) -> None:
         for array in plan.layout.constants.values():
             _append(file, array, writer.data_alignment)
         for tensor in plan.layout.tensors:
-            _append(file, _encode(tensor.arrange(read(tensor.source)), plan.kind(tensor)), writer.data_alignment)
+            _append(file, _encode(tensor.arrange(read(tensor.source)), _chosen(plan, tensor)), writer.data_alignment)
+
+
+def _chosen(plan: GGUFPlan, tensor: PlacedTensor) -> Kind:
+    kind = plan.kind(tensor)
+    assert kind is not None, plan.quantize
+    return kind
 
 
 def _append(file: BufferedWriter, array: NDArray[Any], alignment: int) -> None:
@@ -137,11 +176,11 @@ def _rows(path: Path, tensor: ReaderTensor) -> NDArray[np.uint8]:
     return stored.reshape(math.prod(tensor.shape[1:].tolist()), -1)
 
 
-def check_gguf(path: Path, plan: GGUFPlan, read: Read) -> dict[str, tuple[float, str]]:
+def check_gguf(path: Path, plan: GGUFPlan, read: Read) -> dict[str, Kept]:
     """Read a file back and compare everything in it with what it was made of.
 
     Returns:
-        The largest error of a tensor, and which one it is, by the form in which tensors are kept.
+        How far the tensors are from the weights, by the form in which they are kept.
 
     Raises:
         UserError: it is not the same, or a tensor differs by more than rounding can do.
@@ -150,9 +189,9 @@ def check_gguf(path: Path, plan: GGUFPlan, read: Read) -> dict[str, tuple[float,
     for name, array in plan.layout.constants.items():
         if not np.array_equal(_rows(path, stored[name]), array.reshape(1, -1).view(np.uint8)):
             raise UserError(f"{name} in the file differs from what was written", where=path.name)
-    worst: dict[str, tuple[float, str]] = {}
+    errors: dict[str, list[tuple[float, str]]] = {}
     for tensor in plan.layout.tensors:
-        kind = plan.kind(tensor)
+        kind = Kind(stored[tensor.name].tensor_type)
         error = _error(_rows(path, stored[tensor.name]), kind, tensor.arrange(read(tensor.source)))
         if not error <= MOST_ERROR[kind]:  # also where it is no number
             raise UserError(
@@ -160,8 +199,8 @@ def check_gguf(path: Path, plan: GGUFPlan, read: Read) -> dict[str, tuple[float,
                 f"({MOST_ERROR[kind]:.3%}); nothing was written",
                 fix="Try --quantize bf16, which has a larger range." if kind == Kind.F16 else None,
             )
-        worst[kind.name] = max(worst.get(kind.name, (0.0, "")), (error, tensor.name))
-    return worst
+        errors.setdefault(kind.name, []).append((error, tensor.name))
+    return {kind: Kept(len(found), *max(found)) for kind, found in errors.items()}
 
 
 def _check_header(path: Path, plan: GGUFPlan) -> dict[str, ReaderTensor]:
@@ -174,9 +213,16 @@ def _check_header(path: Path, plan: GGUFPlan) -> dict[str, ReaderTensor]:
         found = reader.fields[name].contents() if name in reader.fields else None
         if found != (float(np.float32(value)) if isinstance(value, float) else value):
             raise UserError(f"{name} in the file differs from what was written", where=path.name)
-    found = {tensor.name: (tensor.tensor_type, tuple(reversed(tensor.shape.tolist()))) for tensor in reader.tensors}
     wanted = {tensor.name: (plan.kind(tensor), tensor.shape) for tensor in plan.layout.tensors}
     wanted |= {name: (Kind.F32, array.shape) for name, array in plan.layout.constants.items()}
+    any_of = {name for name, (kind, _) in wanted.items() if kind is None}
+    found = {
+        tensor.name: (
+            None if tensor.name in any_of and tensor.tensor_type in MOST_ERROR else tensor.tensor_type,
+            tuple(reversed(tensor.shape.tolist())),
+        )
+        for tensor in reader.tensors
+    }
     if found != wanted:
         raise UserError("the tensors in the file differ from those that were written", where=path.name)
     return {tensor.name: tensor for tensor in reader.tensors}

@@ -14,6 +14,7 @@ from typing import Any
 from qingtune import __version__
 from qingtune.config.methods import METHOD_NAMES
 from qingtune.config.resolve import default_settings
+from qingtune.export.gguf_file import Kept
 from qingtune.files.json_files import open_plain
 from qingtune.files.write import write_text
 from qingtune.output.markdown import code, prose, table, value
@@ -31,12 +32,12 @@ _MOST_FRONT_MATTER = 1 << 20  # bytes of a base's card that are looked at for it
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """A GGUF file: its name, size, SHA-256, and the largest error of a tensor by the form in which it is kept."""
+    """A GGUF file: its name, size, SHA-256, and what it keeps of the tensors, by form."""
 
     name: str
     bytes: int
     sha256: str
-    errors: Mapping[str, float]
+    kept: Mapping[str, Kept]
 
 
 @dataclass(frozen=True)
@@ -223,10 +224,13 @@ def _files(files: Sequence[ExportedFile]) -> list[str]:
         (
             f"`{file.name}`",
             f"{file.bytes / 1e6:,.0f} MB",
-            ", ".join(f"{kind} {error:.3%}" for kind, error in file.errors.items()),
+            ", ".join(f"{kind} {kept.error:.3%} ({kept.tensors})" for kind, kept in file.kept.items()),
             f"`{file.sha256}`",
         )
         for file in files
     ]
-    note = "Each file was read back and compared with the source weights; the largest error of a tensor is shown."
-    return [*table(("file", "size", "error", "SHA-256"), rows), "", note]
+    note = (
+        "Each file was read back and compared with the source weights: the largest error of a tensor by the form in "
+        "which it is kept, and the number of tensors kept so."
+    )
+    return [*table(("file", "size", "error (tensors)", "SHA-256"), rows), "", note]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_jsonl
+from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
+from gguf_twin import copy_gguf, in_form
 from safetensors.torch import load_file, save_file
 from tiny_runs import LORA, lively_model, logits_of, save_model, train
 
+from qingtune.commands import export as export_command
 from qingtune.commands.export import export
 from qingtune.config.commands import ExportConfig
 from qingtune.errors import UserError
 from qingtune.export.gguf_layout import PlacedTensor
+from qingtune.output.markdown import prose
 from qingtune.runs.result_folder import RESULT_FILES
 
 Trained = Callable[..., Path]
@@ -126,6 +131,64 @@ def test_modelfile_and_card_tell_of_the_training(trained: Trained, tmp_path: Pat
 
     export_to(tmp_path / "other", adapter, system_prompt="")
     assert "SYSTEM" not in (tmp_path / "other" / "Modelfile").read_text(encoding="utf-8")
+
+
+def test_k_quants_are_made_of_a_file_in_16_bits(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = trained("qwen2")
+    made: list[tuple[str, str]] = []
+
+    def quantize(source: Path, target: Path, form: str, _: int) -> None:
+        made.append((source.name, target.name))
+        copy_gguf(source, target, in_form({"q4_k_m": Kind.Q5_0, "q6_k": Kind.Q8_0}[form]))
+
+    monkeypatch.setattr(export_command, "quantize_gguf", quantize)
+    monkeypatch.setattr(export_command, "require_quantizer", lambda: None)
+    output = tmp_path / "out"
+    export_to(output, adapter, quantize="Q4_K_M,q6_k")
+    assert made == [("out-bf16.gguf", "out-q4_k_m.gguf"), ("out-bf16.gguf", "out-q6_k.gguf")]
+    assert sorted(path.name for path in output.glob("*.gguf")) == ["out-q4_k_m.gguf", "out-q6_k.gguf"]
+    assert (output / "Modelfile").read_text(encoding="utf-8").splitlines()[1] == "FROM ./out-q4_k_m.gguf"
+    wanted = adapted(tmp_path / "model", adapter)
+    sixth = logits_of(read_by_transformers(output / "out-q6_k.gguf"))
+    assert 1e-4 < float((sixth - wanted).abs().mean() / wanted.std()) < 0.05
+    told = capsys.readouterr().err
+    assert "Q5_0 4." in told
+    rows = (
+        "q4_k_m: 15 of 26 tensors have rows that are not a multiple of 256, as K-quants need; llama.cpp keeps them as"
+    )
+    assert f"Note: {rows} Q5_0 (15)." in told
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert f"- {prose(f'{rows} Q5_0 (15).')}" in card
+    assert " (15), F32 0.000% (11) |" in card
+
+    export_to(output, adapter, quantize="q6_k,bf16", overwrite_output_dir=True)
+    assert sorted(path.name for path in output.glob("*.gguf")) == ["out-bf16.gguf", "out-q6_k.gguf"]
+    assert capsys.readouterr().err.count("Writing out-bf16.gguf") == 1
+
+
+def test_ctrl_c_while_llama_cpp_works_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_model(tmp_path / "model", "qwen2")
+
+    def interrupted(_: Path, target: Path, *__: object) -> None:
+        target.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_command, "quantize_gguf", interrupted)
+    monkeypatch.setattr(export_command, "require_quantizer", lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        export_to(tmp_path / "out", None, base_model=str(model), quantize="q4_k_m")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_k_quants_without_llama_cpp_are_refused_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(UserError, match="pip install llama-cpp-python"):
+        export_to(tmp_path / "out", None, base_model=str(tmp_path / "none"), quantize="f32,q4_k_m")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_trained_on_text_gets_no_template(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def model(tmp_path: Path) -> tuple[GGUFPlan, Read]:
 def test_written_and_read_back(quantize: str, model: tuple[GGUFPlan, Read], tmp_path: Path) -> None:
     plan, read = replace(model[0], quantize=quantize), model[1]
     write_gguf(tmp_path / "m.gguf", plan, read)
-    errors = {Kind[kind]: error for kind, (error, _) in check_gguf(tmp_path / "m.gguf", plan, read).items()}
+    errors = {Kind[kind]: kept.error for kind, kept in check_gguf(tmp_path / "m.gguf", plan, read).items()}
     form = KINDS[quantize]
     assert set(errors) == {Kind.F32, form} | ({Kind.Q8_0} if form == Kind.Q4_0 else set())
     assert errors[Kind.F32] == 0
@@ -62,6 +62,7 @@ def test_rows_that_do_not_divide_into_blocks_stay_in_16_bits(tmp_path: Path) -> 
     assert kinds["blk.0.attn_q.weight"] == kinds["token_embd.weight"] == Kind.F16
     assert kinds["blk.0.ffn_down.weight"] == Kind.Q4_0
     assert {name for name, kind in kinds.items() if kind == Kind.F16} == set(plan.undivided)
+    assert GGUFPlan(layout, layout.metadata, "bf16").undivided == []
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])

@@ -13,10 +13,13 @@ import pytest
 from qingtune.config.load import load_train_config
 from qingtune.config.training import TrainConfig
 from qingtune.errors import UserError
+from qingtune.export.gguf_file import Kept
 from qingtune.export.model_card import ExportedFile, Origin, shown_name, write_card
 from qingtune.runs.record import METRICS, Record, settings_to_compare
 
-FILE = ExportedFile("shop-q8_0.gguf", 531_000_000, "ab" * 32, {"Q8_0": 0.00621, "F32": 0.0})
+FILE = ExportedFile(
+    "shop-q8_0.gguf", 531_000_000, "ab" * 32, {"Q8_0": Kept(17, 0.00621, "a"), "F32": Kept(4, 0.0, "b")}
+)
 SECRET = "hf_" + "a1B2c3D4e5" * 3
 
 
@@ -104,7 +107,7 @@ def test_measured_results_are_told_and_others_named_as_such(tmp_path: Path) -> N
     for row in (
         "| evaluation loss | before 2.5000, after 1.2500 |", "| optimizer steps | 1,200 |", "| duration | 61 s |",
         "| peak memory | 2.26 GB |", "| training loss | not measured |", "- a limit", "| data | `train.jsonl` |",
-        "| `shop-q8_0.gguf` | 531 MB | Q8_0 0.621%, F32 0.000% |",
+        "| `shop-q8_0.gguf` | 531 MB | Q8_0 0.621% (17), F32 0.000% (4) |",
     ):  # fmt: skip
         assert row in text, row
     assert "| evaluation loss | not measured |" in card(tmp_path, record())
