@@ -16,9 +16,10 @@ from qingtune.adapters.lora import add_lora, member
 from qingtune.adapters.variants import Variant
 from qingtune.data.batch import Batch, collate
 from qingtune.data.tokenize import Sample
-from qingtune.kernels.blocks import AttentionBlock, MLPBlock
+from qingtune.kernels.attention_block import AttentionBlock
 from qingtune.kernels.decoder import TrainingDecoder, why_not
 from qingtune.kernels.loss import summed_loss
+from qingtune.kernels.mlp_block import MLPBlock
 from qingtune.models.quantize import quantize_model
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}

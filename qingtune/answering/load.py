@@ -35,6 +35,8 @@ from qingtune.models.base import SMALLER, check_memory, load_base
 from qingtune.models.load import empty_model, stored_dtype
 from qingtune.output.console import say
 
+FAMILIES = frozenset({"qwen2", "qwen3", "llama"})  # that the cached decoder computes
+
 
 class ModulesDecoder:
     """A model of Transformers, one sequence at a time; a prompt that extends the last one is not read again."""
@@ -120,7 +122,9 @@ def open_model(
 ) -> tuple[Any, MergedWeights, str | None]:
     """A model without weights, its stored ones, and the reason why they cannot be computed by our kernels."""
     model, weights = empty_model(folder, hardware.dtype), MergedWeights(folder, adapter)
-    reason = why_not(model)
+    reason, kind = why_not(model), model.config.model_type
+    if reason is None and kind not in FAMILIES:
+        reason = f'"{kind}" is not one of the architectures with fast kernels for answers'
     if reason is None and bits and hardware.device.type != "cpu":
         reason = "packed products are only for CPUs"
     if reason is None and bits == 4 and not has_int4_kernels():

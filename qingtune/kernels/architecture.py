@@ -139,11 +139,14 @@ def why_not(config: Any) -> str | None:
     """The reason why a model of this configuration cannot be computed by the fast kernels; None if it can."""
     if config.model_type not in MODEL_TYPES:
         return f'"{config.model_type}" is not one of the architectures with fast kernels'
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"this model has layers of other kinds than full attention ({', '.join(sorted(kinds))})"
     for rotary in _rotary_parameters(config):
         if (kind := rotary.get("rope_type", "default")) in ("dynamic", "longrope"):
             return f'its rotary embedding ("{kind}") changes with the longest sample'
-    if _activation(config) not in _ACTIVATIONS:
-        return f"the activation is {_activation(config)}, not {' or '.join(_ACTIVATIONS)}"
+    if _activation(config) != "silu":
+        return f"the activation is {_activation(config)}, not silu"
     if getattr(config, "attention_dropout", 0):
         return "the model drops attention weights"
     if getattr(config, "resid_pdrop", 0) or getattr(config, "embd_pdrop", 0):

@@ -1,4 +1,4 @@
-"""The decoder of Qwen2, Qwen3 and Llama models as two blocks a layer, forward and backward written out.
+"""A decoder as its description has it (architecture.py), two blocks a layer, forward and backward written out.
 
 The modules of the model only hold the weights; nothing of theirs is called but the rotary table. What the blocks
 (blocks.py) keep, 28 KB a token and layer at 0.5B parameters, lies in buffers that every pass uses again.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,36 +20,27 @@ import torch.nn.functional as F
 from torch import nn
 
 from qingtune.data.batch import Batch
-from qingtune.kernels import flash_attention
-from qingtune.kernels.attention import why_samples_would_mix
-from qingtune.kernels.blocks import AttentionBlock, MLPBlock, Pass
+from qingtune.kernels import architecture, flash_attention
+from qingtune.kernels.architecture import ALL, Attention
+from qingtune.kernels.attention_block import AttentionBlock
+from qingtune.kernels.blocks import Mixer, Parts, Pass, TokenBlock
+from qingtune.kernels.buffers import Arithmetic, ModelSizes, buffer_bytes
 from qingtune.kernels.dropout import new_seed
 from qingtune.kernels.elementwise import Norm
-from qingtune.kernels.footprint import Arithmetic, LayerSizes, PassTokens, Ranks, buffer_bytes
+from qingtune.kernels.footprint import PassTokens
 from qingtune.kernels.layout import Layout, fill_up, lay_out
 from qingtune.kernels.linear import Int8Linear, QuantizedLinear
 from qingtune.kernels.loss import chunked_head_loss
+from qingtune.kernels.mlp_block import MLPBlock
 from qingtune.kernels.projection import Member, Projection, gradient
 from qingtune.kernels.workspace import Workspace
-
-# Architectures checked (tests/invariant) to give here what Transformers gives.
-MODEL_TYPES = frozenset({"qwen2", "qwen3", "llama"})
 
 
 def why_not(model: Any) -> str | None:
     """The reason why a model cannot be computed here; None if it can."""
-    config = model.config
-    if config.model_type not in MODEL_TYPES:
-        return f'"{config.model_type}" is not one of the architectures with fast kernels'
-    if reason := why_samples_would_mix(config):
+    if reason := architecture.why_not(model.config):
         return reason
-    if config.hidden_act != "silu":
-        return f"the activation is {config.hidden_act}, not silu"
-    if config.attention_dropout:
-        return "the model drops attention weights"
-    if model.get_output_embeddings().bias is not None:
-        return "the head has a bias"
-    return None
+    return None if model.get_output_embeddings().bias is None else "the head has a bias"
 
 
 class TrainingDecoder:
@@ -82,44 +73,41 @@ class TrainingDecoder:
         self.head: torch.Tensor = model.get_output_embeddings().weight
         self.workspace = workspace = Workspace(self.embedding.device)
 
+        self.members: list[Member] = []
+
         def projections(*groups: Sequence[nn.Module]) -> list[Projection]:
-            members = ([member(layer) for layer in group] for group in groups)
+            members = [[member(layer) for layer in group] for group in groups]
+            self.members += [each for group in members for each in group]
             return [Projection(group, dropout, workspace, int8_units=int8_units) for group in members]
 
-        layers = list(enumerate(model.model.layers))
-        flash = flash_attention.fits(self.embedding.device, dtype, layers[0][1].self_attn.head_dim)
-        self.attention = [
-            AttentionBlock(layer, i, dtype, workspace, projections, flash=flash and i < len(layers) - 1)
-            for i, layer in layers
-        ]
-        self.mlp = [MLPBlock(layer, i, dtype, workspace, projections) for i, layer in layers]
-        self.norm = Norm.of(model.model.norm, workspace)
+        this = architecture.describe(model.config)
+        norm = partial(Norm.of, workspace=workspace)
+        parts = Parts(dtype, workspace, norm, projections)
+        layers = list(zip(model.model.layers, this.layers, strict=True))
+        device, count = self.embedding.device, len(layers)
+        self.mixers: list[Mixer] = []
+        self.mlps: list[TokenBlock] = []
+        for number, (layer, kind) in enumerate(layers):
+            assert isinstance(kind.mixer, Attention)
+            flash = number < count - 1 and flash_attention.fits(device, dtype, kind.mixer.size)
+            self.mixers.append(AttentionBlock(layer, number, kind.mixer, parts, flash=flash))
+            self.mlps.append(MLPBlock(layer, number, parts))
+        self.norm = norm(model.model.norm)
         self.rotary = model.model.rotary_emb
-        trains = [any(p.requires_grad for p in layer.parameters()) for _, layer in layers]
-        self.lowest_trained = trains.index(True) if any(trains) else len(layers)
+        trains = [any(p.requires_grad for p in layer.parameters()) for layer, _ in layers]
+        self.lowest_trained = trains.index(True) if any(trains) else count
 
     @cached_property
-    def sizes(self) -> LayerSizes:
-        """What its memory depends on; of adapters of different ranks, the largest."""
-        heads, layers = self.attention[0].heads, zip(self.attention, self.mlp, strict=True)
-        groups = [(attention.qkv, attention.o, mlp.gate_up, mlp.down) for attention, mlp in layers]
-        ranks = [[rank for group in layer for rank in group.ranks] for layer in groups]
-        return LayerSizes(
-            layers=len(self.mlp),
-            hidden=self.embedding.shape[1],
-            inner=self.mlp[0].size,
-            queries=heads.queries * heads.size,
-            keys=heads.keys * heads.size,
-            heads=heads.queries,
-            vocabulary=self.head.shape[0],
-            query_key_norm=self.attention[0].q_norm is not None,
-            ranks=Ranks(*map(max, zip(*ranks, strict=True))),
-        )
+    def sizes(self) -> ModelSizes:
+        """What its memory depends on."""
+        blocks = zip(self.mixers, self.mlps, strict=True)
+        layers = tuple((mixer.sizes, mlp.sizes) for mixer, mlp in blocks)
+        return ModelSizes(layers, hidden=self.embedding.shape[1], vocabulary=self.head.shape[0])
 
     @property
     def arithmetic(self) -> Arithmetic:
         """What the sizes of its buffers depend on in addition to `sizes`."""
-        members = [m for group in (self.attention[0].qkv, self.mlp[0].gate_up) for m in group.members]
+        members = self.members
         quantized = any(isinstance(m.base, QuantizedLinear) for m in members)
         return Arithmetic(
             itemsize=self.dtype.itemsize,
@@ -170,12 +158,12 @@ class TrainingDecoder:
         keep = scale is not None
         x = self._input(0, len(layout.token_ids), keep=keep)
         x.copy_(F.embedding(layout.token_ids, self.embedding))
-        now = Pass(layout, self._rotary_table(x, layout), seed)
-        for number in range(len(self.mlp)):
+        now = Pass(layout, self._rotary_tables(x, layout), seed)
+        for number in range(len(self.mlps)):
             slot, rows, middle = self._layer(number, x, now, keep=keep)
-            self.attention[number].forward(x, now, middle, slot, rows)
+            self.mixers[number].forward(x, now, middle, slot, rows)
             x = self._input(number + 1, len(middle), keep=keep)
-            self.mlp[number].forward(middle, now, x, slot)
+            self.mlps[number].forward(middle, now, x, slot)
         grad = None if scale is None else self.workspace.take("grad_hidden", x.shape, self.dtype)
         loss = chunked_head_loss(
             self.norm.forward(x),
@@ -194,15 +182,15 @@ class TrainingDecoder:
         """From the gradient of the normed final rows to those of all trained parameters; x: those rows, [N, D]."""
         grad.copy_(self.norm.backward(grad, x))
         trains_embedding = self.embedding.requires_grad
-        for number in range(len(self.mlp) - 1, (-1 if trains_embedding else self.lowest_trained - 1), -1):
+        for number in range(len(self.mlps) - 1, (-1 if trains_embedding else self.lowest_trained - 1), -1):
             x = self._input(number, len(now.layout.token_ids), keep=True)
             slot, rows, middle = self._layer(number, x, now, keep=True)
             if number < self.recompute:
-                self.attention[number].forward(x, now, middle, slot, rows)
-                self.mlp[number].forward_again(middle, now, slot)
-            grad = self.mlp[number].backward(grad, middle, now, slot)
+                self.mixers[number].forward(x, now, middle, slot, rows)
+                self.mlps[number].forward_again(middle, now, slot)
+            grad = self.mlps[number].backward(grad, middle, now, slot)
             wanted = number > self.lowest_trained or trains_embedding
-            below = self.attention[number].backward(grad, x, now, slot, rows, wanted=wanted)
+            below = self.mixers[number].backward(grad, x, now, slot, rows, wanted=wanted)
             if below is None:
                 return
             grad = below
@@ -216,7 +204,7 @@ class TrainingDecoder:
         Layers of which nothing is kept share a slot; in the last layer the rows that predict go on.
         """
         slot = f"layer{number}" if keep and number >= self.recompute else "layer"
-        rows = now.layout.predicting if number == len(self.mlp) - 1 else None
+        rows = now.layout.predicting if number == len(self.mlps) - 1 else None
         shape = (len(x if rows is None else rows), x.shape[1])
         return slot, rows, self.workspace.take(slot + ".middle", shape, self.dtype)
 
@@ -225,8 +213,8 @@ class TrainingDecoder:
         name = f"layer{number}.input" if keep else f"input{number % 2}"
         return self.workspace.take(name, (rows, self.embedding.shape[1]), self.dtype)
 
-    def _rotary_table(self, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotary_tables(self, x: torch.Tensor, layout: Layout) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Cos and sin, [T, 1, d / 2]; the model's table repeats them for the second half of a head."""
         cos, sin = self.rotary(x[None], layout.positions[None])
         half = cos.shape[-1] // 2
-        return cos[0, :, None, :half].to(self.dtype), sin[0, :, None, :half].to(self.dtype)
+        return {ALL: (cos[0, :, None, :half].to(self.dtype), sin[0, :, None, :half].to(self.dtype))}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qingtune.kernels.buffers import GroupSizes
 from qingtune.kernels.dropout import keep_mask
 from qingtune.kernels.int8 import int8_product, quantize_rows
 from qingtune.kernels.linear import Int8Linear, QuantizedLinear
@@ -76,6 +77,12 @@ class Projection:
         self.dora = any(member.magnitude is not None for member in members)
         if self.dora and dropout:
             raise ValueError("DoRA with dropout multiplies by each weight twice, which is not done here")
+
+    @property
+    def sizes(self) -> GroupSizes:
+        """What it takes memory for."""
+        outs, reads = zip(*(member.shape for member in self.members), strict=True)
+        return GroupSizes(reads[0], outs, tuple(self.ranks))
 
     def forward(
         self, name: str, x: torch.Tensor, outs: Sequence[torch.Tensor], seed: int | None, *, add: bool = False

@@ -18,8 +18,9 @@ from qingtune.adapters.of_settings import add_adapters, weights_dtype
 from qingtune.config.training import TrainConfig
 from qingtune.errors import UserError
 from qingtune.kernels.attention import why_one_by_one
+from qingtune.kernels.buffers import Arithmetic, ModelSizes
 from qingtune.kernels.decoder import TrainingDecoder
-from qingtune.kernels.footprint import Arithmetic, LayerSizes, Ranks
+from qingtune.kernels.footprint import GeneralSizes
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.machine.resources import Machine
 from qingtune.models.config_file import CONFIG, check_config, read_model_config
@@ -50,8 +51,8 @@ class Built:
         gradients: one for each trained number.
         trainable: trained numbers; likewise low_rank, those of the adapters' alone.
         adapter_width: sum of the ranks of a layer's adapters, as a mean over the layers.
-        sizes: of its layers.
-        arithmetic: of the fast kernels, without recomputation; None if the model's own modules compute.
+        kernels: sizes and arithmetic of the fast kernels, without recomputation; None if the model's own modules
+            compute.
         one_by_one: whether these get the samples of a pass one by one.
     """
 
@@ -64,8 +65,7 @@ class Built:
     trainable: int
     low_rank: int
     adapter_width: int
-    sizes: LayerSizes
-    arithmetic: Arithmetic | None
+    kernels: tuple[ModelSizes, Arithmetic] | None
     one_by_one: bool
 
 
@@ -154,11 +154,11 @@ class Blueprint:
         adapters = lora_layers(model).values()
         taken = [matrix for adapter in adapters for matrix in adapter.taken or ()]
         width = sum(adapter.r for adapter in adapters) // self.layers
-        sizes, arithmetic = self._general_sizes(), None
+        kernels = None
         if why_general(model, machine.kind) is None:
             dropout = 0.0 if full else config.lora_dropout
             decoder = TrainingDecoder(model, dtype, member, dropout=dropout, int8_units=machine.int8_units)
-            sizes, arithmetic = decoder.sizes, replace(decoder.arithmetic, on_cpu=machine.kind == "cpu")
+            kernels = decoder.sizes, replace(decoder.arithmetic, on_cpu=machine.kind == "cpu")
         return Built(
             weights=_bytes(trained if full else frozen),
             weight_itemsize=weights.itemsize,
@@ -169,19 +169,16 @@ class Blueprint:
             trainable=sum(parameter.numel() for parameter in trained),
             low_rank=sum(p.numel() for adapter in adapters for p in adapter.parameters() if p.requires_grad),
             adapter_width=width,
-            sizes=sizes,
-            arithmetic=arithmetic,
+            kernels=kernels,
             one_by_one=why_one_by_one(model.config) is not None,
         )
 
-    def _general_sizes(self) -> LayerSizes:
+    @property
+    def general_sizes(self) -> GeneralSizes:
         """The layers' mean sizes; all that a token is multiplied by beyond its attention counts as a gated MLP."""
         attention = 2 * self.hidden * (self.attention_width + self._keys)
         inner = (self.active_body // self.layers - attention) // (3 * self.hidden)
-        return LayerSizes(
-            layers=self.layers, hidden=self.hidden, inner=max(0, inner), queries=self.attention_width, keys=self._keys,
-            heads=self.heads, vocabulary=self.vocabulary, query_key_norm=False, ranks=Ranks(),
-        )  # fmt: skip
+        return GeneralSizes(self.layers, self.hidden, max(0, inner), queries=self.attention_width, keys=self._keys)
 
 
 def read_blueprint(path: Path) -> Blueprint:

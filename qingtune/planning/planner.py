@@ -13,6 +13,7 @@ from qingtune.config.methods import METHOD_SETTINGS
 from qingtune.config.training import TrainConfig
 from qingtune.data.order import Plan, sizes_of_groups
 from qingtune.errors import UserError
+from qingtune.kernels.buffers import buffer_bytes
 from qingtune.kernels.footprint import (
     BUFFERS_OF_FREE,
     EIGHT_BITS,
@@ -21,7 +22,6 @@ from qingtune.kernels.footprint import (
     PassTokens,
     autograd_bytes,
     autograd_logit_bytes,
-    buffer_bytes,
     layers_to_recompute,
     logit_numbers,
     optimizer_bytes,
@@ -157,7 +157,7 @@ class Planner:
     @property
     def fast(self) -> bool:
         """Whether kernels of our own compute it; otherwise activations are a rougher estimate."""
-        return self.built.arithmetic is not None
+        return self.built.kernels is not None
 
     @cached_property
     def fixed(self) -> dict[str, int]:
@@ -238,13 +238,15 @@ class Planner:
     def _pass_bytes(self, recompute: int, work: PassTokens, evaluation: PassTokens | None) -> tuple[int, int]:
         """Bytes of activations and logits, on the fast kernels or in the model's own modules."""
         built, itemsize, vocabulary = self.built, self.machine.itemsize, self.blueprint.vocabulary
-        if built.arithmetic is not None:
-            return buffer_bytes(built.sizes, replace(built.arithmetic, recompute=recompute), work, evaluation)
+        if built.kernels is not None:
+            sizes, how = built.kernels
+            return buffer_bytes(sizes, replace(how, recompute=recompute), work, evaluation)
         logits = itemsize * logit_numbers(vocabulary, work.predicting)
         if built.one_by_one:
             work = PassTokens(work.longest, min(work.predicting, work.longest - 1), work.longest)
             logits = autograd_logit_bytes(vocabulary, work.predicting, itemsize)
-        kept = autograd_bytes(built.sizes, work.tokens, itemsize, built.low_rank, built.adapter_width, recompute)
+        sizes = self.blueprint.general_sizes
+        kept = autograd_bytes(sizes, work.tokens, itemsize, built.low_rank, built.adapter_width, recompute)
         return kept, logits
 
     def _passes(self, samples: Samples) -> tuple[PassTokens, PassTokens | None]:

@@ -114,7 +114,7 @@ def make_engine(
         decoder.most_tokens = min(decoder.most_tokens, tokens)
 
     def recompute_all() -> bool:
-        before, decoder.recompute = decoder.recompute, len(decoder.mlp)
+        before, decoder.recompute = decoder.recompute, len(decoder.mlps)
         return before < decoder.recompute
 
     return Engine(decoder.loss, decoder.add_gradients, most_tokens, release, recompute_all)
@@ -172,10 +172,10 @@ def _layers_to_recompute(
         return decoder.pass_bytes(*most, recompute, evaluated)
 
     room = None if free is None else BUFFERS_OF_FREE * (free - sum(trained_bytes(config, model.parameters())))
-    count = layers_to_recompute(config.gradient_checkpointing, len(decoder.mlp), held, room)
+    count = layers_to_recompute(config.gradient_checkpointing, len(decoder.mlps), held, room)
     if free is not None and count and config.gradient_checkpointing is not True:
         say(
-            f"Memory: {free / 1e9:.1f} GB are free; {count} of {len(decoder.mlp)} layers are recomputed in the "
+            f"Memory: {free / 1e9:.1f} GB are free; {count} of {len(decoder.mlps)} layers are recomputed in the "
             f"backward pass, as keeping all of a pass of {most[0]:,} tokens would take {held(0) / 1e9:.1f} GB."
         )
     return count

@@ -9,7 +9,8 @@ import pytest
 from tiny_runs import LORA, QLORA4, QLORA8, assert_equal, metrics, save_model, train, weights
 
 from qingtune.kernels import attention as general
-from qingtune.kernels.blocks import AttentionBlock, MLPBlock
+from qingtune.kernels.attention_block import AttentionBlock
+from qingtune.kernels.mlp_block import MLPBlock
 from qingtune.training import engine
 
 STEPS, LAYERS = 3, 2

@@ -27,8 +27,9 @@ from tiny_runs import make_samples
 
 from qingtune.adapters.lora import member
 from qingtune.data.batch import Batch, collate
-from qingtune.kernels.blocks import AttentionBlock, MLPBlock
+from qingtune.kernels.attention_block import AttentionBlock
 from qingtune.kernels.decoder import TrainingDecoder
+from qingtune.kernels.mlp_block import MLPBlock
 from qingtune.machine.resources import cpu_has_int8_units
 
 # Relative, on loss and gradients. Transformers takes norms and rotary tables in fp32 even in an fp64 model.
@@ -77,7 +78,7 @@ def test_same_as_transformers_with_flash_attention(kind: str, trained: str) -> N
     with flash_kernels_of_plain_pytorch():
         for number, (name, batch) in enumerate(batches().items()):
             assert_same(model, batch, name, recompute=number % 3)
-            assert TrainingDecoder(model, torch.float32, member).attention[0].flash
+            assert TrainingDecoder(model, torch.float32, member).mixers[0].flash
 
 
 @pytest.mark.parametrize("trained", TRAINED)

@@ -11,7 +11,7 @@ from tiny_runs import assert_equal
 
 from qingtune.adapters.lora import member
 from qingtune.data.batch import Batch, collate
-from qingtune.kernels.blocks import AttentionBlock
+from qingtune.kernels.attention_block import AttentionBlock
 from qingtune.kernels.decoder import TrainingDecoder
 
 Choices = dict[str, Any]

@@ -12,8 +12,9 @@ from decoders import make_decodable, random_sample
 
 from qingtune.adapters.lora import member
 from qingtune.data.batch import collate
+from qingtune.kernels.buffers import Arithmetic, Buffers, buffers
 from qingtune.kernels.decoder import TrainingDecoder
-from qingtune.kernels.footprint import Arithmetic, Buffers, PassTokens, buffers
+from qingtune.kernels.footprint import PassTokens
 
 LENGTH, SAMPLES = 40, 2
 LONGER = 136  # the sample that is evaluated
@@ -28,10 +29,7 @@ METHODS: dict[str, tuple[str, int | None, float]] = {
 }
 _NAMES = [
     (r"layer\d+\.input", "layer.input"),
-    (r"layer\d*\..*norms\d", "layer.norms"),
     (r"layer\d+\..*", "layer.kept"),
-    (r"layer\.(?!input|norms|kept).*", "layer.shared"),
-    (r"input\d", "input"),
 ]
 
 

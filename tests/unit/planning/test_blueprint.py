@@ -139,7 +139,7 @@ def test_what_is_built_is_what_a_run_holds(kind: str, settings: str) -> None:
         tensor.nbytes for tensors in packed for name, tensor in tensors.items() if "quant_state" not in name
     )
     assert bool(built.taken) is (settings == "pissa")
-    assert built.arithmetic is not None
+    assert built.kernels is not None
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -219,11 +219,11 @@ def test_weights_that_training_would_refuse_are_named() -> None:
 )
 def test_the_kernels_are_those_that_training_chooses(changes: dict[str, Any], fast: bool) -> None:
     blueprint = make_blueprint({"model_type": "qwen2", **BASE, **changes}, WHERE)
-    assert (blueprint.built(TrainConfig(use_lora=True), WIDE).arithmetic is not None) is fast
+    assert (blueprint.built(TrainConfig(use_lora=True), WIDE).kernels is not None) is fast
     apple = Machine("mps", "a GPU", 2, None, None)
-    assert blueprint.built(TrainConfig(use_lora=True), apple).arithmetic is None
+    assert blueprint.built(TrainConfig(use_lora=True), apple).kernels is None
     dropping = TrainConfig.model_validate({"use_lora": True, "use_dora": True, "lora_dropout": 0.1})
-    assert blueprint.built(dropping, WIDE).arithmetic is None
+    assert blueprint.built(dropping, WIDE).kernels is None
 
 
 def test_experts_are_counted_apart() -> None:

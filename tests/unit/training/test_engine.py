@@ -190,7 +190,7 @@ def test_passes_are_made_as_small_as_the_memory_demands(
     config = config_of(gradient_checkpointing=checkpointing, optim="sgd")
     gradients = sum(parameter.numel() * 4 for parameter in model.parameters())
     decoder = TrainingDecoder(model, torch.float32, member)
-    decoder.recompute = 0 if checkpointing is False else len(decoder.mlp)
+    decoder.recompute = 0 if checkpointing is False else len(decoder.mlps)
     needed = decoder.pass_bytes(engine.TOKENS_PER_PASS_ON_CPU, TOKENS)
     monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: gradients + needed // 2)
     made = make_engine(config, model, CPU, TOKENS)
@@ -215,7 +215,7 @@ def test_after_a_pass_that_did_not_fit_smaller_ones_are_planned_and_memory_is_gi
     assert "passes have at most 114 tokens" in made.shrink(collate(samples))
     assert (made.most_tokens, decoder.most_tokens, decoder.workspace.held_bytes()) == (114, 114, 0)
     assert "all layers are recomputed" in made.shrink(collate(samples[:1]))
-    assert decoder.recompute == len(decoder.mlp)
+    assert decoder.recompute == len(decoder.mlps)
     with pytest.raises(
         UserError, match=r"row:0: out of memory with a single sample of 57 tokens\. Set max_seq_length to 28"
     ):

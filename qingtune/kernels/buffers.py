@@ -1,0 +1,378 @@
+"""Sizes of the buffers in which the fast kernels hold what they need (kernels/workspace.py), by their names: plain
+arithmetic, no torch. A test holds each against the buffer that a pass really made.
+
+Each block says what it takes (`BlockSizes`): what stays under its slot from its forward to its backward, and what all
+blocks use in turn. Layers may differ from one another.
+
+Symbols: T tokens of a pass, N of them whose next token is trained, b bytes a number of the dtype that is computed in,
+w = max(4, b) bytes of the one that sums are held in.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from qingtune.kernels.footprint import (
+    INT8_TILE,
+    QUERY_BLOCK,
+    ROWS_AT_A_TIME,
+    VOCABULARY_TILE,
+    PassTokens,
+    logit_numbers,
+)
+
+Buffers = dict[tuple[str, int], int]  # name and bytes a number -> bytes
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a run computes.
+
+    Attributes:
+        itemsize: b, bytes a number of activations.
+        weight_itemsize: bytes a number of the linear layers' weights; None where they are quantised.
+        head_itemsize: bytes a number of the head.
+        trains_weights: whether the linear layers are trained themselves; likewise trains_head.
+        int8_units: whether int8 weights are multiplied as such.
+        dora: whether adapters have magnitudes.
+        dropout: whether adapters' inputs are dropped.
+        recompute: layers of which nothing but the input is kept.
+        gradient_below: whether even the lowest layer's input gets a gradient.
+        on_cpu: otherwise on a GPU, where attention never holds its scores.
+    """
+
+    itemsize: int
+    weight_itemsize: int | None
+    head_itemsize: int
+    trains_weights: bool = False
+    trains_head: bool = False
+    int8_units: bool = False
+    dora: bool = False
+    dropout: bool = False
+    recompute: int = 0
+    gradient_below: bool = False
+    on_cpu: bool = True
+
+    @property
+    def wide(self) -> int:
+        """w, bytes a number of what sums are held in."""
+        return max(4, self.itemsize)
+
+
+class Tally:
+    """The largest size asked for under each name.
+
+    Args:
+        how: gives the bytes a number where a call does not.
+        trains: whether the pass has a backward.
+    """
+
+    def __init__(self, how: Arithmetic, *, trains: bool) -> None:
+        self.how, self.trains, self.found = how, trains, Buffers()
+
+    def forward(self, numbers: int, *names: str, itemsize: int | None = None) -> None:
+        """Buffers of so many numbers each that every pass takes."""
+        itemsize = itemsize or self.how.itemsize
+        for name in names if numbers else ():
+            key = name, itemsize
+            self.found[key] = max(self.found.get(key, 0), numbers * itemsize)
+
+    def backward(self, numbers: int, *names: str, itemsize: int | None = None) -> None:
+        """Buffers that only passes with gradients take."""
+        if self.trains:
+            self.forward(numbers, *names, itemsize=itemsize)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a layer computes.
+
+    Attributes:
+        tokens: T, rows of its input.
+        asking: rows that go beyond keys and values: N in the last layer, otherwise T.
+        longest: tokens of the longest sample.
+        last: whether it is the last layer, where rows that ask are gathered even if they are all.
+        wanted: whether its input gets a gradient.
+    """
+
+    tokens: int
+    asking: int
+    longest: int
+    last: bool
+    wanted: bool
+
+
+@dataclass(frozen=True)
+class GroupSizes:
+    """Linear layers that read one input (kernels/projection.py).
+
+    Attributes:
+        reads: in features.
+        outs: out features of each layer.
+        ranks: of each layer's adapter, 0 where there is none.
+    """
+
+    reads: int
+    outs: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def part(self, start: int, end: int | None = None) -> GroupSizes:
+        """Some of its layers as a group of their own."""
+        return GroupSizes(self.reads, self.outs[start:end], self.ranks[start:end])
+
+
+# A group, the name under which it keeps its part of a slot, and the rows that it reads.
+Use = tuple[GroupSizes, str, int]
+
+
+class BlockSizes(Protocol):
+    """What a block takes memory for."""
+
+    def groups(self, rows: Rows) -> Sequence[Use]:
+        """Its groups of linear layers, what these take being counted for it."""
+        ...
+
+    def kept(self, rows: Rows, slot: Tally) -> None:
+        """What stays from its forward to its backward, by names within its slot."""
+        ...
+
+    def passing(self, rows: Rows, tally: Tally) -> None:
+        """What it shares with other blocks, by the workspace's names."""
+        ...
+
+
+@dataclass(frozen=True)
+class AttentionSizes:
+    """Of attention_block.AttentionBlock.
+
+    Attributes:
+        heads: query heads.
+        normed: whether heads of queries and keys are normed.
+        qkv: layers that give queries, keys and values; o: the one that reads what was attended.
+    """
+
+    heads: int
+    normed: bool
+    qkv: GroupSizes
+    o: GroupSizes
+
+    def groups(self, rows: Rows) -> Sequence[Use]:
+        """In the last layer queries of fewer rows than keys and values."""
+        o = (self.o, "o", rows.asking)
+        if rows.last:
+            return (self.qkv.part(0, 1), "q", rows.asking), (self.qkv.part(1), "kv", rows.tokens), o
+        return (self.qkv, "qkv", rows.tokens), o
+
+    def kept(self, rows: Rows, slot: Tally) -> None:
+        """Packed queries, keys and values, what was attended, and queries and keys before their norms."""
+        queries, keys = self.o.reads * rows.asking, self.qkv.outs[1] * rows.tokens
+        slot.forward(queries, "q", "attended", *["raw_q"] * self.normed)
+        slot.forward(keys, "k", "v", *["raw_k"] * self.normed)
+
+    def passing(self, rows: Rows, tally: Tally) -> None:
+        """Its norms, queries and keys on their way, and scores of a block of rows."""
+        wide, hidden = tally.how.wide, rows.tokens * self.qkv.reads
+        queries, keys = self.o.reads * rows.asking, self.qkv.outs[1] * rows.tokens
+        _norm(hidden, tally)
+        tally.forward(hidden, "norm.out")
+        if self.normed:
+            for numbers, name in ((queries, "norm.q"), (keys, "norm.k")):
+                _norm(numbers, tally)
+                tally.forward(numbers, name)
+        tally.forward(queries, "attention.rotated_q", *[] if self.normed else ["attention.raw_q"])
+        tally.forward(keys, "attention.rotated_k", "attention.raw_v", *[] if self.normed else ["attention.raw_k"])
+        tally.backward(queries, "attention.grad_q", "attention.grad_out")
+        tally.backward(keys, "attention.grad.k", "attention.grad.v", itemsize=wide)
+        if rows.wanted:
+            tally.backward(hidden, "attention.grad_normed", *["attention.grad_x"] * rows.last)
+            tally.backward(rows.asking * self.qkv.reads * rows.last, "attention.grad_rows")
+        if tally.how.on_cpu:
+            block = -(-rows.longest // max(1, -(-rows.longest // QUERY_BLOCK)))
+            tally.forward(block * self.o.reads, "attention.attended")
+            tally.forward(self.heads * block * rows.longest, "attention.scores", "attention.shares")
+            tally.backward(self.heads * block * rows.longest, "attention.grad_scores")
+
+
+@dataclass(frozen=True)
+class MLPSizes:
+    """Of mlp_block.MLPBlock; gate_up: layers that give gate and up; down: the one that reads the hidden layer."""
+
+    gate_up: GroupSizes
+    down: GroupSizes
+
+    def groups(self, rows: Rows) -> Sequence[Use]:
+        """Both read all rows that go on."""
+        return (self.gate_up, "gate_up", rows.asking), (self.down, "down", rows.asking)
+
+    def kept(self, rows: Rows, slot: Tally) -> None:
+        """Gate and up."""
+        slot.forward(rows.asking * self.down.reads, "gate", "up")
+
+    def passing(self, rows: Rows, tally: Tally) -> None:
+        """Its norm and the hidden layer."""
+        hidden, inner = rows.asking * self.gate_up.reads, rows.asking * self.down.reads
+        _norm(hidden, tally)
+        tally.forward(hidden, "norm.out")
+        tally.forward(inner, "mlp.hidden")
+        tally.backward(inner, "mlp.activated", "mlp.grad_hidden")
+        tally.backward(hidden, "mlp.grad_normed")
+
+
+_Blocks = tuple[BlockSizes, BlockSizes]
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """A decoder.
+
+    Attributes:
+        layers: mixer and MLP of each.
+        hidden: size of a token between layers.
+        vocabulary: rows of the head.
+    """
+
+    layers: tuple[_Blocks, ...]
+    hidden: int
+    vocabulary: int
+
+
+def buffers(sizes: ModelSizes, how: Arithmetic, work: PassTokens, evaluation: PassTokens | None = None) -> Buffers:
+    """What the workspace holds, in bytes, by its own names; what layers keep in slots of their own is "layer.kept", and
+    their inputs are "layer.input".
+
+    Args:
+        work: the fullest training pass.
+        evaluation: the fullest one without gradients, None where there is none.
+    """
+    found = _pass_buffers(sizes, how, work, trains=True)
+    if evaluation is not None:
+        for key, size in _pass_buffers(sizes, how, evaluation, trains=False).items():
+            found[key] = max(found.get(key, 0), size)
+    return found
+
+
+def buffer_bytes(
+    sizes: ModelSizes, how: Arithmetic, work: PassTokens, evaluation: PassTokens | None = None
+) -> tuple[int, int]:
+    """Bytes of all buffers: activations with what products need, and logits."""
+    held = buffers(sizes, how, work, evaluation)
+    logits = sum(size for (name, _), size in held.items() if name.startswith("head."))
+    return sum(held.values()) - logits, logits
+
+
+def _pass_buffers(sizes: ModelSizes, how: Arithmetic, work: PassTokens, *, trains: bool) -> Buffers:
+    """Those of one pass; without gradients no layer keeps anything."""
+    tally, count = Tally(how, trains=trains), len(sizes.layers)
+    kept, shared = Counter[tuple[_Blocks, Rows]](), set[tuple[_Blocks, Rows]]()
+    for number, blocks in enumerate(sizes.layers):
+        last, wanted = number == count - 1, number > 0 or how.gradient_below
+        rows = Rows(work.tokens, work.predicting if last else work.tokens, work.longest, last=last, wanted=wanted)
+        if trains and number >= how.recompute:
+            kept[blocks, rows] += 1
+        else:
+            shared.add((blocks, rows))
+    of_layers = Buffers()
+    for (blocks, rows), times in kept.items():
+        for (_, itemsize), size in _slot(blocks, rows, sizes.hidden, how).items():
+            key = "layer.kept", itemsize
+            of_layers[key] = of_layers.get(key, 0) + times * size
+    for blocks, rows in shared:  # all in one slot
+        for (name, itemsize), size in _slot(blocks, rows, sizes.hidden, how).items():
+            tally.forward(size // itemsize, f"layer.{name}", itemsize=itemsize)
+    for blocks, rows in {*kept, *shared}:
+        for block in blocks:
+            block.passing(rows, tally)
+            for group, _, read in block.groups(rows):
+                _products(group, read, tally)
+    _head(sizes, work, tally)
+    tokens, last = work.tokens * sizes.hidden, work.predicting * sizes.hidden
+    if trains:
+        tally.forward(count * tokens + last, "layer.input")
+    else:
+        tally.forward(tokens, "input0", *["input1"] * (count > 1))
+    return tally.found | of_layers
+
+
+def _slot(blocks: _Blocks, rows: Rows, hidden: int, how: Arithmetic) -> Buffers:
+    """What stays from a layer's forward to its backward."""
+    slot = Tally(how, trains=True)
+    slot.forward(rows.asking * hidden, "middle")
+    for block in blocks:
+        block.kept(rows, slot)
+        for group, name, read in block.groups(rows):
+            slot.forward(read * sum(group.ranks), f"{name}.low")
+            for number, (out, rank) in enumerate(zip(group.outs, group.ranks, strict=True)):
+                if how.dora and rank:
+                    slot.forward(out, f"{name}.norms{number}", itemsize=how.wide)
+    return slot.found
+
+
+def _norm(numbers: int, tally: Tally) -> None:
+    """What a norm of so many numbers takes but for its output."""
+    tally.forward(numbers, "norm.wide", itemsize=tally.how.wide)
+    tally.backward(numbers, "norm.scaled", "norm.product", itemsize=tally.how.wide)
+
+
+def _head(sizes: ModelSizes, work: PassTokens, tally: Tally) -> None:
+    """What the last norm and the head take."""
+    how, hidden = tally.how, sizes.hidden
+    _norm(work.predicting * hidden, tally)
+    tally.forward(work.predicting * hidden, "norm.out")
+    tally.backward(work.predicting * hidden, "grad_hidden")
+    logits = logit_numbers(sizes.vocabulary, work.predicting)
+    tally.forward(logits, "head.logits")
+    rows = logits // sizes.vocabulary
+    in_fp32 = min(ROWS_AT_A_TIME, rows) if how.on_cpu else rows
+    tally.forward(in_fp32 * sizes.vocabulary, "head.rows", itemsize=how.wide)
+    converted = how.head_itemsize != how.itemsize
+    tile = min(VOCABULARY_TILE, sizes.vocabulary)  # rows of a head in another dtype, or of one that is trained
+    if converted:
+        tally.forward(tile * hidden, "weight")
+        tally.forward(rows * tile, "product")
+    if converted or how.trains_head:
+        tally.backward(max(rows * tile, rows * hidden, tile * hidden * how.trains_head), "product")
+        if how.wide != how.itemsize:
+            tally.backward(rows * hidden, "product", itemsize=how.wide)
+            tally.backward(tile * hidden * (converted and how.trains_head), "product", itemsize=how.wide)
+
+
+def _products(group: GroupSizes, rows: int, tally: Tally) -> None:
+    """What products with a group's weights and adapters take in addition to inputs and outputs."""
+    how, reads, ranks = tally.how, group.reads, group.ranks
+    out = max(group.outs)
+    unpacks = not how.int8_units if how.weight_itemsize is None else how.weight_itemsize != how.itemsize
+    if unpacks:  # weights are brought to the dtype of activations for each product
+        tally.forward(reads * out, "weight")
+    if how.trains_weights:
+        tally.backward(reads * out, "product")
+        if how.weight_itemsize not in (None, how.itemsize):
+            tally.backward(reads * out, "product", itemsize=how.wide)
+    if sum(ranks):
+        small = max(out * rank for out, rank in zip(group.outs, ranks, strict=True))
+        tally.forward(reads * sum(ranks), "projection.a")
+        tally.forward(small, "projection.b")
+        tally.backward(rows * sum(ranks), "projection.grad_low")
+        tally.backward(rows * max(ranks), "projection.grad_mine")
+        for itemsize in {how.itemsize, how.wide}:
+            tally.backward(max(small, reads * sum(ranks)), "product", itemsize=itemsize)
+        if how.dropout:
+            tally.backward(rows * reads, "projection.dropped")
+    if how.int8_units:
+        tally.forward(rows * reads, "projection.x.packed", itemsize=1)
+        tally.backward(rows * out, "projection.grad.packed", itemsize=1)
+        tally.forward(rows, "projection.x.scales", itemsize=4)
+        tally.backward(rows, "projection.grad.scales", itemsize=4)
+        tally.forward(min(INT8_TILE, rows) * reads, "int8.tile", itemsize=4)
+        tally.backward(min(INT8_TILE, rows) * out, "int8.tile", itemsize=4)
+        tally.forward(rows * out, "int8.sums", "int8.wide", itemsize=4)
+        tally.backward(rows * reads, "int8.sums", "int8.wide", itemsize=4)
+    if how.dora and sum(ranks):
+        if how.weight_itemsize != how.wide:
+            tally.forward(reads * out, "weight", itemsize=how.wide)
+        tally.forward(reads * out, "projection.merged", itemsize=how.wide)
+        tally.forward(rows * out, "projection.direction")
+        for number, (mine, rank) in enumerate(zip(group.outs, ranks, strict=True)):
+            tally.backward(rows * mine * (rank > 0), f"projection.scaled{number}")
