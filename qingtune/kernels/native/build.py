@@ -17,11 +17,13 @@ from pathlib import Path
 
 from qingtune.errors import UserError
 from qingtune.files.paths import default_cache
-from qingtune.machine.resources import cpu_flags
+from qingtune.machine.resources import cpu_flags, hidden_cpu_flags
 
 FLAGS = ("-O3", "-march=native", "-std=c11", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("cc", "gcc", "clang")
 SECONDS = 120  # that a compiler may take
+# What kernels ask the compiler for, by Linux's name and by the compiler's.
+UNITS = {"avx512f": "avx512f", "avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16", "avx_vnni": "avxvnni"}
 
 
 @functools.cache
@@ -57,6 +59,12 @@ def compiled_library(
     return library
 
 
+def flags_of_hidden_units() -> tuple[str, ...]:
+    """Options for the compiler, so that a CPU which QINGTUNE_CPU_WITHOUT makes a lesser one is compiled for as such."""
+    hidden = hidden_cpu_flags()
+    return tuple(f"-mno-{option}" for name, option in UNITS.items() if name in hidden)
+
+
 def _compiler() -> list[str] | None:
     """The user's own choice in CC, or the first one found; a ValueError where CC is no command line."""
     chosen = shlex.split(os.environ.get("CC", ""))
@@ -67,9 +75,13 @@ def _compiler() -> list[str] | None:
 
 
 def _loaded(compiler: list[str], source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The library, made if it is not there for this source, compiler and machine, or cannot be loaded."""
+    """The library, made if it is not there for this source, compiler and machine, or cannot be loaded.
+
+    Headers in the source's folder count as part of it.
+    """
     version = _run([*compiler, "--version"])
-    parts = [source.read_text(encoding="utf-8"), version, *flags, *sorted(cpu_flags())]
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    parts = [*texts, version, *flags, *sorted(cpu_flags())]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     folder = default_cache() / "native"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from qingtune.kernels.native.build import compiled_library
+from qingtune.kernels.native.build import compiled_library, flags_of_hidden_units
+from qingtune.machine.resources import cpu_flags
 
 SMALL = "int doubled(int x) { return 2 * x; }\n"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="libraries are loaded as on Linux")
@@ -102,6 +103,30 @@ def test_functions_are_declared_and_flags_passed(source: Path) -> None:
         if isinstance(library, str):
             pytest.skip(library)
         assert library.factor() == factor
+
+
+def test_a_header_is_part_of_the_source(source: Path) -> None:
+    header = source.with_name("factor.h")
+    source.write_text('#include "factor.h"\nint factor(void) { return FACTOR; }\n', encoding="utf-8")
+    for factor in (2, 3):
+        header.write_text(f"#define FACTOR {factor}\n", encoding="utf-8")
+        compiled_library.cache_clear()
+        library = compiled_library(source, declare)
+        if isinstance(library, str):
+            pytest.skip(library)
+        assert library.factor() == factor
+
+
+@pytest.mark.skipif("avx512f" not in cpu_flags(), reason="hides AVX-512 of a CPU that has it")
+def test_hidden_units_are_not_compiled_for(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "int wide(void) {\n#ifdef __AVX512F__\nreturn 1;\n#else\nreturn 0;\n#endif\n}\n"
+    source.write_text(text, encoding="utf-8")
+    for hidden, wide in (("", 1), ("avx512f,avx512_bf16", 0)):
+        monkeypatch.setenv("QINGTUNE_CPU_WITHOUT", hidden)
+        library = compiled_library(source, declare, flags_of_hidden_units())
+        if isinstance(library, str):
+            pytest.skip(library)
+        assert library.wide() == wide
 
 
 def test_processes_that_compile_at_the_same_time(source: Path, fresh: Path) -> None:
