@@ -1,12 +1,50 @@
-"""The products of answer_step.c in plain PyTorch."""
+"""The products of answer_step.c in plain PyTorch, and the variants of it that this machine can run."""
 
 from __future__ import annotations
 
+import os
+import sys
+from dataclasses import dataclass
+
+import pytest
 import torch
 
 from qingtune.answering.decoder.native.matrices import GROUP_SIZE
 from qingtune.answering.decoder.packed import round_to_int8
 from qingtune.machine.resources import cpu_flags
+
+WIDE = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One that the source is compiled to: which of the CPU's units are hidden, what the compiler is passed for it."""
+
+    name: str
+    runs: bool  # on this machine
+    hidden: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+
+    def environment(self) -> dict[str, str]:
+        """What hides the units."""
+        return {"QINGTUNE_CPU_WITHOUT": ",".join((os.environ.get("QINGTUNE_CPU_WITHOUT", ""), *self.hidden))}
+
+
+def _variants() -> list[Variant]:
+    flags = cpu_flags() if sys.platform == "linux" else set[str]()
+    small = {"avx2", "fma", "f16c"} <= flags
+    return [
+        Variant("AVX-512", flags >= WIDE),
+        Variant("AVX2", small, ("avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni")),
+        # The same instructions as AVX-VNNI's, on a CPU that has them as a part of AVX-512.
+        Variant("AVX2 with VNNI", small and ("avx_vnni" in flags or flags >= WIDE), ("avx512_bf16",), ("-DLANES=8",)),
+    ]
+
+
+VARIANTS = [
+    pytest.param(variant, id=variant.name, marks=pytest.mark.skipif(not variant.runs, reason=f"needs {variant.name}"))
+    for variant in _variants()
+]
 
 
 def upper_24_bits(weight: torch.Tensor) -> torch.Tensor:

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from native_twin import VARIANTS, Variant
 
 from qingtune.answering.decoder.native.build import SOURCE, has_native_units
+from qingtune.kernels.native.build import flags_of_hidden_units
 
 DRIVER = ROOT / "tests" / "native_driver.c"
 BARRIERS = SOURCE.read_text(encoding="utf-8").count("#pragma omp barrier")
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 pytestmark = [
-    pytest.mark.skipif(not has_native_units(), reason="needs AVX-512 with int8 units"),
+    pytest.mark.skipif(not has_native_units(), reason="needs AVX2"),
     pytest.mark.skipif(COMPILER is None, reason="there is no C compiler"),
 ]
 
@@ -26,7 +28,8 @@ pytestmark = [
 def built(folder: Path, source: Path, *flags: str) -> Path:
     """The driver compiled with a sanitizer, or the test is skipped where this compiler has none."""
     assert COMPILER
-    program, given = folder / "driver", (f'-DSOURCE="{source}"', "-march=native", "-std=gnu11", "-g1", *flags)
+    program, include = folder / "driver", f"-I{SOURCE.parent}"
+    given = (f'-DSOURCE="{source}"', include, "-march=native", "-std=gnu11", "-g1", *flags)
     trivial = folder / "trivial.c"
     trivial.write_text("int main(void) { return 0; }\n", encoding="utf-8")
     for file in (trivial, DRIVER):
@@ -49,9 +52,18 @@ def ran(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=False, env=env, timeout=300)
 
 
-def test_no_access_is_out_of_bounds_and_no_behaviour_undefined(tmp_path: Path) -> None:
+@pytest.fixture(params=VARIANTS)
+def options(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """The compiler's options for each variant of the kernels in turn."""
+    variant: Variant = request.param
+    for name, value in variant.environment().items():
+        monkeypatch.setenv(name, value)
+    return (*flags_of_hidden_units(), *variant.flags)
+
+
+def test_no_access_is_out_of_bounds_and_no_behaviour_undefined(options: tuple[str, ...], tmp_path: Path) -> None:
     flags = ("-O1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    done = ran(built(tmp_path, SOURCE, *flags))
+    done = ran(built(tmp_path, SOURCE, *flags, *options))
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
@@ -63,6 +75,46 @@ def test_a_buffer_that_is_too_small_would_be_seen(tmp_path: Path) -> None:
     done = ran(built(tmp_path, narrow, "-O1", "-fopenmp", "-fsanitize=address"))
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
+
+
+def macros(*flags: str) -> dict[str, str]:
+    """What the source is compiled with for a CPU."""
+    assert COMPILER
+    command = [COMPILER, *flags, "-dM", "-E", str(SOURCE.with_name("simd.h"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    pairs = (line.split(maxsplit=2)[1:] for line in done.stdout.splitlines())
+    found = {pair[0]: pair[-1] for pair in pairs}
+    return {name: found[found[name]] if found[name] in found else found[name] for name in CHOICES}
+
+
+CHOICES = ("LANES", "INT8_UNITS", "BF16_UNITS")
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["-march=x86-64-v3"], "8 0 0"),
+        (["-march=x86-64-v3", "-mavxvnni"], "8 1 0"),
+        (["-march=skylake-avx512"], "8 0 0"),
+        (["-march=icelake-server"], "16 1 0"),
+        (["-march=cooperlake"], "16 1 1"),
+        (["-march=cooperlake", "-mno-avx512bf16"], "16 1 0"),
+        (["-march=cooperlake", "-mno-avx512vnni"], "8 0 0"),
+        (["-march=cooperlake", "-mno-avx512f"], "8 0 0"),
+    ],
+)
+def test_each_cpu_gets_the_instructions_it_has(flags: list[str], wanted: str) -> None:
+    found = macros(*flags)
+    assert " ".join(found[name] for name in CHOICES) == wanted
+
+
+def test_it_compiles_for_avx_vnni(tmp_path: Path) -> None:
+    assert COMPILER
+    flags = ("-march=x86-64-v3", "-mavxvnni", "-O1", "-fopenmp", "-S")
+    subprocess.run([COMPILER, *flags, str(SOURCE), "-o", str(tmp_path / "made.s")], check=True)
+    text = (tmp_path / "made.s").read_text(encoding="utf-8")
+    assert "vpdpbusd" in text
+    assert "zmm" not in text
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model
-from native_twin import product, rounded, stands_for, upper_24_bits
+from native_twin import VARIANTS, Variant, product, rounded, stands_for, upper_24_bits
 from tiny_runs import lively
 
 from qingtune.adapters.lora import add_lora, lora_layers
@@ -63,13 +63,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-LIBRARY = native_library() if has_native_units() else "needs AVX-512 with int8 units"
-pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=str(LIBRARY))
 
 
-def library() -> ctypes.CDLL:
-    assert isinstance(LIBRARY, ctypes.CDLL)
-    return LIBRARY
+@pytest.fixture(params=VARIANTS, autouse=True)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    """Each variant of the kernels in turn; answers are made with it."""
+    variant: Variant = request.param
+    for name, value in variant.environment().items():
+        monkeypatch.setenv(name, value)
+    assert has_native_units()
+    compiled = native_library(*variant.flags)
+    if compiled == "there is no C compiler (cc, gcc or clang)":
+        pytest.skip(compiled)
+    assert isinstance(compiled, ctypes.CDLL)
+    monkeypatch.setattr(load, "native_library", lambda: compiled)
+    return compiled
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -85,11 +93,13 @@ def apart_on_average(one: torch.Tensor, two: torch.Tensor) -> float:
     return float((one - two).norm() / two.norm())
 
 
-def check_products(weight: torch.Tensor, bits: int | None, hardware: Hardware, count: int, threads: int) -> None:
+def check_products(
+    library: ctypes.CDLL, weight: torch.Tensor, bits: int | None, hardware: Hardware, count: int, threads: int
+) -> None:
     rows, columns = weight.shape
     bias, x = random(rows, seed=1), random(count, columns, seed=2)
     x[0, :5] *= 40  # a group of other size than the rest
-    matrix = NativeMatrix(library(), weight, bias, bits, hardware.dtype, Workspace(CPU))
+    matrix = NativeMatrix(library, weight, bias, bits, hardware.dtype, Workspace(CPU))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -106,24 +116,28 @@ def check_products(weight: torch.Tensor, bits: int | None, hardware: Hardware, c
 @pytest.mark.parametrize("count", [1, 3, 4, 7, 13, 16])
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize(("rows", "columns"), [(16, 32), (48, 96), (80, 64)])
-def test_products_of_few_rows(rows: int, columns: int, bits: int | None, count: int, threads: int) -> None:
+def test_products_of_few_rows(
+    library: ctypes.CDLL, rows: int, columns: int, bits: int | None, count: int, threads: int
+) -> None:
     assert count <= FEW_ROWS
-    check_products(random(rows, columns), bits, BF16, count, threads)
+    check_products(library, random(rows, columns), bits, BF16, count, threads)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 17, 48, 77])
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16, torch.float32, 8, 4])
 @pytest.mark.parametrize(("rows", "columns"), [(16, 32), (144, 96), (80, 2080)])
-def test_products_beside_fp32(rows: int, columns: int, kept: torch.dtype | int, count: int, threads: int) -> None:
+def test_products_beside_fp32(
+    library: ctypes.CDLL, rows: int, columns: int, kept: torch.dtype | int, count: int, threads: int
+) -> None:
     weight, bits = random(rows, columns), kept if isinstance(kept, int) else None
-    check_products(weight.to(kept) if isinstance(kept, torch.dtype) else weight, bits, FP32, count, threads)
+    check_products(library, weight.to(kept) if isinstance(kept, torch.dtype) else weight, bits, FP32, count, threads)
 
 
-def test_24_bits_are_256_times_as_exact_as_bf16() -> None:
+def test_24_bits_are_256_times_as_exact_as_bf16(library: ctypes.CDLL) -> None:
     weight = random(64, 4864)
     assert ((upper_24_bits(weight) - weight).abs() <= weight.abs() * 2.0**-16).all()
-    matrix = NativeMatrix(library(), weight, None, None, torch.float32, Workspace(CPU))
+    matrix = NativeMatrix(library, weight, None, None, torch.float32, Workspace(CPU))
     assert matrix.weight.nbytes == 3 * weight.numel()
     assert torch.equal(matrix.multiply(torch.eye(4864)[:100]).t(), upper_24_bits(weight[:, :100]))
     x = random(4, 4864, seed=1)
@@ -132,17 +146,17 @@ def test_24_bits_are_256_times_as_exact_as_bf16() -> None:
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
-def test_products_of_many_rows(bits: int | None) -> None:
+def test_products_of_many_rows(library: ctypes.CDLL, bits: int | None) -> None:
     weight, bias, x = random(48, 96), random(48, seed=1), random(FEW_ROWS + 4, 96, seed=2).bfloat16()
-    found = NativeMatrix(library(), weight, bias, bits, torch.bfloat16, Workspace(CPU)).multiply(x)
+    found = NativeMatrix(library, weight, bias, bits, torch.bfloat16, Workspace(CPU)).multiply(x)
     assert apart(found.float(), x.float() @ stands_for(weight, bits).t() + bias) < 1e-2
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_unpacked_they_are_what_they_stand_for(bits: int) -> None:
+def test_unpacked_they_are_what_they_stand_for(library: ctypes.CDLL, bits: int) -> None:
     weight = random(80, 96)
     weight[3, 32:64] = 0.5  # a group without spread
-    matrix = NativeMatrix(library(), weight, None, bits, torch.bfloat16, Workspace(CPU))
+    matrix = NativeMatrix(library, weight, None, bits, torch.bfloat16, Workspace(CPU))
     assert torch.equal(matrix.dense().t(), stands_for(weight, bits).bfloat16())
     assert 0 < apart(stands_for(weight, bits), weight) < 0.1
 
@@ -151,20 +165,22 @@ def test_unpacked_they_are_what_they_stand_for(bits: int) -> None:
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("rows", [2, 5, 50])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(bits: int | None, poison: float, rows: int, dtype: torch.dtype) -> None:
+def test_what_is_not_finite_stays_so(
+    library: ctypes.CDLL, bits: int | None, poison: float, rows: int, dtype: torch.dtype
+) -> None:
     x = random(rows, 64)
     x[1, 40] = poison
-    found = NativeMatrix(library(), random(16, 64), None, bits, dtype, Workspace(CPU)).multiply(x)
+    found = NativeMatrix(library, random(16, 64), None, bits, dtype, Workspace(CPU)).multiply(x)
     assert found[[row for row in range(rows) if row != 1]].isfinite().all()
     assert not found[1].isfinite().any()
 
 
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1, 0x7F800000])
-def test_a_weight_that_is_not_finite_stays_so(bits: int, kept: torch.dtype) -> None:
+def test_a_weight_that_is_not_finite_stays_so(library: ctypes.CDLL, bits: int, kept: torch.dtype) -> None:
     weight = random(16, 64)
     weight.view(torch.int32)[3, 40] = bits
-    matrix = NativeMatrix(library(), weight.to(kept), None, None, torch.float32, Workspace(CPU))
+    matrix = NativeMatrix(library, weight.to(kept), None, None, torch.float32, Workspace(CPU))
     for rows in (1, 5, 50):
         found = matrix.multiply(random(rows, 64, seed=1))
         assert not found[:, 3].isfinite().any()

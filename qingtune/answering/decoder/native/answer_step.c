@@ -1,22 +1,25 @@
-/* One new token of each of several sequences through a Qwen2, Qwen3 or Llama decoder, on a CPU with AVX-512 and VNNI.
+/* One new token of each of several sequences through a Qwen2, Qwen3 or Llama decoder, on a CPU with AVX2 or AVX-512.
 
    A step reads all weights once; everything else stays in the caches. All threads go through the whole step together
    and meet at barriers, five a layer; each owns a range of every matrix's rows. Activations are fp32. For weights in 8
-   and 4 bits they are rounded to int8, 32 at a time with a scale each, and multiplied by the int8 units. Dense weights
-   are widened to fp32 in registers, so that a CPU without units for 16 bits reads no more of them than one that has.
+   and 4 bits they are rounded to int8, 32 at a time with a scale each, for products of bytes. Dense weights are widened
+   to fp32 in registers, so that a CPU without units for 16 bits reads no more of them than one that has.
 
    Shapes: T sequences, D hidden size, I inner size, H query heads, G key-value heads, d head size, V vocabulary. */
 
-#include <immintrin.h>
 #include <math.h>
 #include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
+#include "simd.h"
+
 #define GROUP 32 /* activations, and weights in 4 bits, that share a scale */
 #define AHEAD 8192 /* bytes of weights asked for before they are needed: the CPU itself stops at the end of each page */
 #define BLOCK 16 /* rows of a matrix that a thread takes at a time */
+#define PARTS (BLOCK / LANES) /* registers that hold a number of each */
+#define TILE (LANES == 16 ? 6 : 3) /* sequences by which 4 dense rows are multiplied at a time, for want of registers */
 #define PANEL 64 /* rows of a matrix that many sequences go through together, so that the L2 cache holds them */
 #define DEPTH 1024 /* columns of a panel that is widened to fp32: 256 kB */
 #define MANY 48 /* sequences from which on rows are better widened once, into a panel, than in registers each time */
@@ -67,67 +70,44 @@ typedef struct {
     float *panel; /* [PANEL, DEPTH]: weights, widened */
 } Rows;
 
-static inline __m512 from_bf16(const uint16_t *p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
-}
-
-static inline void to_bf16(uint16_t *p, __m512 x) { /* to the nearest, ties to even */
-    __m512i bits = _mm512_castps_si512(x);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-}
-
-/* exp(x) for x <= 0 or little above; by a polynomial for 2^f, f in [-0.5, 0.5], to 2e-7 of the value. */
-static inline __m512 exponential(__m512 x) {
-    __m512 y = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(1.44269504f));
-    __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 f = _mm512_sub_ps(y, whole);
-    __m512 p = _mm512_set1_ps(1.54035304e-4f); /* ln(2)^n / n! */
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.33335581e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.61812911e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.55041087e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40226507e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93147181e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, whole);
-}
-
 /* --- Activations ------------------------------------------------------------------------------------------------- */
 
 /* RMSNorm (Zhang & Sennrich 2019) of n numbers, a multiple of 16; in place is fine. */
 static void normalise(const float *x, const float *weight, float epsilon, int64_t n, float *out) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < n; i += 16) {
-        __m512 v = _mm512_loadu_ps(x + i);
-        squares = _mm512_fmadd_ps(v, v, squares);
-    }
-    __m512 rate = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)n + epsilon));
-    for (int64_t i = 0; i < n; i += 16) {
-        __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + i), rate);
-        _mm512_storeu_ps(out + i, _mm512_mul_ps(v, _mm512_loadu_ps(weight + i)));
-    }
+    Floats squares = zeros();
+    for (int64_t i = 0; i < n; i += LANES) squares = times_plus(load(x + i), load(x + i), squares);
+    const Floats rate = every(1.0f / sqrtf(sum_of(squares) / (float)n + epsilon));
+    for (int64_t i = 0; i < n; i += LANES) store(out + i, times(times(load(x + i), rate), load(weight + i)));
 }
 
-/* Round rows->x to int8, a group at a time. Where a group holds what is not finite, its scale is NaN. */
+/* Round 32 numbers to int8; gives their scale, NaN where one of them is not finite, and the sum of the rounded ones. */
+static inline float round_group(const float *x, int8_t *q, float *sum) {
+    Floats most = zeros(), all = zeros(), whole = zeros();
+    for (int i = 0; i < GROUP; i += LANES) {
+        most = larger(absolute(load(x + i)), most);
+        all = plus(all, load(x + i));
+    }
+    const float scale = largest_of(most) / 127.0f + sum_of(times(all, zeros()));
+    const Floats by = every(scale > 0 ? 1.0f / scale : 0.0f);
+    for (int i = 0; i < GROUP; i += LANES) {
+        const Ints number = to_ints(times(load(x + i), by));
+        store_int8(q + i, number);
+        whole = plus(whole, from_ints(number));
+    }
+    *sum = sum_of(whole);
+    return scale;
+}
+
+/* Round rows->x to int8, a group at a time. */
 static void round_rows(Rows *rows, int64_t from, int64_t until, int64_t columns) {
     for (int64_t t = from; t < until; t++) {
-        const float *x = rows->x + t * columns;
         float total = 0;
         for (int64_t g = 0; g < columns / GROUP; g++) {
-            __m512 one = _mm512_loadu_ps(x + g * GROUP), two = _mm512_loadu_ps(x + g * GROUP + 16);
-            float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(one), _mm512_abs_ps(two)));
-            __m512 zeros = _mm512_mul_ps(_mm512_add_ps(one, two), _mm512_setzero_ps());
-            float scale = largest / 127.0f + _mm512_reduce_add_ps(zeros);
-            __m512 by = _mm512_set1_ps(scale > 0 ? 1.0f / scale : 0.0f);
-            __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(one, by)), b = _mm512_cvtps_epi32(_mm512_mul_ps(two, by));
-            int8_t *q = rows->q + t * columns + g * GROUP;
-            _mm_storeu_si128((__m128i *)q, _mm512_cvtsepi32_epi8(a));
-            _mm_storeu_si128((__m128i *)(q + 16), _mm512_cvtsepi32_epi8(b));
-            float sum = scale * (float)_mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
-            rows->scale[t * (columns / GROUP) + g] = scale;
-            rows->sum[t * (columns / GROUP) + g] = sum;
-            total += sum;
+            const int64_t first = t * columns + g * GROUP, at = first / GROUP;
+            float sum;
+            rows->scale[at] = round_group(rows->x + first, rows->q + first, &sum);
+            rows->sum[at] = rows->scale[at] * sum;
+            total += rows->sum[at];
         }
         rows->total[t] = total;
     }
@@ -145,17 +125,12 @@ typedef struct {
 /* Whether activations beside bf16 weights are rounded to bf16 too: many sequences are bound by arithmetic, of which the
    bf16 units do twice as much; a few by memory, and lose nothing by fp32. */
 static inline int rounds_to_bf16(int64_t count) {
-#ifdef __AVX512BF16__
-    return count >= 4;
-#else
-    (void)count;
-    return 0;
-#endif
+    return BF16_UNITS && count >= 4;
 }
 
-static inline void put_dense(const Matrix *m, const Target *to, int64_t row, int64_t t, __m512 sum) {
+static inline void put_dense(const Matrix *m, const Target *to, int64_t row, int64_t t, Floats sum) {
     float *y = to->y + t * to->stride + row;
-    *y = _mm512_reduce_add_ps(sum) + (m->bias ? m->bias[row] : 0.0f) + (to->add ? *y : 0.0f);
+    *y = sum_of(sum) + (m->bias ? m->bias[row] : 0.0f) + (to->add ? *y : 0.0f);
 }
 
 static inline int64_t bytes_of(int64_t kind) { return kind == EXACT_24_BITS ? 3 : kind == FP32 ? 4 : 2; }
@@ -165,36 +140,31 @@ static inline const char *dense_at(const Matrix *m, int64_t row) {
     return (const char *)m->weight + row * m->columns * bytes_of(m->kind);
 }
 
-/* 16 dense weights of a row from column k on, which is a multiple of 16. */
-static inline __attribute__((always_inline)) __m512 widened(const char *row, int64_t k, const int64_t kind) {
-    if (kind == FP32) return _mm512_loadu_ps((const float *)row + k);
-    if (kind == EXACT_FP16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(row + 2 * k)));
-    if (kind != EXACT_24_BITS) return from_bf16((const uint16_t *)(row + 2 * k));
+/* Dense weights of a row from column k on, which is a multiple of LANES. */
+SIMD Floats widened(const char *row, int64_t k, const int64_t kind) {
+    if (kind == FP32) return load((const float *)row + k);
+    if (kind == EXACT_FP16) return from_fp16(row + 2 * k);
+    if (kind != EXACT_24_BITS) return from_bf16(row + 2 * k);
     const char *block = row + k / GROUP * BYTES_OF_24_BITS;
-    const __m256i upper = _mm256_loadu_si256((const __m256i *)(block + k % GROUP * 2));
-    const __m128i next = _mm_loadu_si128((const __m128i *)(block + GROUP * 2 + k % GROUP));
-    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16),
-                                               _mm512_slli_epi32(_mm512_cvtepu8_epi32(next), 8)));
+    return from_24_bits(block + k % GROUP * 2, block + GROUP * 2 + k % GROUP);
 }
 
 /* A row by a sequence in fp32, in one stream of memory. */
-static inline __attribute__((always_inline)) void dense_row(const Matrix *m, const Rows *rows, const Target *to,
-                                                            int64_t row, int64_t t, const int64_t kind) {
+SIMD void dense_row(const Matrix *m, const Rows *rows, const Target *to, int64_t row, int64_t t, const int64_t kind) {
     const char *w = dense_at(m, row);
     const float *x = rows->x + t * m->columns;
-    __m512 one = _mm512_setzero_ps(), two = _mm512_setzero_ps(); /* apart, as each waits for its last */
+    Floats sum[2] = {zeros(), zeros()}; /* apart, as each waits for its last */
     for (int64_t k = 0; k < m->columns; k += 32) {
         _mm_prefetch(w + bytes_of(kind) * k + AHEAD, _MM_HINT_T0);
-        one = _mm512_fmadd_ps(widened(w, k, kind), _mm512_loadu_ps(x + k), one);
-        two = _mm512_fmadd_ps(widened(w, k + 16, kind), _mm512_loadu_ps(x + k + 16), two);
+        for (int i = 0; i < 32; i += LANES)
+            sum[i / LANES % 2] = times_plus(widened(w, k + i, kind), load(x + k + i), sum[i / LANES % 2]);
     }
-    put_dense(m, to, row, t, _mm512_add_ps(one, two));
+    put_dense(m, to, row, t, plus(sum[0], sum[1]));
 }
 
-#ifdef __AVX512BF16__
+#if BF16_UNITS
 /* 4 rows of bf16 by up to 4 sequences in bf16. */
-static inline __attribute__((always_inline)) void
-dense_tile(const Matrix *m, const Rows *rows, const Target *to, int64_t row, int64_t first, const int count) {
+SIMD void dense_tile(const Matrix *m, const Rows *rows, const Target *to, int64_t row, int64_t first, const int count) {
     const int64_t n = m->columns;
     const uint16_t *w = (const uint16_t *)m->weight + row * n, *x = (const uint16_t *)rows->q + first * n;
     __m512 sum[4][4];
@@ -213,7 +183,7 @@ dense_tile(const Matrix *m, const Rows *rows, const Target *to, int64_t row, int
 
 /* Some rows of bf16 by all sequences, with the CPU's units for bf16 where there are enough of them. */
 static void bf16_panel(const Matrix *m, const Rows *rows, const Target *to, int64_t row, int64_t until, int64_t count) {
-#ifdef __AVX512BF16__
+#if BF16_UNITS
     if (rounds_to_bf16(count)) {
         for (; row < until; row += BLOCK) {
             int64_t t = 0;
@@ -230,39 +200,29 @@ static void bf16_panel(const Matrix *m, const Rows *rows, const Target *to, int6
             for (int64_t r = row; r < row + BLOCK; r++) dense_row(m, rows, to, r, t, BF16);
 }
 
-/* The sums of four vectors. */
-static inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
-    __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-    __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-    __m512d low = _mm512_unpacklo_pd(ab, cd), high = _mm512_unpackhi_pd(ab, cd);
-    __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
 /* 4 rows of w, `bytes` apart, by up to 6 sequences of x, `columns` apart, over `depth` columns; gives their sums. */
-static inline __attribute__((always_inline)) void exact_tile(const char *w, int64_t bytes, int64_t depth,
-                                                             const float *x, int64_t columns, const int count,
-                                                             const int64_t kind, __m128 sums[6]) {
-    __m512 sum[4][6];
+SIMD void exact_tile(const char *w, int64_t bytes, int64_t depth, const float *x, int64_t columns, const int count,
+                     const int64_t kind, __m128 sums[6]) {
+    Floats sum[4][6];
     for (int r = 0; r < 4; r++)
-        for (int t = 0; t < count; t++) sum[r][t] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < depth; k += 16) {
-        __m512 part[4];
+        for (int t = 0; t < count; t++) sum[r][t] = zeros();
+    for (int64_t k = 0; k < depth; k += LANES) {
+        Floats right[6];
+        for (int t = 0; t < count; t++) {
+            right[t] = load(x + t * columns + k);
+            __asm__("" : "+v"(right[t])); /* stays in its register: compilers else load it again for each of the 4 */
+        }
         for (int r = 0; r < 4; r++) {
             if (kind != FP32) _mm_prefetch(w + (r + 4) * bytes + k * bytes_of(kind), _MM_HINT_T0); /* the next 4 rows */
-            part[r] = widened(w + r * bytes, k, kind);
-        }
-        for (int t = 0; t < count; t++) {
-            __m512 right = _mm512_loadu_ps(x + t * columns + k);
-            __asm__("" : "+v"(right)); /* stays in its register: compilers else load it again for each of the 4 */
-            for (int r = 0; r < 4; r++) sum[r][t] = _mm512_fmadd_ps(part[r], right, sum[r][t]);
+            Floats left = widened(w + r * bytes, k, kind);
+            __asm__("" : "+v"(left));
+            for (int t = 0; t < count; t++) sum[r][t] = times_plus(left, right[t], sum[r][t]);
         }
     }
     for (int t = 0; t < count; t++) sums[t] = sums_of(sum[0][t], sum[1][t], sum[2][t], sum[3][t]);
 }
 
-static inline __attribute__((always_inline)) void exact_tiles(const char *w, int64_t bytes, int64_t depth,
+SIMD void exact_tiles(const char *w, int64_t bytes, int64_t depth,
                                                               const float *x, int64_t columns, int64_t count,
                                                               const int64_t kind, __m128 sums[6]) {
     switch (count) {
@@ -287,16 +247,16 @@ static inline void put_sums(const Matrix *m, const Target *to, int64_t row, int6
 }
 
 /* Rows [row, until) of a matrix, columns [from, from + depth), as fp32. */
-static inline __attribute__((always_inline)) void widen(const Matrix *m, int64_t row, int64_t until, int64_t from,
+SIMD void widen(const Matrix *m, int64_t row, int64_t until, int64_t from,
                                                         int64_t depth, float *out, const int64_t kind) {
     for (; row < until; row++, out += depth)
-        for (int64_t k = 0; k < depth; k += 16) _mm512_storeu_ps(out + k, widened(dense_at(m, row), from + k, kind));
+        for (int64_t k = 0; k < depth; k += LANES) store(out + k, widened(dense_at(m, row), from + k, kind));
 }
 
 /* Widened rows [row, until) by all sequences, over `depth` columns from `from` on. */
 static void panel_rows(const Matrix *m, const Rows *rows, const Target *to, int64_t row, int64_t until, int64_t count,
                        int64_t from, int64_t depth) {
-    const int64_t n = m->columns, tiles = (count + 5) / 6;
+    const int64_t n = m->columns, tiles = (count + TILE - 1) / TILE;
     for (int64_t tile = 0, t = 0, end; tile < tiles; tile++, t = end) {
         end = count * (tile + 1) / tiles;
         const char *w = (const char *)rows->panel;
@@ -309,10 +269,10 @@ static void panel_rows(const Matrix *m, const Rows *rows, const Target *to, int6
 }
 
 /* Some dense rows by all sequences in fp32. */
-static inline __attribute__((always_inline)) void exact_rows(const Matrix *m, const Rows *rows, const Target *to,
+SIMD void exact_rows(const Matrix *m, const Rows *rows, const Target *to,
                                                              int64_t row, int64_t until, int64_t count,
                                                              const int64_t kind) {
-    const int64_t n = m->columns, tiles = (count + 5) / 6;
+    const int64_t n = m->columns, tiles = (count + TILE - 1) / TILE;
     if (count >= MANY) {
         for (int64_t from = 0, depth; from < n; from += depth) {
             depth = n - from < DEPTH ? n - from : DEPTH;
@@ -334,66 +294,61 @@ static inline __attribute__((always_inline)) void exact_rows(const Matrix *m, co
         }
 }
 
-/* 16 rows and 32 columns of a packed weight: bytes by 4 columns in each lane, a lane a row. */
-static inline __attribute__((always_inline)) void numbers_of(const uint8_t *block, const int bits, __m512i part[8]) {
-    const __m512i low = _mm512_set1_epi8(15);
+/* As many rows of a packed block as there are lanes, of all 32 columns: bytes by 4 columns in each lane, a lane a row. */
+SIMD void numbers_of(const uint8_t *numbers, int part, const int bits, Ints weights[8]) {
+    const uint8_t *here = numbers + part * 4 * LANES;
     for (int i = 0; i < 8; i++)
         if (bits == 8) {
-            part[i] = _mm512_loadu_si512(block + 64 * i);
+            weights[i] = load_bytes(here + 64 * i);
         } else {
-            __m512i pairs = _mm512_loadu_si512(block + 64 * (i % 4));
-            part[i] = _mm512_and_si512(i < 4 ? pairs : _mm512_srli_epi16(pairs, 4), low);
+            const Ints pairs = load_bytes(here + 64 * (i % 4));
+            weights[i] = both_bits(i < 4 ? pairs : shifted_right(pairs, 4), every_int(0x0f0f0f0f));
         }
 }
 
 /* 16 rows in 4 or 8 bits by a few sequences. 4 bits: weight = scale * number + offset, both of 32 columns. 8 bits:
    weight = scale * (number - 128), of the row. */
-static inline __attribute__((always_inline)) void packed_tile(const Matrix *m, const Rows *rows, const Target *to,
-                                                              int64_t row, int64_t first, const int count,
-                                                              const int bits) {
+SIMD void packed_tile(const Matrix *m, const Rows *rows, const Target *to, int64_t row, int64_t first, const int count,
+                      const int bits) {
     const int64_t n = m->columns, groups = n / GROUP, bytes = bits == 8 ? BYTES_OF_INT8 : BYTES_OF_INT4;
     const uint8_t *block = (const uint8_t *)m->weight + row / BLOCK * groups * bytes;
-    __m512 sum[8];
-    for (int t = 0; t < count; t++) sum[t] = _mm512_setzero_ps();
+    Floats sum[8][PARTS];
+    for (int t = 0; t < count; t++)
+        for (int p = 0; p < PARTS; p++) sum[t][p] = zeros();
     for (int64_t g = 0; g < groups; g++, block += bytes) {
-        __m512i part[8];
-        __m512 scale, offset;
         for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)block + AHEAD + i, _MM_HINT_T0);
-        numbers_of(bits == 8 ? block : block + SCALES_OF_INT4, bits, part);
-        if (bits == 4) {
-            scale = from_bf16((const uint16_t *)block);
-            offset = from_bf16((const uint16_t *)(block + SCALES_OF_INT4 / 2));
-        }
-        for (int t = 0; t < count; t++) {
-            const int8_t *x = rows->q + (first + t) * n + g * GROUP;
-            __m512i one = _mm512_setzero_si512(), two = _mm512_setzero_si512(); /* apart, as each waits for its last */
-            for (int i = 0; i < 4; i++) {
-                int32_t a, b;
-                memcpy(&a, x + 4 * i, 4);
-                memcpy(&b, x + 4 * i + 16, 4);
-                one = _mm512_dpbusd_epi32(one, part[i], _mm512_set1_epi32(a));
-                two = _mm512_dpbusd_epi32(two, part[i + 4], _mm512_set1_epi32(b));
+        for (int p = 0; p < PARTS; p++) {
+            Ints weights[8];
+            numbers_of(bits == 8 ? block : block + SCALES_OF_INT4, p, bits, weights);
+            for (int t = 0; t < count; t++) {
+                const int64_t at = (first + t) * groups + g;
+                const Floats dots = from_ints(products_of(weights, rows->q + at * GROUP, bits));
+                Floats scale = every(rows->scale[at]);
+                if (bits == 4) {
+                    const Floats offset = from_bf16(block + SCALES_OF_INT4 / 2 + p * 2 * LANES);
+                    scale = times(scale, from_bf16(block + p * 2 * LANES));
+                    sum[t][p] = times_plus(offset, every(rows->sum[at]), sum[t][p]);
+                }
+                sum[t][p] = times_plus(dots, scale, sum[t][p]);
             }
-            const int64_t at = (first + t) * groups + g;
-            __m512 dots = _mm512_cvtepi32_ps(_mm512_add_epi32(one, two)), by = _mm512_set1_ps(rows->scale[at]);
-            sum[t] = _mm512_fmadd_ps(dots, bits == 4 ? _mm512_mul_ps(scale, by) : by, sum[t]);
-            if (bits == 4) sum[t] = _mm512_fmadd_ps(offset, _mm512_set1_ps(rows->sum[at]), sum[t]);
         }
     }
-    for (int t = 0; t < count; t++) {
-        float *y = to->y + (first + t) * to->stride + row;
-        if (bits == 8) {
-            sum[t] = _mm512_fmadd_ps(_mm512_set1_ps(-128.0f), _mm512_set1_ps(rows->total[first + t]), sum[t]);
-            sum[t] = _mm512_mul_ps(sum[t], _mm512_loadu_ps(m->scale + row));
+    for (int t = 0; t < count; t++)
+        for (int p = 0; p < PARTS; p++) {
+            const int64_t r = row + p * LANES;
+            float *y = to->y + (first + t) * to->stride + r;
+            if (bits == 8) {
+                sum[t][p] = times_plus(every(-INT8_OFFSET), every(rows->total[first + t]), sum[t][p]);
+                sum[t][p] = times(sum[t][p], load(m->scale + r));
+            }
+            if (m->bias) sum[t][p] = plus(sum[t][p], load(m->bias + r));
+            if (to->add) sum[t][p] = plus(sum[t][p], load(y));
+            store(y, sum[t][p]);
         }
-        if (m->bias) sum[t] = _mm512_add_ps(sum[t], _mm512_loadu_ps(m->bias + row));
-        if (to->add) sum[t] = _mm512_add_ps(sum[t], _mm512_loadu_ps(y));
-        _mm512_storeu_ps(y, sum[t]);
-    }
 }
 
 /* Some packed rows by all sequences. */
-static inline __attribute__((always_inline)) void packed_panel(const Matrix *m, const Rows *rows, const Target *to,
+SIMD void packed_panel(const Matrix *m, const Rows *rows, const Target *to,
                                                                int64_t row, int64_t until, int64_t count,
                                                                const int bits) {
     int64_t t = 0;
@@ -426,8 +381,8 @@ static void prepare(const Matrix *m, Rows *rows, int64_t from, int64_t until, in
     if (m->kind == INT8 || m->kind == INT4)
         round_rows(rows, from, until, n);
     else if (m->kind == BF16 && rounds_to_bf16(count))
-        for (int64_t i = from * n; i < until * n; i += 16)
-            to_bf16((uint16_t *)rows->q + i, _mm512_loadu_ps(rows->x + i));
+        for (int64_t i = from * n; i < until * n; i += LANES)
+            to_bf16((uint16_t *)rows->q + i, load(rows->x + i));
 }
 
 static inline int64_t share(int64_t rows, int64_t thread, int64_t threads) { return rows / BLOCK * thread / threads; }
@@ -482,45 +437,44 @@ void multiply_rows(const Matrix *m, float *x, int64_t count, int64_t most_thread
 /* fp32 numbers, 32 at a time, to their upper 24 bits, rounded to the nearest, ties to even: 2^-16 at most is lost. */
 void to_24_bits(const float *x, uint8_t *out, int64_t count, int64_t threads) {
 #pragma omp parallel for num_threads((int)threads)
-    for (int64_t i = 0; i < count; i += 16) {
-        const __m512 number = _mm512_loadu_ps(x + i);
-        const __m512i bits = _mm512_castps_si512(number);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 8), _mm512_set1_epi32(1));
-        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7f)));
-        rounded = _mm512_mask_mov_epi32(rounded, _mm512_fpclass_ps_mask(number, 0x99), bits); /* NaN and infinity */
-        rounded = _mm512_mask_or_epi32(rounded, _mm512_fpclass_ps_mask(number, 0x81), rounded, /* NaN, when cut */
-                                       _mm512_set1_epi32(0x400000));
+    for (int64_t i = 0; i < count; i += GROUP) {
         uint8_t *block = out + i / GROUP * BYTES_OF_24_BITS;
-        const __m256i upper = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-        const __m128i next = _mm512_cvtepi32_epi8(_mm512_srli_epi32(rounded, 8));
-        _mm256_storeu_si256((__m256i *)(block + i % GROUP * 2), upper);
-        _mm_storeu_si128((__m128i *)(block + GROUP * 2 + i % GROUP), next);
+        uint32_t bits[GROUP];
+        uint16_t upper[GROUP];
+        memcpy(bits, x + i, sizeof(bits));
+        for (int k = 0; k < GROUP; k++) {
+            const uint32_t size = bits[k] & 0x7fffffff, infinite = 0x7f800000;
+            uint32_t number = size < infinite ? bits[k] + 0x7f + (bits[k] >> 8 & 1) : bits[k];
+            number |= size > infinite ? 0x400000 : 0; /* NaN, when cut */
+            upper[k] = (uint16_t)(number >> 16);
+            block[GROUP * 2 + k] = (uint8_t)(number >> 8);
+        }
+        memcpy(block, upper, sizeof(upper));
     }
 }
 
 /* A packed matrix as bf16 [columns, rows], for products of many rows. */
 void unpack(const Matrix *m, uint16_t *out, int64_t threads) {
     const int64_t groups = m->columns / GROUP, bytes = m->kind == INT8 ? BYTES_OF_INT8 : BYTES_OF_INT4;
-    const __m512i byte = _mm512_set1_epi32(255);
 #pragma omp parallel for num_threads((int)threads)
-    for (int64_t row = 0; row < m->rows; row += BLOCK) {
+    for (int64_t row = 0; row < m->rows; row += LANES) {
+        const int part = (int)(row % BLOCK / LANES);
         const uint8_t *block = (const uint8_t *)m->weight + row / BLOCK * groups * bytes;
         for (int64_t g = 0; g < groups; g++, block += bytes) {
-            __m512i part[8];
-            __m512 scale, offset;
+            Ints weights[8];
+            Floats scale, offset;
             if (m->kind == INT8) {
-                numbers_of(block, 8, part);
-                scale = _mm512_loadu_ps(m->scale + row);
-                offset = _mm512_mul_ps(scale, _mm512_set1_ps(-128.0f));
+                numbers_of(block, part, 8, weights);
+                scale = load(m->scale + row);
+                offset = times(scale, every(-128.0f));
             } else {
-                numbers_of(block + SCALES_OF_INT4, 4, part);
-                scale = from_bf16((const uint16_t *)block);
-                offset = from_bf16((const uint16_t *)(block + SCALES_OF_INT4 / 2));
+                numbers_of(block + SCALES_OF_INT4, part, 4, weights);
+                scale = from_bf16(block + part * 2 * LANES);
+                offset = from_bf16(block + SCALES_OF_INT4 / 2 + part * 2 * LANES);
             }
             for (int k = 0; k < GROUP; k++) {
-                __m512i number = _mm512_and_si512(_mm512_srli_epi32(part[k / 4], 8 * (k % 4)), byte);
-                __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(number), scale, offset);
-                to_bf16(out + (g * GROUP + k) * m->rows + row, value);
+                const Ints number = both_bits(shifted_right(weights[k / 4], 8 * (k % 4)), every_int(255));
+                to_bf16(out + (g * GROUP + k) * m->rows + row, times_plus(from_ints(number), scale, offset));
             }
         }
     }
@@ -542,9 +496,9 @@ static void place_head(const Model *model, const float *head, const float *norm,
     }
 }
 
-/* 16 kept numbers, from the i-th on. */
-static inline __attribute__((always_inline)) __m512 kept(const void *numbers, int64_t i, const int wide) {
-    return wide ? _mm512_loadu_ps((const float *)numbers + i) : from_bf16((const uint16_t *)numbers + i);
+/* Kept numbers, from the i-th on. */
+SIMD Floats kept(const void *numbers, int64_t i, const int wide) {
+    return wide ? load((const float *)numbers + i) : from_bf16((const uint16_t *)numbers + i);
 }
 
 /* Keep numbers from the i-th on; where that rounds them, they become what is kept. */
@@ -553,63 +507,53 @@ static void keep(void *numbers, int64_t i, float *x, int64_t size, int wide, int
         if (writes) memcpy((float *)numbers + i, x, (size_t)size * sizeof(float));
         return;
     }
-    for (int64_t j = 0; j < size; j += 16) {
-        uint16_t narrow[16];
-        to_bf16(narrow, _mm512_loadu_ps(x + j));
-        _mm512_storeu_ps(x + j, from_bf16(narrow));
+    for (int64_t j = 0; j < size; j += LANES) {
+        uint16_t narrow[LANES];
+        to_bf16(narrow, load(x + j));
+        store(x + j, from_bf16(narrow));
         if (writes) memcpy((uint16_t *)numbers + i + j, narrow, sizeof(narrow));
     }
 }
 
-static inline __attribute__((always_inline)) float dot_with_key(const float *q, const void *keys, int64_t at,
-                                                                int64_t size, const int wide) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += 16) sum = _mm512_fmadd_ps(kept(keys, at + i, wide), _mm512_loadu_ps(q + i), sum);
-    return _mm512_reduce_add_ps(sum);
+SIMD float dot_with_key(const float *q, const void *keys, int64_t at, int64_t size, const int wide) {
+    Floats sum = zeros();
+    for (int64_t i = 0; i < size; i += LANES) sum = times_plus(kept(keys, at + i, wide), load(q + i), sum);
+    return sum_of(sum);
 }
 
-/* Scores of n keys as shares; gives one over their sum. */
+/* Scores of n keys as shares; gives one over their sum. Up to 15 places behind them are written to. */
 static float exponentials(float *scores, int64_t n) {
-    const __m512 least = _mm512_set1_ps(-INFINITY);
-    __m512 most = least, sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < n; i += 16) {
-        __mmask16 some = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
-        most = _mm512_max_ps(most, _mm512_mask_loadu_ps(least, some, scores + i));
+    Floats most = every(-INFINITY), sum = zeros();
+    for (int64_t i = n; i % LANES; i++) scores[i] = -INFINITY; /* as shares 2e-38, which no sum feels */
+    for (int64_t i = 0; i < n; i += LANES) most = larger(most, load(scores + i));
+    most = every(largest_of(most));
+    for (int64_t i = 0; i < n; i += LANES) {
+        const Floats shares = exponential(minus(load(scores + i), most));
+        store(scores + i, shares);
+        sum = plus(sum, shares);
     }
-    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-    for (int64_t i = 0; i < n; i += 16) {
-        __mmask16 some = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
-        __m512 e = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(some, scores + i), most));
-        _mm512_mask_storeu_ps(scores + i, some, e);
-        sum = _mm512_mask_add_ps(sum, some, sum, e);
-    }
-    return 1.0f / _mm512_reduce_add_ps(sum);
+    return 1.0f / sum_of(sum);
 }
 
 /* Shares of n kept values, from the at-th number on, and of a new one: out [d]. */
-static inline __attribute__((always_inline)) void
-weigh(const float *scores, int64_t n, float rate, const void *values, int64_t at, const float *newest, int64_t size,
-      float *out, const int wide) {
+SIMD void weigh(const float *scores, int64_t n, float rate, const void *values, int64_t at, const float *newest,
+                int64_t size, float *out, const int wide) {
     for (int64_t part = 0; part < size; part += 64) {
         const int64_t width = size - part < 64 ? size - part : 64;
-        __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+        Floats sum[64 / LANES];
+        for (int64_t j = 0; j < width / LANES; j++) sum[j] = times(every(scores[n]), load(newest + part + LANES * j));
         for (int64_t i = 0; i < n; i++) {
-            const __m512 share = _mm512_set1_ps(scores[i]);
-            for (int64_t j = 0; j < width / 16; j++)
-                sum[j] = _mm512_fmadd_ps(share, kept(values, at + i * size + part + 16 * j, wide), sum[j]);
+            const Floats share = every(scores[i]);
+            for (int64_t j = 0; j < width / LANES; j++)
+                sum[j] = times_plus(share, kept(values, at + i * size + part + LANES * j, wide), sum[j]);
         }
-        for (int64_t j = 0; j < width / 16; j++) {
-            const __m512 last = _mm512_loadu_ps(newest + part + 16 * j);
-            sum[j] = _mm512_fmadd_ps(_mm512_set1_ps(scores[n]), last, sum[j]);
-            _mm512_storeu_ps(out + part + 16 * j, _mm512_mul_ps(sum[j], _mm512_set1_ps(rate)));
-        }
+        for (int64_t j = 0; j < width / LANES; j++) store(out + part + LANES * j, times(sum[j], every(rate)));
     }
 }
 
 /* One head of one sequence attends to all that its slot holds and to the new token, whose key and value the first head
    of a group puts into the cache. heads: the sequence's queries, keys and values; out: [d]. */
-static inline __attribute__((always_inline)) void
-attend_in(const Model *model, const Layer *layer, const Cache *cache, int64_t number, int64_t slot, int64_t h,
+SIMD void attend_in(const Model *model, const Layer *layer, const Cache *cache, int64_t number, int64_t slot, int64_t h,
           const float *heads, float *scores, float *out, const int wide) {
     const int64_t size = model->size, shared = model->queries / model->keys, g = h / shared;
     const int64_t n = cache->places[slot];
@@ -635,10 +579,10 @@ static void attend(const Model *model, const Layer *layer, const Cache *cache, i
 
 /* --- A step ------------------------------------------------------------------------------------------------------ */
 
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t more_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t widest(const Model *model) {
-    return larger(larger(model->hidden, model->inner), model->queries * model->size);
+    return more_of(more_of(model->hidden, model->inner), model->queries * model->size);
 }
 
 /* What a thread has for itself; gives room for scores. */
@@ -668,12 +612,10 @@ static void gated(const Matrix *m, const Rows *rows, int64_t count, int64_t inne
     multiply(m, rows, count, from, until, to);
     multiply(m, rows, count, from + inner / BLOCK, until + inner / BLOCK, to);
     for (int64_t t = 0; t < count; t++)
-        for (int64_t i = from * BLOCK; i < until * BLOCK; i += 16) {
+        for (int64_t i = from * BLOCK; i < until * BLOCK; i += LANES) {
             float *gate = both + t * 2 * inner + i;
-            __m512 g = _mm512_loadu_ps(gate), up = _mm512_loadu_ps(gate + inner);
-            __m512 e = exponential(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), g), _mm512_set1_ps(87.0f)));
-            __m512 silu = _mm512_div_ps(g, _mm512_add_ps(e, _mm512_set1_ps(1.0f)));
-            _mm512_storeu_ps(gate, _mm512_mul_ps(silu, up));
+            const Floats g = load(gate), e = exponential(smaller(minus(zeros(), g), every(87.0f)));
+            store(gate, times(over(g, plus(e, every(1.0f))), load(gate + inner)));
         }
 }
 

@@ -6,15 +6,19 @@ import ctypes
 import sys
 from pathlib import Path
 
-from qingtune.kernels.native.build import compiled_library
+from qingtune.kernels.native.build import compiled_library, flags_of_hidden_units
 from qingtune.machine.resources import cpu_flags
 
 SOURCE = Path(__file__).with_name("answer_step.c")
 
 
-def native_library() -> ctypes.CDLL | str:
-    """The compiled kernels, or the reason why there are none on a CPU that could run them."""
-    return compiled_library(SOURCE, _declare)
+def native_library(*flags: str) -> ctypes.CDLL | str:
+    """The compiled kernels, or the reason why there are none on a CPU that could run them.
+
+    Args:
+        flags: more of them for the compiler.
+    """
+    return compiled_library(SOURCE, _declare, (*flags_of_hidden_units(), *flags))
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -23,5 +27,5 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def has_native_units() -> bool:
-    """Whether the kernels are for this machine: Linux on x86 with AVX-512 and its int8 products."""
-    return sys.platform == "linux" and {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"} <= cpu_flags()
+    """Whether the kernels are for this machine: Linux on x86 with AVX2, FMA and F16C."""
+    return sys.platform == "linux" and {"avx2", "fma", "f16c"} <= cpu_flags()
