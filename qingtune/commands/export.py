@@ -4,7 +4,7 @@ with Ollama's Modelfile and a model card."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -23,6 +23,7 @@ from qingtune.data.tokenizer_calls import encode
 from qingtune.errors import UserError
 from qingtune.export.gguf_file import K_QUANTS, GGUFPlan, Read, check_gguf, write_gguf
 from qingtune.export.gguf_layout import GGUFLayout, Value, layout_of
+from qingtune.export.gguf_lora import LORA_FORMS, lora_layout
 from qingtune.export.gguf_vocab import MOST_ENDS, Ending, normalizes, vocabulary_of
 from qingtune.export.kquants import quantize_gguf, require_quantizer
 from qingtune.export.model_card import CARD, ExportedFile, Origin, shown_name, write_card
@@ -33,7 +34,7 @@ from qingtune.models.config_file import read_generation_config
 from qingtune.models.find import fingerprint, read_model_config, stored_in_4bit
 from qingtune.models.load import load_template
 from qingtune.output.console import say, show
-from qingtune.output.invocation import shown
+from qingtune.output.invocation import command_line, shown
 from qingtune.output.quiet import quieten
 from qingtune.output.redaction import find_token
 from qingtune.output.units import counted
@@ -66,17 +67,29 @@ class Speech:
     system_prompt: str | None
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        files: the GGUF files.
+        remarks: what a user should know of them, in sentences.
+        uses: how to use them, in lines, given the folder in which they lie.
+    """
+
+    files: list[ExportedFile]
+    remarks: list[str]
+    uses: Callable[[Path], list[str]]
+
+
 def export(config: ExportConfig) -> None:
-    """Write a model to output_dir as GGUF files with a Modelfile and a model card.
+    """Write a model to output_dir as GGUF files with a Modelfile and a model card; or an adapter alone, with a card.
 
     Raises:
         UserError: something is missing, does not fit, or cannot be expressed; or a file is not what it should be.
     """
     quieten()
-    if config.base_model is None and config.lora_model is None:
-        raise UserError("no model was given", fix="Pass --lora_model, --base_model, or both.")
-    if any(form in K_QUANTS for form in config.quantize):
-        require_quantizer()
+    quantize = _forms(config)
     adapter_folder = Path(config.lora_model) if config.lora_model else None
     output_dir = Path(config.output_dir)
     name = re.sub(r"[^\w.-]+", "-", output_dir.absolute().name).strip("-") or "model"
@@ -89,29 +102,99 @@ def export(config: ExportConfig) -> None:
     parts_head = adapter is not None and adapter.parts_head
     head = {HEAD: weights.shapes[EMBEDDING]} if parts_head and HEAD not in weights.shapes else {}
     layout = layout_of(base, weights.shapes | head, untie=parts_head)
-    if adapter:
+    if adapter and config.format == "gguf":
         _check_names(adapter, layout)
-    speech = _speech(config, base, record, layout)
-    metadata = _metadata(name, layout, speech)
     with (
         disk_errors("the export", output_dir, "Free disk space, or choose another output_dir."),
         place.staging() as half_done,
     ):
-        files = _write_files(half_done / name, layout, metadata, list(dict.fromkeys(config.quantize)), weights.read)
-        say(f"Writing {MODELFILE} and {CARD} ...")
-        remarks = [
-            *_write_modelfile(half_done, files[0].name, base, speech), *_limits(base, speech, config.quantize),
-            *_undivided(layout, files, config.quantize),
-        ]  # fmt: skip
         origin = Origin(shown_name(_base_name(config, record)), fingerprint(base), base, adapter_folder, record)
-        write_card(half_done / CARD, name, origin, files, remarks)
-        place.put(half_done, {file.name: file.sha256 for file in files})
-    for remark in remarks:
+        if config.format == "gguf_lora":
+            assert adapter is not None
+            parts = _export_lora(half_done, name, layout, adapter, weights, quantize, origin)
+        else:
+            speech = _speech(config, base, record, layout)
+            parts = _export_model(half_done, name, layout, speech, weights, quantize, origin)
+        place.put(half_done, {file.name: file.sha256 for file in parts.files})
+    for remark in parts.remarks:
         say(f"Note: {remark}")
-    show(
-        f"Exported: {output_dir} ({', '.join(file.name for file in files)}, {MODELFILE}, {CARD})\n"
-        f"Chat with it: {shown(['llama-cli', '-m', str(output_dir / files[0].name), '--jinja'])}\n"
-        f"or: {shown(['cd', str(output_dir)])} && ollama create {name} -f {MODELFILE} && ollama run {name}"
+    names = [*(file.name for file in parts.files), *([MODELFILE] if config.format == "gguf" else []), CARD]
+    show("\n".join([f"Exported: {output_dir} ({', '.join(names)})", *parts.uses(output_dir)]))
+
+
+def _forms(config: ExportConfig) -> list[str]:
+    """The forms to write, each once, with a UserError for what the settings alone show to be impossible."""
+    if config.format == "gguf_lora":
+        forms = list(dict.fromkeys(config.quantize or ["f32"]))
+        if config.lora_model is None:
+            raise UserError("gguf_lora is an adapter's format", where="format", fix="Pass --lora_model.")
+        if other := [form for form in forms if form not in LORA_FORMS]:
+            what = f"{other[0]} is not for adapters"
+            raise UserError(what, where="quantize", fix=f"Choose from {', '.join(LORA_FORMS)}.")
+        return forms
+    forms = list(dict.fromkeys(config.quantize or ["q8_0"]))
+    if config.base_model is None and config.lora_model is None:
+        raise UserError("no model was given", fix="Pass --lora_model, --base_model, or both.")
+    if any(form in K_QUANTS for form in forms):
+        require_quantizer()
+    return forms
+
+
+def _export_model(
+    folder: Path,
+    name: str,
+    layout: GGUFLayout,
+    speech: Speech,
+    weights: MergedWeights,
+    quantize: Sequence[str],
+    origin: Origin,
+) -> Exported:
+    """Write a model's files, a Modelfile and a card."""
+    files = _write_files(folder / name, layout, _metadata(name, layout, speech), quantize, weights.read)
+    say(f"Writing {MODELFILE} and {CARD} ...")
+    remarks = [
+        *_write_modelfile(folder, files[0].name, origin.base, speech), *_limits(origin.base, speech, quantize),
+        *_undivided(layout, files, quantize),
+    ]  # fmt: skip
+    use = [f"llama-cli -m {files[0].name} --jinja", f"ollama create {name} -f {MODELFILE} && ollama run {name}"]
+    write_card(folder / CARD, name, origin, files, remarks, use)
+    return Exported(
+        files,
+        remarks,
+        lambda output_dir: [
+            f"Chat with it: {shown(['llama-cli', '-m', str(output_dir / files[0].name), '--jinja'])}",
+            f"or: {shown(['cd', str(output_dir)])} && {use[1]}",
+        ],
+    )
+
+
+def _export_lora(
+    folder: Path,
+    name: str,
+    base_layout: GGUFLayout,
+    adapter: StoredAdapter,
+    weights: MergedWeights,
+    quantize: Sequence[str],
+    origin: Origin,
+) -> Exported:
+    """Write an adapter's files and a card."""
+    layout, tensors = lora_layout(adapter, base_layout, weights.unchanged)
+    files = _write_files(
+        folder / name, layout, {"general.name": name, **layout.metadata}, quantize, tensors.__getitem__
+    )
+    say(f"Writing {CARD} ...")
+    remarks = _undivided(layout, files, quantize)
+    if stored_in_4bit(origin.base):
+        remarks.append("The base's linear layers were stored in 4 bits; the adapter fits these and no others exactly.")
+    words = ["llama-cli", "-m", "BASE.gguf", "--lora", files[0].name, "--jinja"]
+    write_card(folder / CARD, name, origin, files, remarks, [shown(words)])
+    return Exported(
+        files,
+        remarks,
+        lambda output_dir: [
+            f"Put it on its base: {shown([*words[:4], str(output_dir / words[4]), *words[5:]])}",
+            f"(BASE.gguf: {command_line('export', base_model=origin.base_model, output_dir='DIR')})",
+        ],
     )
 
 
@@ -211,7 +294,7 @@ def _speech(config: ExportConfig, base: Path, record: Record | None, layout: GGU
 def _undivided(layout: GGUFLayout, files: Sequence[ExportedFile], quantize: Sequence[str]) -> list[str]:
     """For which tensors a form other than the one asked for was used, a sentence for each file."""
     found: list[str] = []
-    for file, form in zip(files, dict.fromkeys(quantize), strict=True):
+    for file, form in zip(files, quantize, strict=True):
         if not (undivided := GGUFPlan(layout, {}, form).undivided):
             continue
         rows = f"{len(undivided)} of {len(layout.tensors)} tensors have rows that are not a multiple of"

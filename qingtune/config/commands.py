@@ -126,14 +126,17 @@ class ExportConfig(ModelSettings):
     output_dir: str = setting(
         ..., "Result", "Folder for the files; its last part becomes the model's name.", min_length=1
     )
-    format: Literal["gguf"] = setting(
-        "gguf", "Result", "File format; gguf: for llama.cpp, Ollama and tools built on them."
+    format: Literal["gguf", "gguf_lora"] = setting(
+        "gguf",
+        "Result",
+        "gguf: the model, for llama.cpp, Ollama and tools built on them; gguf_lora: the adapter alone, which llama.cpp "
+        "puts on its base (--lora).",
     )
-    quantize: Quantizations = setting(
-        ["q8_0"],
+    quantize: Quantizations | None = setting(
+        None,
         "Result",
         "Weight types, one file per type: f32, f16, bf16, q8_0, q4_0; with llama-cpp-python also q6_k, q5_k_m, q5_k_s, "
-        "q4_k_m, q4_k_s, q3_k_m; comma-separated.",
+        "q4_k_m, q4_k_s, q3_k_m; comma-separated (default: q8_0; with gguf_lora, f32).",
     )
     overwrite_output_dir: bool = setting(False, "Result", "Replace an earlier export in output_dir.")
     system_prompt: Text | None = setting(

@@ -69,8 +69,15 @@ def _last_part(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
-def write_card(path: Path, name: str, origin: Origin, files: Sequence[ExportedFile], limits: Sequence[str]) -> None:
-    """Write a model's card, without secrets or paths of this machine; limits: what a user should know, in sentences."""
+def write_card(
+    path: Path, name: str, origin: Origin, files: Sequence[ExportedFile], limits: Sequence[str], use: Sequence[str]
+) -> None:
+    """Write a model's card, without secrets or paths of this machine.
+
+    Args:
+        limits: what a user should know, in sentences.
+        use: commands.
+    """
     source = "the adapter" if origin.adapter else "the model"
     no_record = f"Not known: {source} brings no record of qingtune's. Fingerprint of the base's weights: "
     lines = [
@@ -90,8 +97,7 @@ def write_card(path: Path, name: str, origin: Origin, files: Sequence[ExportedFi
         "## Use",
         "",
         "```bash",
-        f"llama-cli -m {files[0].name} --jinja",
-        f"ollama create {name} -f Modelfile && ollama run {name}",
+        *use,
         "```",
     ]
     unknown = ["Nobody has judged the model's answers, unless a person adds it here."]

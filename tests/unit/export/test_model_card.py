@@ -39,7 +39,9 @@ def record(results: dict[str, Any] | None = None, **settings: Any) -> Record:
 
 
 def card(tmp_path: Path, of: Record | None, base_model: str = "Qwen/Qwen2.5-0.5B-Instruct") -> str:
-    write_card(tmp_path / "card.md", "shop", Origin(base_model, "0123", tmp_path, None, of), [FILE], ["a limit"])
+    write_card(
+        tmp_path / "card.md", "shop", Origin(base_model, "0123", tmp_path, None, of), [FILE], ["a limit"], ["llama-cli"]
+    )
     return (tmp_path / "card.md").read_text(encoding="utf-8")
 
 
@@ -151,7 +153,7 @@ def test_text_of_strangers_stays_text(text: str, tmp_path: Path) -> None:
         versions={text: text},
     )
     (tmp_path / "README.md").write_text(f"---\nlicense: {text}\n---\n", encoding="utf-8")
-    write_card(tmp_path / "card.md", "shop", Origin(text, text, tmp_path, None, of), [FILE], [text])
+    write_card(tmp_path / "card.md", "shop", Origin(text, text, tmp_path, None, of), [FILE], [text], ["llama-cli"])
     written = (tmp_path / "card.md").read_text(encoding="utf-8")
     head, body = written.removeprefix("---\n").split("\n---\n", 1)
     licence = re.compile(r"license: \w[\w.-]*")  # a word of the base's own card
