@@ -181,7 +181,7 @@ def _held_bytes(decoder: Any) -> int | None:
 
     if not isinstance(decoder, CachedDecoder):
         return None
-    parts = ((layer.qkv, layer.o, layer.gate_up, layer.down) for layer in decoder.layers)
+    parts = ((layer.mixer.qkv, layer.mixer.o, layer.mlp.gate_up, layer.mlp.down) for layer in decoder.layers)
     held = [value for matrix in [decoder.head, *itertools.chain(*parts)] for value in vars(matrix).values()]
     total = sum(value.numel() * value.dtype.itemsize for value in held if isinstance(value, torch.Tensor))
     units = [value for value in held if isinstance(value, torch.ScriptObject)]  # int8, as FBGEMM has packed it

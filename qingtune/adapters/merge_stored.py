@@ -21,7 +21,8 @@ _EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "word_embeddings", "wte"})
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter by the full names of the parameters that it changes, such as `model.layers.0.mlp.up_proj.weight`.
+    """An adapter by the full names of the parameters that it changes, such as `model.layers.0.mlp.up_proj.weight`;
+    of a multimodal model's, by those in a model of text alone.
 
     Attributes:
         folder: where its files lie.

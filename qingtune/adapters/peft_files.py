@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from qingtune.files.paths import refuse_odd_name
 from qingtune.files.weights_file import check_floats, read_header
 from qingtune.kernels.linear import QuantizedLinear, import_bitsandbytes
 from qingtune.models.layers import dense_weight, linear_layers, replace_layer
+from qingtune.models.stored_weights import text_name
 
 WEIGHTS = "adapter_model.safetensors"
 MOST_RANK, MOST_ALPHA = 2**20, 1e9
@@ -181,7 +183,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors by the model's names, such as `model.layers.0.mlp.up_proj.lora_A.weight`; UserError: not finite."""
+    """The tensors by the names in the model that it was trained on, such as `model.layers.0.mlp.up_proj.lora_A.weight`.
+
+    UserError: not finite.
+    """
     path = folder / WEIGHTS
     check_floats(read_header(path)[0], path)
     with foreign_files("the adapter cannot be loaded", path):
@@ -215,11 +220,14 @@ def read_adapter(folder: Path) -> StoredAdapter:
             raise UserError(f"{name}: {list(magnitude.shape)} magnitudes for {len(b)} rows", where=str(folder))
         magnitude = None if magnitude is None else magnitude.float()
         scaling = _scaling(config, name, len(a), folder)
-        layers[f"{name}.weight"] = LowRank(a.float(), b.float(), scaling, magnitude, start if start in TAKEN else None)
+        low = LowRank(a.float(), b.float(), scaling, magnitude, start if start in TAKEN else None)
+        layers[text_name(f"{name}.weight")] = low
     if not layers and not tensors:
         raise UserError("the adapter changes no layer", where=str(folder), fix="Check that the folder is complete.")
     keeps_tie = bool(config.get("ensure_weight_tying")) or not config.get("modules_to_save")
-    return StoredAdapter(folder, layers, transposed, tensors, keeps_tie)
+    return StoredAdapter(
+        folder, layers, transposed, {text_name(name): tensor for name, tensor in tensors.items()}, keeps_tie
+    )
 
 
 def _scaling(config: Mapping[str, Any], name: str, r: int, folder: Path) -> float:
@@ -234,7 +242,7 @@ def _scaling(config: Mapping[str, Any], name: str, r: int, folder: Path) -> floa
 
 def load_adapter(model: Any, folder: Path) -> dict[str, LoRALinear]:
     """Put an adapter, written here or by PEFT, on a model; a UserError if it is broken or does not fit."""
-    stored, layers = read_adapter(folder), linear_layers(model)
+    stored, layers = _by_own_names(read_adapter(folder), model), linear_layers(model)
     lows = {name.removesuffix(".weight"): low for name, low in stored.layers.items()}
     _check_layers(model, stored, [*lows], layers)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -246,6 +254,18 @@ def load_adapter(model: Any, folder: Path) -> dict[str, LoRALinear]:
         replace_layer(model, name, adapter)
     _load_whole(model, stored)
     return adapters
+
+
+def _by_own_names(stored: StoredAdapter, model: Any) -> StoredAdapter:
+    """The adapter by the names in a model, which has others than one of text alone where it is multimodal."""
+    modules = {text_name(name): name for name, _ in model.named_modules()}
+
+    def own(name: str) -> str:
+        module, _, last = name.rpartition(".")
+        return f"{modules.get(module, module)}.{last}"
+
+    layers = {own(name): low for name, low in stored.layers.items()}
+    return replace(stored, layers=layers, whole={own(name): tensor for name, tensor in stored.whole.items()})
 
 
 def _check_layers(model: Any, stored: StoredAdapter, names: list[str], layers: Mapping[str, torch.nn.Module]) -> None:

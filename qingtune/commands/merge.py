@@ -23,7 +23,7 @@ from qingtune.kernels.device import choose_hardware, memory_errors
 from qingtune.models.find import context_length, read_model_config, stored_in_4bit
 from qingtune.models.load import load_model, load_template, save_model, stored_dtype
 from qingtune.models.shards import add_tensor, convert_changed, copy_changed, rounded
-from qingtune.models.stored_weights import StoredWeights
+from qingtune.models.stored_weights import StoredWeights, text_name
 from qingtune.output.console import say, show
 from qingtune.output.invocation import command_line
 from qingtune.output.quiet import quieten
@@ -98,18 +98,23 @@ def _write(folder: Path, base: Path, adapter: StoredAdapter, dtype: torch.dtype 
     `dtype` is that of all weights, None for that in which the base keeps each. Returns the dtypes in which the changed
     weights are stored, as read back.
     """
-    if not adapter.names - {HEAD} <= set(StoredWeights(base).shapes):
+    stored = StoredWeights(base)
+    if not adapter.names - {HEAD} <= set(stored.shapes):
         say("Merging in memory: the base's tensors have other names in its files than in the model.")
         return _write_whole(folder, base, adapter, dtype or stored_dtype(base))
     settings = read_model_config(base)
+    changed = {stored.own_names[name] for name in adapter.names & set(stored.shapes)}
+
+    def merged(own: str, weight: torch.Tensor) -> torch.Tensor:
+        return adapter.merged(text_name(own), weight)
+
     if dtype is None:
-        copy_changed(base, folder, adapter.names, adapter.merged)
+        copy_changed(base, folder, changed, merged)
     else:
-        convert_changed(base, folder, adapter.names, adapter.merged, dtype)
+        convert_changed(base, folder, changed, merged, dtype)
         names = ("dtype", *(name for name in ("torch_dtype",) if name in settings))  # as older configurations call it
         settings |= dict.fromkeys(names, str(dtype).removeprefix("torch."))
     if adapter.parts_head:
-        stored = StoredWeights(base)
         if HEAD not in stored.shapes:
             embedding = stored.read(EMBEDDING)
             add_tensor(folder, HEAD, rounded(HEAD, adapter.merged(HEAD, embedding), dtype or embedding.dtype, base))

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from qingtune.adapters.lora import merge_lora
 from qingtune.adapters.merge_stored import MergedWeights, StoredAdapter
 from qingtune.adapters.peft_files import load_adapter
+from qingtune.answering.assembly import Assembly
 from qingtune.answering.generate import Decoding, generate_many
-from qingtune.answering.load import Assembly, load_decoder, open_model
+from qingtune.answering.load import load_decoder, open_model
 from qingtune.data.tokenize import Sample
 from qingtune.errors import UserError
 from qingtune.kernels.device import Hardware, give_back_memory
@@ -216,7 +217,7 @@ def _side(
     model, weights, reason = open_model(folder, adapter, None, exact)
     if reason is None:
         decoder = Assembly(model, weights, exact, lazy=True, apart=not merged).decoder(len(sequences))
-        return _Side(decoder.hidden_states(sequences), decoder.head.multiply)
+        return _Side(decoder.hidden_states(sequences), decoder.logits_of)
     whole: Any = load_model(folder, torch.float32)
     if adapter:
         load_adapter(whole, adapter.folder)

@@ -1,6 +1,9 @@
 """A model folder's tensors, read one at a time; those in 4 bits (NF4) as bitsandbytes and Transformers lay them out:
 the packed weight under its own name, its scales, tables and description under names that start with that name.
 
+Files of a multimodal model name the tensors of its language model otherwise than a model of text alone does: here all
+go by the names in the latter (`text_name`), and what else there is, as of the vision tower, by its own.
+
 NF4: QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314.
 """
 
@@ -28,6 +31,18 @@ if TYPE_CHECKING:
 Parts = dict[str, torch.Tensor]
 
 
+def text_name(name: str) -> str:
+    """The name that a parameter of a multimodal model's language model, or a module, has in a model of text alone.
+
+    `model.language_model.layers.0.mlp.up_proj` -> `model.layers.0.mlp.up_proj`; likewise of `language_model.model.`,
+    as files of older versions of Transformers begin. Other names stay.
+    """
+    for prefix in ("model.language_model.", "language_model.model."):
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
+    return name.removeprefix("language_model.")  # lm_head
+
+
 class _Described(NamedTuple):
     """The shape [out, in] of a packed weight and the dtype in which it is unpacked."""
 
@@ -41,8 +56,9 @@ class StoredWeights:
     Weights that are stored in 4 bits (NF4) are unpacked.
 
     Attributes:
-        shapes: of the tensors, by name.
-        packed: the weights stored in 4 bits, each with its tensors by part name.
+        shapes: of the tensors, by text name.
+        own_names: those in the files, by text name.
+        packed: the weights stored in 4 bits, by text name, each with its tensors' own names by part name.
 
     Raises:
         UserError: a weight in 4 bits is stored in a way not known here.
@@ -51,49 +67,59 @@ class StoredWeights:
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
         self._described: dict[str, _Described] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for path in weight_files(folder):
             for name, tensor in read_header(path)[0].items():
-                self._files[name], self.shapes[name] = path, tensor.shape
-        self.packed = _parts_of(self.shapes)
-        for weight, parts in self.packed.items():
+                self._files[name], shapes[name] = path, tensor.shape
+        packed = _parts_of(shapes)
+        for weight, parts in packed.items():
             with self._faults(weight):
                 self._described[weight] = _describe(self._read(weight + NF4_MARK))
             for part in parts.values():
-                del self.shapes[part]
-            self.shapes[weight] = self._described[weight].shape
+                del shapes[part]
+            shapes[weight] = self._described[weight].shape
+        self.own_names = {text_name(name): name for name in shapes}
+        self.shapes = {text_name(name): shape for name, shape in shapes.items()}
+        self.packed = {text_name(weight): parts for weight, parts in packed.items()}
 
     def fit(self, model: PreTrainedModel) -> bool:
         """Whether all that a model without quantised layers is made of is there, in its shapes."""
-        return all(self.shapes.get(name) == tuple(tensor.shape) for name, tensor in stored_tensors(model).items())
+        wanted = stored_tensors(model).items()
+        return all(self.shapes.get(text_name(name)) == tuple(tensor.shape) for name, tensor in wanted)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor in its own memory."""
-        if name not in self.packed:
-            return self._read(name)
-        with self._faults(name):
-            described = self._described[name]
-            return _layer_of(described, self._parts(name), None).dequantize(described.dtype)
+        """A tensor in its own memory, by its text name or one of which that is made."""
+        own = self._own(name)
+        if own not in self._described:
+            return self._read(own)
+        with self._faults(own):
+            described = self._described[own]
+            return _layer_of(described, self._parts(own), None).dequantize(described.dtype)
 
     def mapped(self, name: str) -> torch.Tensor:
         """A tensor that stays in its file, of which only what is looked at takes memory; not to be written to."""
-        if name in self.packed:
+        own = self._own(name)
+        if own in self._described:
             return self.read(name)
-        with safe_open(self._files[name], "pt") as file:
-            return file.get_tensor(name)
+        with safe_open(self._files[own], "pt") as file:
+            return file.get_tensor(own)
 
     def layer(self, name: str, bias: torch.Tensor | None, device: torch.device) -> NF4Linear:
         """The frozen layer of a weight stored in 4 bits, its codes as they are; bias: [out] on the device, or None."""
-        with self._faults(name):
-            parts = {part: tensor.to(device) for part, tensor in self._parts(name).items()}
-            return _layer_of(self._described[name], parts, bias)
+        own = self._own(name)
+        with self._faults(own):
+            parts = {part: tensor.to(device) for part, tensor in self._parts(own).items()}
+            return _layer_of(self._described[own], parts, bias)
+
+    def _own(self, name: str) -> str:
+        return self.own_names.get(text_name(name), name)
 
     def _read(self, name: str) -> torch.Tensor:
         with safe_open(self._files[name], "pt") as file:
             return file.get_tensor(name).clone()
 
     def _parts(self, weight: str) -> Parts:
-        names = self.packed[weight]
+        names = self.packed[text_name(weight)]
         if len({self._files[name] for name in names.values()}) > 1:
             return {part: self._read(name) for part, name in names.items()}
         with safe_open(self._files[weight + NF4_MARK], "pt") as file:

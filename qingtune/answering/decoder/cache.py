@@ -1,25 +1,25 @@
-"""Keys and values of the sequences that a decoder holds, and the two ways in which new tokens join them: some
-that follow each other in one slot, and one token in each of several slots.
+"""Keys and values of the sequences that a decoder holds.
 
-Shapes: T new tokens, S slots, H query heads, G key-value heads, d head size, n tokens of a sequence.
+Shapes: G key-value heads, d head size.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from qingtune.kernels.architecture import Architecture, Attention
+
 CACHE_STEP = 256  # tokens by which the cache grows at least
 
 
 @dataclass(frozen=True)
 class AnswerShape:
-    """Of a model's attention: layers, heads of queries and of keys and values, their size, the factor on scores, and
-    the longest sequence."""
+    """Of what a model keeps: layers with attention, heads of queries and of keys and values, their size, the factor on
+    scores, and the longest sequence."""
 
     layers: int
     queries: int
@@ -27,6 +27,13 @@ class AnswerShape:
     size: int
     scale: float
     context_length: int
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> AnswerShape:
+        """Of a model whose layers with attention have the same heads."""
+        mixers = [layer.mixer for layer in architecture.layers if isinstance(layer.mixer, Attention)]
+        one = mixers[0]
+        return cls(len(mixers), one.queries, one.keys, one.size, one.scale, architecture.context)
 
 
 class AnswerCache:
@@ -36,17 +43,26 @@ class AnswerCache:
         slots: how many.
         dtype: of keys and values.
         length: tokens of a slot for which there is room from the start; more is taken as sequences grow.
+        stretched_from: a sequence longer than this has other rotary positions, from its first token on; None if none.
 
     Attributes:
         ids: of each slot's sequence, as far as keys and values are there.
+        stretched: whether the slot's keys have the positions of a long sequence.
         keys: [layers, slots, G, capacity, d]; likewise values.
     """
 
     def __init__(
-        self, shape: AnswerShape, slots: int, dtype: torch.dtype, device: torch.device, length: int = 0
+        self,
+        shape: AnswerShape,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        length: int = 0,
+        stretched_from: int | None = None,
     ) -> None:
-        self.shape, self.dtype, self.device = shape, dtype, device
+        self.shape, self.dtype, self.device, self.stretched_from = shape, dtype, device, stretched_from
         self.ids: list[list[int]] = [[] for _ in range(slots)]
+        self.stretched = [False] * slots
         self._check(length)
         size = (shape.layers, slots, shape.keys, length, shape.size)
         # Zeros, as masked places must not hold NaN.
@@ -67,18 +83,26 @@ class AnswerCache:
 
     def keep_common(self, ids: Sequence[int], slot: int) -> int:
         """How many of the ids a slot holds, after taking over what another one holds of them; the last one never."""
-        common = [_common_beginning(held, ids) for held in self.ids]
+        stretched = self.is_stretched(len(ids))
+        common = [
+            _common_beginning(held, ids) if kind == stretched else 0
+            for held, kind in zip(self.ids, self.stretched, strict=True)
+        ]
         best = max(range(len(common)), key=common.__getitem__)
         kept = min(common[best], len(ids) - 1)
         if kept > common[slot]:
             self._copy(best, slot, kept)
-        self.ids[slot] = list(ids[:kept])
+        self.ids[slot], self.stretched[slot] = list(ids[:kept]), stretched
         return kept
 
     def move(self, source: int, target: int) -> None:
         """Let a slot hold what another one holds."""
         self._copy(source, target, len(self.ids[source]))
-        self.ids[target] = list(self.ids[source])
+        self.ids[target], self.stretched[target] = list(self.ids[source]), self.stretched[source]
+
+    def is_stretched(self, length: int) -> bool:
+        """Whether a sequence of this many tokens has the positions of a long one."""
+        return self.stretched_from is not None and length > self.stretched_from
 
     def _check(self, length: int) -> None:
         if length > self.shape.context_length:
@@ -91,88 +115,3 @@ class AnswerCache:
 
 def _common_beginning(one: Sequence[int], two: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
-
-
-class Joining(ABC):
-    """How new tokens join the sequences they belong to; cos and sin of their positions are [T, 1, d / 2]."""
-
-    def __init__(self, cache: AnswerCache, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        self.shape, self.cos, self.sin = cache.shape, cos, sin
-
-    def turn(self, heads: torch.Tensor) -> torch.Tensor:
-        """Rotary positions (Su et al. 2021), the halves of a head as coordinates: [T, heads, d] -> the same."""
-        first, second = heads.chunk(2, dim=2)
-        cos, sin = self.cos, self.sin
-        return torch.cat([(first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)], 2)
-
-    @abstractmethod
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Keep keys and values [T, G, d] of a layer; queries, the last ones or all, [up to T, H, d] -> [.., H * d]."""
-
-
-class Chunk(Joining):
-    """Tokens that follow each other in one slot. Views are made once, as for one token products are small."""
-
-    def __init__(self, cache: AnswerCache, rotary: tuple[torch.Tensor, torch.Tensor], slot: int, count: int) -> None:
-        before, after = len(cache.ids[slot]), len(cache.ids[slot]) + count
-        super().__init__(cache, *(part[before:after, None] for part in rotary))
-        held = [part[:, slot : slot + 1, :, :after] for part in (cache.keys, cache.values)]
-        self.keys, self.values = (part.unbind(0) for part in held)
-        self.new_keys, self.new_values = (part[:, :, :, before:].unbind(0) for part in held)
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [up to T, H, d]; k, v [T, G, d] -> [.., H * d]."""
-        self.new_keys[layer].copy_(k.transpose(0, 1))
-        self.new_values[layer].copy_(v.transpose(0, 1))
-        keys, values, shape = self.keys[layer], self.values[layer], self.shape
-        rows, after = len(q), keys.shape[2]
-        if rows == 1:
-            return _attend_rows(q, keys, values, None, shape)
-        mask = None
-        if after > rows:
-            mask = torch.ones(rows, after, dtype=torch.bool, device=q.device).tril_(after - rows)
-        k, v = (
-            x.transpose(0, 1).expand(-1, shape.queries // shape.keys, -1, -1).flatten(0, 1)[None]
-            for x in (keys, values)
-        )
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, scale=shape.scale
-        )
-        return out[0].transpose(0, 1).reshape(rows, -1)
-
-
-class TokenEach(Joining):
-    """A token in each of the first S slots, whose sequences differ in length."""
-
-    def __init__(self, cache: AnswerCache, rotary: tuple[torch.Tensor, torch.Tensor], count: int) -> None:
-        lengths = [len(ids) for ids in cache.ids[:count]]
-        places = torch.tensor(lengths, device=cache.device)
-        super().__init__(cache, *(part[places, None] for part in rotary))
-        self.cache, self.places, self.end = cache, places, max(lengths) + 1
-        self.slots = torch.arange(count, device=cache.device)
-        self.mask = (torch.arange(self.end, device=cache.device) <= places[:, None])[:, None, None]
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [S, H, d]; k, v [S, G, d] -> [S, H * d]."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.slots, :, self.places] = k
-        values[self.slots, :, self.places] = v
-        keys, values = keys[: len(q), :, : self.end], values[: len(q), :, : self.end]
-        return _attend_rows(q, keys, values, self.mask, self.shape)
-
-
-def _attend_rows(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, shape: AnswerShape
-) -> torch.Tensor:
-    """One row of each sequence attends to all of it; heads that share keys are taken as rows of one.
-
-    Args:
-        q: [S, H, d].
-        keys: [S, G, n, d]; likewise values.
-        mask: bool [S, 1, 1, n], True where a row sees a key; None for everywhere.
-
-    Returns:
-        [S, H * d].
-    """
-    stacked = q.view(len(q), shape.keys, -1, shape.size)
-    return F.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=shape.scale).reshape(len(q), -1)

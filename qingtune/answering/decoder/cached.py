@@ -1,4 +1,5 @@
-"""Qwen2, Qwen3 and Llama models for answering: weights merged and packed, keys and values kept in a static cache.
+"""Models for answering, of architectures that kernels/architecture.py describes: weights merged and packed, keys and
+values kept in a static cache.
 
 A prompt goes through in chunks; in the last layer only its last row goes beyond keys and values, and the head sees only
 that row. What a slot of the cache holds already, another slot's beginning included, is not computed again: a chat's
@@ -15,12 +16,14 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 
-from qingtune.answering.decoder.cache import AnswerCache, AnswerShape, Chunk, Joining, TokenEach
+from qingtune.answering.decoder.cache import AnswerCache, AnswerShape
+from qingtune.answering.decoder.joining import Chunk, Joining, Rotary, TokenEach
+from qingtune.answering.decoder.layer import AnswerLayer, AnswerNorm
 from qingtune.answering.decoder.native.answer_step import AnswerStep
 from qingtune.answering.decoder.native.matrices import NativeMatrix
-from qingtune.answering.decoder.packed import AnswerLayer, AnswerNorm, Matrix
+from qingtune.answering.decoder.packed import Matrix
+from qingtune.kernels.architecture import ALL, Architecture
 
 CHUNK = 512  # tokens of a prompt computed at a time
 PLACES_AT_A_TIME = 128  # of a text, with logits in memory at once: 39 MB in bf16 with Qwen's vocabulary
@@ -33,27 +36,27 @@ class CachedDecoder:
     Attributes:
         embedding: [V, D], likewise head.
         norm: the last one.
-        rotary: cos and sin, each [context_length, d / 2].
         slots: sequences held at a time.
-        library: compiled kernels, where all matrices are native ones.
+        library: compiled kernels that compute a whole step, where all matrices are native ones.
     """
 
-    shape: AnswerShape
+    architecture: Architecture
     embedding: torch.Tensor
     layers: Iterable[AnswerLayer]
     norm: AnswerNorm
     head: Matrix
-    rotary: tuple[torch.Tensor, torch.Tensor]
+    rotary: Rotary
     slots: int = 1
     library: ctypes.CDLL | None = None
 
     def __post_init__(self) -> None:
-        self.dtype, self.device = self.rotary[0].dtype, self.rotary[0].device
-        self._cache = AnswerCache(self.shape, self.slots, self.dtype, self.device)
+        self.dtype, self.device = self.rotary.any.dtype, self.rotary.any.device
+        self.shape = AnswerShape.of(self.architecture)
+        self._cache = self._empty_cache()
         self._step = None
         if self.library:
             layers, head = list(self.layers), cast("NativeMatrix", self.head)
-            self._step = AnswerStep(self.library, self.shape, layers, self.norm, head, self.rotary)
+            self._step = AnswerStep(self.library, self.shape, layers, self.norm, head, self.rotary.tables[ALL])
 
     def slot_bytes(self, length: int) -> int:
         """The bytes of a slot that holds a sequence of this many tokens."""
@@ -63,7 +66,12 @@ class CachedDecoder:
     def make_slots(self, count: int, length: int) -> None:
         """Replace the slots by empty ones with room for sequences of this many tokens, allocated at once."""
         self.slots = count
-        self._cache = AnswerCache(self.shape, count, self.dtype, self.device, length)
+        self._cache = self._empty_cache(length)
+
+    def _empty_cache(self, length: int = 0) -> AnswerCache:
+        return AnswerCache(
+            self.shape, self.slots, self.dtype, self.device, length, stretched_from=self.rotary.stretched_from
+        )
 
     @torch.inference_mode()
     def start(self, ids: Sequence[int], slot: int = 0) -> torch.Tensor:
@@ -73,23 +81,35 @@ class CachedDecoder:
         for start in range(self._cache.keep_common(ids, slot), len(ids), CHUNK):
             last = self._read_chunk(ids[start : start + CHUNK], slot)
         assert last is not None
-        return self.head.multiply(self.norm.apply(last))[0]
+        return self.logits_of(self.norm.apply(last))[0]
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """One more token for each of the first S slots; gives the logits [S, V] of the next ones."""
         held = self._cache.ids[: len(tokens)]
         self._cache.reserve(max(map(len, held)) + 1)
+        self._stretch(held)
         x = self._embedded(tokens)
         if self._step:
             logits = self._step.logits(x, self._cache)
         else:
             one = len(x) == 1
             joining = Chunk(self._cache, self.rotary, 0, 1) if one else TokenEach(self._cache, self.rotary, len(x))
-            logits = self.head.multiply(self.norm.apply(self._through(x, joining)))
+            logits = self.logits_of(self.norm.apply(self._through(x, joining)))
         for ids, token in zip(held, tokens, strict=True):
             ids.append(token)
         return logits
+
+    def _stretch(self, held: Sequence[Sequence[int]]) -> None:
+        """Read sequences again that become long with one more token, as all their positions change."""
+        cache = self._cache
+        for slot, ids in enumerate(held):
+            if cache.is_stretched(len(ids) + 1) and not cache.stretched[slot]:
+                again = list(ids)
+                cache.ids[slot].clear()
+                cache.stretched[slot] = True
+                for start in range(0, len(again), CHUNK):
+                    self._read_chunk(again[start : start + CHUNK], slot)
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
@@ -103,10 +123,12 @@ class CachedDecoder:
         Nothing that the slots held stays, nor the memory that holds it.
         """
         self.make_slots(self.slots, max(map(len, prompts)))
-        joinings = [Chunk(self._cache, self.rotary, slot, len(ids)) for slot, ids in enumerate(prompts)]
+        cache = self._cache
+        cache.stretched = [cache.is_stretched(len(ids)) for ids in prompts]
+        joinings = [Chunk(cache, self.rotary, slot, len(ids)) for slot, ids in enumerate(prompts)]
         states = [self._embedded(ids) for ids in prompts]
-        for number, layer in enumerate(self.layers):
-            states = [self._layer(number, layer, x, joining) for x, joining in zip(states, joinings, strict=True)]
+        for layer in self.layers:
+            states = [layer.forward(x, joining) for x, joining in zip(states, joinings, strict=True)]
         self.make_slots(self.slots, 0)
         return [self.norm.apply(x) for x in states]
 
@@ -115,7 +137,7 @@ class CachedDecoder:
         """Logits [n, V] that follow places of a text, some at a time; nothing that the slots held stays."""
         states = self.hidden_states([ids])[0][torch.tensor(list(places), device=self.device)]
         for part in states.split(PLACES_AT_A_TIME):
-            yield self.head.multiply(part)
+            yield self.logits_of(part)
 
     def _read_chunk(self, ids: Sequence[int], slot: int) -> torch.Tensor:
         """Put keys and values of more tokens into a slot; gives the last one's hidden state [1, D]."""
@@ -124,26 +146,18 @@ class CachedDecoder:
         return x
 
     def _embedded(self, ids: Sequence[int]) -> torch.Tensor:
-        return self.embedding[torch.tensor(ids, device=self.embedding.device)].to(self.device, self.dtype)
+        x = self.embedding[torch.tensor(ids, device=self.embedding.device)].to(self.device, self.dtype)
+        if self.architecture.embedding_scale == 1:
+            return x
+        return x * torch.tensor(self.architecture.embedding_scale, dtype=self.dtype, device=self.device)
 
     def _through(self, x: torch.Tensor, joining: Joining, *, only_last: bool = False) -> torch.Tensor:
+        last = len(self.architecture.layers) - 1
         for number, layer in enumerate(self.layers):
-            x = self._layer(number, layer, x, joining, only_last=only_last and number == self.shape.layers - 1)
+            x = layer.forward(x, joining, only_last=only_last and number == last)
         return x
 
-    def _layer(
-        self, number: int, layer: AnswerLayer, x: torch.Tensor, joining: Joining, *, only_last: bool = False
-    ) -> torch.Tensor:
-        """New rows [T, D] through one layer; with only_last the last one alone goes beyond keys and values."""
-        shape = self.shape
-        heads = layer.qkv.multiply(layer.input_norm.apply(x)).view(len(x), -1, shape.size)
-        asking = heads[:, : shape.queries + shape.keys]  # values have no positions
-        if layer.q_norm and layer.k_norm:
-            parts = asking.split([shape.queries, shape.keys], 1)
-            asking = torch.cat([layer.q_norm.apply(parts[0]), layer.k_norm.apply(parts[1])], 1)
-        q, k = joining.turn(asking).split([shape.queries, shape.keys], 1)
-        if only_last:
-            q, x = q[-1:], x[-1:]
-        x = layer.o.multiply(joining.attend(number, q, k, heads[:, shape.queries + shape.keys :]), x)
-        gate, up = layer.gate_up.multiply(layer.mlp_norm.apply(x)).chunk(2, dim=1)
-        return layer.down.multiply(F.silu(gate).mul_(up), x)
+    def logits_of(self, states: torch.Tensor) -> torch.Tensor:
+        """What the head makes of normed states: [T, D] -> [T, V]."""
+        logits, cap = self.head.multiply(states), self.architecture.logit_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

@@ -1,4 +1,4 @@
-"""The weights of a decoder's layer for answering: matrices, y = x W^T + b, dense or held and multiplied in 8 or 4 bits.
+"""A decoder's weights for answering: matrices, y = x W^T + b, dense or held and multiplied in 8 or 4 bits.
 
 A new token is one row, for which reading the weights is all the work: their bytes decide the speed. Where many rows
 come at once (a prompt), packed weights are unpacked into a buffer and multiplied by a dense product.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -34,34 +33,6 @@ class Matrix(Protocol):
     def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """[T, K] -> [T, N], in x's dtype; what is added is [T, N] too."""
         ...
-
-
-@dataclass(frozen=True)
-class AnswerNorm:
-    """RMSNorm (Zhang & Sennrich 2019): weight and epsilon."""
-
-    weight: torch.Tensor
-    epsilon: float
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Over the last dimension, computed in fp32 at least; rounded before the weight, as the models were trained."""
-        wide = x.float()
-        rate = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.epsilon)
-        return (wide * rate.rsqrt_()).to(x.dtype).mul_(self.weight)
-
-
-@dataclass(frozen=True)
-class AnswerLayer:
-    """One layer's weights: `qkv` gives queries, keys and values in this order, `gate_up` gate and up."""
-
-    input_norm: AnswerNorm
-    qkv: Matrix
-    q_norm: AnswerNorm | None
-    k_norm: AnswerNorm | None
-    o: Matrix
-    mlp_norm: AnswerNorm
-    gate_up: Matrix
-    down: Matrix
 
 
 class DenseMatrix:

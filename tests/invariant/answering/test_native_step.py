@@ -15,7 +15,7 @@ from tiny_runs import lively
 
 from qingtune.adapters.lora import add_lora, lora_layers
 from qingtune.adapters.peft_files import save_adapter
-from qingtune.answering import load
+from qingtune.answering import assembly, load
 from qingtune.answering.decoder import cache
 from qingtune.answering.decoder.cached import CachedDecoder
 from qingtune.answering.decoder.native.build import has_native_units, native_library
@@ -292,7 +292,7 @@ def test_memory_is_asked_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.Mo
     opened(folder, None, hardware=FP32)
     opened(folder, 8, hardware=FP32)
     opened(folder, None)
-    monkeypatch.setattr(load, "native_library", lambda: "there is no C compiler")
+    monkeypatch.setattr(assembly, "native_library", lambda: "there is no C compiler")
     load_decoder(folder, None, None, FP32, None, 1)
     assert asked == [16, 8, None, None]
 
@@ -302,7 +302,7 @@ def test_without_a_compiler_pytorch_answers(
 ) -> None:
     _, folder = saved(tmp_path, "llama", None)
     wanted = opened(folder, None).start(IDS)
-    monkeypatch.setattr(load, "native_library", lambda: "there is no C compiler")
+    monkeypatch.setattr(assembly, "native_library", lambda: "there is no C compiler")
     decoder = load_decoder(folder, None, None, BF16, None, 1)
     assert reported() == ["Using PyTorch kernels (slower): there is no C compiler."]
     assert apart(decoder.start(IDS).float(), wanted.float()) < 0.02

@@ -1,0 +1,323 @@
+"""A model's weights, with an adapter merged, put together as the decoder with a cache needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from qingtune.adapters.merge_stored import EMBEDDING, HEAD, MergedWeights
+from qingtune.adapters.variants import LowRank
+from qingtune.answering.decoder.cached import CachedDecoder
+from qingtune.answering.decoder.joining import Rotary, Table
+from qingtune.answering.decoder.layer import (
+    ACTIVATIONS,
+    AnswerLayer,
+    AnswerNorm,
+    AttentionBlock,
+    ExpertsBlock,
+    MLPBlock,
+)
+from qingtune.answering.decoder.native.build import has_native_units, native_library
+from qingtune.answering.decoder.native.matrices import NativeMatrix, fits_native
+from qingtune.answering.decoder.packed import ROWS_AT_A_TIME, DenseMatrix, Matrix, pack, plus
+from qingtune.kernels.architecture import ALL, MLP, Architecture, Attention, Experts, Layer, describe
+from qingtune.kernels.device import Hardware, give_back_memory, has_int8_units
+from qingtune.kernels.workspace import Workspace
+from qingtune.models.layers import stored_tensors
+from qingtune.models.stored_weights import text_name
+
+# Architectures checked (tests/invariant/answering) to answer here as Transformers does.
+MODEL_TYPES = frozenset(
+    {"qwen2", "qwen3", "llama", "mistral", "ministral", "ministral3", "gemma3_text", "phi3", "qwen3_moe"}
+)
+_LANGUAGE_MODEL = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
+
+
+def why_not(model: Any) -> str | None:
+    """The reason why a model, with or without weights, cannot answer by the decoder with a cache; None if it can."""
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type not in MODEL_TYPES:
+        return f'"{model.config.model_type}" is not one of the architectures with fast kernels for answers'
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation not in ("silu", "gelu_pytorch_tanh"):
+        return f"the activation is {activation}, not silu or gelu_pytorch_tanh"
+    if "dynamic" in _rope_types(config):
+        return 'its rotary embedding ("dynamic") changes with the longest sequence'
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention sees later tokens"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "its attention scores are capped"
+    return "the head has a bias" if model.get_output_embeddings().bias is not None else None
+
+
+def _rope_types(config: Any) -> set[str]:
+    parameters = config.rope_parameters
+    tables = [parameters] if "rope_type" in parameters else list(parameters.values())
+    return {table["rope_type"] for table in tables}
+
+
+def fits(model: Any, weights: MergedWeights) -> bool:
+    """Whether all that a model's language model is made of is stored, in its shapes."""
+    for name, tensor in stored_tensors(model).items():
+        name, shape = text_name(name), tuple(tensor.shape)
+        if (
+            name.startswith(_LANGUAGE_MODEL)
+            and weights.shapes.get(name) != shape
+            and not _in_parts(name, shape, weights)
+        ):
+            return False
+    return True
+
+
+def _in_parts(name: str, shape: tuple[int, ...], weights: MergedWeights) -> bool:
+    """Whether a tensor of all experts is stored as a matrix of each, gates and ups apart."""
+    experts, _, kind = name.rpartition(".")
+    if kind not in ("gate_up_proj", "down_proj") or len(shape) != 3:
+        return False
+    count, rows, columns = shape
+    parts = ("gate", "up") if kind == "gate_up_proj" else ("down",)
+    wanted = (rows // len(parts), columns)
+    stored = (weights.shapes.get(f"{experts}.{number}.{part}_proj.weight") for number in range(count) for part in parts)
+    return all(one == wanted for one in stored)
+
+
+class Assembly:
+    """Reads a model's weights a few at a time, with the adapter, and packs them.
+
+    Args:
+        model: without weights, for which `why_not` gives no reason against and `fits` is true.
+        bits: 4 or 8 to hold the matrices in; None for the dtype.
+        lazy: layers are read each time they are asked for, and not kept; matrices are multiplied by PyTorch as they
+            are, the head from its file.
+        apart: with lazy, the adapter's changes of linear layers are computed separately instead of merged.
+
+    Attributes:
+        library: the kernels in C, where they are used.
+        no_library: why they are not, on a machine and for a model that they are for; empty otherwise.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        weights: MergedWeights,
+        hardware: Hardware,
+        *,
+        bits: int | None = None,
+        lazy: bool = False,
+        apart: bool = False,
+    ) -> None:
+        self.model, self.weights, self.bits, self.lazy, self.apart = model, weights, bits, lazy, apart
+        self.config = model.config.get_text_config(decoder=True)
+        self.architecture = describe(self.config)
+        self.parameters = {text_name(name) for name in stored_tensors(model)}
+        self.dtype, self.device = hardware.dtype, hardware.device
+        self.workspace = Workspace(self.device)
+        found = "" if lazy or not _may_be_native(self.architecture, hardware) else native_library()
+        self.library, self.no_library = (None, found) if isinstance(found, str) else (found, "")
+        if weights.adapter:
+            weights.adapter.check_names(weights.shapes)
+
+    def decoder(self, slots: int = 1) -> CachedDecoder:
+        """Everything in its place."""
+        head = self._head()  # first, as packing it takes the most for a moment
+        norm, layers = self._norm("model.norm"), self if self.lazy else list(self)
+        rotary, embedding = self._rotary(), self._embedding()
+        return CachedDecoder(self.architecture, embedding, layers, norm, head, rotary, slots, self.library)
+
+    def __iter__(self) -> Iterator[AnswerLayer]:
+        """Layers in order, read when they are asked for; what packing one took is given back before the next."""
+        attending = 0
+        for number, layer in enumerate(self.architecture.layers):
+            yield self._layer(f"model.layers.{number}", layer, attending)
+            attending += isinstance(layer.mixer, Attention)
+            give_back_memory()
+
+    def _embedding(self) -> torch.Tensor:
+        """[V, D]: only rows of it are looked up, so on a CPU it stays in its file if the adapter does not change it."""
+        weight = self.weights.mapped(EMBEDDING)
+        stays = self.device.type == "cpu" and EMBEDDING not in self.weights.changed
+        return weight if stays else weight.to(self.device, self.dtype)
+
+    def _head(self) -> Matrix:
+        tied = self.model.config.tie_word_embeddings and HEAD not in self.weights.changed
+        if self.lazy:
+            weight = self.weights.mapped(EMBEDDING if tied else HEAD)
+            return _DenseParts([(rows, None) for rows in weight.split(ROWS_AT_A_TIME)], None)
+        # A tied head is mapped once more: pages that were read here are released.
+        return self._pack(self._embedding() if tied else self.weights.read(HEAD), None)
+
+    def _layer(self, name: str, layer: Layer, number: int) -> AnswerLayer:
+        """number: of the layer, among those with attention."""
+        assert isinstance(layer.mixer, Attention)
+        mixer = self._attention(f"{name}.self_attn", layer.mixer, number)
+        if isinstance(layer.mlp, Experts):
+            mlp = self._experts(f"{name}.mlp", layer.mlp)
+        else:
+            mlp = self._mlp(f"{name}.mlp", layer.mlp)
+        norms = [self._norm(f"{name}.input_layernorm"), self._norm(f"{name}.post_attention_layernorm")]
+        if layer.normed_outputs:
+            outer = [self._norm(f"{name}.{which}_feedforward_layernorm") for which in ("pre", "post")]
+            return AnswerLayer(norms[0], mixer, outer[0], mlp, mixer_output_norm=norms[1], mlp_output_norm=outer[1])
+        return AnswerLayer(norms[0], mixer, norms[1], mlp)
+
+    def _attention(self, name: str, attention: Attention, number: int) -> AttentionBlock:
+        normed = attention.normed
+        return AttentionBlock(
+            attention,
+            number,
+            qkv=self._joined(*(f"{name}.{part}_proj" for part in (("qkv",) if attention.fused else "qkv"))),
+            q_norm=self._norm(f"{name}.q_norm") if normed else None,
+            k_norm=self._norm(f"{name}.k_norm") if normed else None,
+            o=self._joined(f"{name}.o_proj"),
+        )
+
+    def _mlp(self, name: str, mlp: MLP) -> MLPBlock:
+        names = ["gate_up_proj"] if mlp.fused else ["gate_proj", "up_proj"]
+        gate_up = self._joined(*(f"{name}.{part}" for part in names))
+        return MLPBlock(gate_up, self._joined(f"{name}.down_proj"), ACTIVATIONS[mlp.activation])
+
+    def _experts(self, name: str, experts: Experts) -> ExpertsBlock:
+        """Router and shares stay in the dtype: their bytes are few, and a rounded router could choose other experts."""
+        matrices = (
+            (self._of_expert(name, "gate_up", number), self._of_expert(name, "down", number))
+            for number in range(experts.count)
+        )
+        mlps = [MLPBlock(gate_up, down, ACTIVATIONS["silu"]) for gate_up, down in matrices]
+        shared = MLP(experts.shared) if experts.shared else None
+        return ExpertsBlock(
+            experts,
+            self._dense(f"{name}.gate.weight"),
+            mlps,
+            self._mlp(f"{name}.shared_expert", shared) if shared else None,
+            self._dense(f"{name}.shared_expert_gate.weight") if shared else None,
+        )
+
+    def _of_expert(self, name: str, kind: str, number: int) -> Matrix:
+        """One expert's matrix, of a tensor of all experts or of a file with those of each apart."""
+        together = f"{name}.experts.{kind}_proj"
+        if together in self.weights.shapes:
+            weight = self.weights.mapped(together)[number]
+        else:
+            parts = (f"{name}.experts.{number}.{part}_proj.weight" for part in kind.split("_"))
+            weight = torch.cat([self.weights.read(part) for part in parts])
+        if self.lazy:
+            return _DenseParts([(weight, None)], None)
+        return self._pack(weight, None)
+
+    def _dense(self, name: str) -> Matrix:
+        return DenseMatrix(self.weights.read(name).to(self.device, self.dtype), None)
+
+    def _norm(self, name: str) -> AnswerNorm:
+        weight = self.weights.read(f"{name}.weight").to(self.device)
+        if offset := self.architecture.norm_offset:
+            return AnswerNorm(weight.float() + offset, self.architecture.epsilon)
+        return AnswerNorm(weight.to(self.dtype), self.architecture.epsilon)
+
+    def _joined(self, *names: str) -> Matrix:
+        """Linear layers that read one input as one matrix."""
+        bias = None
+        if any(f"{name}.bias" in self.parameters for name in names):
+            bias = torch.cat([self._bias(name) for name in names])
+        if self.lazy:
+            parts = [self._part(f"{name}.weight") for name in names]
+            return _DenseParts(parts, None if bias is None else bias.to(self.device, self.dtype))
+        return self._pack(torch.cat([self.weights.read(f"{name}.weight") for name in names]), bias)
+
+    def _bias(self, name: str) -> torch.Tensor:
+        """Of a linear layer: zeros where it has none."""
+        if f"{name}.bias" in self.parameters:
+            return self.weights.read(f"{name}.bias")
+        return torch.zeros(self.weights.shapes[f"{name}.weight"][0])
+
+    def _part(self, name: str) -> tuple[torch.Tensor, LowRank | None]:
+        """A weight, and the adapter's change of it where that is not merged."""
+        low = self.weights.adapter.layers.get(name) if self.apart and self.weights.adapter else None
+        if low is None:
+            return self.weights.read(name).to(self.device, self.dtype), None
+        weight = self.weights.unchanged(name).to(self.device, self.dtype)
+        return weight, low.on_unchanged_base(weight, name)
+
+    def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
+        if self.library:
+            return NativeMatrix(self.library, weight, bias, self.bits, self.dtype, self.workspace)
+        bias = None if bias is None else bias.to(self.device)
+        units = has_int8_units(self.device)
+        return pack(weight.to(self.device), bias, self.bits, self.dtype, self.workspace, int8_units=units)
+
+    def _rotary(self) -> Rotary:
+        """cos and sin of every position."""
+        config = self.config
+        module = dict(self.model.named_modules())
+        (rotary,) = (one for name, one in module.items() if text_name(name) == "model.rotary_emb")
+        names = {mixer.rotary for layer in self.architecture.layers if isinstance(mixer := layer.mixer, Attention)}
+
+        def tables(length: int) -> dict[str, Table]:
+            return {name: self._table(rotary, name, length) for name in sorted(names)}
+
+        own, stretched, stretched_from = tables(config.max_position_embeddings), None, None
+        if "longrope" in _rope_types(config):
+            stretched_from = config.rope_parameters["original_max_position_embeddings"]
+            own, stretched = tables(stretched_from), own
+        return Rotary(own, stretched, stretched_from, self.architecture.query_scaling)
+
+    def _table(self, rotary: Any, name: str, length: int) -> Table:
+        """The model's own table of some positions, which repeats it for the second half of what is turned."""
+        which = {} if name == ALL else {"layer_type": name}
+        cos, sin = rotary(torch.empty(0, dtype=self.dtype), torch.arange(length)[None], **which)
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half].contiguous().to(self.device), sin[0, :, :half].contiguous().to(self.device)
+
+
+def _may_be_native(architecture: Architecture, hardware: Hardware) -> bool:
+    """Whether the kernels in C are for a model: in bf16 or fp32 on a CPU, of blocks that they know, every matrix a
+    multiple of their own blocks."""
+    first = architecture.layers[0]
+    if not isinstance(first.mixer, Attention) or not isinstance(first.mlp, MLP):
+        return False
+    plain = Attention(
+        first.mixer.queries,
+        first.mixer.keys,
+        first.mixer.size,
+        first.mixer.size**-0.5,
+        rotary_size=first.mixer.size,
+        normed=first.mixer.normed,
+        fused=first.mixer.fused,
+    )
+    known = Layer(plain, MLP(first.mlp.size, fused=first.mlp.fused))
+    scales = (
+        architecture.norm_offset,
+        architecture.embedding_scale,
+        architecture.logit_cap,
+        architecture.query_scaling,
+    )
+    widths = (architecture.hidden, first.mlp.size, plain.queries * plain.size)
+    return (
+        hardware.device.type == "cpu"
+        and hardware.dtype in (torch.bfloat16, torch.float32)
+        and has_native_units()
+        and all(layer == known for layer in architecture.layers)
+        and scales == (0.0, 1.0, None, None)
+        and plain.size % 32 == 0
+        and all(fits_native(width, width) for width in widths)
+        and fits_native(architecture.vocabulary, architecture.hidden)
+    )
+
+
+@dataclass(frozen=True)
+class _DenseParts:
+    """Weights [n, K] that read one input, some with an adapter's change, which is computed separately as in training.
+
+    A weight may stay in its file: it is converted for each product.
+    """
+
+    parts: Sequence[tuple[torch.Tensor, LowRank | None]]
+    bias: torch.Tensor | None
+
+    def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, K] -> [T, N], N the sum of n."""
+        parts = [low.product(weight, x) if low else F.linear(x, weight.to(x)) for weight, low in self.parts]
+        return plus(torch.cat(parts, 1), self.bias, added)

@@ -1,0 +1,189 @@
+"""The two ways in which new tokens join the sequences of a cache: some that follow each other in one slot, and one
+token in each of several slots.
+
+Shapes: T new tokens, S slots, H query heads, G key-value heads, d head size, n tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from qingtune.answering.decoder.cache import AnswerCache
+from qingtune.kernels.architecture import Attention
+
+Table = tuple[torch.Tensor, torch.Tensor]  # cos and sin of every position, each [context, rotary size / 2]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864), the halves of a head as coordinates.
+
+    Attributes:
+        tables: by the names that layers call them by.
+        stretched: the same for sequences longer than `stretched_from`, where those have tables of their own (LongRoPE,
+            Ding et al. 2024, https://arxiv.org/abs/2402.13753).
+        query_scaling: (beta, n): queries at position p are multiplied by 1 + beta ln(1 + floor(p / n)).
+    """
+
+    tables: Mapping[str, Table]
+    stretched: Mapping[str, Table] | None = None
+    stretched_from: int | None = None
+    query_scaling: tuple[float, int] | None = None
+
+    @property
+    def any(self) -> torch.Tensor:
+        """One of the tables' parts, for its dtype and device."""
+        return next(iter(self.tables.values()))[0]
+
+    def query_factor(self, places: torch.Tensor) -> torch.Tensor | None:
+        """Of queries at places [T]: fp32 [T, 1, 1]; None where all are 1."""
+        if self.query_scaling is None:
+            return None
+        beta, n = self.query_scaling
+        return (1 + beta * torch.log1p(places // n)).view(-1, 1, 1)
+
+
+class Joining(ABC):
+    """How new tokens join the sequences they belong to.
+
+    Args:
+        tables: cos and sin of the new tokens' positions, each [T, 1, rotary size / 2], by name.
+        factor: of queries; None for 1.
+    """
+
+    def __init__(self, tables: Mapping[str, Table], factor: torch.Tensor | None) -> None:
+        self._tables, self._factor = tables, factor
+
+    def turn(self, heads: torch.Tensor, attention: Attention) -> torch.Tensor:
+        """Give queries and keys their positions: [T, H + G, d] -> the same."""
+        cos, sin = self._tables[attention.rotary]
+        size = cos.shape[2]
+        first, second = heads[..., :size], heads[..., size : 2 * size]
+        turned = [(first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)]
+        if 2 * size < heads.shape[2]:
+            turned.append(heads[..., 2 * size :])
+        heads = torch.cat(turned, 2)
+        if self._factor is not None:
+            heads[:, : attention.queries] *= self._factor.to(heads.dtype)
+        return heads
+
+    @abstractmethod
+    def attend(
+        self, number: int, attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Keep keys and values [T, G, d] of a layer; queries, the last ones or all, [up to T, H, d] -> [.., H * d].
+
+        number: of the layer, among those with attention.
+        """
+
+
+class Chunk(Joining):
+    """Tokens that follow each other in one slot. Views are made once, as for one token products are small."""
+
+    def __init__(self, cache: AnswerCache, rotary: Rotary, slot: int, count: int) -> None:
+        before, after = len(cache.ids[slot]), len(cache.ids[slot]) + count
+        tables = rotary.stretched if rotary.stretched and cache.stretched[slot] else rotary.tables
+        super().__init__(
+            {name: (cos[before:after, None], sin[before:after, None]) for name, (cos, sin) in tables.items()},
+            rotary.query_factor(torch.arange(before, after, device=cache.device)) if rotary.query_scaling else None,
+        )
+        held = [part[:, slot : slot + 1, :, :after] for part in (cache.keys, cache.values)]
+        self._keys, self._values = (part.unbind(0) for part in held)
+        self._new_keys, self._new_values = (part[:, :, :, before:].unbind(0) for part in held)
+
+    def attend(
+        self, number: int, attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """q [up to T, H, d]; k, v [T, G, d] -> [.., H * d]."""
+        self._new_keys[number].copy_(k.transpose(0, 1))
+        self._new_values[number].copy_(v.transpose(0, 1))
+        keys, values, rows = self._keys[number], self._values[number], len(q)
+        after = keys.shape[2]
+        if attention.window is not None and after >= attention.window + rows:  # what none of the rows sees
+            first = after - rows - attention.window + 1
+            keys, values = keys[:, :, first:], values[:, :, first:]
+        if rows == 1:
+            return _attend_rows(q, keys, values, None, attention)
+        k, v = (
+            x.transpose(0, 1).expand(-1, attention.queries // attention.keys, -1, -1).flatten(0, 1)[None]
+            for x in (keys, values)
+        )
+        mask = _mask(rows, keys.shape[2], attention.window, q.device)
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, scale=attention.scale
+        )
+        return out[0].transpose(0, 1).reshape(rows, -1)
+
+
+def _mask(rows: int, seen: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Which of the tokens seen each of the last rows sees, bool [rows, seen]; None where that is causality alone."""
+    window = seen if window is None else min(window, seen)
+    if seen == rows == window:
+        return None
+    mask = torch.ones(rows, seen, dtype=torch.bool, device=device).tril_(seen - rows)
+    return mask.triu_(seen - rows - window + 1)
+
+
+class TokenEach(Joining):
+    """A token in each of the first S slots, whose sequences differ in length."""
+
+    def __init__(self, cache: AnswerCache, rotary: Rotary, count: int) -> None:
+        lengths = [len(ids) for ids in cache.ids[:count]]
+        places = torch.tensor(lengths, device=cache.device)
+        tables = {name: _rows(table, places) for name, table in rotary.tables.items()}
+        if rotary.stretched and any(cache.stretched[:count]):
+            long = torch.tensor(cache.stretched[:count], device=cache.device)[:, None, None]
+            for name, (cos, sin) in tables.items():
+                others = _rows(rotary.stretched[name], places)
+                tables[name] = torch.where(long, others[0], cos), torch.where(long, others[1], sin)
+        super().__init__(tables, rotary.query_factor(places))
+        self._cache, self._places, self._end, self._least = cache, places, max(lengths) + 1, min(lengths)
+        self._slots = torch.arange(count, device=cache.device)
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def attend(
+        self, number: int, attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """q [S, H, d]; k, v [S, G, d] -> [S, H * d]."""
+        keys, values = self._cache.keys[number], self._cache.values[number]
+        keys[self._slots, :, self._places] = k
+        values[self._slots, :, self._places] = v
+        window = attention.window
+        first = 0 if window is None else max(0, self._least + 1 - window)
+        keys, values = keys[: len(q), :, first : self._end], values[: len(q), :, first : self._end]
+        if window not in self._masks:
+            ids = torch.arange(first, self._end, device=q.device)
+            seen = ids <= self._places[:, None]
+            if window is not None:
+                seen &= ids > self._places[:, None] - window
+            self._masks[window] = seen[:, None, None]
+        return _attend_rows(q, keys, values, self._masks[window], attention)
+
+
+def _rows(table: Table, places: torch.Tensor) -> Table:
+    """A table's rows at places [T], each [T, 1, rotary size / 2]; its last one where it ends before."""
+    places = places.clamp(max=len(table[0]) - 1)
+    return table[0][places, None], table[1][places, None]
+
+
+def _attend_rows(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, attention: Attention
+) -> torch.Tensor:
+    """One row of each sequence attends to all of it; heads that share keys are taken as rows of one.
+
+    Args:
+        q: [S, H, d].
+        keys: [S, G, n, d]; likewise values.
+        mask: bool [S, 1, 1, n], True where a row sees a key; None for everywhere.
+
+    Returns:
+        [S, H * d].
+    """
+    stacked = q.view(len(q), attention.keys, -1, attention.size)
+    out = F.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=attention.scale)
+    return out.reshape(len(q), -1)
