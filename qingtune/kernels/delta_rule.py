@@ -12,7 +12,8 @@ first token on, D_ij = exp(G_i - G_j) for i >= j, and rows scaled by what stands
     (I + strictly lower(beta K K' D)) N = beta (V - exp(G) K S)          N: what each token adds under its key
     O = exp(G) Q S + (Q K' D) N,    S <- exp(G_last) S + K' exp(G_last - G) N
 
-All in fp32 (fp64 for fp64), as in Transformers. No factor exceeds 1, however strong the decay is.
+All in fp32 (fp64 for fp64), as in Transformers, but for products, whose factors may be rounded to 16 bits; the
+triangular system stays in fp32. No factor exceeds 1, however strong the decay is.
 
 Shapes: n tokens of a chunk, K key heads, R value heads a key head, d and e the sizes of keys and values.
 """
@@ -21,9 +22,9 @@ from __future__ import annotations
 
 import torch
 
+from qingtune.kernels.delta_sizes import CHUNK
 from qingtune.kernels.workspace import Workspace
 
-CHUNK = 64  # tokens; why so many is in docs/performance.md
 EPSILON = 1e-6  # added to the squared lengths by which queries and keys are divided (l2norm in Transformers and fla)
 
 
@@ -35,23 +36,25 @@ class DeltaRule:
     token on) and beta: [K, R, n]. States: [K, d, R, e].
     """
 
-    def __init__(self, workspace: Workspace, dtype: torch.dtype) -> None:
-        """dtype: in which all is held, fp32 or fp64."""
-        self.workspace, self.dtype = workspace, dtype
+    def __init__(self, workspace: Workspace, dtype: torch.dtype, products: torch.dtype | None = None) -> None:
+        """dtype: in which all is held, fp32 or fp64; products: in which matrices are multiplied, if another."""
+        self.workspace, self.dtype, self.products = workspace, dtype, products or dtype
 
     def forward(
         self, kq: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
     ) -> torch.Tensor:
         """What each token reads, [K, n, R, e]; the state becomes that after the chunk."""
-        _, scores, solved = self._scores(kq, decay, beta)
-        reads = self._reads(kq, decay, state)
-        added = self._added(v, reads, solved)
-        out = self._take("out", *v.shape)
+        narrow_kq, narrow_state = self._narrow("kq", kq), self._narrow("state", state)
+        _, scores, solved = self._scores(narrow_kq, decay, beta)
+        reads = self._reads(narrow_kq, decay, narrow_state)
+        added, _ = self._added(v, reads, solved)
+        out = self._take("out", *v.shape).copy_(reads[:, 1])
+        shares, factor = self._narrow("shares", scores[:, :, 1]), self._narrow("added", added)
         for head in range(v.shape[2]):
-            read, share = reads[:, 1, :, head], scores[:, head, 1]
-            torch.baddbmm(read, share, added[:, :, head], out=out[:, :, head])
+            self._multiply(shares[:, head], factor[:, :, head], out[:, :, head], add=True)
         kept = torch.mul(added, self._kept(decay), out=self._take("kept", *v.shape))
-        self._decay_state(state, decay).flatten(2).baddbmm_(kq[:, 0].transpose(1, 2), kept.flatten(2))
+        after, factor = self._decay_state(state, decay).flatten(2), self._narrow("kept", kept).flatten(2)
+        self._multiply(narrow_kq[:, 0].transpose(1, 2), factor, after, add=True)
         return out
 
     def backward(
@@ -71,26 +74,27 @@ class DeltaRule:
             state: at the chunk's start.
             grad_state: of the state after the chunk; becomes that of the state at its start.
         """
-        within, scores, solved = self._scores(kq, decay, beta)
-        reads = self._reads(kq, decay, state)
-        added = self._added(v, reads, solved)
-        missing = self._take("missing", *v.shape)
-        heads = range(v.shape[2])
+        narrow_kq, narrow_state = self._narrow("kq", kq), self._narrow("state", state)
+        narrow_grad_state = self._narrow("grad_state", grad_state).flatten(2)
+        within, scores, solved = self._scores(narrow_kq, decay, beta)
+        reads = self._reads(narrow_kq, decay, narrow_state)
+        added, missing = self._added(v, reads, solved)
 
         # Through the state after the chunk, what was read of it, and the triangular system.
         kept = torch.mul(added, self._kept(decay), out=self._take("kept", *v.shape))
         grad_added = self._take("grad_added", *v.shape)
-        torch.bmm(kq[:, 0], grad_state.flatten(2), out=grad_added.flatten(2))
+        self._multiply(narrow_kq[:, 0], narrow_grad_state, grad_added.flatten(2))
         through_state = self._dots(grad_added, kept)
         grad_added.mul_(self._kept(decay))
         # Gradients of -(what keys read) and of what queries read, both before their decay.
-        grad_reads = self._take("grad_reads", *reads.shape)
-        grad_v = self._take("grad_v", *v.shape)
+        grad_reads, grad_v = self._take("grad_reads", *reads.shape), self._take("grad_v", *v.shape)
         grad_reads[:, 1].copy_(grad)
-        for head in heads:
-            of_head = grad_added[:, :, head]
-            torch.baddbmm(of_head, scores[:, head, 1].transpose(1, 2), grad_reads[:, 1, :, head], out=of_head)
-            torch.bmm(solved[:, head].transpose(1, 2), of_head, out=grad_v[:, :, head])
+        shares, narrow_grad = self._narrow("shares", scores[:, :, 1]), self._narrow("grad", grad_reads[:, 1])
+        for head in range(v.shape[2]):
+            self._multiply(shares[:, head].transpose(1, 2), narrow_grad[:, :, head], grad_added[:, :, head], add=True)
+        narrow_grad = self._narrow("grad", grad_added)
+        for head in range(v.shape[2]):
+            self._multiply(solved[:, head].transpose(1, 2), narrow_grad[:, :, head], grad_v[:, :, head])
         torch.neg(grad_v, out=grad_reads[:, 0])
         grad_decay, grad_beta, weights = self._through_scores(grad_reads, added, within, scores)
         grad_beta.add_(self._dots(grad_v, missing))
@@ -98,22 +102,41 @@ class DeltaRule:
         grad_reads.mul_(self._since_start(decay)[:, None])
 
         # Keys and queries as rows of scores and readers of the state; then keys as columns, and as what is written.
-        grad_kq = self._take("grad_kq", *kq.shape)
-        rows, state_rows = grad_kq.flatten(1, 2), state.flatten(2)
-        torch.bmm(grad_reads.flatten(3).flatten(1, 2), state_rows.transpose(1, 2), out=rows)
-        rows.baddbmm_(weights, kq[:, 0])
-        grad_k = self._take("grad_k", *kq[:, 0].shape)
-        torch.bmm(weights.transpose(1, 2), kq.flatten(1, 2), out=grad_k)
-        grad_kq[:, 0].add_(grad_k.baddbmm_(kept.flatten(2), grad_state.flatten(2).transpose(1, 2)))
+        grad_kq, grad_k = self._take("grad_kq", *kq.shape), self._take("grad_k", *kq[:, 0].shape)
+        narrow_reads = self._narrow("grad_reads", grad_reads).flatten(3).flatten(1, 2)
+        self._multiply(narrow_reads, narrow_state.flatten(2).transpose(1, 2), grad_kq.flatten(1, 2))
+        self._multiply(weights, narrow_kq[:, 0], grad_kq.flatten(1, 2), add=True)
+        self._multiply(weights.transpose(1, 2), narrow_kq.flatten(1, 2), grad_k)
+        factor = self._narrow("kept", kept).flatten(2)
+        self._multiply(factor, narrow_grad_state.transpose(1, 2), grad_k, add=True)
+        grad_kq[:, 0].add_(grad_k)
 
         held = self._decay_state(grad_state, decay)
         lost = torch.mul(held, state, out=self._take("state_product", *state.shape)).sum((1, 3))
         grad_decay[..., -1].add_(through_state.sum(-1)).add_(lost)
-        held.flatten(2).baddbmm_(kq.flatten(1, 2).transpose(1, 2), grad_reads.flatten(3).flatten(1, 2))
+        self._multiply(narrow_kq.flatten(1, 2).transpose(1, 2), narrow_reads, held.flatten(2), add=True)
         return grad_kq, grad_v, grad_decay.flip(-1).cumsum(-1).flip(-1), grad_beta
 
     def _take(self, name: str, *shape: int) -> torch.Tensor:
         return self.workspace.take("delta." + name, shape, self.dtype)
+
+    def _narrow(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """A factor of products in their dtype."""
+        if self.products == self.dtype:
+            return x
+        return self.workspace.take("delta.narrow_" + name, x.shape, self.products).copy_(x)
+
+    def _multiply(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
+        """Put or add left @ right to out, which may be wider than they are."""
+        if left.dtype == out.dtype:
+            torch.baddbmm(out, left, right, beta=int(add), out=out)
+            return
+        product = self.workspace.take("delta.product", out.shape, left.dtype)
+        torch.bmm(left, right, out=product)
+        if add:
+            out.add_(product)
+        else:
+            out.copy_(product)
 
     def _scores(
         self, kq: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor
@@ -123,15 +146,14 @@ class DeltaRule:
         Returns:
             D, [K, R, n, n].
             K K' D (strictly lower) and Q K' D, [K, R, 2, n, n].
-            The inverse of the triangular system, times beta, [K, R, n, n].
+            The inverse of the triangular system, times beta, [K, R, n, n], as a factor of products.
         """
         key_heads, heads, count = decay.shape
-        within = torch.sub(
-            decay[..., None], decay[..., None, :], out=self._take("within", key_heads, heads, count, count)
-        )
-        within.exp_().tril_()  # infinite above the diagonal where the decay is strong
+        within = self._take("within", key_heads, heads, count, count)
+        torch.sub(decay[..., None], decay[..., None, :], out=within)
+        _factors(within).tril_()
         products = self._take("products", key_heads, 2, count, count)
-        torch.bmm(kq.flatten(1, 2), kq[:, 0].transpose(1, 2), out=products.flatten(1, 2))
+        self._multiply(kq.flatten(1, 2), kq[:, 0].transpose(1, 2), products.flatten(1, 2))
         scores = self._take("scores", key_heads, heads, 2, count, count)
         torch.mul(products[:, None], within[:, :, None], out=scores)
         scores[:, :, 0].diagonal(dim1=-2, dim2=-1).zero_()
@@ -139,31 +161,31 @@ class DeltaRule:
         unit = torch.eye(count, dtype=self.dtype, device=decay.device)
         solved = self._take("solved", *within.shape)
         torch.linalg.solve_triangular(system, unit.expand_as(system), upper=False, unitriangular=True, out=solved)
-        return within, scores, solved.mul_(beta[..., None, :])
+        return within, scores, self._narrow("solved", solved.mul_(beta[..., None, :]))
 
     def _reads(self, kq: torch.Tensor, decay: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """What keys and queries find in the decayed state of the chunk's start, [K, 2, n, R, e]."""
         reads = self._take("reads", *kq.shape[:3], *state.shape[2:])
-        torch.bmm(kq.flatten(1, 2), state.flatten(2), out=reads.flatten(3).flatten(1, 2))
+        self._multiply(kq.flatten(1, 2), state.flatten(2), reads.flatten(3).flatten(1, 2))
         return reads.mul_(self._since_start(decay)[:, None])
 
-    def _added(self, v: torch.Tensor, reads: torch.Tensor, solved: torch.Tensor) -> torch.Tensor:
-        """N; what is missing under the keys stays in the workspace."""
+    def _added(self, v: torch.Tensor, reads: torch.Tensor, solved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """N and V - exp(G) K S."""
         missing = torch.sub(v, reads[:, 0], out=self._take("missing", *v.shape))
-        added = self._take("added", *v.shape)
+        factor, added = self._narrow("missing", missing), self._take("added", *v.shape)
         for head in range(v.shape[2]):
-            torch.bmm(solved[:, head], missing[:, :, head], out=added[:, :, head])
-        return added
+            self._multiply(solved[:, head], factor[:, :, head], added[:, :, head])
+        return added, missing
 
     def _through_scores(
         self, grad_reads: torch.Tensor, added: torch.Tensor, within: torch.Tensor, scores: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of the sums of g and of log beta, [K, R, n], and of K K' and Q K', [K, 2 n, n]."""
         grad_scores = self._take("grad_scores", *scores.shape)
+        rows, added = self._narrow("grad_reads", grad_reads), self._narrow("added", added)
         for head in range(scores.shape[1]):
             values = added[:, :, head].transpose(1, 2)
-            rows = grad_reads[..., head, :]
-            torch.bmm(rows.flatten(1, 2), values, out=grad_scores[:, head].flatten(1, 2))
+            self._multiply(rows[..., head, :].flatten(1, 2), values, grad_scores[:, head].flatten(1, 2))
         grad_scores[:, :, 0].diagonal(dim1=-2, dim2=-1).zero_()
         exponents = torch.mul(grad_scores, scores, out=self._take("exponents", *scores.shape))
         exponents.diagonal(dim1=-2, dim2=-1).zero_()  # would cancel, but for rounding
@@ -171,7 +193,7 @@ class DeltaRule:
         grad_decay = by_row.sum(2).sub_(exponents.sum((2, 3)))
         grad_scores.mul_(within[:, :, None])
         weights = grad_scores[:, 0] if scores.shape[1] == 1 else grad_scores.sum(1)
-        return grad_decay, by_row[:, :, 0].clone(), weights.flatten(1, 2)
+        return grad_decay, by_row[:, :, 0].clone(), self._narrow("weights", weights.flatten(1, 2))
 
     def _dots(self, one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
         """Sums over a value's numbers: [..., n, R, e] -> [..., R, n]."""
@@ -179,15 +201,24 @@ class DeltaRule:
 
     def _since_start(self, decay: torch.Tensor) -> torch.Tensor:
         """The decay of each token since the chunk's start, [K, n, R, 1]."""
-        return decay.exp().transpose(1, 2)[..., None]
+        return _factors(decay.clone()).transpose(1, 2)[..., None]
 
     def _kept(self, decay: torch.Tensor) -> torch.Tensor:
         """The decay of each token until the chunk's end, [K, n, R, 1]."""
-        return torch.sub(decay[..., -1:], decay).exp_().transpose(1, 2)[..., None]
+        return _factors(torch.sub(decay[..., -1:], decay)).transpose(1, 2)[..., None]
 
     def _decay_state(self, state: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
         """Let a state, or its gradient, decay by a whole chunk in place."""
-        return state.mul_(decay[:, None, :, -1:].exp())
+        return state.mul_(_factors(decay[:, None, :, -1:].clone()))
+
+
+def _factors(exponents: torch.Tensor) -> torch.Tensor:
+    """Their exponentials in their place, those above 0 (of pairs that do not count) as if they were 0.
+
+    None is smaller than exp(-50) = 2e-22, which is nothing beside 1; with numbers too small for fp32's full precision,
+    products and exponentials take several times as long.
+    """
+    return exponents.clamp_(-50, 0).exp_()
 
 
 def chunk(

@@ -1,0 +1,139 @@
+"""The way into a gated delta net's recurrence: from a projection's rows to keys, queries and values of heads, and back.
+
+A causal convolution of each channel over a few tokens, SiLU, and queries and keys brought to length 1, a chunk of
+tokens at a time, so that what is wide stays in the caches.
+
+Shapes: n tokens of a chunk, M channels (queries, then keys, then values), w tokens that the convolution sees; others as
+in delta_rule.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qingtune.kernels.architecture import DeltaNet
+from qingtune.kernels.delta_rule import EPSILON
+from qingtune.kernels.projection import gradient
+from qingtune.kernels.workspace import Workspace
+
+aten = torch.ops.aten
+
+
+class DeltaHeads:
+    """Of one layer; what it gives lies in the workspace until the next chunk.
+
+    Args:
+        sizes: of the layer.
+        weight: of the convolution, [M, 1, w].
+        workspace: for buffers.
+        dtype: in which all is computed, fp32 or fp64.
+    """
+
+    def __init__(self, sizes: DeltaNet, weight: torch.Tensor, workspace: Workspace, dtype: torch.dtype) -> None:
+        self.sizes, self.weight, self.workspace, self.dtype = sizes, weight, workspace, dtype
+
+    @property
+    def history(self) -> int:
+        """Tokens before a chunk that the convolution sees."""
+        return self.sizes.kernel - 1
+
+    def window(self, count: int) -> torch.Tensor:
+        """Where a chunk's rows go, after the rows before them (0 where there are none): [w - 1 + n, M]."""
+        return self._take("window", self.history + count, len(self.weight))
+
+    def taps(self) -> torch.Tensor:
+        """The convolution's weight as [w, M]; the newest token's last."""
+        taps = self._take("taps", self.sizes.kernel, len(self.weight))
+        return taps.copy_(self.weight[:, 0].t())
+
+    def forward(self, window: torch.Tensor, taps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and queries [K, 2, n, d], and values [K, n, R, e]."""
+        active, rates = self._activate(window, taps)
+        return self._pack(active, rates)
+
+    def backward(
+        self,
+        grad_kq: torch.Tensor,
+        grad_v: torch.Tensor,
+        window: torch.Tensor,
+        kq: torch.Tensor,
+        taps: torch.Tensor,
+        grad_taps: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The gradient of the window.
+
+        Call it after forward of the same window, as it takes from the workspace what forward left there.
+
+        Args:
+            grad_kq: overwritten.
+            grad_v: as forward gives v.
+            window: what forward took, as taps.
+            kq: what forward gave.
+            grad_taps: [w, M], to which the convolution's gradient is added; None if it is frozen.
+        """
+        sizes, count = self.sizes, kq.shape[2]
+        mixed, rates = self._take("mixed", count, len(self.weight)), self._rates(count)
+        grad = self._take("active", count, len(self.weight))
+        dots = torch.mul(kq, grad_kq, out=self._take("kq_product", *kq.shape)).sum(-1, keepdim=True)
+        dots[:, 1].mul_(sizes.key_size)  # queries are shorter by its root
+        grad_kq.addcmul_(kq, dots, value=-1)
+        apart = self._queries_keys(grad)
+        for place, part in ((0, 1), (1, 0)):
+            torch.mul(grad_kq[:, place].transpose(0, 1), rates[:, part], out=apart[:, part])
+        self._values(grad).copy_(grad_v.transpose(0, 1))
+        aten.silu_backward.grad_input(grad, mixed, grad_input=grad)
+        grad_window = self._take("grad_window", *window.shape)
+        grad_window[: self.history].zero_()
+        torch.mul(grad, taps[-1], out=grad_window[self.history :])
+        for place in range(self.history):
+            grad_window[place : place + count].addcmul_(grad, taps[place])
+        if grad_taps is not None:
+            for place, tap in enumerate(grad_taps):
+                seen = window[place : place + count]
+                tap.add_(torch.mul(grad, seen, out=mixed).sum(0))
+        return grad_window
+
+    def add_weight_gradient(self, grad_taps: torch.Tensor) -> None:
+        """Add what backward gathered, [w, M], to the weight's gradient."""
+        gradient(self.weight).add_(grad_taps.t()[:, None])
+
+    def _take(self, name: str, *shape: int) -> torch.Tensor:
+        return self.workspace.take("delta." + name, shape, self.dtype)
+
+    def _activate(self, window: torch.Tensor, taps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """SiLU of the convolution, [n, M], and the factors on queries and keys, [n, 2, K, 1]."""
+        count = len(window) - self.history
+        mixed = torch.mul(window[:count], taps[0], out=self._take("mixed", count, len(self.weight)))
+        for place in range(1, len(taps)):
+            mixed.addcmul_(window[place : place + count], taps[place])
+        active = self._take("active", count, len(self.weight))
+        aten.silu.out(mixed, out=active)
+        rates = self._rates(count)
+        torch.linalg.vector_norm(self._queries_keys(active), dim=-1, keepdim=True, out=rates)
+        rates.square_().add_(EPSILON).rsqrt_()
+        rates[:, 0].mul_(self.sizes.key_size**-0.5)
+        return active, rates
+
+    def _pack(self, active: torch.Tensor, rates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes, count = self.sizes, len(active)
+        kq = self._take("kq", sizes.key_heads, 2, count, sizes.key_size)
+        apart = self._queries_keys(active)
+        for place, part in ((0, 1), (1, 0)):
+            torch.mul(apart[:, part].transpose(0, 1), rates[:, part].transpose(0, 1), out=kq[:, place])
+        values = self._values(active).transpose(0, 1)
+        return kq, self._take("v", *values.shape).copy_(values)
+
+    def _rates(self, count: int) -> torch.Tensor:
+        return self._take("rates", count, 2, self.sizes.key_heads, 1)
+
+    def _queries_keys(self, rows: torch.Tensor) -> torch.Tensor:
+        """The part of [n, M] that holds queries and keys, [n, 2, K, d]."""
+        sizes = self.sizes
+        width = 2 * sizes.key_heads * sizes.key_size
+        return rows[:, :width].unflatten(1, (2, sizes.key_heads, sizes.key_size))
+
+    def _values(self, rows: torch.Tensor) -> torch.Tensor:
+        """The part of [n, M] that holds values, [n, K, R, e]."""
+        sizes = self.sizes
+        width = 2 * sizes.key_heads * sizes.key_size
+        return rows[:, width:].unflatten(1, (sizes.key_heads, -1, sizes.value_size))
