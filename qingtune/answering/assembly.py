@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +117,7 @@ class Assembly:
         self.parameters = {text_name(name) for name in stored_tensors(model)}
         self.dtype, self.device = hardware.dtype, hardware.device
         self.workspace = Workspace(self.device)
-        found = "" if lazy or not _may_be_native(self.architecture, hardware) else native_library()
+        found = "" if lazy else native_kernels(model, hardware)
         self.library, self.no_library = (None, found) if isinstance(found, str) else (found, "")
         if weights.adapter:
             weights.adapter.check_names(weights.shapes)
@@ -270,6 +271,12 @@ class Assembly:
         cos, sin = rotary(torch.empty(0, dtype=self.dtype), torch.arange(length)[None], **which)
         half = cos.shape[-1] // 2
         return cos[0, :, :half].contiguous().to(self.device), sin[0, :, :half].contiguous().to(self.device)
+
+
+def native_kernels(model: Any, hardware: Hardware) -> ctypes.CDLL | str:
+    """The kernels in C; or why they cannot be used, "" on a machine or for a model that they are not for."""
+    architecture = describe(model.config.get_text_config(decoder=True))
+    return native_library() if _may_be_native(architecture, hardware) else ""
 
 
 def _may_be_native(architecture: Architecture, hardware: Hardware) -> bool:

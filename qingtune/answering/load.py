@@ -11,7 +11,7 @@ import torch
 
 from qingtune.adapters.merge_stored import MergedWeights, StoredAdapter
 from qingtune.adapters.peft_files import load_adapter, read_adapter
-from qingtune.answering.assembly import Assembly, fits, why_not
+from qingtune.answering.assembly import Assembly, fits, native_kernels, why_not
 from qingtune.answering.decoder.packed import has_int4_kernels
 from qingtune.answering.generate import Decoder
 from qingtune.kernels.device import Hardware, memory_errors
@@ -107,8 +107,15 @@ def open_model(
     reason = why_not(model)
     if reason is None and bits and hardware.device.type != "cpu":
         reason = "packed products are only for CPUs"
-    if reason is None and bits == 4 and not has_int4_kernels():
-        reason = "this machine's PyTorch packs 4 bits in a layout not known here"
+    if reason is None and bits == 4:
+        reason = _why_no_4_bits(model, hardware)
     if reason is None and not fits(model, weights):
         reason = "its weights are stored under other names or shapes"
     return model, weights, reason
+
+
+def _why_no_4_bits(model: Any, hardware: Hardware) -> str | None:
+    native = native_kernels(model, hardware)
+    if not isinstance(native, str) or has_int4_kernels():
+        return None
+    return "this machine's PyTorch packs 4 bits in a layout not known here" + (f", and {native}" if native else "")

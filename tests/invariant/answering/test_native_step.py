@@ -76,7 +76,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if compiled == "there is no C compiler (cc, gcc or clang)":
         pytest.skip(compiled)
     assert isinstance(compiled, ctypes.CDLL)
-    monkeypatch.setattr(load, "native_library", lambda: compiled)
+    monkeypatch.setattr(assembly, "native_library", lambda: compiled)
     return compiled
 
 
@@ -295,6 +295,16 @@ def test_memory_is_asked_for_what_is_kept(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(assembly, "native_library", lambda: "there is no C compiler")
     load_decoder(folder, None, None, FP32, None, 1)
     assert asked == [16, 8, None, None]
+
+
+def test_4_bits_need_no_kernels_of_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs without AVX-512 PyTorch packs 4 bits in another layout."""
+    _, folder = saved(tmp_path, "llama", None)
+    monkeypatch.setattr(load, "has_int4_kernels", lambda: False)
+    opened(folder, 4, hardware=FP32)
+    monkeypatch.setattr(assembly, "native_library", lambda: "there is no C compiler")
+    *_, reason = load.open_model(folder, None, 4, FP32)
+    assert reason == "this machine's PyTorch packs 4 bits in a layout not known here, and there is no C compiler"
 
 
 def test_without_a_compiler_pytorch_answers(
