@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from qingtune.kernels.layout import Block, Segment
+from qingtune.kernels.native.elementwise import native
 from qingtune.kernels.workspace import Workspace
 
 aten = torch.ops.aten
@@ -91,7 +92,10 @@ class BlockAttention:
                 grad_shares = take("attention.scores", shares.shape, dtype)
                 torch.bmm(grad_out, value[:, : block.keys].transpose(1, 2), out=grad_shares)
                 grad_scores = take("attention.grad_scores", shares.shape, dtype)
-                aten._softmax_backward_data.out(grad_shares, shares, -1, dtype, grad_input=grad_scores)
+                if c := native(grad_shares):
+                    c.softmax_backward(grad_shares, shares, block.spans, grad_scores)
+                else:
+                    aten._softmax_backward_data.out(grad_shares, shares, -1, dtype, grad_input=grad_scores)
                 key_part = torch.bmm(grad_scores.transpose(1, 2), query)
                 self._add_rows(grad_k, segment, key_part, scale=heads.scale)
                 torch.baddbmm(grad_out, grad_scores, key[:, : block.keys], beta=0, alpha=heads.scale, out=grad_out)
@@ -103,10 +107,13 @@ class BlockAttention:
         shape = (query.shape[0], query.shape[1], block.keys)
         scores = self.workspace.take("attention.scores", shape, query.dtype)
         torch.baddbmm(scores, query, key[:, : block.keys].transpose(1, 2), beta=0, alpha=self.heads.scale, out=scores)
+        shares = self.workspace.take("attention.shares", shape, query.dtype)
+        if c := native(scores):
+            c.softmax(scores, block.spans, shares)
+            return shares
         if block.keys > block.masked_from:
             apart = scores.view(self.heads.keys, self.heads.group, -1, block.keys)
             apart[..., block.masked_from :].masked_fill_(block.hidden, -math.inf)
-        shares = self.workspace.take("attention.shares", shape, query.dtype)
         aten._softmax.out(scores, -1, False, out=shares)
         return shares
 

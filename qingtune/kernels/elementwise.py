@@ -1,5 +1,6 @@
 """RMSNorm, SwiGLU and rotary positions, forward and backward, written into buffers that stay from pass to pass.
 
+In C where that is there for the tensors (native/elementwise.py), in one pass over memory each; otherwise in PyTorch.
 Backward functions take what forward took and compute it again where that is cheaper than keeping it.
 """
 
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qingtune.kernels.native.elementwise import native
 from qingtune.kernels.projection import gradient
 from qingtune.kernels.workspace import Workspace
 
@@ -37,11 +39,22 @@ class Norm:
         """[..., D] -> [..., D], in the workspace under the name."""
         if x.device.type != "cpu":
             return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.epsilon)
+        if c := native(x):
+            out = self.workspace.take(name, x.shape, x.dtype)
+            c.norm(x, self.weight, self.epsilon, out)
+            return out
         normalised, _ = self._normalised(x)
         return self.workspace.take(name, x.shape, x.dtype).copy_(normalised.mul_(self.weight))
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The gradient of x in fp32 (fp64 for fp64); the weight's is added to it if it is trained."""
+        if c := native(grad, x):
+            grad_x = self.workspace.take("norm.scaled", x.shape, torch.float32)
+            trained = self.weight.requires_grad
+            grad_weight = c.norm_backward(grad, x, self.weight, self.epsilon, grad_x, trained=trained)
+            if grad_weight is not None:
+                gradient(self.weight).add_(grad_weight)
+            return grad_x
         normalised, rate = self._normalised(x)
         scaled = self.workspace.take("norm.scaled", x.shape, normalised.dtype).copy_(grad).mul_(self.weight)
         product = self.workspace.take("norm.product", x.shape, normalised.dtype)
@@ -53,6 +66,9 @@ class Norm:
 
     def add_backward(self, total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Add the gradient of x to total, a tensor like x."""
+        if not self.weight.requires_grad and (c := native(total, grad, x)):
+            c.norm_add_backward(grad, x, self.weight, self.epsilon, total)
+            return total
         grad_x = self.backward(grad, x)
         wide = self.workspace.take("norm.product", x.shape, grad_x.dtype).copy_(total)
         return total.copy_(grad_x.add_(wide))
@@ -67,15 +83,24 @@ class Norm:
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, activated: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up (Shazeer 2020) into out, silu(gate) into activated; [T, I] all four, the last two may be one."""
+    """silu(gate) * up (Shazeer 2020) into out; [T, I] all four, the last two may be one.
+
+    activated: holds what swiglu_backward is to find there.
+    """
+    if c := native(gate, up, out):
+        c.gated(gate, up, out)
+        return out
     aten.silu.out(gate, out=activated)
     return torch.mul(activated, up, out=out)
 
 
 def swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activated: torch.Tensor) -> None:
     """Put the gradient of gate in gate's place and that of up in activated's; grad is overwritten; [T, I] all four."""
-    torch.mul(grad, activated, out=activated)
-    aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=gate)
+    if c := native(grad, gate, up, activated):
+        c.gated_backward(grad, gate, up, activated)
+    else:
+        torch.mul(grad, activated, out=activated)
+        aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=gate)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -86,6 +111,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Ten
         cos: [T, 1, d / 2], likewise sin, in x's dtype.
         out: like x, and not x itself.
     """
+    if c := native(x, cos, sin, out):
+        c.rotate(x, cos, sin, out)
+        return out
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)

@@ -53,6 +53,12 @@ class Block:
     masked_from: int
     hidden: torch.Tensor
 
+    @cached_property
+    def spans(self) -> torch.Tensor:
+        """int64 [2, last - first], the first key that each row sees, the one after its last; counted in the block."""
+        ends = self.keys - self.hidden.sum(1)
+        return torch.stack([torch.zeros_like(ends), ends])
+
 
 @dataclass(frozen=True)
 class Lengths:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from qingtune.data.batch import Batch
 from qingtune.kernels.footprint import CHUNK_ELEMENTS, ROWS_AT_A_TIME, VOCABULARY_TILE
+from qingtune.kernels.native.elementwise import native
 from qingtune.kernels.workspace import Workspace
 
 
@@ -113,6 +114,8 @@ def _softmax_minus_one_hot(
     logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | None, workspace: Workspace
 ) -> torch.Tensor:
     """Put the scaled gradient in the place of the logits, [n, V]; returns the rows' summed loss."""
+    if c := native(logits):
+        return c.cross_entropy(logits, targets, 1.0 if scale is None else float(scale)).sum().float()
     wide = torch.promote_types(logits.dtype, torch.float32)
     loss = torch.zeros((), dtype=wide, device=logits.device)
     size = ROWS_AT_A_TIME if logits.device.type == "cpu" else len(logits)

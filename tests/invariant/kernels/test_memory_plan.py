@@ -1,4 +1,5 @@
-"""The bytes planned for the fast kernels' buffers are those that a pass makes, name by name."""
+"""The bytes planned for the fast kernels' buffers are those that a pass makes, name by name; with the elementwise work
+in C, which needs fewer, they are the most that it makes."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from qingtune.data.batch import collate
 from qingtune.kernels.buffers import Arithmetic, Buffers, buffers
 from qingtune.kernels.decoder import TrainingDecoder
 from qingtune.kernels.footprint import PassTokens
+from qingtune.kernels.native import elementwise as in_c
 
 LENGTH, SAMPLES = 40, 2
 LONGER = 136  # the sample that is evaluated
@@ -44,8 +46,12 @@ def held(decoder: TrainingDecoder) -> Buffers:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
-def test_every_buffer_has_its_planned_size(kind: str, method: str) -> None:
+@pytest.mark.parametrize(("kind", "compiled"), [("qwen2", False), ("qwen3", False), ("llama", False), ("qwen3", True)])
+def test_every_buffer_has_its_planned_size(
+    kind: str, compiled: bool, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(in_c, "elementwise", lambda: None)
     trained, bits, dropout = METHODS[method]
     for dtype, recompute, evaluates in itertools.product((torch.float32, torch.bfloat16), (0, 1, 2), (False, True)):
         model: Any = make_decodable(kind, trained, bits=bits)
@@ -74,4 +80,8 @@ def test_every_buffer_has_its_planned_size(kind: str, method: str) -> None:
         work = PassTokens(SAMPLES * LENGTH, len(batch.targets), LENGTH)
         evaluation = PassTokens(LONGER, len(longer.targets), LONGER) if evaluates else None
         planned = buffers(decoder.sizes, how, work, evaluation)
-        assert planned == held(decoder), (dtype, recompute, evaluates)
+        found = held(decoder)
+        if compiled:
+            assert all(size <= planned[key] for key, size in found.items()), (dtype, recompute, evaluates)
+        else:
+            assert planned == found, (dtype, recompute, evaluates)

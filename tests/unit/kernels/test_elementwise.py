@@ -107,7 +107,6 @@ def test_swiglu_and_its_gradients_in_place(dtype: torch.dtype) -> None:
         close(out, product.detach(), dtype)
         assert swiglu(gate, up, activated, out) is out
         close(out, product.detach(), dtype)
-        close(activated, F.silu(wide_gate).detach(), dtype)
         assert gate.equal(kept[0])
         swiglu_backward(grad, gate, up, activated)
         assert up.equal(kept[1])

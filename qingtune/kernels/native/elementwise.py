@@ -1,0 +1,181 @@
+"""The elementwise work of training in C (elementwise.c), where a machine can compile it and tensors fit.
+
+The one place that decides: `native` gives the functions for some tensors, or None, and callers then use PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from qingtune.kernels.native.build import compiled_library, flags_of_hidden_units
+
+SOURCE = Path(__file__).with_name("elementwise.c")
+# NaN and infinity keep their meaning; errno and the flags of floating point, which nobody reads, do not.
+FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+ELEMENTS_A_THREAD = 2**14  # fewer are done before another thread has started
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+
+Activation = Literal["silu", "gelu_tanh"]
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+# What functions take before their last two arguments, the kind of numbers and how many threads.
+_ARGUMENTS = {
+    "norm": [_P, _P, _P, _I, _I, _F, _F],
+    "norm_backward": [*[_P] * 6, _I, _I, _F, _F],
+    "norm_add_backward": [_P, _P, _P, _P, _I, _I, _F, _F],
+    "gated": [_P, _P, _P, _I, _I],
+    "gated_backward": [_P, _P, _P, _P, _I, _I],
+    "rotate": [_P, _P, _P, _P, _I, _I, _I, _I],
+    "cross_entropy": [_P, _P, _P, _I, _I, _F],
+    "softmax": [*[_P] * 5, _I, _I, _I],
+    "softmax_backward": [*[_P] * 5, _I, _I, _I],
+}
+
+
+def native(*tensors: torch.Tensor) -> Elementwise | None:
+    """The functions in C where they are for these tensors: on a CPU, contiguous, all in fp32 or all in bf16."""
+    dtype = tensors[0].dtype
+    fits = dtype in KINDS and all(x.device.type == "cpu" and x.dtype == dtype and x.is_contiguous() for x in tensors)
+    return elementwise() if fits else None
+
+
+@functools.cache
+def elementwise() -> Elementwise | None:
+    """The functions in C, compiled at the first call; None where that cannot be."""
+    found = elementwise_library()
+    return None if isinstance(found, str) else Elementwise(found)
+
+
+def elementwise_library() -> ctypes.CDLL | str:
+    """The compiled functions, or the reason why there are none."""
+    if sys.platform != "linux":
+        return "they are compiled on Linux only"
+    return compiled_library(SOURCE, _declare, (*FLAGS, *flags_of_hidden_units()))
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Say what its functions take, and that they return nothing."""
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [*arguments, _I, _I], None
+
+
+class Elementwise:
+    """elementwise.c on tensors for which `native` gives it; each function says what it writes to.
+
+    Weights of norms may be of any dtype. Work is shared among PyTorch's threads, and results do not depend on how many.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def norm(
+        self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor, *, offset: float = 0.0
+    ) -> None:
+        """out = x / sqrt(mean(x^2) + epsilon) * (offset + weight) over the last dimension; out may be x."""
+        wide = weight.detach().float()
+        self._library.norm(_at(x), _at(wide), _at(out), *_rows(x), epsilon, offset, *_how(x))
+
+    def norm_backward(
+        self,
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        epsilon: float,
+        out: torch.Tensor,
+        *,
+        offset: float = 0.0,
+        trained: bool = False,
+    ) -> torch.Tensor | None:
+        """Put the gradient of x in out, fp32; returns the weight's, fp32, where it is trained."""
+        wide, rates = weight.detach().float(), torch.empty(x.numel() // x.shape[-1])
+        grad_weight = torch.empty_like(wide) if trained else None
+        places = (_at(tensor) for tensor in (grad, x, wide, out, rates))
+        self._library.norm_backward(
+            *places, None if grad_weight is None else _at(grad_weight), *_rows(x), epsilon, offset, *_how(x)
+        )
+        return grad_weight
+
+    def norm_add_backward(
+        self,
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        epsilon: float,
+        total: torch.Tensor,
+        *,
+        offset: float = 0.0,
+    ) -> None:
+        """Add the gradient of x to total."""
+        wide = weight.detach().float()
+        places = (_at(tensor) for tensor in (grad, x, wide, total))
+        self._library.norm_add_backward(*places, *_rows(x), epsilon, offset, *_how(x))
+
+    def gated(
+        self, gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, *, activation: Activation = "silu"
+    ) -> None:
+        """out = activation(gate) * up; out may be either."""
+        self._library.gated(_at(gate), _at(up), _at(out), gate.numel(), ACTIVATIONS[activation], *_how(gate))
+
+    def gated_backward(
+        self,
+        grad: torch.Tensor,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        grad_up: torch.Tensor,
+        *,
+        activation: Activation = "silu",
+    ) -> None:
+        """Put the gradient of gate in gate's place and that of up in grad_up, which may be up or grad."""
+        places = (_at(tensor) for tensor in (grad, gate, up, grad_up))
+        self._library.gated_backward(*places, gate.numel(), ACTIVATIONS[activation], *_how(gate))
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
+        """Turn the first 2 n coordinates of heads, x [T, heads, d], by angles, cos and sin [T, 1, n]; out may be x."""
+        places = (_at(tensor) for tensor in (x, cos, sin, out))
+        self._library.rotate(*places, *x.shape, cos.shape[-1], *_how(x))
+
+    def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
+        """Put scale * (softmax - one-hot) in the place of logits, [n, V]; returns rows' losses, fp64 [n]."""
+        losses = torch.empty(len(logits), dtype=torch.float64)
+        places = (_at(tensor) for tensor in (logits, targets.contiguous(), losses))
+        self._library.cross_entropy(*places, *_rows(logits), scale, *_how(logits))
+        return losses
+
+    def softmax(self, scores: torch.Tensor, spans: torch.Tensor, out: torch.Tensor) -> None:
+        """out = softmax(scores), [..., n, keys], of the keys that a row sees and 0 for others; out may be scores.
+
+        Args:
+            spans: int64 [2, n], the first key that each row sees and the one after the last.
+        """
+        room = torch.empty(torch.get_num_threads() * scores.shape[-1])
+        places = (_at(tensor) for tensor in (scores, out, spans[0], spans[1], room))
+        self._library.softmax(*places, *_rows(scores), spans.shape[1], *_how(scores))
+
+    def softmax_backward(
+        self, grad: torch.Tensor, shares: torch.Tensor, spans: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """out = the gradient of the scores for that of the shares, [..., n, keys]; out may be either."""
+        places = (_at(tensor) for tensor in (grad, shares, out, spans[0], spans[1]))
+        self._library.softmax_backward(*places, *_rows(grad), spans.shape[1], *_how(grad))
+
+
+def _at(tensor: torch.Tensor) -> int:
+    """Where a tensor's numbers lie; the caller keeps it alive."""
+    return tensor.data_ptr()
+
+
+def _rows(x: torch.Tensor) -> tuple[int, int]:
+    """How many rows of the last dimension, and its size."""
+    return x.numel() // max(1, x.shape[-1]), x.shape[-1]
+
+
+def _how(x: torch.Tensor) -> tuple[int, int]:
+    """The kind of numbers, and how many threads are worth their start."""
+    return KINDS[x.dtype], max(1, min(torch.get_num_threads(), x.numel() // ELEMENTS_A_THREAD))

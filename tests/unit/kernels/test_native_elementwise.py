@@ -1,0 +1,241 @@
+"""The elementwise work in C gives what PyTorch gives, on hard inputs too, and the same for any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qingtune.kernels.elementwise import Norm, rotate, swiglu, swiglu_backward
+from qingtune.kernels.loss import _softmax_minus_one_hot
+from qingtune.kernels.native import elementwise as in_c
+from qingtune.kernels.workspace import Workspace
+
+FOUND = in_c.elementwise_library()
+pytestmark = pytest.mark.skipif(isinstance(FOUND, str), reason=str(FOUND))
+
+EPSILON = 1e-6
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# One row, one column, sizes around the width of vectors, enough for two threads.
+SHAPES = [(1, 1), (1, 64), (3, 5), (2, 17), (7, 31), (5, 33), (640, 67)]
+Result = tuple[torch.Tensor, ...]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def plain(work: Callable[[], Result]) -> Result:
+    """What PyTorch gives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_c, "elementwise", lambda: None)
+        return work()
+
+
+def compare(work: Callable[[], Result], dtype: torch.dtype) -> None:
+    """fp32: 1e-6 of the largest number; bf16: that PyTorch rounds in between makes up to two of its steps."""
+    assert in_c.native(torch.ones(1, dtype=dtype)) is not None
+    for mine, twin in zip(work(), plain(work), strict=True):
+        assert mine.dtype == twin.dtype
+        assert mine.isnan().equal(twin.isnan())
+        infinite = twin.isinf() | mine.isinf()
+        assert mine[infinite].equal(twin[infinite])
+        mine, twin = (torch.where(twin.isfinite(), x, 0).double() for x in (mine, twin))
+        bound = twin.abs() * 2**-7 if dtype == torch.bfloat16 and mine.dim() else 0.0
+        assert bool(((mine - twin).abs() <= bound + 1e-6 * twin.abs().amax().clamp_min(1)).all())
+
+
+def hard(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Random numbers of many sizes; a row of zeros, one with infinity, one with no number, where there are rows."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
+    if len(x) > 4:
+        x[1], x[2, 0], x[3, -1] = 0, torch.inf if seed % 2 else -torch.inf, torch.nan
+    return x.to(dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("trained", [False, True])
+def test_norms(shape: tuple[int, int], dtype: torch.dtype, trained: bool, threads: int) -> None:
+    x, grad, total = (hard(shape, dtype, seed) for seed in (0, 1, 2))
+    if trained:
+        x, grad = (torch.where(t.isfinite(), t, 1) for t in (x, grad))
+
+    def work() -> Result:
+        weight = torch.linspace(-1, 2, shape[1]).to(dtype).requires_grad_(trained)
+        norm = Norm(weight, EPSILON, Workspace(x.device))
+        with torch.no_grad():
+            out = norm.forward(x), norm.backward(grad, x).clone(), norm.add_backward(total.clone(), grad, x)
+        return out if weight.grad is None else (*out, weight.grad)
+
+    compare(work, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES)
+def test_swiglu(shape: tuple[int, int], dtype: torch.dtype, threads: int) -> None:
+    def work() -> Result:
+        gate, up, grad = (hard(shape, dtype, seed) for seed in (0, 1, 2))
+        gate.view(-1)[-1:] = -1e4
+        activated = torch.empty_like(gate)
+        out = swiglu(gate, up, activated, torch.empty_like(gate))
+        swiglu_backward(grad, gate, up, activated)
+        return out, gate, activated
+
+    if dtype == torch.float32:
+        compare(work, dtype)
+        return
+    for mine, twin in zip(work(), plain(work), strict=True):  # PyTorch's sums cancel in bf16: within its steps
+        torch.testing.assert_close(mine, twin, rtol=2**-6, atol=2**-6, equal_nan=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gates_and_their_gradients_are_those_of_autograd(activation: in_c.Activation, dtype: torch.dtype) -> None:
+    gate, up, grad = (torch.randn(7, 33).mul(3).to(dtype) for _ in range(3))
+    wide = [x.double().requires_grad_() for x in (gate, up)]
+    activated = F.silu(wide[0]) if activation == "silu" else F.gelu(wide[0], approximate="tanh")
+    twins = torch.autograd.grad(activated * wide[1], wide, grad.double())
+    c, out, grad_up = in_c.native(gate), torch.empty_like(gate), torch.empty_like(gate)
+    assert c
+    c.gated(gate, up, out, activation=activation)
+    c.gated_backward(grad, gate, up, grad_up, activation=activation)
+    for mine, twin in zip((out, gate, grad_up), ((activated * wide[1]).detach(), *twins), strict=True):
+        torch.testing.assert_close(mine.double(), twin, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@DTYPES
+@pytest.mark.parametrize(("rows", "heads", "half"), [(1, 1, 1), (5, 3, 7), (64, 14, 32)])
+def test_rotation(rows: int, heads: int, half: int, dtype: torch.dtype, threads: int) -> None:
+    x, angles = hard((rows, heads, 2 * half), dtype), torch.rand(rows, 1, half) * 50
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def work() -> Result:
+        return (rotate(x, cos, sin, torch.empty_like(x)),)
+
+    if dtype == torch.float32:
+        compare(work, dtype)
+        return
+    largest = float(torch.where(x.isfinite(), x, 0).abs().max())  # where numbers cancel, PyTorch has rounded before
+    torch.testing.assert_close(work(), plain(work), rtol=0.02, atol=0.02 * largest, equal_nan=True)
+
+
+def test_a_part_of_a_head_turns_in_place() -> None:
+    x, angles = torch.randn(5, 2, 12), torch.rand(5, 1, 4)
+    twin = torch.cat([rotate(x[..., :8].contiguous(), angles.cos(), angles.sin(), torch.empty(5, 2, 8)), x[..., 8:]], 2)
+    c = in_c.native(x)
+    assert c
+    c.rotate(x, angles.cos(), angles.sin(), x)
+    torch.testing.assert_close(x, twin, rtol=0, atol=0)
+
+
+def test_a_norm_with_an_offset_on_its_weight() -> None:
+    x, grad, weight = torch.randn(5, 33), torch.randn(5, 33), torch.randn(33)
+    c, out, grad_x, total = in_c.native(x), torch.empty_like(x), torch.empty_like(x), torch.ones_like(x)
+    assert c
+    c.norm(x, weight, EPSILON, out, offset=1.0)
+    c.norm_backward(grad, x, weight, EPSILON, grad_x, offset=1.0)
+    c.norm_add_backward(grad, x, weight, EPSILON, total, offset=1.0)
+    norm = Norm(1 + weight, EPSILON, Workspace(x.device))
+    for mine, twin in ((out, norm.forward(x)), (grad_x, norm.backward(grad, x)), (total, norm.backward(grad, x) + 1)):
+        torch.testing.assert_close(mine, twin)
+
+
+@DTYPES
+@pytest.mark.parametrize("scale", [None, 0.25])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 31), (9, 4096), (6, 9001)])
+def test_cross_entropy(shape: tuple[int, int], scale: float | None, dtype: torch.dtype, threads: int) -> None:
+    logits, targets = hard(shape, dtype) * 4, torch.arange(shape[0]) * 7 % shape[1]
+    factor = None if scale is None else torch.tensor(scale)
+
+    def work() -> Result:
+        workspace, losses, gradients = Workspace(logits.device), [], []
+        for row, target in zip(logits.split(1), targets.split(1), strict=True):
+            grad = row.clone()
+            losses.append(_softmax_minus_one_hot(grad, target, factor, workspace))
+            gradients.append(grad)
+        return torch.stack(losses), torch.cat(gradients)
+
+    compare(work, dtype)
+    together = logits.clone()
+    _softmax_minus_one_hot(together, targets, factor, Workspace(logits.device))
+    torch.testing.assert_close(together, work()[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [1, 12288])
+def test_a_probability_of_one_and_far_logits(size: int) -> None:
+    logits = torch.full((2, size + 1), -3e4)
+    logits[:, 0] = 3e4
+    c = in_c.native(logits)
+    assert c
+    assert c.cross_entropy(logits, torch.tensor([0, size]), 1.0).tolist() == [0.0, 6e4]
+    assert logits[0].abs().max() == 0
+    assert logits[1].tolist() == [1.0, *[0.0] * (size - 1), -1.0]
+
+
+@DTYPES
+@pytest.mark.parametrize(("heads", "rows", "keys"), [(1, 1, 1), (2, 3, 5), (3, 7, 33), (8, 40, 130)])
+def test_softmax_of_what_a_row_sees(heads: int, rows: int, keys: int, dtype: torch.dtype, threads: int) -> None:
+    scores, grad = torch.randn(heads, rows, keys).mul(4).to(dtype), torch.randn(heads, rows, keys).to(dtype)
+    begins = torch.arange(rows) % keys // 2
+    ends = (keys - rows + 1 + torch.arange(rows)).clamp(min=1).maximum(begins + 1)
+    places = torch.arange(keys)
+    unseen = (places < begins[:, None]) | (places >= ends[:, None])
+    scores[:, unseen] = torch.nan  # what is not seen does not matter
+    wide = scores.double().masked_fill(unseen, -torch.inf).requires_grad_()
+    twin = wide.softmax(-1)
+    c, shares, grad_scores = in_c.native(scores), torch.full_like(scores, torch.nan), torch.full_like(scores, torch.nan)
+    assert c
+    c.softmax(scores, torch.stack([begins, ends]), shares)
+    c.softmax_backward(grad, shares, torch.stack([begins, ends]), grad_scores)
+    (twin_grad,) = torch.autograd.grad(twin, wide, grad.double())
+    bound = {"rtol": 2**-7, "atol": 2**-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(shares.double(), twin.detach(), **bound)
+    torch.testing.assert_close(grad_scores.double(), twin_grad, **bound)
+    assert shares[:, unseen].abs().sum() == 0
+    assert grad_scores[:, unseen].abs().sum() == 0
+
+
+def test_softmax_of_hard_scores() -> None:
+    scores = torch.tensor([[torch.inf, 0], [-torch.inf, 0], [torch.nan, 0], [-torch.inf, -torch.inf], [3e4, -3e4]])
+    c, shares = in_c.native(scores), torch.empty_like(scores)
+    assert c
+    c.softmax(scores, torch.tensor([[0] * 5, [2] * 5]), shares)
+    torch.testing.assert_close(shares, scores.softmax(-1), rtol=0, atol=0, equal_nan=True)
+
+
+@DTYPES
+def test_threads_do_not_change_results(dtype: torch.dtype) -> None:
+    x, grad, weight = hard((640, 67), dtype), hard((640, 67), dtype, 1), torch.rand(67)
+    c, found = in_c.native(x), []
+    assert c
+    before = torch.get_num_threads()
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        out, grad_x, logits = torch.empty_like(x), torch.empty(x.shape), x.clone()
+        c.norm(x, weight, EPSILON, out)
+        grad_weight = c.norm_backward(grad, x, weight, EPSILON, grad_x, trained=True)
+        losses = c.cross_entropy(logits, torch.arange(640) % 67, 1.0)
+        assert grad_weight is not None
+        found.append((out, grad_x, grad_weight, losses, logits))
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        for one, many in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, many, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_the_functions_are_not_for() -> None:
+    x = torch.ones(4, 4)
+    assert in_c.native(x) is not None
+    assert in_c.native(x.t()[1:]) is None
+    assert in_c.native(x.double()) is None
+    assert in_c.native(x.half()) is None
+    assert in_c.native(x, x.bfloat16()) is None
+    assert in_c.native(x.to("meta")) is None
