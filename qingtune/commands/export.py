@@ -21,8 +21,9 @@ from qingtune.data.templates import render_template
 from qingtune.data.tokenize import Template, prompt_ids
 from qingtune.data.tokenizer_calls import encode
 from qingtune.errors import UserError
-from qingtune.export.gguf_file import K_QUANTS, GGUFPlan, Read, check_gguf, write_gguf
-from qingtune.export.gguf_layout import GGUFLayout, Value, layout_of
+from qingtune.export.gguf_architectures import Value
+from qingtune.export.gguf_file import K_QUANTS, GGUFPlan, check_gguf, write_gguf
+from qingtune.export.gguf_layout import GGUFLayout, Read, layout_of
 from qingtune.export.gguf_lora import LORA_FORMS, lora_layout
 from qingtune.export.gguf_vocab import MOST_ENDS, Ending, normalizes, vocabulary_of
 from qingtune.export.kquants import quantize_gguf, require_quantizer
@@ -154,7 +155,7 @@ def _export_model(
     say(f"Writing {MODELFILE} and {CARD} ...")
     remarks = [
         *_write_modelfile(folder, files[0].name, origin.base, speech), *_limits(origin.base, speech, quantize),
-        *_undivided(layout, files, quantize),
+        *_undivided(layout, files, quantize), *layout.limits,
     ]  # fmt: skip
     use = [f"llama-cli -m {files[0].name} --jinja", f"ollama create {name} -f {MODELFILE} && ollama run {name}"]
     write_card(folder / CARD, name, origin, files, remarks, use)
@@ -210,7 +211,7 @@ def _base_name(config: ExportConfig, record: Record | None) -> str:
 
 def _check_names(adapter: StoredAdapter, layout: GGUFLayout) -> None:
     """See that the file will hold all that an adapter changes; a UserError if it will not."""
-    if unknown := sorted(adapter.names - {tensor.source for tensor in layout.tensors}):
+    if unknown := sorted(adapter.names - {source for tensor in layout.tensors for source in tensor.sources}):
         raise UserError(
             f"the adapter changes {unknown[0]}, which this base does not have",
             where=str(adapter.folder),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
@@ -17,12 +17,11 @@ from gguf.constants import GGML_QUANT_SIZES, GGML_QUANT_VERSION, QK_K
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
 from qingtune.errors import UserError
-from qingtune.export.gguf_layout import GGUFLayout, PlacedTensor, Value
+from qingtune.export.gguf_architectures import Value
+from qingtune.export.gguf_layout import GGUFLayout, PlacedTensor, Read
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-Read = Callable[[str], torch.Tensor]  # gives a tensor of the model by its name in the folder, in any float dtype
 
 KINDS = {name: Kind[name.upper()] for name in ("f32", "f16", "bf16", "q8_0", "q4_0")}
 K_QUANTS = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m")  # which llama.cpp's own quantiser makes
@@ -72,10 +71,10 @@ class GGUFPlan:
     def kind(self, tensor: PlacedTensor) -> Kind | None:
         """In what form a tensor is kept; None where llama.cpp decides.
 
-        Vectors are kept in fp32; in 4-bit files the embedding and the head in 8 bits, as they lose most; and in 16 bits
-        whatever does not divide into blocks.
+        Vectors are kept in fp32, and what llama.cpp needs so; in 4-bit files the embedding and the head in 8 bits, as
+        they lose most; and in 16 bits whatever does not divide into blocks.
         """
-        if len(tensor.shape) == 1:
+        if _stays(tensor):
             return Kind.F32
         if self.quantize in K_QUANTS:
             return None
@@ -88,7 +87,12 @@ class GGUFPlan:
     def undivided(self) -> list[str]:
         """Matrices whose rows do not divide into the blocks of the form asked for."""
         block = QK_K if self.quantize in K_QUANTS else GGML_QUANT_SIZES[KINDS[self.quantize]][0]
-        return [tensor.name for tensor in self.layout.tensors if len(tensor.shape) > 1 and tensor.shape[-1] % block]
+        return [tensor.name for tensor in self.layout.tensors if not _stays(tensor) and tensor.shape[-1] % block]
+
+
+def _stays(tensor: PlacedTensor) -> bool:
+    """Whether a tensor is kept in fp32 in every file: vectors, convolutions, and the choice of experts."""
+    return len(tensor.shape) == 1 or tensor.name.endswith(("ssm_conv1d.weight", "ffn_gate_inp.weight"))
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def write_gguf(path: Path, plan: GGUFPlan, read: Read) -> None:
         for array in plan.layout.constants.values():
             _append(file, array, writer.data_alignment)
         for tensor in plan.layout.tensors:
-            _append(file, _encode(tensor.arrange(read(tensor.source)), _chosen(plan, tensor)), writer.data_alignment)
+            _append(file, _encode(tensor.read(read), _chosen(plan, tensor)), writer.data_alignment)
 
 
 def _chosen(plan: GGUFPlan, tensor: PlacedTensor) -> Kind:
@@ -192,7 +196,7 @@ def check_gguf(path: Path, plan: GGUFPlan, read: Read) -> dict[str, Kept]:
     errors: dict[str, list[tuple[float, str]]] = {}
     for tensor in plan.layout.tensors:
         kind = Kind(stored[tensor.name].tensor_type)
-        error = _error(_rows(path, stored[tensor.name]), kind, tensor.arrange(read(tensor.source)))
+        error = _error(_rows(path, stored[tensor.name]), kind, tensor.read(read))
         if not error <= MOST_ERROR[kind]:  # also where it is no number
             raise UserError(
                 f"{tensor.source} stored as {kind.name} differs by {error:.3%}, more than rounding explains "

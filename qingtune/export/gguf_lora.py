@@ -14,7 +14,8 @@ from qingtune.adapters.full_modules import modules_of
 from qingtune.adapters.merge_stored import HEAD, StoredAdapter
 from qingtune.adapters.variants import LowRank
 from qingtune.errors import UserError
-from qingtune.export.gguf_layout import GGUFLayout, PlacedTensor, Value
+from qingtune.export.gguf_architectures import Value
+from qingtune.export.gguf_layout import GGUFLayout, PlacedTensor
 
 LORA_FORMS = ("f32", "f16", "bf16", "q8_0")
 _MERGE_IT = "Export the merged model instead: leave out --format gguf_lora."
@@ -43,7 +44,9 @@ def lora_layout(
     tensors: dict[str, torch.Tensor] = {}
     for place, low in sorted(pairs.items(), key=lambda pair: layout.tensors.index(pair[0])):
         b = low.b * (_alpha(low) / alpha)  # by ranks and alphas of its own, this pair has another scaling
-        tensors |= {f"{place.name}.lora_a": low.a, f"{place.name}.lora_b": place.arrange(b)}
+        a = low.a[:, place.columns.index()] if place.columns else low.a
+        b = b[place.rows.index()] if place.rows else b
+        tensors |= {f"{place.name}.lora_a": a, f"{place.name}.lora_b": b}
     metadata: dict[str, Value] = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha}
     placed = [PlacedTensor(name, name, tuple(tensor.shape)) for name, tensor in tensors.items()]
     return GGUFLayout(layout.architecture, metadata, placed, 0), tensors
@@ -70,6 +73,8 @@ def _check(adapter: StoredAdapter, layout: GGUFLayout) -> None:
                 f"the adapter changes {name}, which is the embedding in this base; llama.cpp has no head to put it on"
             )
             raise UserError(what, where=where, fix=_MERGE_IT)
+        if any(name in place.stacked for place in layout.tensors):
+            raise UserError(f"the adapter changes single experts ({name})", where=where, fix=_MERGE_IT)
         shape = places[name].shape if name in places else None
         if (len(low.b), low.a.shape[1]) != shape:
             is_so = f"is {list(shape)}" if shape else "does not exist"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from gguf import TokenType
 
 from qingtune.errors import UserError
-from qingtune.export.gguf_layout import Value
+from qingtune.export.gguf_architectures import Value
 from qingtune.output.invocation import command_line
 
 if TYPE_CHECKING:
@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
+_QWEN35 = (
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 
 # How text is cut before merges are applied -> llama.cpp's name for it, and whether a piece that is a token is then
 # taken as it is (tokenizers call that ignore_merges). llama.cpp has these rules built in; it reads none from a file.
 PRE_TOKENIZERS: dict[tuple[tuple[str, str], ...], tuple[str, bool]] = {
     (("Split", _QWEN2), ("ByteLevel", "")): ("qwen2", False),
+    (("Split", _QWEN35), ("ByteLevel", "")): ("qwen35", False),
     (("Split", _LLAMA3), ("ByteLevel", "")): ("llama-bpe", True),
     (("ByteLevel", "regex"),): ("gpt-2", False),
     (("Digits", "individual"), ("ByteLevel", "regex")): ("smollm", False),

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import make_tokenizer
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
-from tiny_runs import LORA, save_model, train
+from tiny_runs import LORA, lively, save_model, train
+from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 
 from qingtune.adapters.merge_stored import MergedWeights
 from qingtune.adapters.peft_files import read_adapter
@@ -169,25 +171,72 @@ def test_wrong_settings_and_other_bases_are_refused(trained: Trained, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def hybrid_adapter(folder: Path, **settings: Any) -> Path:
+    """An adapter by PEFT on all linear layers of a tiny Qwen3.5, linear attention too; the model is in folder/model."""
+    from peft import LoraConfig, get_peft_model
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 64, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "eos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = lively(AutoModelForCausalLM.from_config(Qwen3_5TextConfig(**sizes)))
+    model.save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False, **settings)
+    get_peft_model(model, lora).save_pretrained(folder / "adapter")
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folder / "model")
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return folder / "adapter"
+
+
+def test_rows_and_columns_of_linear_attention_are_put_in_order(tmp_path: Path) -> None:
+    adapter = hybrid_adapter(tmp_path)
+    added = changes(export_lora(tmp_path / "lora", adapter))
+    export(ExportConfig(base_model=str(tmp_path / "model"), output_dir=str(tmp_path / "base"), quantize=["f32"]))
+    export(ExportConfig(lora_model=str(adapter), output_dir=str(tmp_path / "merged"), quantize=["f32"]))
+    base, merged = (
+        {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / f"{name}/{name}-f32.gguf").tensors}
+        for name in ("base", "merged")
+    )
+    assert {"blk.0.ssm_out.weight", "blk.0.attn_qkv.weight", "blk.0.ssm_alpha.weight", "blk.3.attn_q.weight"} < set(
+        added
+    )
+    for name, weight in merged.items():
+        assert np.allclose(base[name] + added.get(name, 0.0), weight, rtol=0, atol=1e-5), name
+
+
+def test_llama_cpp_puts_an_adapter_on_linear_attention(tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    adapter = hybrid_adapter(tmp_path)
+    lora = export_lora(tmp_path / "lora", adapter)
+    export(ExportConfig(base_model=str(tmp_path / "model"), output_dir=str(tmp_path / "base"), quantize=["f32"]))
+    assert_alike(llama_cpp, tmp_path, lora, adapter)
+
+
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_llama_cpp_answers_as_base_and_adapter(case: str, trained: Trained, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     kind, settings = ADAPTERS[case]
     adapter = trained(kind, **settings)
     lora = export_lora(tmp_path / "lora", adapter)
     export(ExportConfig(base_model=str(tmp_path / "model"), output_dir=str(tmp_path / "base"), quantize=["f32"]))
+    assert_alike(llama_cpp, tmp_path, lora, adapter)
+
+
+def assert_alike(llama_cpp: Any, folder: Path, lora: Path, adapter: Path) -> None:
+    """llama.cpp's logits of base and adapter are PEFT's, and so is the likeliest token everywhere."""
+    from peft import PeftModel
+
     prompt = list(range(3, 40))
     theirs = llama_cpp.Llama(
-        str(tmp_path / "base" / "base-f32.gguf"), lora_path=str(lora), n_ctx=128, n_threads=1, logits_all=True,
+        str(folder / "base" / "base-f32.gguf"), lora_path=str(lora), n_ctx=128, n_threads=1, logits_all=True,
         verbose=False, type_k=0, type_v=0,
     )  # fmt: skip
     theirs.eval(prompt)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA"
-    ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), str(adapter)).eval()
+    ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), str(adapter)).eval()
     with torch.no_grad():
         wanted = ours(input_ids=torch.tensor([prompt])).logits[0].numpy()
     assert np.abs(theirs.scores[: len(prompt)] - wanted).max() < 1e-3 * wanted.std()

@@ -15,7 +15,7 @@ from conftest import make_model
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from qingtune.errors import UserError
-from qingtune.export.gguf_layout import GGUFLayout, PlacedTensor, layout_of
+from qingtune.export.gguf_layout import GGUFLayout, PlacedTensor, interleaved, layout_of
 from qingtune.models.stored_weights import StoredWeights
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -61,7 +61,7 @@ def test_every_tensor_has_a_place_of_its_own(kind: str, place: Place) -> None:
 @pytest.mark.parametrize("shape", [(32, 16), (32,)])
 def test_rows_of_llama_lie_as_its_readers_undo_it(shape: tuple[int, ...]) -> None:
     tensor = torch.arange(math.prod(shape)).reshape(shape)
-    arranged = PlacedTensor("blk.0.attn_q.weight", "", shape, interleaved_heads=4).arrange(tensor)
+    arranged = PlacedTensor("blk.0.attn_q.weight", "", shape, interleaved(4, 32)).arrange(tensor)
     assert not torch.equal(arranged, tensor)
     reader = LlamaTensorProcessor({"num_attention_heads": 4, "num_key_value_heads": 4})
     back = reader.process(arranged.numpy(), "blk.0.attn_q.weight").weights
@@ -69,11 +69,12 @@ def test_rows_of_llama_lie_as_its_readers_undo_it(shape: tuple[int, ...]) -> Non
 
 
 def test_only_queries_and_keys_of_llama_are_put_in_another_order(place: Place) -> None:
-    heads = {tensor.name: tensor.interleaved_heads for tensor in place("llama", attention_bias=True).tensors}
-    assert {name.split(".", 2)[2]: count for name, count in heads.items() if count} == {
-        "attn_q.weight": 4, "attn_q.bias": 4, "attn_k.weight": 2, "attn_k.bias": 2
+    orders = {tensor.name: tensor.rows for tensor in place("llama", attention_bias=True).tensors}
+    queries, keys = interleaved(4, 32), interleaved(2, 16)
+    assert {name.split(".", 2)[2]: order for name, order in orders.items() if order} == {
+        "attn_q.weight": queries, "attn_q.bias": queries, "attn_k.weight": keys, "attn_k.bias": keys
     }  # fmt: skip
-    assert not any(tensor.interleaved_heads for tensor in place("qwen3").tensors)
+    assert not any(tensor.rows or tensor.columns or tensor.change for tensor in place("qwen3").tensors)
 
 
 @pytest.mark.parametrize(

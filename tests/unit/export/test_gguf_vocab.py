@@ -10,6 +10,7 @@ from conftest import make_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
+from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX as QWEN35
 
 from qingtune.errors import UserError
 from qingtune.export.gguf_vocab import Ending, normalizes, vocabulary_of
@@ -46,6 +47,7 @@ def digits(individual: bool) -> Any:
         ("gpt-2", {}),
         ("gpt-2", {"normalizer": normalizers.NFC()}),
         ("qwen2", {"pre_tokenizer": split(QWEN2)}),
+        ("qwen35", {"pre_tokenizer": split(QWEN35)}),
         ("llama-bpe", {"pre_tokenizer": split(LLAMA3), "model": {"ignore_merges": True}}),
         ("smollm", {"pre_tokenizer": digits(True)}),
     ],

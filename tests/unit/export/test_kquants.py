@@ -136,10 +136,7 @@ def test_a_file_that_llama_cpp_made_is_compared_with_the_weights(
         numbers = dequantize(stored[tensor.name], kind)
         numbers = numbers + noise.normal(size=numbers.shape) * size * np.sqrt(np.mean(numbers**2))
         numbers = torch.from_numpy(numbers.astype(np.float32)) * (1 + wrong.get(tensor.name, 0.0))
-        if not tensor.interleaved_heads:
-            return numbers
-        pairs = numbers.reshape(tensor.interleaved_heads, -1, 2, tensor.shape[1])
-        return pairs.transpose(1, 2).reshape(tensor.shape)
+        return numbers if tensor.rows is None else numbers[tensor.rows.index().argsort()]
 
     made = GGUFPlan(plan.layout, plan.metadata, "q4_k_m")
     kept = check_gguf(tmp_path / "b.gguf", made, read)
