@@ -13,6 +13,7 @@ import torch
 
 from qingtune.kernels.architecture import DeltaNet
 from qingtune.kernels.delta_rule import EPSILON
+from qingtune.kernels.native.delta import DeltaKernels, delta_kernels
 from qingtune.kernels.projection import gradient
 from qingtune.kernels.workspace import Workspace
 
@@ -26,11 +27,12 @@ class DeltaHeads:
         sizes: of the layer.
         weight: of the convolution, [M, 1, w].
         workspace: for buffers.
-        dtype: in which all is computed, fp32 or fp64.
+        dtype: of the rows that it reads; computed is in fp32, or fp64 for fp64.
     """
 
     def __init__(self, sizes: DeltaNet, weight: torch.Tensor, workspace: Workspace, dtype: torch.dtype) -> None:
-        self.sizes, self.weight, self.workspace, self.dtype = sizes, weight, workspace, dtype
+        self.sizes, self.weight, self.workspace, self.read = sizes, weight, workspace, dtype
+        self.dtype = torch.promote_types(dtype, torch.float32)
 
     @property
     def history(self) -> int:
@@ -39,7 +41,7 @@ class DeltaHeads:
 
     def window(self, count: int) -> torch.Tensor:
         """Where a chunk's rows go, after the rows before them (0 where there are none): [w - 1 + n, M]."""
-        return self._take("window", self.history + count, len(self.weight))
+        return self.workspace.take("delta.window", (self.history + count, len(self.weight)), self.read)
 
     def taps(self) -> torch.Tensor:
         """The convolution's weight as [w, M]; the newest token's last."""
@@ -48,8 +50,14 @@ class DeltaHeads:
 
     def forward(self, window: torch.Tensor, taps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and queries [K, 2, n, d], and values [K, n, R, e]."""
-        active, rates = self._activate(window, taps)
-        return self._pack(active, rates)
+        sizes, count = self.sizes, len(window) - self.history
+        kq = self._take("kq", sizes.key_heads, 2, count, sizes.key_size)
+        v = self._take("v", sizes.key_heads, count, sizes.value_heads // sizes.key_heads, sizes.value_size)
+        if kernels := self._kernels(window):
+            kernels.heads(sizes, window, taps, kq, v, EPSILON)
+        else:
+            self._pack(*self._activate(window, taps), kq, v)
+        return kq, v
 
     def backward(
         self,
@@ -60,17 +68,39 @@ class DeltaHeads:
         taps: torch.Tensor,
         grad_taps: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The gradient of the window.
-
-        Call it after forward of the same window, as it takes from the workspace what forward left there.
+        """The gradient of the window, to be called after forward of the same one.
 
         Args:
-            grad_kq: overwritten.
-            grad_v: as forward gives v.
+            grad_kq: as forward gives kq; overwritten. Likewise grad_v.
             window: what forward took, as taps.
             kq: what forward gave.
             grad_taps: [w, M], to which the convolution's gradient is added; None if it is frozen.
         """
+        grad_window = self._take("grad_window", *window.shape)
+        if kernels := self._kernels(window):
+            grads = (grad_kq, grad_v)
+            kernels.heads_backward(self.sizes, grads, window, taps, kq, grad_window, grad_taps, EPSILON)
+            return grad_window
+        count = kq.shape[2]
+        grad = self._through_activation(grad_kq, grad_v, kq)
+        grad_window[: self.history].zero_()
+        torch.mul(grad, taps[-1], out=grad_window[self.history :])
+        for place in range(self.history):
+            grad_window[place : place + count].addcmul_(grad, taps[place])
+        if grad_taps is not None:
+            for place, tap in enumerate(grad_taps):
+                tap.add_((grad * window[place : place + count]).sum(0))
+        return grad_window
+
+    def add_weight_gradient(self, grad_taps: torch.Tensor) -> None:
+        """Add what backward gathered, [w, M], to the weight's gradient."""
+        gradient(self.weight).add_(grad_taps.t()[:, None])
+
+    def _kernels(self, window: torch.Tensor) -> DeltaKernels | None:
+        return delta_kernels(max(self.sizes.key_size, self.sizes.value_size), window)
+
+    def _through_activation(self, grad_kq: torch.Tensor, grad_v: torch.Tensor, kq: torch.Tensor) -> torch.Tensor:
+        """The gradient of what the convolution gives, [n, M]; both given ones may be overwritten."""
         sizes, count = self.sizes, kq.shape[2]
         mixed, rates = self._take("mixed", count, len(self.weight)), self._rates(count)
         grad = self._take("active", count, len(self.weight))
@@ -82,20 +112,7 @@ class DeltaHeads:
             torch.mul(grad_kq[:, place].transpose(0, 1), rates[:, part], out=apart[:, part])
         self._values(grad).copy_(grad_v.transpose(0, 1))
         aten.silu_backward.grad_input(grad, mixed, grad_input=grad)
-        grad_window = self._take("grad_window", *window.shape)
-        grad_window[: self.history].zero_()
-        torch.mul(grad, taps[-1], out=grad_window[self.history :])
-        for place in range(self.history):
-            grad_window[place : place + count].addcmul_(grad, taps[place])
-        if grad_taps is not None:
-            for place, tap in enumerate(grad_taps):
-                seen = window[place : place + count]
-                tap.add_(torch.mul(grad, seen, out=mixed).sum(0))
-        return grad_window
-
-    def add_weight_gradient(self, grad_taps: torch.Tensor) -> None:
-        """Add what backward gathered, [w, M], to the weight's gradient."""
-        gradient(self.weight).add_(grad_taps.t()[:, None])
+        return grad
 
     def _take(self, name: str, *shape: int) -> torch.Tensor:
         return self.workspace.take("delta." + name, shape, self.dtype)
@@ -103,9 +120,10 @@ class DeltaHeads:
     def _activate(self, window: torch.Tensor, taps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """SiLU of the convolution, [n, M], and the factors on queries and keys, [n, 2, K, 1]."""
         count = len(window) - self.history
-        mixed = torch.mul(window[:count], taps[0], out=self._take("mixed", count, len(self.weight)))
+        wide = self.workspace.cast("delta.window", window, self.dtype)
+        mixed = torch.mul(wide[:count], taps[0], out=self._take("mixed", count, len(self.weight)))
         for place in range(1, len(taps)):
-            mixed.addcmul_(window[place : place + count], taps[place])
+            mixed.addcmul_(wide[place : place + count], taps[place])
         active = self._take("active", count, len(self.weight))
         aten.silu.out(mixed, out=active)
         rates = self._rates(count)
@@ -114,14 +132,11 @@ class DeltaHeads:
         rates[:, 0].mul_(self.sizes.key_size**-0.5)
         return active, rates
 
-    def _pack(self, active: torch.Tensor, rates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        sizes, count = self.sizes, len(active)
-        kq = self._take("kq", sizes.key_heads, 2, count, sizes.key_size)
+    def _pack(self, active: torch.Tensor, rates: torch.Tensor, kq: torch.Tensor, v: torch.Tensor) -> None:
         apart = self._queries_keys(active)
         for place, part in ((0, 1), (1, 0)):
             torch.mul(apart[:, part].transpose(0, 1), rates[:, part].transpose(0, 1), out=kq[:, place])
-        values = self._values(active).transpose(0, 1)
-        return kq, self._take("v", *values.shape).copy_(values)
+        v.copy_(self._values(active).transpose(0, 1))
 
     def _rates(self, count: int) -> torch.Tensor:
         return self._take("rates", count, 2, self.sizes.key_heads, 1)

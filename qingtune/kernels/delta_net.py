@@ -24,6 +24,7 @@ from qingtune.kernels.delta_heads import DeltaHeads
 from qingtune.kernels.delta_rule import DeltaRule
 from qingtune.kernels.delta_sizes import CHUNK, DeltaNetSizes
 from qingtune.kernels.layout import Layout, Segment
+from qingtune.kernels.native.delta import delta_kernels
 from qingtune.kernels.projection import gradient
 from qingtune.kernels.workspace import Workspace
 
@@ -43,7 +44,7 @@ class DeltaNetBlock:
         self.norm = parts.norm(layer.input_layernorm)
         qkv, z, b, a = (getattr(net, "in_proj_" + name) for name in ("qkv", "z", "b", "a"))
         self.mixed, self.z, self.all, self.out = parts.projections([qkv, b, a], [z], [qkv, z, b, a], [net.out_proj])
-        self.heads = DeltaHeads(this, net.conv1d.weight, self.workspace, self.wide)
+        self.heads = DeltaHeads(this, net.conv1d.weight, self.workspace, self.dtype)
         self.gates = Gates(net.A_log, net.dt_bias, this)
         # Each number of rows has oneDNN make 16-bit kernels of its own: short chunks are computed in fp32.
         self.rule, self.short_rule = (DeltaRule(self.workspace, self.wide, products) for products in (self.dtype, None))
@@ -52,7 +53,11 @@ class DeltaNetBlock:
     @property
     def sizes(self) -> DeltaNetSizes:
         """What it takes memory for."""
-        return DeltaNetSizes(self.this, self.gated_norm.weight.requires_grad, self.all.sizes, self.out.sizes)
+        compiled = (
+            delta_kernels(self.this.value_size, self.gated_norm.weight.new_empty(0, dtype=self.dtype)) is not None
+        )
+        trained = self.gated_norm.weight.requires_grad
+        return DeltaNetSizes(self.this, trained, compiled, self.all.sizes, self.out.sizes)
 
     def forward(self, x: torch.Tensor, now: Pass, out: torch.Tensor, slot: str, rows: torch.Tensor | None) -> None:
         """x: [T, D] -> out: [T, D], or [N, D] where rows says which."""
@@ -305,6 +310,9 @@ class GatedNorm:
 
     def forward(self, x: torch.Tensor, z: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """x and z: [N, H e] -> out, likewise."""
+        if kernels := delta_kernels(len(self.weight), x, z, out):
+            kernels.gated_norm(x, z, self.weight.float(), out, self.epsilon)
+            return out
         for part, gate, place in zip(x.split(CHUNK), z.split(CHUNK), out.split(CHUNK), strict=True):
             normalised, _ = self._normalised(part)
             gate = self._wide("gate", gate)
@@ -314,6 +322,10 @@ class GatedNorm:
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor, z: torch.Tensor, grad_x: torch.Tensor) -> torch.Tensor:
         """Gradients of x into grad_x, which is returned, and of z in grad's place; the weight's is added to it."""
+        kernels = None if self.weight.requires_grad else delta_kernels(len(self.weight), grad, x, z, grad_x)
+        if kernels:
+            kernels.gated_norm_backward(grad, x, z, self.weight.float(), grad_x, self.epsilon)
+            return grad_x
         parts = zip(*(tensor.split(CHUNK) for tensor in (grad, x, z, grad_x)), strict=True)
         for grad_part, part, gate, place in parts:
             normalised, rate = self._normalised(part)

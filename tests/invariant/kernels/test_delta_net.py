@@ -17,6 +17,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from qingtune.adapters.lora import add_lora, member
 from qingtune.data.batch import collate
+from qingtune.kernels import delta_heads, delta_net
 from qingtune.kernels.architecture import DeltaNet
 from qingtune.kernels.blocks import Parts, Pass
 from qingtune.kernels.buffers import Arithmetic, Rows, Tally
@@ -24,6 +25,7 @@ from qingtune.kernels.delta_net import DeltaNetBlock
 from qingtune.kernels.delta_rule import CHUNK
 from qingtune.kernels.elementwise import Norm
 from qingtune.kernels.layout import Layout, fill_up, lay_out
+from qingtune.kernels.native.delta import delta_kernels
 from qingtune.kernels.projection import Projection
 from qingtune.kernels.workspace import Workspace
 
@@ -179,9 +181,21 @@ def assert_same(setup: Setup, *, last: bool = False, times: int = 1) -> None:
     assert max(gradients.values()) < EXACT[1], gradients
 
 
+@pytest.fixture(params=["compiled", "plain"])
+def elementwise(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Elementwise work in C, where this machine can, and by PyTorch."""
+    if request.param == "plain":
+        for module in (delta_net, delta_heads):
+            monkeypatch.setattr(module, "delta_kernels", lambda *_: None)
+    elif delta_kernels(1, torch.empty(0)) is None:
+        pytest.skip("no C compiler")
+    return request.param
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["all rows", "rows that predict"])
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.usefixtures("elementwise")
 def test_same_as_transformers_in_full_training(kind: str, name: str, last: bool) -> None:
     sizes = SIZES[kind]
     setup = make_setup(Layer(sizes), make_layout(name), sizes, torch.float32, last=last)
@@ -205,6 +219,7 @@ def test_decays_of_any_strength(decay: float) -> None:
     assert_same(make_setup(Layer(sizes, decay), make_layout("several chunks"), sizes, torch.float32))
 
 
+@pytest.mark.usefixtures("elementwise")
 def test_lora_on_a_frozen_layer() -> None:
     sizes = SIZES["three"]
     layer = Layer(sizes)
@@ -232,6 +247,7 @@ def test_gradient_of_the_input_only_where_it_is_wanted() -> None:
 
 @pytest.mark.parametrize("name", ["several chunks", "common beginning"])
 @pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.usefixtures("elementwise")
 def test_bf16_is_near_fp32(kind: str, name: str) -> None:
     sizes = SIZES[kind]
     layer, layout = Layer(sizes), make_layout(name)
@@ -244,6 +260,7 @@ def test_bf16_is_near_fp32(kind: str, name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("last", [False, True], ids=["all rows", "rows that predict"])
 @pytest.mark.parametrize("name", ["several chunks", "several samples", "common beginning of two tokens"])
+@pytest.mark.usefixtures("elementwise")
 def test_every_buffer_has_its_planned_size(name: str, last: bool, dtype: torch.dtype) -> None:
     sizes = SIZES["three"]
     setup = make_setup(Layer(sizes), make_layout(name), sizes, dtype, last=last)
