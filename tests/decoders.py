@@ -120,7 +120,7 @@ def decoded(
 
 def reference(model: Any, batch: Batch, scale: float = 1.0) -> tuple[float, Gradients]:
     """What Transformers' modules and autograd give, a sample at a time."""
-    loss = summed_loss(model, batch, end_to_end=False)
+    loss = sum((summed_loss(model, sample, plain_head=False) for sample in batch.trained_samples()), torch.zeros(()))
     (loss * scale).backward()
     return float(loss.detach()), trained_gradients(model)
 

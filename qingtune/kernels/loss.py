@@ -19,24 +19,25 @@ from qingtune.kernels.native.elementwise import native
 from qingtune.kernels.workspace import Workspace
 
 
-def summed_loss(model: Any, batch: Batch, *, end_to_end: bool) -> torch.Tensor:
+def summed_loss(model: Any, batch: Batch, *, plain_head: bool) -> torch.Tensor:
     """The sum, not the mean, of the trained tokens' losses in nats (fp32 scalar).
 
     Args:
-        batch: on the model's device.
-        end_to_end: whether the model's attention keeps samples apart; otherwise they are computed one by one.
+        batch: on the model's device; of one sample, unless the model keeps samples that lie end to end apart.
+        plain_head: whether logits are the head's weight times the hidden states, so that they need not all be held.
     """
-    if not end_to_end:
-        losses = (_sample_loss(model, sample) for sample in batch.trained_samples())
-        return sum(losses, torch.zeros((), device=batch.token_ids.device))
-    hidden = model.base_model(
-        input_ids=batch.token_ids[None],
-        position_ids=batch.positions[None],
-        use_cache=False,
-        sample_starts=batch.starts.tolist(),
-    ).last_hidden_state[0]
-    head = model.get_output_embeddings()
-    return head_loss(hidden[batch.predicting], head.weight, batch.targets)
+    inputs = {"input_ids": batch.token_ids[None], "use_cache": False}
+    if len(batch.starts) > 2:  # else positions are the model's own
+        inputs["position_ids"] = batch.positions[None]
+    if plain_head:
+        hidden = model.base_model(**inputs)[0][0]
+        return head_loss(hidden[batch.predicting], model.get_output_embeddings().weight, batch.targets)
+    # What the model applies after its head: soft caps, scales. A few old architectures' forward takes no rows.
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits = model(**inputs, logits_to_keep=batch.predicting).logits[0]
+    else:
+        logits = model(**inputs).logits[0, batch.predicting]
+    return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -150,16 +151,3 @@ class _HeadLoss(torch.autograd.Function):
         """Scale what forward kept."""
         of_hidden, of_weight = (None if kept is None else kept * grad_outputs[0] for kept in ctx.saved_tensors)
         return of_hidden, of_weight, None
-
-
-def _sample_loss(model: Any, sample: Batch) -> torch.Tensor:
-    """The loss of a single sample by the model's own forward, which applies what follows its head: soft caps, scales.
-
-    The head runs on the predicting rows alone where the forward takes their indices; a few old architectures' do not.
-    """
-    inputs = {"input_ids": sample.token_ids[None], "use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(**inputs, logits_to_keep=sample.predicting).logits[0]
-    else:
-        logits = model(**inputs).logits[0, sample.predicting]
-    return F.cross_entropy(logits.float(), sample.targets, reduction="sum")

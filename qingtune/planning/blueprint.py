@@ -17,9 +17,9 @@ from qingtune.adapters.lora import lora_layers, member, why_general
 from qingtune.adapters.of_settings import add_adapters, weights_dtype
 from qingtune.config.training import TrainConfig
 from qingtune.errors import UserError
-from qingtune.kernels.attention import why_one_by_one
 from qingtune.kernels.buffers import Arithmetic, ModelSizes
 from qingtune.kernels.decoder import TrainingDecoder
+from qingtune.kernels.end_to_end import changes_logits, why_samples_would_mix
 from qingtune.kernels.footprint import GeneralSizes
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.machine.resources import Machine
@@ -54,6 +54,7 @@ class Built:
         kernels: sizes and arithmetic of the fast kernels, without recomputation; None if the model's own modules
             compute.
         one_by_one: whether these get the samples of a pass one by one.
+        plain_head: whether they need not hold all logits of a sample at once.
     """
 
     weights: int
@@ -67,6 +68,7 @@ class Built:
     adapter_width: int
     kernels: tuple[ModelSizes, Arithmetic] | None
     one_by_one: bool
+    plain_head: bool
 
 
 class Blueprint:
@@ -159,6 +161,7 @@ class Blueprint:
             dropout = 0.0 if full else config.lora_dropout
             decoder = TrainingDecoder(model, dtype, member, dropout=dropout, int8_units=machine.int8_units)
             kernels = decoder.sizes, replace(decoder.arithmetic, on_cpu=machine.kind == "cpu")
+        plain_head = not changes_logits(model.config)
         return Built(
             weights=_bytes(trained if full else frozen),
             weight_itemsize=weights.itemsize,
@@ -170,7 +173,8 @@ class Blueprint:
             low_rank=sum(p.numel() for adapter in adapters for p in adapter.parameters() if p.requires_grad),
             adapter_width=width,
             kernels=kernels,
-            one_by_one=why_one_by_one(model.config) is not None,
+            one_by_one=not plain_head or why_samples_would_mix(model.config) is not None,
+            plain_head=plain_head,
         )
 
     @property

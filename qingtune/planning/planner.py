@@ -241,9 +241,10 @@ class Planner:
         if built.kernels is not None:
             sizes, how = built.kernels
             return buffer_bytes(sizes, replace(how, recompute=recompute), work, evaluation)
-        logits = itemsize * logit_numbers(vocabulary, work.predicting)
         if built.one_by_one:
             work = PassTokens(work.longest, min(work.predicting, work.longest - 1), work.longest)
+        logits = itemsize * logit_numbers(vocabulary, work.predicting)
+        if not built.plain_head:
             logits = autograd_logit_bytes(vocabulary, work.predicting, itemsize)
         sizes = self.blueprint.general_sizes
         kept = autograd_bytes(sizes, work.tokens, itemsize, built.low_rank, built.adapter_width, recompute)

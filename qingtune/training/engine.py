@@ -12,9 +12,9 @@ from qingtune.adapters.lora import member, why_general
 from qingtune.config.training import TrainConfig
 from qingtune.data.batch import Batch
 from qingtune.errors import UserError
-from qingtune.kernels.attention import use_end_to_end
 from qingtune.kernels.decoder import TrainingDecoder
 from qingtune.kernels.device import Hardware, free_bytes, has_int8_units
+from qingtune.kernels.end_to_end import try_ways
 from qingtune.kernels.footprint import (
     BUFFERS_OF_FREE,
     TOKENS_PER_PASS_ON_CPU,
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALL = 2**31
+# Tokens of a pass through a model's own modules on a GPU, as masks of samples end to end grow with the square.
+PACKED_ON_GPU = 4096
 
 
 @dataclass
@@ -183,29 +185,39 @@ def _layers_to_recompute(
 
 def _general_engine(config: TrainConfig, model: PreTrainedModel, hardware: Hardware, most_tokens: int) -> Engine:
     """The model's own modules and autograd; fp32 weights that are trained in full multiply in the hardware's dtype."""
-    reason = use_end_to_end(model)
-    if reason:
-        say(f"Samples are processed one by one: {reason}.")
+    mixed = (config.method == "full" or bool(config.modules_to_save)) and hardware.dtype != torch.float32
+    with torch.autocast(hardware.device.type, hardware.dtype, enabled=mixed):
+        ways = try_ways(model, tolerance=1e-3 if hardware.dtype == torch.float32 else 0.1)
+    if ways.one_by_one:
+        say(f"Samples are processed one by one: {ways.one_by_one}.")
+    elif hardware.device.type != "cpu":
+        most_tokens = PACKED_ON_GPU
     if config.gradient_checkpointing is True:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    mixed = (config.method == "full" or bool(config.modules_to_save)) and hardware.dtype != torch.float32
 
-    def loss(batch: Batch) -> torch.Tensor:
+    def parts(batch: Batch) -> Iterable[Batch]:
+        return batch.trained_samples() if ways.one_by_one else [batch]
+
+    def part_loss(part: Batch) -> torch.Tensor:
         with torch.autocast(hardware.device.type, hardware.dtype, enabled=mixed):
-            return summed_loss(model, batch, end_to_end=reason is None)
+            return summed_loss(model, part, plain_head=ways.plain_head)
+
+    @torch.no_grad()
+    def loss(batch: Batch) -> torch.Tensor:
+        return sum(map(part_loss, parts(batch)), torch.zeros((), device=batch.token_ids.device))
 
     def add_gradients(batch: Batch, scale: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), device=batch.token_ids.device)
-        for part in [batch] if reason is None else batch.trained_samples():  # one graph at a time
-            part_loss = loss(part)
-            (part_loss * scale).backward()
-            total += part_loss.detach()
+        for part in parts(batch):  # one graph at a time
+            value = part_loss(part)
+            (value * scale).backward()
+            total += value.detach()
         return total
 
     def recompute_all() -> bool:
-        if model.is_gradient_checkpointing or not model.supports_gradient_checkpointing:
+        if model.is_activation_checkpointing or not model.supports_gradient_checkpointing:
             return False
         model.activation_checkpointing_enable({"use_reentrant": False})
         return True
 
-    return Engine(torch.no_grad()(loss), add_gradients, most_tokens, lambda _: None, recompute_all)
+    return Engine(loss, add_gradients, most_tokens, lambda _: None, recompute_all)

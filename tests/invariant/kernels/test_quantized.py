@@ -13,7 +13,6 @@ from tiny_runs import assert_close, assert_equal, lively_model, make_samples, mo
 
 from qingtune.adapters.lora import LoRALinear, add_lora, lora_layers
 from qingtune.data.batch import Batch, collate
-from qingtune.kernels.attention import use_end_to_end
 from qingtune.kernels.linear import Int8Linear, NF4Linear, QuantizedLinear, quantized_class
 from qingtune.kernels.loss import summed_loss
 from qingtune.models.layers import linear_layers, replace_layer
@@ -97,13 +96,12 @@ def qlora_model(bits: int, kind: str) -> Any:
     quantize_model(model, bits, torch.device("cpu"))
     add_lora(model, None, r=4, alpha=8, dropout=0.0)
     move_adapters(model)
-    use_end_to_end(model)
     return model
 
 
 def gradients(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    summed_loss(model, batch, end_to_end=True).backward()
+    summed_loss(model, batch, plain_head=True).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert len(found) == 2 * len(lora_layers(model))
     return found
@@ -117,7 +115,7 @@ def test_gradients_after_evaluations_are_those_before(bits: int, kind: str) -> N
     model.eval()
     with torch.no_grad():
         for _ in range(2):
-            summed_loss(model, batch, end_to_end=True)
+            summed_loss(model, batch, plain_head=True)
     with torch.inference_mode():
         model(input_ids=batch.token_ids[None])
     model.train()

@@ -113,7 +113,7 @@ def test_more_takes_more(method: str, shape: dict[str, Any], machine: Machine) -
     lengths = [total(length, 1) for length in (8, 64, 512, 1024, 4096, 16384)]
     assert lengths == sorted(set(lengths))
     batches = [total(64, batch) for batch in (1, 2, 4, 8)]
-    assert len(set(batches)) == 1 if shape is MIXTURE else batches == sorted(set(batches))  # or one by one
+    assert batches == sorted(set(batches))
     ranks = [total(64, 1, rank) for rank in (1, 8, 64, 256)]
     assert ranks == sorted(set(ranks)) if method not in ("full", "full8") else len(set(ranks)) == 1
 

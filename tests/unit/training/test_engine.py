@@ -16,9 +16,9 @@ from qingtune.config.training import TrainConfig
 from qingtune.data.batch import collate
 from qingtune.data.tokenize import Sample
 from qingtune.errors import UserError
-from qingtune.kernels.attention import NAME, use_end_to_end
 from qingtune.kernels.decoder import TrainingDecoder, why_not
 from qingtune.kernels.device import Hardware
+from qingtune.kernels.end_to_end import why_samples_would_mix
 from qingtune.kernels.native import elementwise as in_c
 from qingtune.training import engine
 from qingtune.training.engine import make_engine
@@ -86,8 +86,7 @@ def test_a_rotary_table_that_depends_on_the_longest_sample_is_a_reason(kind: str
     model = make_model(kind, rope_parameters={"rope_type": rope, "rope_theta": 10_000.0, **ROPES[rope]})
     reason = 'its rotary embedding ("dynamic") changes with the longest sample' if rope == "dynamic" else None
     assert why_not(model) == reason
-    assert use_end_to_end(model) == reason
-    assert (model.config._attn_implementation == NAME) == (reason is None)
+    assert why_samples_would_mix(model.config) == reason
 
 
 def test_a_head_with_a_bias_is_a_reason() -> None:
