@@ -25,7 +25,7 @@ from qingtune.export.gguf_architectures import Value
 from qingtune.export.gguf_file import K_QUANTS, GGUFPlan, check_gguf, write_gguf
 from qingtune.export.gguf_layout import GGUFLayout, Read, layout_of
 from qingtune.export.gguf_lora import LORA_FORMS, lora_layout
-from qingtune.export.gguf_vocab import MOST_ENDS, Ending, normalizes, vocabulary_of
+from qingtune.export.gguf_vocab import MOST_ENDS, Ending, normalizes, spares_a_space, vocabulary_of
 from qingtune.export.kquants import quantize_gguf, require_quantizer
 from qingtune.export.model_card import CARD, ExportedFile, Origin, shown_name, write_card
 from qingtune.export.modelfile import GO_PLAIN, TemplateNotExpressible, find_turns, left_out, modelfile
@@ -319,6 +319,8 @@ def _limits(base: Path, speech: Speech, quantize: Sequence[str]) -> list[str]:
         )
     if normalizes(speech.template.tokenizer):
         limits.append("llama.cpp does not bring text into Unicode's composed form (NFC) as this tokenizer does.")
+    if spares_a_space(speech.template.tokenizer):
+        limits.append("A text that begins with a space, also after a special token, gets a second one in llama.cpp.")
     if len(speech.ending.others) > MOST_ENDS - 1:
         limits.append(f"GGUF holds {MOST_ENDS} ids that end an answer, this model has {len(speech.ending.others) + 1}.")
     return limits

@@ -12,7 +12,7 @@ from typing import Any
 
 from gguf.constants import MODEL_ARCH, MODEL_TENSOR, MODEL_TENSORS, TENSOR_NAMES
 
-Value = str | bool | int | float | list[str] | list[int]
+Value = str | bool | int | float | list[str] | list[int] | list[float]
 
 _QKV = frozenset({"attn_q.bias", "attn_k.bias", "attn_v.bias"})
 _GEMMA_27B_LAYERS = 62  # by which llama.cpp knows the one Gemma 3 whose scores are scaled by hidden_size / heads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -33,6 +34,14 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, str], ...], tuple[str, bool]] = {
     (("ByteLevel", "regex"),): ("gpt-2", False),
     (("Digits", "individual"), ("ByteLevel", "regex")): ("smollm", False),
 }
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+# SentencePiece's steps before pairs are put together: spaces as a letter, perhaps one in front; and a step of Gemma's
+# that cuts at spaces, of which there are none left.
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_PREFIX = {"type": "Prepend", "prepend": "▁"}
+_NO_CUT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+_METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+_WAYS = [([_PREFIX, _SPACES], None), ([_SPACES], None), ([_SPACES], _NO_CUT), ([], _METASPACE)]
 MOST_ENDS = 3  # ids that end an answer: eos, eot, eom
 
 
@@ -66,14 +75,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int, ending: Ending)
     """
     content = _content(tokenizer)
     tokens, types = _tokens(content, rows)
-    metadata: dict[str, Value] = {
-        "tokenizer.ggml.model": "gpt2",  # llama.cpp's name for byte-level BPE
-        "tokenizer.ggml.pre": _pre_tokenizer(content),
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": _merges(content),
-        "tokenizer.ggml.eos_token_id": ending.end_of_turn,
-    }
+    metadata = _pieces(content, tokens, types) if _is_sentencepiece(content) else _byte_level(content, tokens, types)
+    metadata["tokenizer.ggml.eos_token_id"] = ending.end_of_turn
     for name, number in zip(("eot", "eom"), ending.others, strict=False):
         metadata[f"tokenizer.ggml.{name}_token_id"] = number
     special: list[tuple[str, Any]] = [
@@ -89,19 +92,29 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int, ending: Ending)
 
 def normalizes(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer brings text into Unicode's composed form (NFC) first, which llama.cpp does not."""
-    return _content(tokenizer)["normalizer"] is not None
+    return (_content(tokenizer)["normalizer"] or {}).get("type") == "NFC"
+
+
+def spares_a_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts no space in front of a text that begins with one, as llama.cpp does."""
+    return _content(tokenizer)["pre_tokenizer"] == _METASPACE
+
+
+def _is_sentencepiece(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is SentencePiece's BPE, in which letters it does not know become bytes."""
+    return content["model"]["type"] == "BPE" and bool(content["model"].get("byte_fallback"))
 
 
 def _content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What tokenizer.json holds, or would hold; a UserError if it is not byte-level BPE without peculiarities."""
+    """What tokenizer.json holds, or would hold; a UserError if it is not BPE without peculiarities."""
     if not tokenizer.is_fast:
         raise _refusal("it is written in Python and has no tokenizer.json")
     content: dict[str, Any] = json.loads(cast("Any", tokenizer).backend_tokenizer.to_str())
     model, normalizer, decoder = content["model"], content["normalizer"], content["decoder"] or {}
-    if model["type"] != "BPE" or model.get("byte_fallback") or decoder.get("type") != "ByteLevel":
-        kind = "SentencePiece" if model.get("byte_fallback") or model["type"] == "Unigram" else model["type"]
-        raise _refusal(f"its type is {kind}; only byte-level BPE (Qwen's, Llama 3's, GPT-2's) is supported")
-    if normalizer and normalizer["type"] != "NFC":
+    pieces = _is_sentencepiece(content)
+    if model["type"] != "BPE" or (decoder.get("type") == "ByteLevel") == pieces:
+        raise _refusal(f"its type is {model['type']}; only BPE is supported, byte-level or SentencePiece's")
+    if normalizer and normalizer["type"] != "NFC" and not pieces:
         raise _refusal(f"it changes text first ({normalizer['type']}), which llama.cpp does not")
     odd = [name for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if model.get(name)]
     odd += [
@@ -113,6 +126,16 @@ def _content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if odd:
         raise _refusal(f"llama.cpp has no {', '.join(odd[:3])}")
     return content
+
+
+def _byte_level(content: dict[str, Any], tokens: list[str], types: list[int]) -> dict[str, Value]:
+    return {
+        "tokenizer.ggml.model": "gpt2",  # llama.cpp's name for byte-level BPE
+        "tokenizer.ggml.pre": _pre_tokenizer(content),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": _merges(content),
+    }
 
 
 def _refusal(reason: str) -> UserError:
@@ -161,7 +184,8 @@ def _tokens(content: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
         if number in added:
             types[number] = int(TokenType.CONTROL if added[number]["special"] else TokenType.USER_DEFINED)
         elif text != tokens[number]:  # models that come from GGUF bring its unused tokens along
-            types[number] = int(TokenType.NORMAL)
+            byte = content["model"].get("byte_fallback") and _BYTE.fullmatch(text)
+            types[number] = int(TokenType.BYTE if byte else TokenType.NORMAL)
         tokens[number] = text
     if len(set(tokens)) != rows:
         raise _refusal("two of its ids have the same text")
@@ -173,3 +197,57 @@ def _merges(content: dict[str, Any]) -> list[str]:
     if any(merge.count(" ") != 1 for merge in merges):
         raise _refusal("its merges contain spaces, which byte-level BPE writes as another character")
     return merges
+
+
+# --- SentencePiece's BPE ---------------------------------------------------------------------------------------------
+
+
+def _pieces(content: dict[str, Any], tokens: list[str], types: list[int]) -> dict[str, Value]:
+    """What llama.cpp reads of SentencePiece's BPE: a score by piece, the highest of which is put together first.
+
+    Transformers holds the same as pairs in order. A file has no pairs, so that all which make the same piece have to
+    follow one another, and none that llama.cpp would put together may be missing.
+    """
+    unknown = content["model"].get("unk_token")
+    kinds = [int(TokenType.UNKNOWN) if text == unknown else kind for text, kind in zip(tokens, types, strict=True)]
+    return {
+        "tokenizer.ggml.model": "llama",  # llama.cpp's name for SentencePiece's BPE
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": _scores(content, tokens, kinds),
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.add_space_prefix": _begins_with_space(content),
+    }
+
+
+def _begins_with_space(content: dict[str, Any]) -> bool:
+    """Whether a space is put in front of each text; a UserError if text is cut or changed in another way."""
+    outer: dict[str, Any] = content["normalizer"] or {"type": "Sequence", "normalizers": []}
+    steps: list[dict[str, Any]] = outer["normalizers"] if outer["type"] == "Sequence" else [outer]
+    cut = content["pre_tokenizer"]
+    if content["model"].get("ignore_merges") or (steps, cut) not in _WAYS:
+        raise _refusal("its normalizer or pre-tokenizer is not one that is known here")
+    return cut == _METASPACE or _PREFIX in steps
+
+
+def _scores(content: dict[str, Any], tokens: list[str], types: list[int]) -> list[float]:
+    """A score for each token."""
+    model = content["model"]
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    ranks: dict[str, int] = {}
+    made = ""
+    for left, right in pairs:
+        if left + right != made and left + right in ranks:
+            raise _refusal(f"{left + right!r} is made at two places of the order of its merges")
+        made = left + right
+        ranks.setdefault(made, len(ranks))
+    known, vocabulary = set(pairs), model["vocab"]
+    plain = (int(TokenType.NORMAL), int(TokenType.BYTE))
+    for text in (text for text, kind in zip(tokens, types, strict=True) if kind in plain):
+        for place in range(1, len(text)):
+            pair = text[:place], text[place:]
+            if pair not in known and all(len(part) == 1 or part in vocabulary for part in pair):
+                raise _refusal(f"it does not put {pair[0]!r} and {pair[1]!r} together, as llama.cpp would")
+    if missing := [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary]:
+        raise _refusal(f"its vocabulary lacks bytes, such as {missing[0]}")
+    return [float(-ranks.get(text, len(ranks))) for text in tokens]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_tokenizer
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from conftest import CHATML, TEXTS, make_model, make_tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
 from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX as QWEN35
 
+from qingtune.commands.export import export
+from qingtune.config.commands import ExportConfig
 from qingtune.errors import UserError
-from qingtune.export.gguf_vocab import Ending, normalizes, vocabulary_of
+from qingtune.export.gguf_vocab import Ending, normalizes, spares_a_space, vocabulary_of
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 ENDING = Ending(end_of_turn=2, others=[0], bos=None, add_bos=False)
 
@@ -70,7 +76,7 @@ def test_the_way_of_cutting_is_known_by_its_rules(name: str, changes: dict[str, 
         ({"pre_tokenizer": split(LLAMA3)}, "ignore_merges is False, and True"),
         ({"pre_tokenizer": split(QWEN2), "model": {"ignore_merges": True}}, "ignore_merges is True, and False"),
         ({"normalizer": normalizers.Lowercase()}, "changes text first .Lowercase"),
-        ({"model": {"byte_fallback": True}, "decoder": decoders.ByteFallback()}, "SentencePiece"),
+        ({"decoder": decoders.ByteFallback()}, "its type is BPE; only BPE is supported, byte-level or SentencePiece's"),
         ({"model": {"end_of_word_suffix": "</w>"}}, "has no end_of_word_suffix"),
     ],
 )
@@ -82,7 +88,7 @@ def test_what_llama_cpp_would_read_otherwise_is_refused(changes: dict[str, Any],
 @pytest.mark.parametrize("model", [models.WordLevel({"a": 0}, unk_token="a"), models.Unigram([("a", 0.0)], 0)])
 def test_other_kinds_of_tokenizers_are_refused(model: Any) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
-    with pytest.raises(UserError, match=r"its type is (WordLevel|SentencePiece)"):
+    with pytest.raises(UserError, match=r"its type is (WordLevel|Unigram)"):
         vocabulary_of(tokenizer, 1, ENDING)
 
 
@@ -121,3 +127,133 @@ def test_tokens_that_swallow_spaces_are_refused(flag: str) -> None:
     tokenizer.add_tokens([AddedToken("<mask>", **{flag: True})])
     with pytest.raises(UserError, match=f"{flag} of <mask>"):
         vocabulary_of(tokenizer, 400, ENDING)
+
+
+# --- SentencePiece's BPE ---------------------------------------------------------------------------------------------
+
+PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+METASPACE = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=False)
+WAYS: dict[str, dict[str, Any]] = {
+    "Llama 2": {"normalizer": PREPEND},
+    "Llama 2, by Transformers 5": {"pre_tokenizer": METASPACE},
+    "Gemma": {
+        "normalizer": normalizers.Replace(" ", "▁"),
+        "pre_tokenizer": pre_tokenizers.Split(" ", "merged_with_previous"),
+    },
+}  # fmt: skip
+WITH_SPACE = {"Llama 2", "Llama 2, by Transformers 5"}
+
+
+def pieces(change: Any = None, **parts: Any) -> Any:
+    """SentencePiece's BPE with pieces found in a few texts and, as Transformers makes it, every pair that gives one."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False)
+    trained.train_from_iterator(TEXTS * 2, trainer)
+    found = json.loads(trained.to_str())["model"]
+    control, made = ["<unk>", "<s>", "</s>"], ["".join(pair) for pair in found["merges"]]
+    letters = sorted(set(found["vocab"]) - set(made))
+    vocabulary = [*control, *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *dict.fromkeys(made)]
+    ids = {piece: number for number, piece in enumerate(vocabulary)}
+    merges = [
+        (piece[:place], piece[place:])
+        for piece in dict.fromkeys(made)
+        for place in range(1, len(piece))
+        if piece[:place] in ids and piece[place:] in ids
+    ]
+    if change:
+        change(ids, merges)
+    inner = Tokenizer(models.BPE(ids, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    for name, part in parts.items():
+        setattr(inner, name, part)
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    inner.add_special_tokens(control)
+    inner.add_tokens([AddedToken("<tool>", normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def put_together(text: str, written: dict[str, Any]) -> list[int]:
+    """Tokens of a text without special ones, as llama.cpp finds them: of all neighbours that together are a token,
+    those with the highest score are joined first, of several the leftmost; what remains unknown becomes bytes."""
+    ids = {token: number for number, token in enumerate(written["tokenizer.ggml.tokens"])}
+    scores = written["tokenizer.ggml.scores"]
+    parts = [*(" " * written["tokenizer.ggml.add_space_prefix"] + text).replace(" ", "▁")]
+    while pairs := [(-scores[ids[a + b]], n) for n, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ids]:
+        _, n = min(pairs)
+        parts[n : n + 2] = [parts[n] + parts[n + 1]]
+    known = [[ids[part]] if part in ids else [ids[f"<0x{byte:02X}>"] for byte in part.encode()] for part in parts]
+    return [number for numbers in known for number in numbers]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pieces_are_put_together_by_their_scores_as_by_the_order_of_merges(way: str) -> None:
+    tokenizer = pieces(**WAYS[way])
+    rows = len(tokenizer) + 2
+    written: Any = vocabulary_of(tokenizer, rows, Ending(2, [], 1, add_bos=True))
+    assert written["tokenizer.ggml.model"] == "llama"
+    assert written["tokenizer.ggml.add_space_prefix"] is (way in WITH_SPACE)
+    assert spares_a_space(tokenizer) is (way == "Llama 2, by Transformers 5")
+    assert not normalizes(tokenizer)
+    kinds = written["tokenizer.ggml.token_type"]
+    assert kinds[:3] == [UNKNOWN, CONTROL, CONTROL]
+    assert kinds[3:259] == [BYTE] * 256
+    assert kinds[-3:] == [USER_DEFINED, UNUSED, UNUSED]
+    assert set(kinds[259:-3]) == {NORMAL}
+    draw = random.Random(0)
+    letters = "".join(TEXTS) + "    xyz🥖é\n"
+    for _ in range(300):
+        text = "".join(draw.choice(letters) for _ in range(draw.randint(1, 40))).lstrip(" ")
+        text += draw.choice(TEXTS)
+        assert put_together(text, written) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+
+
+def late(ids: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    """Make a piece in a second way, long after the first."""
+    left, right = next(pair for pair in merges if len(pair[0]) == 2 and left_out(pair, ids))
+    ids[left[1] + right] = len(ids)
+    merges += [(left[1], right), (left[0], left[1] + right)]
+
+
+def left_out(pair: tuple[str, str], ids: dict[str, int]) -> bool:
+    return pair[0][1] + pair[1] not in ids
+
+
+def drop(ids: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    merges.pop()
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "reason"),
+    [
+        (lambda: pieces(late, normalizer=PREPEND), "is made at two places of the order of its merges"),
+        (lambda: pieces(drop, normalizer=PREPEND), "does not put .* together, as llama.cpp would"),
+        (lambda: pieces(lambda ids, _: ids.pop("<0x41>"), normalizer=PREPEND), "lacks bytes, such as <0x41>"),
+        (lambda: pieces(normalizer=normalizers.NFKC()), "its normalizer or pre-tokenizer is not one that is known"),
+        (
+            lambda: pieces(pre_tokenizer=pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)),
+            "its normalizer or pre-tokenizer is not one that is known",
+        ),
+    ],
+)
+def test_pieces_that_llama_cpp_would_put_together_otherwise_are_refused(
+    tokenizer: Callable[[], Any], reason: str
+) -> None:
+    made = tokenizer()
+    with pytest.raises(UserError, match=reason):
+        vocabulary_of(made, len(made) + 1, Ending(2, [], 1, add_bos=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_llama_cpp_finds_the_same_tokens(way: str, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    tokenizer = pieces(**WAYS[way])
+    model = make_model("llama", vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export(ExportConfig(base_model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), quantize=["f32"]))
+    theirs = llama_cpp.Llama(str(tmp_path / "out" / "out-f32.gguf"), vocab_only=True, verbose=False)
+    for text in [*TEXTS, "two  spaces 🥖\n\n", "<s>a b</s>c <tool>d", "x"]:
+        found = theirs.tokenize(text.encode(), add_bos=False, special=True)
+        assert found == tokenizer(text, add_special_tokens=False)["input_ids"], text
