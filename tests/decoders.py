@@ -24,6 +24,10 @@ from qingtune.models.quantize import quantize_model
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 9,
+    "short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 4.0, 9.0], "partial_rotary_factor": 0.75,
+}  # fmt: skip
 BIASES = {"attention_bias": True, "mlp_bias": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
@@ -34,17 +38,60 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "llama biases linear": ("llama", {**BIASES, "rope_parameters": LINEAR}),
     "llama biases yarn": ("llama", {**BIASES, "rope_parameters": YARN}),
+    "mistral": ("mistral", {"sliding_window": 5, "layer_types": ["full_attention"] * 2}),  # which it does not look at
+    "mistral without a window": ("mistral", {"sliding_window": None, "head_dim": 12}),
+    "ministral": (
+        "ministral",
+        {"head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "ministral, window in the last layer": (
+        "ministral",
+        {"head_dim": 12, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 12,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 5,
+            "attention_bias": True,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "gemma3 untied, window in the last layer": (
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "sliding_window": 3,
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 7, "pad_token_id": 0}),
+    "phi3 longrope": ("phi3", {"tie_word_embeddings": False, "pad_token_id": 0, "rope_parameters": LONGROPE}),
+    "qwen2 window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "ministral3": (  # its own token for padding would get no gradient from nn.Embedding, though samples hold it
+        "ministral3",
+        {"head_dim": 12, "pad_token_id": 0, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.3}},
+    ),
 }
+# Adapters go to those of them that the model has.
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj"]
 # Which layers get adapters; None for full training.
 TRAINED: dict[str, list[str] | None] = {
     "full": None,
-    "lora": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "lora on q": ["q_proj"],
+    "lora": ALL_LINEAR,
+    "lora on q": ["q_proj", "qkv_proj"],
     "lora on k and down": ["k_proj", "down_proj"],
-    "lora on the last mlp": ["layers.1.mlp.gate_proj", "layers.1.mlp.down_proj"],
-    "dora": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "lora on the last mlp": ["layers.1.mlp.gate_proj", "layers.1.mlp.gate_up_proj", "layers.1.mlp.down_proj"],
+    "dora": ALL_LINEAR,
     "dora on v and the last mlp": ["v_proj", "layers.1.mlp.gate_proj", "layers.1.mlp.down_proj"],
 }
+# By a model with all that sets its family apart, for tests that take too long for each of MODELS.
+OLDER, NEWER = ["qwen2", "qwen3", "llama"], ["ministral", "ministral3", "gemma3", "phi3 longrope"]
 Gradients = dict[str, torch.Tensor]
 
 
@@ -54,9 +101,11 @@ def make_decodable(
     """A lively model of MODELS with adapters that have moved, where `trained` wants them."""
     kind, changes = MODELS[name]
     model = lively(make_model(kind, **changes))
+    model.set_attn_implementation("eager")
     if bits:
         quantize_model(model, bits, torch.device("cpu"))
     if (layers := TRAINED[trained]) is not None:
+        layers = [end for end in layers if any(f".{name}".endswith(f".{end}") for name, _ in model.named_modules())]
         add_lora(model, layers, r=3, alpha=6, dropout=0.0, variant=Variant(use_dora=trained.startswith("dora")))
         move_adapters(model)
     for parameter in model.parameters():

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Activation = Literal["silu", "gelu_tanh"]
 ALL = "all"  # the name of the rotary table where layers share one
 
 # Architectures checked (tests/invariant) to give here what Transformers gives, and what a head's rows are called by.
-MODEL_TYPES = frozenset({"qwen2", "qwen3", "llama"})
+MODEL_TYPES = frozenset({"qwen2", "qwen3", "llama", "mistral", "ministral", "ministral3", "gemma3_text", "phi3"})
+_WINDOW_EVERYWHERE = frozenset({"mistral", "ministral3", "phi3"})  # whatever layer types the configuration lists
 _OFFSET_NORMS = frozenset({"gemma3_text", "qwen3_5_text", "qwen3_5_moe_text"})
 _NORMED_HEADS = frozenset({"qwen3", "qwen3_moe", "gemma3_text", "qwen3_5_text", "qwen3_5_moe_text"})
-_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,6 @@ class Attention:
         rotary: the name of its rotary table.
         rotary_size: of a head's numbers, the first that are turned to their position (partial rotary embedding).
         window: tokens that a row sees at most, itself among them; None for all before it.
-        soft_cap: c of c tanh(score / c); None for scores as they are.
         normed: whether heads of queries and keys are normed (q_norm, k_norm).
         gated: whether q_proj gives each head its queries and then a gate, the sigmoid of which multiplies what the
             head attended.
@@ -46,10 +47,14 @@ class Attention:
     rotary: str = ALL
     rotary_size: int = 0
     window: int | None = None
-    soft_cap: float | None = None
     normed: bool = False
     gated: bool = False
     fused: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads a key-value head."""
+        return self.queries // self.keys
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class MLP:
     """
 
     size: int
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
     fused: bool = False
 
 
@@ -121,6 +126,8 @@ class Architecture:
         embedding_scale: factor on embeddings.
         logit_cap: c of c tanh(logit / c); None for logits as they are.
         context: the largest number of positions.
+        short_context: tokens of the longest sample that still has the short factors of LongRoPE (Ding et al. 2024,
+            https://arxiv.org/abs/2402.13753); a longer one has the long ones. None without.
         query_scaling: (beta, n): queries at position p are multiplied by 1 + beta ln(1 + floor(p / n)), as of Llama 4.
     """
 
@@ -132,6 +139,7 @@ class Architecture:
     norm_offset: float = 0.0
     embedding_scale: float = 1.0
     logit_cap: float | None = None
+    short_context: int | None = None
     query_scaling: tuple[float, int] | None = None
 
 
@@ -139,14 +147,15 @@ def why_not(config: Any) -> str | None:
     """The reason why a model of this configuration cannot be computed by the fast kernels; None if it can."""
     if config.model_type not in MODEL_TYPES:
         return f'"{config.model_type}" is not one of the architectures with fast kernels'
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        return f"this model has layers of other kinds than full attention ({', '.join(sorted(kinds))})"
     for rotary in _rotary_parameters(config):
-        if (kind := rotary.get("rope_type", "default")) in ("dynamic", "longrope"):
-            return f'its rotary embedding ("{kind}") changes with the longest sample'
-    if _activation(config) != "silu":
-        return f"the activation is {_activation(config)}, not silu"
+        if rotary.get("rope_type") == "dynamic":
+            return 'its rotary embedding ("dynamic") changes with the longest sample'
+    if getattr(config, "attn_logit_softcapping", None):
+        return "the model caps its scores"
+    if len(_rotary_parameters(config)) > 1 and any(r["rope_type"] == "longrope" for r in _rotary_parameters(config)):
+        return "one of its rotary embeddings is LongRoPE, which is known here where layers share one"
+    if _activation(config) not in _ACTIVATIONS:
+        return f"the activation is {_activation(config)}, not {' or '.join(_ACTIVATIONS)}"
     if getattr(config, "attention_dropout", 0):
         return "the model drops attention weights"
     if getattr(config, "resid_pdrop", 0) or getattr(config, "embd_pdrop", 0):
@@ -172,6 +181,7 @@ def describe(config: Any) -> Architecture:
         norm_offset=float(kind in _OFFSET_NORMS),
         embedding_scale=config.hidden_size**0.5 if kind == "gemma3_text" else 1.0,
         logit_cap=getattr(config, "final_logit_softcapping", None),
+        short_context=rotary["original_max_position_embeddings"] if rotary["rope_type"] == "longrope" else None,
         query_scaling=(beta, rotary["original_max_position_embeddings"]) if beta else None,
     )
 
@@ -179,16 +189,16 @@ def describe(config: Any) -> Architecture:
 def _layer(config: Any, number: int) -> Layer:
     kinds: Sequence[str] = getattr(config, "layer_types", None) or ()
     kind = kinds[number] if kinds else "full_attention"
-    mixer = _delta_net(config) if kind == "linear_attention" else _attention(config, kind, listed=bool(kinds))
+    mixer = _delta_net(config) if kind == "linear_attention" else _attention(config, kind)
     return Layer(mixer, _mlp(config, number), normed_outputs=config.model_type == "gemma3_text")
 
 
-def _attention(config: Any, kind: str, *, listed: bool) -> Attention:
-    """kind: of `layer_types`; listed: whether the configuration has those, without which a window is for all layers."""
+def _attention(config: Any, kind: str) -> Attention:
+    """kind: of `layer_types`."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     several = "rope_type" not in config.rope_parameters  # a table for each kind of layer
     rotary = config.rope_parameters[kind] if several else config.rope_parameters
-    windowed = kind == "sliding_attention" or not listed
+    windowed = kind == "sliding_attention" or config.model_type in _WINDOW_EVERYWHERE
     return Attention(
         queries=config.num_attention_heads,
         keys=config.num_key_value_heads,
@@ -197,7 +207,6 @@ def _attention(config: Any, kind: str, *, listed: bool) -> Attention:
         rotary=kind if several else ALL,
         rotary_size=int(size * rotary.get("partial_rotary_factor", 1.0)),
         window=getattr(config, "sliding_window", None) if windowed else None,
-        soft_cap=getattr(config, "attn_logit_softcapping", None),
         normed=config.model_type in _NORMED_HEADS,
         gated=config.model_type in ("qwen3_5_text", "qwen3_5_moe_text"),
         fused=config.model_type == "phi3",

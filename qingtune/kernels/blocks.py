@@ -41,18 +41,67 @@ class Parts:
     projections: Callable[..., list[Projection]]
 
 
+Turns = tuple[torch.Tensor, torch.Tensor]  # cos and sin
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Cos and sin, [T, 1, half of what is turned], of keys and of queries; the latter may hold a factor."""
+
+    keys: Turns
+    queries: Turns
+
+
 @dataclass(frozen=True)
 class Pass:
-    """What all layers of a pass share: the layout, cos and sin [T, 1, d / 2] by the names of the rotary tables, and the
-    seed of its dropout masks."""
+    """What all layers of a pass share: the layout, rotary tables by their names, and the seed of its dropout masks."""
 
     layout: Layout
-    rotary: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    rotary: dict[str, RotaryTable]
     seed: int | None
 
     def dropout_seed(self, layer: int, part: int) -> int | None:
         """The seed of one mask of a layer; `part`, 0 to 7, selects the mask."""
         return None if self.seed is None else (self.seed + 8 * layer + part) % 2**62
+
+
+class Residual:
+    """How a block ends: out = x + layer(y), or x + norm(layer(y)), which keeps what the layer gave.
+
+    Args:
+        layer: a projection of one member, from y to [T, D].
+        name: under which it keeps what it needs, within a slot.
+    """
+
+    def __init__(self, layer: Projection, name: str, norm: Norm | None, workspace: Workspace) -> None:
+        self.layer, self.name, self.norm, self.workspace = layer, name, norm, workspace
+
+    def forward(self, slot: str, y: torch.Tensor, x: torch.Tensor, out: torch.Tensor, seed: int | None) -> torch.Tensor:
+        """y: [T, I], x: [T, D] -> out: [T, D]."""
+        out.copy_(x)
+        if self.norm is None:
+            self.layer.forward(f"{slot}.{self.name}", y, [out], seed, add=True)
+            return out
+        given = self._given(slot, out)
+        self.layer.forward(f"{slot}.{self.name}", y, [given], seed)
+        return out.add_(self.norm.forward(given))
+
+    def forward_again(self, slot: str, y: torch.Tensor, like: torch.Tensor, seed: int | None) -> None:
+        """As much of forward as backward needs to have been done; like: a tensor like out."""
+        if self.norm is None:
+            self.layer.keep_low(f"{slot}.{self.name}", y, seed)
+        else:
+            self.layer.forward(f"{slot}.{self.name}", y, [self._given(slot, like)], seed)
+
+    def backward(self, slot: str, y: torch.Tensor, grad: torch.Tensor, grad_y: torch.Tensor, seed: int | None) -> None:
+        """grad: gradient of out, which is that of x, too -> grad_y: that of y."""
+        if self.norm is not None:
+            wide = self.norm.backward(grad, self._given(slot, grad))
+            grad = self.workspace.take("residual.grad", grad.shape, grad.dtype).copy_(wide)
+        self.layer.backward(f"{slot}.{self.name}", y, [grad], grad_y, seed)
+
+    def _given(self, slot: str, like: torch.Tensor) -> torch.Tensor:
+        return self.workspace.take(f"{slot}.{self.name}.out", like.shape, like.dtype)
 
 
 class Mixer(Protocol):

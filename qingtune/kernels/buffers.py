@@ -1,8 +1,8 @@
 """Sizes of the buffers in which the fast kernels hold what they need (kernels/workspace.py), by their names: plain
 arithmetic, no torch. A test holds each against the buffer that a pass really made.
 
-Each block says what it takes (`BlockSizes`): what stays under its slot from its forward to its backward, and what all
-blocks use in turn. Layers may differ from one another.
+Each block says what it takes (`BlockSizes`; block_sizes.py): what stays under its slot from forward to backward,
+and what all blocks use in turn. Layers may differ from one another.
 
 Symbols: T tokens of a pass, N of them whose next token is trained, b bytes a number of the dtype that is computed in,
 w = max(4, b) bytes of the one that sums are held in.
@@ -17,7 +17,6 @@ from typing import Protocol
 
 from qingtune.kernels.footprint import (
     INT8_TILE,
-    QUERY_BLOCK,
     ROWS_AT_A_TIME,
     VOCABULARY_TILE,
     PassTokens,
@@ -85,6 +84,11 @@ class Tally:
         if self.trains:
             self.forward(numbers, *names, itemsize=itemsize)
 
+    def norm(self, numbers: int) -> None:
+        """What a norm of so many numbers takes but for its output."""
+        self.forward(numbers, "norm.wide", itemsize=self.how.wide)
+        self.backward(numbers, "norm.scaled", "norm.product", itemsize=self.how.wide)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -142,83 +146,6 @@ class BlockSizes(Protocol):
     def passing(self, rows: Rows, tally: Tally) -> None:
         """What it shares with other blocks, by the workspace's names."""
         ...
-
-
-@dataclass(frozen=True)
-class AttentionSizes:
-    """Of attention_block.AttentionBlock.
-
-    Attributes:
-        heads: query heads.
-        normed: whether heads of queries and keys are normed.
-        qkv: layers that give queries, keys and values; o: the one that reads what was attended.
-    """
-
-    heads: int
-    normed: bool
-    qkv: GroupSizes
-    o: GroupSizes
-
-    def groups(self, rows: Rows) -> Sequence[Use]:
-        """In the last layer queries of fewer rows than keys and values."""
-        o = (self.o, "o", rows.asking)
-        if rows.last:
-            return (self.qkv.part(0, 1), "q", rows.asking), (self.qkv.part(1), "kv", rows.tokens), o
-        return (self.qkv, "qkv", rows.tokens), o
-
-    def kept(self, rows: Rows, slot: Tally) -> None:
-        """Packed queries, keys and values, what was attended, and queries and keys before their norms."""
-        queries, keys = self.o.reads * rows.asking, self.qkv.outs[1] * rows.tokens
-        slot.forward(queries, "q", "attended", *["raw_q"] * self.normed)
-        slot.forward(keys, "k", "v", *["raw_k"] * self.normed)
-
-    def passing(self, rows: Rows, tally: Tally) -> None:
-        """Its norms, queries and keys on their way, and scores of a block of rows."""
-        wide, hidden = tally.how.wide, rows.tokens * self.qkv.reads
-        queries, keys = self.o.reads * rows.asking, self.qkv.outs[1] * rows.tokens
-        _norm(hidden, tally)
-        tally.forward(hidden, "norm.out")
-        if self.normed:
-            for numbers, name in ((queries, "norm.q"), (keys, "norm.k")):
-                _norm(numbers, tally)
-                tally.forward(numbers, name)
-        tally.forward(queries, "attention.rotated_q", *[] if self.normed else ["attention.raw_q"])
-        tally.forward(keys, "attention.rotated_k", "attention.raw_v", *[] if self.normed else ["attention.raw_k"])
-        tally.backward(queries, "attention.grad_q", "attention.grad_out")
-        tally.backward(keys, "attention.grad.k", "attention.grad.v", itemsize=wide)
-        if rows.wanted:
-            tally.backward(hidden, "attention.grad_normed", *["attention.grad_x"] * rows.last)
-            tally.backward(rows.asking * self.qkv.reads * rows.last, "attention.grad_rows")
-        if tally.how.on_cpu:
-            block = -(-rows.longest // max(1, -(-rows.longest // QUERY_BLOCK)))
-            tally.forward(block * self.o.reads, "attention.attended")
-            tally.forward(self.heads * block * rows.longest, "attention.scores", "attention.shares")
-            tally.backward(self.heads * block * rows.longest, "attention.grad_scores")
-
-
-@dataclass(frozen=True)
-class MLPSizes:
-    """Of mlp_block.MLPBlock; gate_up: layers that give gate and up; down: the one that reads the hidden layer."""
-
-    gate_up: GroupSizes
-    down: GroupSizes
-
-    def groups(self, rows: Rows) -> Sequence[Use]:
-        """Both read all rows that go on."""
-        return (self.gate_up, "gate_up", rows.asking), (self.down, "down", rows.asking)
-
-    def kept(self, rows: Rows, slot: Tally) -> None:
-        """Gate and up."""
-        slot.forward(rows.asking * self.down.reads, "gate", "up")
-
-    def passing(self, rows: Rows, tally: Tally) -> None:
-        """Its norm and the hidden layer."""
-        hidden, inner = rows.asking * self.gate_up.reads, rows.asking * self.down.reads
-        _norm(hidden, tally)
-        tally.forward(hidden, "norm.out")
-        tally.forward(inner, "mlp.hidden")
-        tally.backward(inner, "mlp.activated", "mlp.grad_hidden")
-        tally.backward(hidden, "mlp.grad_normed")
 
 
 _Blocks = tuple[BlockSizes, BlockSizes]
@@ -310,16 +237,10 @@ def _slot(blocks: _Blocks, rows: Rows, hidden: int, how: Arithmetic) -> Buffers:
     return slot.found
 
 
-def _norm(numbers: int, tally: Tally) -> None:
-    """What a norm of so many numbers takes but for its output."""
-    tally.forward(numbers, "norm.wide", itemsize=tally.how.wide)
-    tally.backward(numbers, "norm.scaled", "norm.product", itemsize=tally.how.wide)
-
-
 def _head(sizes: ModelSizes, work: PassTokens, tally: Tally) -> None:
     """What the last norm and the head take."""
     how, hidden = tally.how, sizes.hidden
-    _norm(work.predicting * hidden, tally)
+    tally.norm(work.predicting * hidden)
     tally.forward(work.predicting * hidden, "norm.out")
     tally.backward(work.predicting * hidden, "grad_hidden")
     logits = logit_numbers(sizes.vocabulary, work.predicting)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from torch import nn
 
 from qingtune.data.batch import Batch
 from qingtune.kernels import architecture, flash_attention
-from qingtune.kernels.architecture import ALL, Attention
+from qingtune.kernels.architecture import ALL, MLP, Attention, Layer
 from qingtune.kernels.attention_block import AttentionBlock
-from qingtune.kernels.blocks import Mixer, Parts, Pass, TokenBlock
+from qingtune.kernels.blocks import Mixer, Parts, Pass, RotaryTable, TokenBlock
 from qingtune.kernels.buffers import Arithmetic, ModelSizes, buffer_bytes
 from qingtune.kernels.dropout import new_seed
 from qingtune.kernels.elementwise import Norm
@@ -40,7 +40,9 @@ def why_not(model: Any) -> str | None:
     """The reason why a model cannot be computed here; None if it can."""
     if reason := architecture.why_not(model.config):
         return reason
-    return None if model.get_output_embeddings().bias is None else "the head has a bias"
+    if model.get_output_embeddings().bias is not None:
+        return "the head has a bias"
+    return "the model caps its logits" if getattr(model.config, "final_logit_softcapping", None) else None
 
 
 class TrainingDecoder:
@@ -80,22 +82,37 @@ class TrainingDecoder:
             self.members += [each for group in members for each in group]
             return [Projection(group, dropout, workspace, int8_units=int8_units) for group in members]
 
-        this = architecture.describe(model.config)
-        norm = partial(Norm.of, workspace=workspace)
-        parts = Parts(dtype, workspace, norm, projections)
+        self.this = this = architecture.describe(model.config)
+        parts = Parts(dtype, workspace, self._norm, projections)
         layers = list(zip(model.model.layers, this.layers, strict=True))
         device, count = self.embedding.device, len(layers)
         self.mixers: list[Mixer] = []
         self.mlps: list[TokenBlock] = []
         for number, (layer, kind) in enumerate(layers):
             assert isinstance(kind.mixer, Attention)
+            assert isinstance(kind.mlp, MLP)
+            norms = self._norms(layer, kind)
             flash = number < count - 1 and flash_attention.fits(device, dtype, kind.mixer.size)
-            self.mixers.append(AttentionBlock(layer, number, kind.mixer, parts, flash=flash))
-            self.mlps.append(MLPBlock(layer, number, parts))
-        self.norm = norm(model.model.norm)
+            self.mixers.append(
+                AttentionBlock(layer, number, kind.mixer, parts, norm=norms[0], out_norm=norms[1], flash=flash)
+            )
+            self.mlps.append(MLPBlock(layer, number, kind.mlp, parts, norm=norms[2], out_norm=norms[3]))
+        self.norm = self._norm(model.model.norm)
         self.rotary = model.model.rotary_emb
+        # Transformers rounds it to the embedding's dtype.
+        self.embedding_scale = float(torch.tensor(this.embedding_scale).to(self.embedding.dtype))
         trains = [any(p.requires_grad for p in layer.parameters()) for layer, _ in layers]
         self.lowest_trained = trains.index(True) if any(trains) else count
+
+    def _norm(self, module: Any) -> Norm:
+        return Norm(module.weight, self.this.epsilon, self.workspace, self.this.norm_offset)
+
+    def _norms(self, layer: Any, kind: Layer) -> tuple[Norm, Norm | None, Norm, Norm | None]:
+        """Before and after a layer's mixer, before and after its MLP."""
+        first, second = self._norm(layer.input_layernorm), self._norm(layer.post_attention_layernorm)
+        if not kind.normed_outputs:
+            return first, None, second, None
+        return first, second, self._norm(layer.pre_feedforward_layernorm), self._norm(layer.post_feedforward_layernorm)
 
     @cached_property
     def sizes(self) -> ModelSizes:
@@ -153,11 +170,13 @@ class TrainingDecoder:
 
     def _forward(self, batch: Batch, seed: int | None, scale: torch.Tensor | None) -> torch.Tensor:
         """The loss, and with a scale its gradient."""
-        layout = fill_up(lay_out(batch, share_prefix=seed is None))
+        layout = self._lay_out(batch, share_prefix=seed is None)
         self.workspace.headroom = max(1.0, self.most_tokens / len(layout.token_ids))
         keep = scale is not None
         x = self._input(0, len(layout.token_ids), keep=keep)
         x.copy_(F.embedding(layout.token_ids, self.embedding))
+        if self.embedding_scale != 1:
+            x.mul_(self.embedding_scale)
         now = Pass(layout, self._rotary_tables(x, layout), seed)
         for number in range(len(self.mlps)):
             slot, rows, middle = self._layer(number, x, now, keep=keep)
@@ -194,7 +213,8 @@ class TrainingDecoder:
             if below is None:
                 return
             grad = below
-        gradient(self.embedding).index_add_(0, now.layout.token_ids, grad.to(self.embedding.dtype))
+        of_tokens = gradient(self.embedding)
+        of_tokens.index_add_(0, now.layout.token_ids, grad.to(of_tokens.dtype), alpha=self.embedding_scale)
 
     def _layer(
         self, number: int, x: torch.Tensor, now: Pass, *, keep: bool
@@ -213,8 +233,33 @@ class TrainingDecoder:
         name = f"layer{number}.input" if keep else f"input{number % 2}"
         return self.workspace.take(name, (rows, self.embedding.shape[1]), self.dtype)
 
-    def _rotary_tables(self, x: torch.Tensor, layout: Layout) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Cos and sin, [T, 1, d / 2]; the model's table repeats them for the second half of a head."""
-        cos, sin = self.rotary(x[None], layout.positions[None])
+    def _lay_out(self, batch: Batch, *, share_prefix: bool) -> Layout:
+        """The batch's layout; samples with long and with short rotary factors share nothing."""
+        if share_prefix and (limit := self.this.short_context) is not None:
+            longer = batch.starts.diff() > limit
+            share_prefix = bool(longer.all()) or not longer.any()
+        return fill_up(lay_out(batch, share_prefix=share_prefix))
+
+    def _rotary_tables(self, x: torch.Tensor, layout: Layout) -> dict[str, RotaryTable]:
+        """The model's own tables."""
+        mixers = [layer.mixer for layer in self.this.layers]
+        names = {mixer.rotary for mixer in mixers if isinstance(mixer, Attention)}
+        return {name: self._rotary_table(x, layout, () if name == ALL else (name,)) for name in sorted(names)}
+
+    def _rotary_table(self, x: torch.Tensor, layout: Layout, name: tuple[str, ...]) -> RotaryTable:
+        """A table of the model's, which repeats cos and sin for the second half of what is turned."""
+        positions = layout.positions
+        if (limit := self.this.short_context) is None:
+            cos, sin = self.rotary(x[None], positions[None], *name)
+        else:  # the module takes long or short factors for all positions of a call
+            longer = layout.by_length(limit)
+            parts = [self.rotary(x[None], positions[None, rows], *name) for rows in longer if len(rows)]
+            order = torch.cat(longer).argsort()
+            cos, sin = (torch.cat(part, 1)[:, order] for part in zip(*parts, strict=True))
         half = cos.shape[-1] // 2
-        return {ALL: (cos[0, :, None, :half].to(self.dtype), sin[0, :, None, :half].to(self.dtype))}
+        cos, sin = (part[0, :, None, :half].to(self.dtype).contiguous() for part in (cos, sin))
+        if self.this.query_scaling is None:
+            return RotaryTable((cos, sin), (cos, sin))
+        beta, period = self.this.query_scaling
+        scale = (1 + beta * (1 + positions // period).log())[:, None, None].to(self.dtype)
+        return RotaryTable((cos, sin), (cos * scale, sin * scale))

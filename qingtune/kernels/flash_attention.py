@@ -8,12 +8,12 @@ token asks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from qingtune.kernels.block_attention import Heads
+    from qingtune.kernels.architecture import Attention
     from qingtune.kernels.layout import Lengths
     from qingtune.kernels.workspace import Workspace
 
@@ -41,7 +41,7 @@ def _causal(lengths: Lengths) -> tuple[torch.Tensor, torch.Tensor, int, int, flo
 class FlashAttention:
     """Attention of one layer; what backward needs stays in the workspace and here under the name of the layer."""
 
-    def __init__(self, heads: Heads, workspace: Workspace) -> None:
+    def __init__(self, heads: Attention, workspace: Workspace) -> None:
         self.heads, self.workspace = heads, workspace
         self._kept: dict[str, tuple[torch.Tensor, ...]] = {}
 
@@ -58,7 +58,7 @@ class FlashAttention:
             for end, x in ((".k", k), (".v", v))
         )
         attended, logsumexp, *states, _ = aten._flash_attention_forward(
-            query, key, value, *_causal(lengths), False, scale=self.heads.scale
+            query, key, value, *_causal(lengths), False, **self._factor_and_window(lengths)
         )
         self._kept[name] = (out.view(query.shape).copy_(attended), logsumexp, *states)
 
@@ -79,7 +79,7 @@ class FlashAttention:
             logsumexp,
             *_causal(lengths),
             *states,
-            scale=self.heads.scale,
+            **self._factor_and_window(lengths),
         )
         wide = torch.promote_types(dtype, torch.float32)
         grad_k, grad_v = (
@@ -93,3 +93,10 @@ class FlashAttention:
     def _keys(self, name: str, lengths: Lengths, dtype: torch.dtype) -> torch.Tensor:
         """The packed keys or values, [K, key-value heads, d]."""
         return self.workspace.take(name, (len(lengths.places), self.heads.keys, self.heads.size), dtype)
+
+    def _factor_and_window(self, lengths: Lengths) -> dict[str, Any]:
+        """The factor on the scores, and where a window matters, the tokens that it reaches before each and after it."""
+        window = self.heads.window
+        if window is None or window >= lengths.most_keys:
+            return {"scale": self.heads.scale}
+        return {"scale": self.heads.scale, "window_size_left": window - 1, "window_size_right": 0}

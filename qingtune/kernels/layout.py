@@ -39,25 +39,35 @@ class Segment:
 
 @dataclass(frozen=True)
 class Block:
-    """Query rows first..last of one segment, computed together.
+    """Query rows first..last of one segment, computed together; what they see are its keys from `start` to `end`.
 
     Attributes:
-        keys: how many of the segment's keys they see.
-        masked_from: the first key that not all of them see.
-        hidden: bool [last - first, keys - masked_from], True where a row does not see a key.
+        masked_from: the first key that is later than some of the rows.
+        hidden: bool [last - first, end - masked_from], True where a row does not see a key as it is later.
+        passed: bool [last - first, n], True where a row's window does not reach one of the first n keys.
     """
 
     first: int
     last: int
-    keys: int
+    start: int
+    end: int
     masked_from: int
     hidden: torch.Tensor
+    passed: torch.Tensor
+
+    @property
+    def seen(self) -> slice:
+        """The keys that some of the rows see."""
+        return slice(self.start, self.end)
 
     @cached_property
     def spans(self) -> torch.Tensor:
-        """int64 [2, last - first], the first key that each row sees, the one after its last; counted in the block."""
-        ends = self.keys - self.hidden.sum(1)
-        return torch.stack([torch.zeros_like(ends), ends])
+        """int64 [2, last - first], the first key that each row sees, the one after its last; counted from `start`."""
+        return torch.stack([self.passed.sum(1), self.end - self.start - self.hidden.sum(1)])
+
+
+# The blocks of each segment.
+Blocks = list[tuple[Segment, list[Block]]]
 
 
 @dataclass(frozen=True)
@@ -97,14 +107,37 @@ class Layout:
     targets: torch.Tensor
 
     @cached_property
-    def blocks(self) -> list[tuple[Segment, list[Block]]]:
-        """Blocks of attention in which every token asks."""
-        return make_blocks(self.segments, np.arange(len(self.token_ids)), self.token_ids.device)
+    def longest(self) -> int:
+        """Keys of the longest segment."""
+        return max(segment.keys for segment in self.segments)
 
     @cached_property
-    def predicting_blocks(self) -> list[tuple[Segment, list[Block]]]:
-        """Blocks in which only predicting rows ask, query rows counted among them."""
-        return make_blocks(self.segments, self.predicting.cpu().numpy(), self.token_ids.device)
+    def _blocks(self) -> dict[tuple[int | None, bool], Blocks]:
+        return {}
+
+    def blocks(self, window: int | None = None, *, predicting: bool = False) -> Blocks:
+        """Blocks of attention, made once.
+
+        Args:
+            window: tokens that a row sees at most, itself among them; None for all before it.
+            predicting: whether only predicting rows ask, query rows being counted among them; otherwise all do.
+        """
+        key = window if window is not None and window < self.longest else None, predicting
+        if key not in self._blocks:
+            rows = self.predicting.cpu().numpy() if predicting else np.arange(len(self.token_ids))
+            self._blocks[key] = make_blocks(self.segments, rows, self.token_ids.device, key[0])
+        return self._blocks[key]
+
+    def by_length(self, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of samples of at most `limit` tokens, and those of longer ones, ascending; what samples share is counted
+        with the longest of them."""
+        keys = [segment.keys for segment in self.segments]
+        if any(segment.shared for segment in self.segments):
+            keys[0] = self.longest
+        sizes = [segment.end - segment.start for segment in self.segments]
+        longer = np.repeat(np.array(keys) > limit, sizes)
+        short, long = (torch.from_numpy(np.flatnonzero(rows)).to(self.token_ids.device) for rows in (~longer, longer))
+        return short, long
 
     @cached_property
     def lengths(self) -> Lengths:
@@ -115,14 +148,15 @@ class Layout:
         parts = [places for s in self.segments for places in (np.arange(s.shared), np.arange(s.start, s.end))]
         q_starts, k_starts = (torch.from_numpy(np.cumsum([0, *n], dtype=np.int32)).to(device) for n in (queries, keys))
         places = torch.from_numpy(np.concatenate(parts)).to(device)
-        return Lengths(q_starts, k_starts, places, max(queries), max(keys))
+        return Lengths(q_starts, k_starts, places, max(queries), self.longest)
 
 
 def make_blocks(
-    segments: tuple[Segment, ...], rows: NDArray[np.int64], device: torch.device
-) -> list[tuple[Segment, list[Block]]]:
-    """Cut the query rows (ascending places in the layout) of each segment into blocks of about equal size."""
-    result: list[tuple[Segment, list[Block]]] = []
+    segments: tuple[Segment, ...], rows: NDArray[np.int64], device: torch.device, window: int | None = None
+) -> Blocks:
+    """Cut the query rows (ascending places in the layout) of each segment into blocks of about equal size; keys that no
+    row's window reaches are left out."""
+    result: Blocks = []
     for segment in segments:
         first, last = (int(place) for place in np.searchsorted(rows, [segment.start, segment.end]))
         visible = rows[first:last] - segment.start + segment.shared + 1
@@ -131,9 +165,13 @@ def make_blocks(
         blocks: list[Block] = []
         for a, b in pairwise(edges):
             seen = visible[a - first : b - first]
-            masked_from, keys = int(seen[0]), int(seen[-1])
-            hidden = np.arange(masked_from, keys)[None] >= seen[:, None]
-            blocks.append(Block(a, b, keys, masked_from, torch.from_numpy(hidden).to(device)))
+            masked_from, end = int(seen[0]), int(seen[-1])
+            oldest = seen - seen if window is None else np.maximum(seen - window, 0)
+            start = int(oldest[0])
+            hidden = np.arange(masked_from, end)[None] >= seen[:, None]
+            passed = np.arange(start, int(oldest[-1]))[None] < oldest[:, None]
+            masks = (torch.from_numpy(mask).to(device) for mask in (hidden, passed))
+            blocks.append(Block(a, b, start, end, masked_from, *masks))
         result.append((segment, blocks))
     return result
 

@@ -16,7 +16,8 @@ from qingtune.answering.decoder.cached import CachedDecoder
 from qingtune.answering.generate import Decoding, generate_many
 from qingtune.answering.load import load_decoder
 from qingtune.kernels import flash_attention
-from qingtune.kernels.block_attention import BlockAttention, Heads
+from qingtune.kernels.architecture import Attention
+from qingtune.kernels.block_attention import BlockAttention
 from qingtune.kernels.device import Hardware
 from qingtune.kernels.flash_attention import FlashAttention
 from qingtune.kernels.layout import Layout, Segment
@@ -83,9 +84,10 @@ def test_adapter_answers_in_four_bits(
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("shared", [0, 40])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_flash_attention_is_block_attention(dtype: torch.dtype, shared: int) -> None:
+def test_flash_attention_is_block_attention(dtype: torch.dtype, shared: int, window: int | None) -> None:
     """Output and gradients of 14 query and 2 key heads of size 64, over segments of one token to several blocks."""
     device = torch.device("cuda")
     edges = [*accumulate([300, 1, 40, 700], initial=shared)]
@@ -93,12 +95,12 @@ def test_flash_attention_is_block_attention(dtype: torch.dtype, shared: int) -> 
     segments = [Segment(0, shared, 0), *segments] if shared else segments
     places = torch.zeros(edges[-1], dtype=torch.int64, device=device)
     layout = Layout(places, places, tuple(segments), places, places)
-    heads = Heads(14, 2, 64, 0.125)
+    heads = Attention(14, 2, 64, 0.125, window=window)
     torch.manual_seed(0)
     q, grad = (torch.randn(edges[-1], 14, 64, device=device, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(edges[-1], 2, 64, device=device, dtype=dtype) for _ in range(2))
     found = []
-    for kind, where in ((FlashAttention, layout.lengths), (BlockAttention, layout.blocks)):
+    for kind, where in ((FlashAttention, layout.lengths), (BlockAttention, layout.blocks(window))):
         attention: Any = kind(heads, Workspace(device))
         out = torch.empty(edges[-1], 14 * 64, device=device, dtype=dtype)
         attention.forward("a", where, q, k, v, out)

@@ -9,10 +9,10 @@ import ctypes
 import functools
 import sys
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from qingtune.kernels.architecture import Activation
 from qingtune.kernels.native.build import compiled_library, flags_of_hidden_units
 
 SOURCE = Path(__file__).with_name("elementwise.c")
@@ -20,9 +20,8 @@ SOURCE = Path(__file__).with_name("elementwise.c")
 FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 ELEMENTS_A_THREAD = 2**14  # fewer are done before another thread has started
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
 
-Activation = Literal["silu", "gelu_tanh"]
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 # What functions take before their last two arguments, the kind of numbers and how many threads.
 _ARGUMENTS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from decoders import (
     MODELS,
+    NEWER,
+    OLDER,
     TRAINED,
     apart,
     apart_in_all,
@@ -67,11 +70,12 @@ def assert_same(model: Any, batch: Batch, name: str, recompute: int = 0, **choic
 def test_same_as_transformers_in_fp32(kind: str, trained: str) -> None:
     model = make_decodable(kind, trained)
     for number, (name, batch) in enumerate(batches().items()):
-        assert_same(model, batch, name, recompute=number % 3)
+        if kind in [*OLDER, *NEWER] or len(batch.token_ids) < 300:
+            assert_same(model, batch, name, recompute=number % 3)
 
 
 @pytest.mark.parametrize("trained", ["full", "lora"])
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama tied"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama tied", "ministral", "gemma3"])
 def test_same_as_transformers_with_flash_attention(kind: str, trained: str) -> None:
     """As on a GPU, but for the kernels themselves."""
     model = make_decodable(kind, trained)
@@ -81,18 +85,25 @@ def test_same_as_transformers_with_flash_attention(kind: str, trained: str) -> N
             assert TrainingDecoder(model, torch.float32, member).mixers[0].flash
 
 
-@pytest.mark.parametrize("trained", TRAINED)
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama biases yarn"])
+@pytest.mark.parametrize(
+    ("kind", "trained"),
+    [
+        *itertools.product(["qwen2", "qwen3", "llama biases yarn"], TRAINED),
+        *itertools.product(["gemma3"], ["full", "dora", "lora on the last mlp"]),
+        *itertools.product(["phi3"], ["lora", "lora on q"]),
+    ],
+)
 def test_same_as_transformers_in_fp64_whatever_is_trained(kind: str, trained: str) -> None:
     model = make_decodable(kind, trained, torch.float64)
     for number, (name, batch) in enumerate(batches().items()):
         assert_same(model, batch, name, recompute=number % 3)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama biases linear"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama biases linear", "gemma3", "phi3"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_bases_are_their_dequantised_weights(bits: int, kind: str) -> None:
-    for trained in ("lora", "lora on the last mlp", *(["dora"] if kind == "qwen2" else [])):
+    others = {"qwen2": ["lora on the last mlp", "dora"], "qwen3": ["lora on the last mlp"]}
+    for trained in ("lora", *others.get(kind, [])):
         model = make_decodable(kind, trained, bits=bits)
         for number, (name, batch) in enumerate(batches().items()):
             assert_same(model, batch, name, recompute=number % 3, int8_units=bits == 4)  # of no account at 4 bits
@@ -110,9 +121,11 @@ def test_int8_units_are_near_the_dequantised_weights(kind: str) -> None:
         assert 1e-4 < apart_in_all(gradients, wanted) < INT8[1], name
 
 
-@pytest.mark.parametrize("trained", ["full", "lora", "dora"])
-def test_bf16_is_near_fp32(trained: str) -> None:
-    model = make_decodable("qwen2", trained)
+@pytest.mark.parametrize(
+    ("kind", "trained"), [("qwen2", "full"), ("qwen2", "lora"), ("qwen2", "dora"), *((kind, "lora") for kind in NEWER)]
+)
+def test_bf16_is_near_fp32(trained: str, kind: str) -> None:
+    model = make_decodable(kind, trained)
     half = TrainingDecoder(model, torch.bfloat16, member)
     for name, batch in batches().items():
         loss, gradients = decoded(model, batch, decoder=half)
@@ -168,7 +181,7 @@ def small_model(kind: str, trained: str) -> Any:
     lengths=st.lists(st.integers(0, 24), min_size=1, max_size=6),
     beginning=st.lists(st.integers(3, 319), min_size=1, max_size=9),
     share=st.sampled_from([0.0, 0.1, 1.0]),
-    kind=st.sampled_from(["qwen2", "qwen3", "llama biases yarn"]),
+    kind=st.sampled_from(["qwen2", "qwen3", "llama biases yarn", "mistral", "gemma3", "phi3 longrope"]),
     trained=st.sampled_from(["full", "lora"]),
     recompute=st.integers(0, 2),
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import torch
@@ -97,7 +96,10 @@ def make_setup(
     def projections(*groups: Sequence[torch.nn.Module]) -> list[Projection]:
         return [Projection([member(m) for m in group], 0.0, workspace, int8_units=False) for group in groups]
 
-    parts = Parts(dtype, workspace, partial(Norm.of, workspace=workspace), projections)
+    def norm(module: Qwen3RMSNorm) -> Norm:
+        return Norm(module.weight, module.variance_epsilon, workspace)
+
+    parts = Parts(dtype, workspace, norm, projections)
     block = DeltaNetBlock(layer, 0, DeltaNet(*sizes, kernel=4), parts)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(len(layout.token_ids), HIDDEN, generator=generator)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import make_decodable, random_sample
+from decoders import NEWER, OLDER, make_decodable, random_sample
 
 from qingtune.adapters.lora import member
 from qingtune.data.batch import collate
@@ -45,10 +45,16 @@ def held(decoder: TrainingDecoder) -> Buffers:
     return {key: size for key, size in found.items() if size}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("kind", "compiled"), [("qwen2", False), ("qwen3", False), ("llama", False), ("qwen3", True)])
+@pytest.mark.parametrize(
+    ("kind", "method", "compiled"),
+    [
+        *itertools.product(OLDER, METHODS, [False]),
+        *itertools.product(["qwen3"], METHODS, [True]),
+        *itertools.product(NEWER, ["full", "lora, dropout", "dora"], [False]),
+    ],
+)
 def test_every_buffer_has_its_planned_size(
-    kind: str, compiled: bool, method: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, method: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
         monkeypatch.setattr(in_c, "elementwise", lambda: None)

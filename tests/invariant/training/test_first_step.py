@@ -70,6 +70,7 @@ def result_of(base: Path, output: Path) -> Any:
         ("full", "gpt2"),
         ("lora", "gpt2"),
         ("lora", "mistral"),
+        ("lora", "olmo2"),
     ],
 )
 def test_reported_losses_equal_plain_transformers(
@@ -97,7 +98,7 @@ def test_reported_losses_equal_plain_transformers(
     assert after["eval_loss"] == pytest.approx(plain_mean_loss(trained, model, eval_rows), abs=1e-4)
     assert abs(after["eval_loss"] - before["eval_loss"]) > 5e-3  # so that the line above compares something
     reason = f'Using general kernels (slower, more memory): "{kind}" is not one of the architectures'
-    assert (reason in capsys.readouterr().err) is (kind in ("gpt2", "mistral"))
+    assert (reason in capsys.readouterr().err) is (kind in ("gpt2", "olmo2"))
 
 
 def test_first_step_of_adapter_is_that_of_base(tmp_path: Path, data_file: Path) -> None:

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qingtune.kernels import layout as layouts
-from qingtune.kernels.block_attention import BlockAttention, Blocks, Heads
-from qingtune.kernels.layout import Layout, Segment
+from qingtune.kernels.architecture import Attention
+from qingtune.kernels.block_attention import BlockAttention
+from qingtune.kernels.layout import Blocks, Layout, Segment
 from qingtune.kernels.workspace import Workspace
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ class Case(NamedTuple):
     segments: tuple[Segment, ...]
     rows: torch.Tensor
     blocks: Blocks
-    heads: Heads
+    heads: Attention
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
@@ -44,6 +45,7 @@ def make_case(
     group: int = 2,
     key_heads: int = 2,
     dtype: torch.dtype = torch.float64,
+    window: int | None = None,
 ) -> Case:
     """Segments of these lengths after a shared beginning; rows: the places that ask, None for all."""
     edges = list(accumulate(lengths, initial=shared))
@@ -52,11 +54,11 @@ def make_case(
         segments.insert(0, Segment(0, shared, 0))
     places = torch.arange(edges[-1]) if rows is None else torch.tensor(rows, dtype=torch.int64)
     layout = Layout(torch.zeros(edges[-1]).long(), torch.zeros(edges[-1]).long(), tuple(segments), places, places)
-    heads = Heads(group * key_heads, key_heads, SIZE, 0.4)
+    heads = Attention(group * key_heads, key_heads, SIZE, 0.4, window=window)
     generator = torch.Generator().manual_seed(edges[-1])
     shapes = [(len(places), heads.queries, SIZE), *[(edges[-1], key_heads, SIZE)] * 2, (len(places), heads.queries * 8)]
     tensors = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
-    blocks = layout.blocks if rows is None else layout.predicting_blocks
+    blocks = layout.blocks(window, predicting=rows is not None)
     return Case(layout.segments, places, blocks, heads, *tensors)
 
 
@@ -67,11 +69,12 @@ def plain(case: Case) -> list[torch.Tensor]:
     for segment in case.segments:
         mine = torch.nonzero((case.rows >= segment.start) & (case.rows < segment.end))[:, 0]
         keys = torch.tensor([*range(segment.shared), *range(segment.start, segment.end)])
+        age = case.rows[mine][:, None] - segment.start + segment.shared - torch.arange(len(keys))[None]
         attended = F.scaled_dot_product_attention(
             q[mine].transpose(0, 1),
             k[keys].transpose(0, 1).repeat_interleave(case.heads.group, 0),
             v[keys].transpose(0, 1).repeat_interleave(case.heads.group, 0),
-            attn_mask=keys[None] <= case.rows[mine][:, None],
+            attn_mask=(age >= 0) & (age < (case.heads.window or len(keys))),
             scale=case.heads.scale,
         )
         out = out.index_put((mine,), attended.transpose(0, 1).flatten(1))
@@ -110,6 +113,14 @@ def test_every_row_asks(lengths: tuple[int, ...], shared: int, group: int) -> No
     check_alone(make_case(lengths, shared, group=group))
 
 
+@pytest.mark.parametrize("rows", [None, [6, 9, 11, 300, 301, 555]], ids=["all", "some"])
+@pytest.mark.parametrize("shared", [0, 4, 300])
+@pytest.mark.parametrize("window", [1, 3, 200, 700])
+def test_windows(window: int, shared: int, rows: list[int] | None) -> None:
+    rows = None if rows is None else [row + shared for row in rows]
+    check_alone(make_case([8, 5, 600], shared, rows, window=window))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shared", [0, 260])
 def test_narrower_formats_within_their_rounding(shared: int, dtype: torch.dtype) -> None:
@@ -117,8 +128,9 @@ def test_narrower_formats_within_their_rounding(shared: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("shared", [0, 40])
-def test_a_large_part_that_all_keys_have_in_common_costs_no_digits(shared: int) -> None:
-    case = make_case([70, 1, 30], shared, dtype=torch.bfloat16)
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_large_part_that_all_keys_have_in_common_costs_no_digits(shared: int, window: int | None) -> None:
+    case = make_case([70, 1, 30], shared, dtype=torch.bfloat16, window=window)
     case.k.add_(torch.randn(SIZE, generator=torch.Generator().manual_seed(0)) * 60)
     check_alone(case)
 
@@ -152,10 +164,11 @@ def cases(draw: st.DrawFn) -> Case:
     shared = draw(st.integers(0, 6))
     rows = draw(st.none() | st.sets(st.integers(0, shared + sum(lengths) - 1)).map(sorted))
     with mock.patch.object(layouts, "QUERY_BLOCK", draw(st.integers(1, 5))):
-        return make_case(lengths, shared, rows, draw(st.sampled_from([1, 2, 7])), draw(st.integers(1, 2)))
+        group, key_heads = draw(st.sampled_from([1, 2, 7])), draw(st.integers(1, 2))
+        return make_case(lengths, shared, rows, group, key_heads, window=draw(st.none() | st.integers(1, 12)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=cases())
 def test_any_segments_rows_and_sizes_of_blocks(case: Case) -> None:
     check_alone(case)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qingtune.kernels.architecture import Activation
 from qingtune.kernels.elementwise import Norm, rotate, swiglu, swiglu_backward
 from qingtune.kernels.workspace import Workspace
 
@@ -34,7 +37,7 @@ def plain_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 # --- RMSNorm ---------------------------------------------------------------------------------------------------------
 
 
-def check_norm(shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+def check_norm(shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype, offset: float = 0.0) -> None:
     torch.manual_seed(sum(shape))
     x, grad = (
         torch.randn(shape, dtype=torch.float64).mul(3).to(dtype),
@@ -42,11 +45,11 @@ def check_norm(shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.d
     )
     weight = torch.randn(shape[-1], dtype=torch.float64).to(weight_dtype).requires_grad_()
     wide_x, wide_weight = leaf(x), leaf(weight)
-    y = plain_norm(wide_x, wide_weight)
+    y = plain_norm(wide_x, offset + wide_weight)
     grad_x, grad_weight = torch.autograd.grad(y, (wide_x, wide_weight), grad.double())
     kept = x.clone(), grad.clone()
     with torch.no_grad():
-        norm = Norm(weight, EPSILON, Workspace(x.device))
+        norm = Norm(weight, EPSILON, Workspace(x.device), offset)
         out = norm.forward(x, "out")
         for _ in range(2):  # gradients add up
             found = norm.backward(grad, x)
@@ -61,15 +64,16 @@ def check_norm(shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.d
 
 
 @settings(max_examples=30, deadline=None)
-@given(shape=SHAPES)
-def test_a_norm_of_any_shape_and_its_gradients(shape: tuple[int, ...]) -> None:
-    check_norm(shape, torch.float64, torch.float64)
+@given(shape=SHAPES, offset=st.sampled_from([0.0, 1.0]))
+def test_a_norm_of_any_shape_and_its_gradients(shape: tuple[int, ...], offset: float) -> None:
+    check_norm(shape, torch.float64, torch.float64, offset)
 
 
 @DTYPES
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_norm_whose_weight_has_another_format(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
-    check_norm((40, 3, 64), dtype, weight_dtype if dtype != torch.float64 else torch.float64)
+    for offset in (0.0, 1.0):
+        check_norm((40, 3, 64), dtype, weight_dtype if dtype != torch.float64 else torch.float64, offset)
 
 
 def test_the_backward_of_bf16_is_taken_in_fp32() -> None:
@@ -90,25 +94,32 @@ def test_a_row_of_zeros_has_finite_gradients() -> None:
     torch.testing.assert_close(grad_x, torch.full((1, 4), EPSILON**-0.5))
 
 
-# --- SwiGLU ----------------------------------------------------------------------------------------------------------
+# --- SwiGLU and GeGLU ------------------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 @DTYPES
-def test_swiglu_and_its_gradients_in_place(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_units_and_their_gradients_in_place(activation: Activation, dtype: torch.dtype) -> None:
+    function = ACTIVATIONS[activation]
     torch.manual_seed(0)
     for shape in [(3, 5), (40, 33), (2, 7)]:
         gate, up, grad = (torch.randn(shape, dtype=torch.float64).mul(4).to(dtype) for _ in range(3))
         wide_gate, wide_up = leaf(gate), leaf(up)
-        product = F.silu(wide_gate) * wide_up
+        product = function(wide_gate) * wide_up
         twins = torch.autograd.grad(product, (wide_gate, wide_up), grad.double())
         kept = gate.clone(), up.clone()
         out, activated = torch.full_like(gate, torch.nan), torch.full_like(gate, torch.nan)
-        assert swiglu(gate, up, out, out) is out
+        assert swiglu(gate, up, out, out, activation) is out
         close(out, product.detach(), dtype)
-        assert swiglu(gate, up, activated, out) is out
+        assert swiglu(gate, up, activated, out, activation) is out
         close(out, product.detach(), dtype)
         assert gate.equal(kept[0])
-        swiglu_backward(grad, gate, up, activated)
+        swiglu_backward(grad, gate, up, activated, activation)
         assert up.equal(kept[1])
         for mine, twin in zip((gate, activated), twins, strict=True):
             close(mine, twin, dtype)
@@ -126,14 +137,19 @@ def test_swiglu_far_from_zero_is_finite() -> None:
 
 @DTYPES
 @pytest.mark.parametrize("heads", [1, 3])
-def test_rotation_turns_pairs_of_coordinates_and_minus_sin_is_its_backward(dtype: torch.dtype, heads: int) -> None:
+@pytest.mark.parametrize("size", [8, 11])
+def test_rotation_turns_pairs_of_coordinates_and_minus_sin_is_its_backward(
+    dtype: torch.dtype, heads: int, size: int
+) -> None:
     torch.manual_seed(0)
     angles = torch.rand(11, 1, 4, dtype=torch.float64) * 50
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    x, grad = (torch.randn(11, heads, 8, dtype=torch.float64).to(dtype) for _ in range(2))
+    x, grad = (torch.randn(11, heads, size, dtype=torch.float64).to(dtype) for _ in range(2))
     wide = leaf(x)
-    turned = torch.view_as_complex(torch.stack(wide.split(4, -1), -1)) * torch.complex(cos.double(), sin.double())
-    y = torch.cat([turned.real, turned.imag], -1)
+    turned = torch.view_as_complex(torch.stack(wide[..., :8].split(4, -1), -1)) * torch.complex(
+        cos.double(), sin.double()
+    )
+    y = torch.cat([turned.real, turned.imag, wide[..., 8:]], -1)
     (twin,) = torch.autograd.grad(y, wide, grad.double())
     out = torch.full_like(x, torch.nan)
     assert rotate(x, cos, sin, out) is out

@@ -13,7 +13,7 @@ from flash_twin import flash_kernels_of_plain_pytorch
 from test_block_attention import SIZE, Case, check, make_case
 
 from qingtune.kernels import flash_attention
-from qingtune.kernels.block_attention import Heads
+from qingtune.kernels.architecture import Attention
 from qingtune.kernels.flash_attention import FlashAttention
 from qingtune.kernels.layout import Layout
 from qingtune.kernels.workspace import Workspace
@@ -46,9 +46,12 @@ def run(case: Case, workspace: Workspace) -> list[torch.Tensor]:
 
 @pytest.mark.usefixtures("twin")
 @pytest.mark.parametrize("shared", [0, 3])
+@pytest.mark.parametrize("window", [None, 1, 6, 200])
 @pytest.mark.parametrize(("lengths", "group"), [((1,), 7), ((2, 1), 1), ((40, 31), 2), ((5, 1, 1, 64), 7)], ids=str)
-def test_gives_what_plain_attention_gives(lengths: tuple[int, ...], shared: int, group: int) -> None:
-    case = make_case(lengths, shared, group=group)
+def test_gives_what_plain_attention_gives(
+    lengths: tuple[int, ...], shared: int, group: int, window: int | None
+) -> None:
+    case = make_case(lengths, shared, group=group, window=window)
     check(run(case, Workspace(CPU)), case)
 
 
@@ -60,8 +63,9 @@ def test_buffers_of_a_larger_pass_do_not_show() -> None:
     check(run(case, workspace), case)
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("shared", [0, 3])
-def test_calls_fit_the_operators(shared: int) -> None:
+def test_calls_fit_the_operators(shared: int, window: int | None) -> None:
     """PyTorch computes shapes on its meta device for the real operators; wrong arguments or shapes fail there."""
     case = make_case((40, 31), shared, dtype=torch.bfloat16)
     lengths = layout_of(case).lengths
@@ -70,7 +74,7 @@ def test_calls_fit_the_operators(shared: int) -> None:
     lengths = type(lengths)(
         *(x.to(meta) for x in (lengths.queries, lengths.keys, lengths.places)), lengths.most_queries, lengths.most_keys
     )
-    attention = FlashAttention(Heads(4, 2, SIZE, 0.4), Workspace(meta))
+    attention = FlashAttention(Attention(4, 2, SIZE, 0.4, window=window), Workspace(meta))
     attention.forward("a", lengths, q, k, v, torch.empty_like(grad))
     grads = attention.backward("a", lengths, grad, len(k), torch.bfloat16)
     assert [tuple(x.shape) for x in grads] == [tuple(x.shape) for x in (q, k, v)]

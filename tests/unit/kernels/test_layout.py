@@ -120,9 +120,11 @@ def test_a_trained_token_within_the_common_beginning_ends_what_is_shared() -> No
 def seen(segment: Segment, block: Block, row: int) -> set[int]:
     """Places in the layout that a block's row sees."""
     places = [*range(segment.shared), *range(segment.start, segment.end)]
-    assert block.hidden.shape == (block.last - block.first, block.keys - block.masked_from)
-    masked = torch.nonzero(block.hidden[row - block.first])[:, 0] + block.masked_from
-    return {places[key] for key in range(block.keys)} - {places[key] for key in masked.tolist()}
+    assert block.hidden.shape == (block.last - block.first, block.end - block.masked_from)
+    assert len(block.passed) == block.last - block.first
+    hidden = torch.nonzero(block.hidden[row - block.first])[:, 0] + block.masked_from
+    passed = torch.nonzero(block.passed[row - block.first])[:, 0] + block.start
+    return {places[key] for key in range(block.start, block.end)} - {places[key] for key in [*hidden, *passed]}
 
 
 @st.composite
@@ -137,13 +139,13 @@ def asked(draw: st.DrawFn) -> tuple[tuple[Segment, ...], list[int]]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(case=asked(), size=st.integers(1, 6))
-def test_each_row_that_asks_sees_the_shared_beginning_and_its_own_past(
-    case: tuple[tuple[Segment, ...], list[int]], size: int
+@given(case=asked(), size=st.integers(1, 6), window=st.none() | st.integers(1, 18))
+def test_each_row_that_asks_sees_the_shared_beginning_and_its_own_past_as_far_as_its_window_goes(
+    case: tuple[tuple[Segment, ...], list[int]], size: int, window: int | None
 ) -> None:
     segments, rows = case
     with mock.patch.object(layouts, "QUERY_BLOCK", size):
-        found = make_blocks(segments, np.array(rows, np.int64), CPU)
+        found = make_blocks(segments, np.array(rows, np.int64), CPU, window)
     assert tuple(segment for segment, _ in found) == segments
     numbers = []
     for segment, blocks in found:
@@ -152,7 +154,8 @@ def test_each_row_that_asks_sees_the_shared_beginning_and_its_own_past(
             for number in range(block.first, block.last):
                 row = rows[number]
                 assert segment.start <= row < segment.end
-                assert seen(segment, block, number) == {*range(segment.shared), *range(segment.start, row + 1)}
+                past = [*range(segment.shared), *range(segment.start, row + 1)]
+                assert seen(segment, block, number) == set(past[-(window or len(past)) :])
                 numbers.append(number)
     assert numbers == list(range(len(rows)))
 
@@ -164,12 +167,26 @@ def test_blocks_of_a_segment_are_about_equally_long() -> None:
     assert len(blocks) == 1
 
 
+def test_keys_that_no_window_reaches_are_left_out() -> None:
+    with mock.patch.object(layouts, "QUERY_BLOCK", 4):
+        ((_, blocks),) = make_blocks((Segment(0, 12, 0),), np.arange(12), CPU, 3)
+    assert [(block.start, block.end) for block in blocks] == [(0, 4), (2, 8), (6, 12)]
+
+
+def test_blocks_are_made_once_and_a_window_that_reaches_all_is_none() -> None:
+    layout = lay_out(batch_of(plain("a question", "yes"), plain("another", "no")), share_prefix=False)
+    assert layout.blocks(13) is layout.blocks()
+    assert layout.blocks(12) is not layout.blocks()
+    assert layout.blocks(12) is layout.blocks(12)
+    assert layout.blocks(12) is not layout.blocks(12, predicting=True)
+
+
 def test_a_layout_asks_for_all_rows_or_for_those_that_predict() -> None:
     layout = lay_out(batch_of(plain("ask", "yes"), plain("ask", "no"), plain("as well")), share_prefix=True)
-    (_, first), *_ = layout.blocks
-    assert sum(b.last - b.first for _, blocks in layout.blocks for b in blocks) == len(layout.token_ids)
+    (_, first), *_ = layout.blocks()
+    assert sum(b.last - b.first for _, blocks in layout.blocks() for b in blocks) == len(layout.token_ids)
     assert [(b.first, b.last) for b in first] == [(0, 2)]
-    assert [[(b.first, b.last) for b in blocks] for _, blocks in layout.predicting_blocks] == [
+    assert [[(b.first, b.last) for b in blocks] for _, blocks in layout.blocks(predicting=True)] == [
         [],
         [(0, 3)],
         [(3, 5)],
