@@ -53,11 +53,7 @@ class DeltaNetBlock:
     @property
     def sizes(self) -> DeltaNetSizes:
         """What it takes memory for."""
-        compiled = (
-            delta_kernels(self.this.value_size, self.gated_norm.weight.new_empty(0, dtype=self.dtype)) is not None
-        )
-        trained = self.gated_norm.weight.requires_grad
-        return DeltaNetSizes(self.this, trained, compiled, self.all.sizes, self.out.sizes)
+        return DeltaNetSizes(self.this, self.gated_norm.weight.requires_grad, self.all.sizes, self.out.sizes)
 
     def forward(self, x: torch.Tensor, now: Pass, out: torch.Tensor, slot: str, rows: torch.Tensor | None) -> None:
         """x: [T, D] -> out: [T, D], or [N, D] where rows says which."""

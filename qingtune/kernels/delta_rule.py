@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 
 from qingtune.kernels.delta_sizes import CHUNK
+from qingtune.kernels.native.delta import delta_kernels
 from qingtune.kernels.workspace import Workspace
 
 EPSILON = 1e-6  # added to the squared lengths by which queries and keys are divided (l2norm in Transformers and fla)
@@ -149,17 +150,20 @@ class DeltaRule:
             The inverse of the triangular system, times beta, [K, R, n, n], as a factor of products.
         """
         key_heads, heads, count = decay.shape
-        within = self._take("within", key_heads, heads, count, count)
-        torch.sub(decay[..., None], decay[..., None, :], out=within)
-        _factors(within).tril_()
         products = self._take("products", key_heads, 2, count, count)
         self._multiply(kq.flatten(1, 2), kq[:, 0].transpose(1, 2), products.flatten(1, 2))
+        within = self._take("within", key_heads, heads, count, count)
         scores = self._take("scores", key_heads, heads, 2, count, count)
+        solved = self._take("solved", *within.shape)
+        if kernels := delta_kernels(count, products, decay):
+            kernels.scores(products, decay, beta.contiguous(), within, scores, solved)
+            return within, scores, self._narrow("solved", solved)
+        torch.sub(decay[..., None], decay[..., None, :], out=within)
+        _factors(within).tril_()
         torch.mul(products[:, None], within[:, :, None], out=scores)
         scores[:, :, 0].diagonal(dim1=-2, dim2=-1).zero_()
         system = torch.mul(scores[:, :, 0], beta[..., None], out=self._take("system", *within.shape))
         unit = torch.eye(count, dtype=self.dtype, device=decay.device)
-        solved = self._take("solved", *within.shape)
         torch.linalg.solve_triangular(system, unit.expand_as(system), upper=False, unitriangular=True, out=solved)
         return within, scores, self._narrow("solved", solved.mul_(beta[..., None, :]))
 

@@ -1,5 +1,7 @@
 """Sizes of the buffers that a gated delta net block takes (delta_net.py), as kernels/buffers.py has those of others.
 
+They are those of PyTorch's operations; where elementwise work is done in C, some are not needed.
+
 Shapes: as in delta_net.py.
 """
 
@@ -21,13 +23,11 @@ class DeltaNetSizes:
     Attributes:
         this: the layer.
         norm_trained: whether the weight of its own norm is trained.
-        compiled: whether its elementwise work is done in C.
         inputs: layers that give qkv, z, b and a; out: the one that reads what the gated norm gives.
     """
 
     this: DeltaNet
     norm_trained: bool
-    compiled: bool
     inputs: GroupSizes
     out: GroupSizes
 
@@ -64,17 +64,9 @@ class DeltaNetSizes:
             tally.backward(rows.asking * self.inputs.reads * rows.last, "delta.grad_rows")
         self._chunk(rows, tally)
         at_a_time = min(CHUNK, rows.asking) * values
-        tally.forward(at_a_time * (not self.compiled), "delta.normalised", "delta.gate", itemsize=wide)
-        if self.norm_trained or not self.compiled:
-            names = (
-                "normalised",
-                "gate",
-                "norm_grad",
-                "norm_active",
-                "norm_product",
-                *["norm_summed"] * self.norm_trained,
-            )
-            tally.backward(at_a_time, *(f"delta.{name}" for name in names), itemsize=wide)
+        tally.forward(at_a_time, "delta.normalised", "delta.gate", itemsize=wide)
+        names = "delta.norm_grad", "delta.norm_active", "delta.norm_product", *["delta.norm_summed"] * self.norm_trained
+        tally.backward(at_a_time, *names, itemsize=wide)
 
     @property
     def _state(self) -> int:
@@ -94,11 +86,9 @@ class DeltaNetSizes:
 
         forward(this.kernel * channels, "taps")
         tally.forward((history + count) * channels, "delta.window")
-        if not self.compiled:
-            forward((history + count) * channels, "window")
-            forward(count * channels, "mixed", "active")
-            forward(count * 2 * this.key_heads, "rates")
-            backward(count * 2 * keys, "kq_product")
+        forward((history + count) * channels, "window")
+        forward(count * channels, "mixed", "active")
+        forward(count * 2 * this.key_heads, "rates")
         forward(count * 2 * keys, "kq")
         forward(values, "v", "missing", "added", "kept", "out")
         forward(2 * values, "reads")
@@ -107,7 +97,7 @@ class DeltaNetSizes:
         forward(2 * this.key_heads * count**2, "products")
         forward(self._state, "state", "shared")
         backward((history + count) * channels, "grad_window")
-        backward(count * 2 * keys, "grad_kq")
+        backward(count * 2 * keys, "kq_product", "grad_kq")
         backward(count * keys, "grad_k")
         backward(values, "grad_added", "grad_v")
         backward(2 * values, "grad_reads", "dots")

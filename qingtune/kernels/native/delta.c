@@ -190,6 +190,44 @@ void delta_heads_backward(const float *grad_kq, const float *grad_v, const void 
     }
 }
 
+/* --- Within a chunk ----------------------------------------------------------------------------------------------- */
+
+INLINE void scores_of_head(const float *products, const float *decay, const float *beta, float *within, float *scores,
+                           float *solved, int64_t n) {
+    const int64_t pairs = n * n;
+    for (int64_t i = 0; i < n; i++) {
+        float *d = within + i * n, *of_key = scores + i * n, *of_query = of_key + pairs, *row = solved + i * n;
+        const float *key = products + i * n, *query = key + pairs, own = decay[i];
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) { /* clamped as _factors in delta_rule.py says */
+            const float gap = own - decay[j], low = gap < -50.0f ? -50.0f : gap;
+            d[j] = j <= i ? exponential(low < 0.0f ? low : 0.0f) : 0.0f;
+            of_key[j] = j < i ? key[j] * d[j] : 0.0f;
+            of_query[j] = j <= i ? query[j] * d[j] : 0.0f;
+            row[j] = j == i ? 1.0f : 0.0f;
+        }
+        for (int64_t j = 0; j < i; j++) { /* forward substitution */
+            const float factor = beta[i] * of_key[j], *before = solved + j * n;
+#pragma omp simd
+            for (int64_t m = 0; m <= j; m++) row[m] -= factor * before[m];
+        }
+    }
+    for (int64_t i = 0; i < n; i++)
+#pragma omp simd
+        for (int64_t j = 0; j <= i; j++) solved[i * n + j] *= beta[j];
+}
+
+/* K K' and Q K' [K, 2, n, n], decay and beta [K, R, n] -> D [K, R, n, n], both times D [K, R, 2, n, n] (keys' strictly
+   lower), and the inverse of I + beta times keys' ones, times beta [K, R, n, n]. */
+void delta_scores(const float *products, const float *decay, const float *beta, float *within, float *scores,
+                  float *solved, int64_t key_heads, int64_t share, int64_t n, int64_t kind, int64_t threads) {
+    (void)kind;
+    PARALLEL
+    for (int64_t head = 0; head < key_heads * share; head++)
+        scores_of_head(products + head / share * 2 * n * n, decay + head * n, beta + head * n, within + head * n * n,
+                       scores + head * 2 * n * n, solved + head * n * n, n);
+}
+
 /* --- The gated norm ----------------------------------------------------------------------------------------------- */
 
 INLINE float inverse_length(const void *x, int64_t width, float epsilon, int kind) {

@@ -26,6 +26,7 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
     "delta_heads": [*[_P] * 4, *[_I] * 6, _F, _F],
     "delta_heads_backward": [*[_P] * 7, *[_I] * 6, _F, _F],
+    "delta_scores": [*[_P] * 6, _I, _I, _I],
     "gated_norm": [*[_P] * 4, _I, _I, _F],
     "gated_norm_backward": [*[_P] * 5, _I, _I, _F],
 }
@@ -35,11 +36,11 @@ def delta_kernels(head_size: int, *tensors: torch.Tensor) -> DeltaKernels | None
     """The functions in C for heads of this size at most, and these tensors: on a CPU, all in fp32 or all in bf16."""
     dtype = tensors[0].dtype
     fits = dtype in KINDS and all(x.device.type == "cpu" and x.dtype == dtype and x.is_contiguous() for x in tensors)
-    return _kernels() if fits and head_size <= LARGEST_HEAD else None
+    return compiled() if fits and head_size <= LARGEST_HEAD else None
 
 
 @functools.cache
-def _kernels() -> DeltaKernels | None:
+def compiled() -> DeltaKernels | None:
     """The functions in C, compiled at the first call; None where that cannot be."""
     if sys.platform != "linux":
         return None
@@ -91,6 +92,19 @@ class DeltaKernels:
         places = [_at(tensor) for tensor in (*grads, window, taps, kq, grad_window)]
         places.append(0 if grad_taps is None else _at(grad_taps))
         self._library.delta_heads_backward(*places, *_sizes(this, kq), epsilon, this.key_size**-0.5, *_how(window))
+
+    def scores(
+        self,
+        products: torch.Tensor,
+        decay: torch.Tensor,
+        beta: torch.Tensor,
+        within: torch.Tensor,
+        scores: torch.Tensor,
+        solved: torch.Tensor,
+    ) -> None:
+        """Write D, both halves of products times D, and the inverse of the triangular system times beta; all fp32."""
+        places = (_at(tensor) for tensor in (products, decay, beta, within, scores, solved))
+        self._library.delta_scores(*places, *decay.shape, *_how(scores))
 
     def gated_norm(
         self, x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, epsilon: float
