@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,15 @@ from qingtune.answering.decoder.layer import (
     AnswerLayer,
     AnswerNorm,
     AttentionBlock,
+    DeltaBlock,
     ExpertsBlock,
     MLPBlock,
 )
 from qingtune.answering.decoder.native.build import has_native_units, native_library
 from qingtune.answering.decoder.native.matrices import NativeMatrix, fits_native
 from qingtune.answering.decoder.packed import ROWS_AT_A_TIME, DenseMatrix, Matrix, pack, plus
-from qingtune.kernels.architecture import ALL, MLP, Architecture, Attention, Experts, Layer, describe
+from qingtune.kernels.architecture import ALL, MLP, Architecture, Attention, DeltaNet, Experts, Layer, describe
+from qingtune.kernels.delta_answer import DeltaCore
 from qingtune.kernels.device import Hardware, give_back_memory, has_int8_units
 from qingtune.kernels.workspace import Workspace
 from qingtune.models.layers import stored_tensors
@@ -33,7 +36,19 @@ from qingtune.models.stored_weights import text_name
 
 # Architectures checked (tests/invariant/answering) to answer here as Transformers does.
 MODEL_TYPES = frozenset(
-    {"qwen2", "qwen3", "llama", "mistral", "ministral", "ministral3", "gemma3_text", "phi3", "qwen3_moe"}
+    {
+        "qwen2",
+        "qwen3",
+        "llama",
+        "mistral",
+        "ministral",
+        "ministral3",
+        "gemma3_text",
+        "phi3",
+        "qwen3_moe",
+        "qwen3_5_text",
+        "qwen3_5_moe_text",
+    }
 )
 _LANGUAGE_MODEL = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
 
@@ -131,10 +146,10 @@ class Assembly:
 
     def __iter__(self) -> Iterator[AnswerLayer]:
         """Layers in order, read when they are asked for; what packing one took is given back before the next."""
-        attending = 0
+        counts = Counter[type]()
         for number, layer in enumerate(self.architecture.layers):
-            yield self._layer(f"model.layers.{number}", layer, attending)
-            attending += isinstance(layer.mixer, Attention)
+            yield self._layer(f"model.layers.{number}", layer, counts[type(layer.mixer)])
+            counts[type(layer.mixer)] += 1
             give_back_memory()
 
     def _embedding(self) -> torch.Tensor:
@@ -152,9 +167,11 @@ class Assembly:
         return self._pack(self._embedding() if tied else self.weights.read(HEAD), None)
 
     def _layer(self, name: str, layer: Layer, number: int) -> AnswerLayer:
-        """number: of the layer, among those with attention."""
-        assert isinstance(layer.mixer, Attention)
-        mixer = self._attention(f"{name}.self_attn", layer.mixer, number)
+        """number: of the layer, among those with such a mixer."""
+        if isinstance(layer.mixer, DeltaNet):
+            mixer = self._delta_net(f"{name}.linear_attn", layer.mixer, number)
+        else:
+            mixer = self._attention(f"{name}.self_attn", layer.mixer, number)
         if isinstance(layer.mlp, Experts):
             mlp = self._experts(f"{name}.mlp", layer.mlp)
         else:
@@ -176,13 +193,25 @@ class Assembly:
             o=self._joined(f"{name}.o_proj"),
         )
 
+    def _delta_net(self, name: str, net: DeltaNet, number: int) -> DeltaBlock:
+        parts = ("conv1d.weight", "A_log", "dt_bias", "norm.weight")
+        taps, rate, bias, norm = (self.weights.read(f"{name}.{part}").to(self.device).float() for part in parts)
+        taps, rate = taps[:, 0].t().contiguous(), -rate.exp()
+        return DeltaBlock(
+            DeltaCore(net, taps, rate, bias, norm, self.architecture.epsilon),
+            number,
+            qkv_z=self._joined(f"{name}.in_proj_qkv", f"{name}.in_proj_z"),
+            b_a=self._joined(f"{name}.in_proj_b", f"{name}.in_proj_a", dense=True),
+            out=self._joined(f"{name}.out_proj"),
+        )
+
     def _mlp(self, name: str, mlp: MLP) -> MLPBlock:
         names = ["gate_up_proj"] if mlp.fused else ["gate_proj", "up_proj"]
         gate_up = self._joined(*(f"{name}.{part}" for part in names))
         return MLPBlock(gate_up, self._joined(f"{name}.down_proj"), ACTIVATIONS[mlp.activation])
 
     def _experts(self, name: str, experts: Experts) -> ExpertsBlock:
-        """Router and shares stay in the dtype: their bytes are few, and a rounded router could choose other experts."""
+        """Router and shares are dense: their bytes are few, and a rounded router could choose other experts."""
         matrices = (
             (self._of_expert(name, "gate_up", number), self._of_expert(name, "down", number))
             for number in range(experts.count)
@@ -191,10 +220,10 @@ class Assembly:
         shared = MLP(experts.shared) if experts.shared else None
         return ExpertsBlock(
             experts,
-            self._dense(f"{name}.gate.weight"),
+            self._joined(f"{name}.gate", dense=True),
             mlps,
             self._mlp(f"{name}.shared_expert", shared) if shared else None,
-            self._dense(f"{name}.shared_expert_gate.weight") if shared else None,
+            self._joined(f"{name}.shared_expert_gate", dense=True) if shared else None,
         )
 
     def _of_expert(self, name: str, kind: str, number: int) -> Matrix:
@@ -209,24 +238,25 @@ class Assembly:
             return _DenseParts([(weight, None)], None)
         return self._pack(weight, None)
 
-    def _dense(self, name: str) -> Matrix:
-        return DenseMatrix(self.weights.read(name).to(self.device, self.dtype), None)
-
     def _norm(self, name: str) -> AnswerNorm:
         weight = self.weights.read(f"{name}.weight").to(self.device)
         if offset := self.architecture.norm_offset:
             return AnswerNorm(weight.float() + offset, self.architecture.epsilon)
         return AnswerNorm(weight.to(self.dtype), self.architecture.epsilon)
 
-    def _joined(self, *names: str) -> Matrix:
-        """Linear layers that read one input as one matrix."""
+    def _joined(self, *names: str, dense: bool = False) -> Matrix:
+        """Linear layers that read one input as one matrix; dense: in the dtype, whatever the others are held in."""
         bias = None
         if any(f"{name}.bias" in self.parameters for name in names):
             bias = torch.cat([self._bias(name) for name in names])
         if self.lazy:
             parts = [self._part(f"{name}.weight") for name in names]
             return _DenseParts(parts, None if bias is None else bias.to(self.device, self.dtype))
-        return self._pack(torch.cat([self.weights.read(f"{name}.weight") for name in names]), bias)
+        weight = torch.cat([self.weights.read(f"{name}.weight") for name in names])
+        if dense:
+            bias = None if bias is None else bias.to(self.device, self.dtype)
+            return DenseMatrix(weight.to(self.device, self.dtype), bias)
+        return self._pack(weight, bias)
 
     def _bias(self, name: str) -> torch.Tensor:
         """Of a linear layer: zeros where it has none."""

@@ -61,7 +61,7 @@ class CachedDecoder:
     def slot_bytes(self, length: int) -> int:
         """The bytes of a slot that holds a sequence of this many tokens."""
         shape = self.shape
-        return 2 * shape.layers * shape.keys * shape.size * length * self.dtype.itemsize
+        return 2 * shape.layers * shape.keys * shape.size * length * self.dtype.itemsize + shape.state_bytes
 
     def make_slots(self, count: int, length: int) -> None:
         """Replace the slots by empty ones with room for sequences of this many tokens, allocated at once."""
@@ -77,9 +77,14 @@ class CachedDecoder:
     def start(self, ids: Sequence[int], slot: int = 0) -> torch.Tensor:
         """Let a slot hold these ids, at least one, and give the logits [V] of the next one."""
         self._cache.reserve(len(ids))
+        place, stops = self._cache.keep_common(ids, slot)
         last = None
-        for start in range(self._cache.keep_common(ids, slot), len(ids), CHUNK):
-            last = self._read_chunk(ids[start : start + CHUNK], slot)
+        for end in (*stops, len(ids)):
+            for start in range(place, end, CHUNK):
+                last = self._read_chunk(ids[start : min(start + CHUNK, end)], slot)
+            place = end
+            if end in stops:
+                self._cache.keep_states(slot)
         assert last is not None
         return self.logits_of(self.norm.apply(last))[0]
 
@@ -96,8 +101,8 @@ class CachedDecoder:
             one = len(x) == 1
             joining = Chunk(self._cache, self.rotary, 0, 1) if one else TokenEach(self._cache, self.rotary, len(x))
             logits = self.logits_of(self.norm.apply(self._through(x, joining)))
-        for ids, token in zip(held, tokens, strict=True):
-            ids.append(token)
+        for slot, token in enumerate(tokens):
+            self._cache.append(slot, [token])
         return logits
 
     def _stretch(self, held: Sequence[Sequence[int]]) -> None:
@@ -142,7 +147,7 @@ class CachedDecoder:
     def _read_chunk(self, ids: Sequence[int], slot: int) -> torch.Tensor:
         """Put keys and values of more tokens into a slot; gives the last one's hidden state [1, D]."""
         x = self._through(self._embedded(ids), Chunk(self._cache, self.rotary, slot, len(ids)), only_last=True)
-        self._cache.ids[slot] += ids
+        self._cache.append(slot, ids)
         return x
 
     def _embedded(self, ids: Sequence[int]) -> torch.Tensor:

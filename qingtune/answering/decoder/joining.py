@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from qingtune.answering.decoder.cache import AnswerCache
 from qingtune.kernels.architecture import Attention
+from qingtune.kernels.delta_answer import DeltaCore
 
 Table = tuple[torch.Tensor, torch.Tensor]  # cos and sin of every position, each [context, rotary size / 2]
 
@@ -81,6 +82,15 @@ class Joining(ABC):
         number: of the layer, among those with attention.
         """
 
+    @abstractmethod
+    def recur(
+        self, number: int, core: DeltaCore, qkv: torch.Tensor, z: torch.Tensor, b: torch.Tensor, a: torch.Tensor
+    ) -> torch.Tensor:
+        """What a gated delta net's output layer reads, [T, H e], and its states after the new tokens.
+
+        number: of the layer, among delta nets; the others as `DeltaCore.chunk` takes them.
+        """
+
 
 class Chunk(Joining):
     """Tokens that follow each other in one slot. Views are made once, as for one token products are small."""
@@ -95,6 +105,8 @@ class Chunk(Joining):
         held = [part[:, slot : slot + 1, :, :after] for part in (cache.keys, cache.values)]
         self._keys, self._values = (part.unbind(0) for part in held)
         self._new_keys, self._new_values = (part[:, :, :, before:].unbind(0) for part in held)
+        self._states = [part[:, slot : slot + 1] for part in (cache.rows, cache.states)]
+        cache.whole[slot] = False  # until all layers are through
 
     def attend(
         self, number: int, attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -118,6 +130,15 @@ class Chunk(Joining):
             q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, scale=attention.scale
         )
         return out[0].transpose(0, 1).reshape(rows, -1)
+
+    def recur(
+        self, number: int, core: DeltaCore, qkv: torch.Tensor, z: torch.Tensor, b: torch.Tensor, a: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H e]."""
+        rows, states = (part[number] for part in self._states)
+        if len(qkv) == 1:
+            return core.step(qkv, z, b, a, rows, states)
+        return core.chunk(qkv, z, b, a, rows[0], states[0])
 
 
 def _mask(rows: int, seen: int, window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -145,6 +166,7 @@ class TokenEach(Joining):
         self._cache, self._places, self._end, self._least = cache, places, max(lengths) + 1, min(lengths)
         self._slots = torch.arange(count, device=cache.device)
         self._masks: dict[int | None, torch.Tensor] = {}
+        cache.whole[:count] = [False] * count  # until all layers are through
 
     def attend(
         self, number: int, attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -163,6 +185,13 @@ class TokenEach(Joining):
                 seen &= ids > self._places[:, None] - window
             self._masks[window] = seen[:, None, None]
         return _attend_rows(q, keys, values, self._masks[window], attention)
+
+    def recur(
+        self, number: int, core: DeltaCore, qkv: torch.Tensor, z: torch.Tensor, b: torch.Tensor, a: torch.Tensor
+    ) -> torch.Tensor:
+        """[S, H e]."""
+        rows, states = (part[number, : len(qkv)] for part in (self._cache.rows, self._cache.states))
+        return core.step(qkv, z, b, a, rows, states)
 
 
 def _rows(table: Table, places: torch.Tensor) -> Table:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from qingtune.answering.decoder.joining import Joining
 from qingtune.answering.decoder.packed import Matrix, plus
 from qingtune.kernels.architecture import Attention, Experts
+from qingtune.kernels.delta_answer import DeltaCore
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -82,6 +83,33 @@ class AttentionBlock:
 
 
 @dataclass(frozen=True)
+class DeltaBlock:
+    """A gated delta net with its projections.
+
+    Attributes:
+        number: of the layer, among delta nets.
+        qkv_z: gives what the convolution sees (queries, keys, values) and then the output's gate.
+        b_a: gives each head's b and then a.
+    """
+
+    core: DeltaCore
+    number: int
+    qkv_z: Matrix
+    b_a: Matrix
+    out: Matrix
+
+    def forward(
+        self, x: torch.Tensor, joining: Joining, added: torch.Tensor | None, *, only_last: bool = False
+    ) -> torch.Tensor:
+        """Normed rows [T, D] -> [T, D], with only_last [1, D]; what is added has the shape of the result."""
+        sizes, inputs = self.core.sizes, self.qkv_z.multiply(x)
+        gate = sizes.value_heads * sizes.value_size
+        qkv, z = inputs.split([inputs.shape[1] - gate, gate], 1)
+        out = joining.recur(self.number, self.core, qkv, z, *self.b_a.multiply(x).chunk(2, dim=1))
+        return self.out.multiply(out[-1:] if only_last else out, added)
+
+
+@dataclass(frozen=True)
 class MLPBlock:
     """down(activation(gate(x)) * up(x)); `gate_up` gives gate and up in this order."""
 
@@ -133,7 +161,7 @@ class AnswerLayer:
     """x + mixer(norm(x)), then x + mlp(norm(x)); with output norms, what both give is normed before it is added."""
 
     input_norm: AnswerNorm
-    mixer: AttentionBlock
+    mixer: AttentionBlock | DeltaBlock
     mlp_norm: AnswerNorm
     mlp: MLPBlock | ExpertsBlock
     mixer_output_norm: AnswerNorm | None = None

@@ -78,6 +78,15 @@ FAMILIES |= {
     "qwen3 moe": ("Qwen3MoeConfig", {**EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3 moe unnormalised": ("Qwen3MoeConfig", {**EXPERTS, "tie_word_embeddings": True}),
 }
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.5, "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+}  # fmt: skip
+FAMILIES |= {
+    "qwen3.5": ("Qwen3_5TextConfig", {**DELTA, "tie_word_embeddings": True}),
+    "qwen3.5 moe": ("Qwen3_5MoeTextConfig", {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 32}),
+}
 
 
 def made(name: str) -> Any:
@@ -111,11 +120,13 @@ def opened(folder: Path, adapter: Path | None = None, bits: int | None = None, s
 
 
 @torch.inference_mode()
+def last_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    return model(input_ids=torch.tensor([list(ids)]), use_cache=False, logits_to_keep=1).logits[0, -1]
+
+
 def logits_of(model: Any, ids: Sequence[int]) -> torch.Tensor:
     """Of every place, each as the last one of a sequence: some positions change with the sequence's length."""
-    return torch.stack(
-        [model(input_ids=torch.tensor([ids[: end + 1]]), use_cache=False).logits[0, -1] for end in range(len(ids))]
-    )
+    return torch.stack([last_logits(model, ids[: end + 1]) for end in range(len(ids))])
 
 
 def apart(one: torch.Tensor, two: torch.Tensor) -> float:
@@ -158,18 +169,18 @@ def test_slots_beginnings_and_moves_change_nothing(name: str, saved: Callable[[s
     sequences = [IDS[:3], [*IDS[:8], 77, 78, 79], IDS[:18], [9, 9]]
     decoder = opened(folder, slots=4)
     for slot, ids in enumerate(sequences):
-        assert apart(decoder.start(ids, slot), logits_of(model, ids)[-1]) < 1e-4
+        assert apart(decoder.start(ids, slot), last_logits(model, ids)) < 1e-4
     for token in range(40, 50):
         logits = decoder.step([token + slot for slot in range(len(sequences))])
         sequences = [[*ids, token + slot] for slot, ids in enumerate(sequences)]
         for found, ids in zip(logits, sequences, strict=True):
-            assert apart(found, logits_of(model, ids)[-1]) < 1e-4
+            assert apart(found, last_logits(model, ids)) < 1e-4
     decoder.move(3, 0)
     other = [*sequences[1][:-2], 5, 6]
-    assert apart(decoder.start(other, 2), logits_of(model, other)[-1]) < 1e-4
+    assert apart(decoder.start(other, 2), last_logits(model, other)) < 1e-4
     logits = decoder.step([1, 2, 3])
     for found, ids in zip(logits, ([*sequences[3], 1], [*sequences[1], 2], [*other, 3]), strict=True):
-        assert apart(found, logits_of(model, ids)[-1]) < 1e-4
+        assert apart(found, last_logits(model, ids)) < 1e-4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -204,24 +215,24 @@ def test_what_was_broken_off_is_read_again(
             context.setattr(cached.AnswerLayer, "forward", broken_off)
             with pytest.raises(KeyboardInterrupt):
                 run()
-        assert apart(decoder.start(IDS[:6]), logits_of(model, IDS[:6])[-1]) < 1e-4
+        assert apart(decoder.start(IDS[:6]), last_logits(model, IDS[:6])) < 1e-4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_adapter_is_merged(name: str, tmp_path: Path, saved: Callable[[str], tuple[Any, Path]]) -> None:
     base, folder = saved(name)
-    before = logits_of(base, IDS)[-1]
+    before = last_logits(base, IDS)
     model = made(name)
     add_lora(model, None, r=3, alpha=6, dropout=0.0)
     move_adapters(model)
     (tmp_path / "adapter").mkdir()
     save_adapter(model, tmp_path / "adapter", "base", 0.0)
-    wanted = logits_of(model, IDS)[-1]
+    wanted = last_logits(model, IDS)
     assert lora_layers(model)
     assert apart(before, wanted) > 1e-2
     assert apart(opened(folder, tmp_path / "adapter").start(IDS), wanted) < 1e-4
     merge_lora(model)
-    assert apart(logits_of(model, IDS)[-1], wanted) < 1e-4
+    assert apart(last_logits(model, IDS), wanted) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -241,7 +252,8 @@ def test_packed_weights_stand_for_rounded_ones(
 
     model.lm_head.weight = rounded(model.lm_head.weight.data)  # apart from the embedding, which stays whole
     for module in model.model.modules():
-        if isinstance(module, torch.nn.Linear) and module.out_features > 1:  # the shared expert's share stays
+        # The shared expert's share and a delta net's gates stay.
+        if isinstance(module, torch.nn.Linear) and module.out_features not in (1, DELTA["linear_num_value_heads"]):
             module.weight = rounded(module.weight.data)
         for name in ("gate_up_proj", "down_proj"):
             if isinstance(experts := getattr(module, name, None), torch.nn.Parameter):

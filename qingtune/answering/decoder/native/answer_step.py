@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from qingtune.answering.decoder.cache import AnswerCache, AnswerShape
-from qingtune.answering.decoder.layer import AnswerLayer, AnswerNorm, MLPBlock
+from qingtune.answering.decoder.layer import AnswerLayer, AnswerNorm, AttentionBlock, MLPBlock
 from qingtune.answering.decoder.native.matrices import MatrixStruct, NativeMatrix
 
 Pointer = ctypes.c_void_p
@@ -62,7 +62,7 @@ class AnswerStep:
         self._held: list[torch.Tensor] = []  # what pointers point to
         self._layers = (_LayerStruct * len(layers))(*(self._layer(layer) for layer in layers))
         self._vocabulary = head.struct().rows
-        first = layers[0].mixer
+        first = cast("AttentionBlock", layers[0].mixer)
         self._model = _ModelStruct(
             self._layers, head.struct(), *(self._wide(part) for part in (norm.weight, *rotary)),
             len(layers), len(norm.weight), self._layers[0].down.columns, shape.queries, shape.keys, shape.size,
@@ -94,7 +94,7 @@ class AnswerStep:
         return logits
 
     def _layer(self, layer: AnswerLayer) -> _LayerStruct:
-        mixer, mlp = layer.mixer, cast("MLPBlock", layer.mlp)
+        mixer, mlp = cast("AttentionBlock", layer.mixer), cast("MLPBlock", layer.mlp)
         matrices = (cast("NativeMatrix", part).struct() for part in (mixer.qkv, mixer.o, mlp.gate_up, mlp.down))
         norms = (layer.input_norm, mixer.q_norm, mixer.k_norm, layer.mlp_norm)
         return _LayerStruct(*matrices, *(self._wide(norm.weight) if norm else None for norm in norms))
