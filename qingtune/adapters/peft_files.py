@@ -36,7 +36,7 @@ from qingtune.files.paths import refuse_odd_name
 from qingtune.files.weights_file import check_floats, read_header
 from qingtune.kernels.linear import QuantizedLinear, import_bitsandbytes
 from qingtune.models.layers import dense_weight, linear_layers, replace_layer
-from qingtune.models.stored_weights import text_name
+from qingtune.models.stored_weights import multimodal_name, text_name
 
 WEIGHTS = "adapter_model.safetensors"
 MOST_RANK, MOST_ALPHA = 2**20, 1e9
@@ -72,7 +72,7 @@ _LEAVE_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _FOUND_AGAIN = ("pissa", "olora")
 
 
-def save_adapter(model: Any, folder: Path, base_model: str, dropout: float) -> None:
+def save_adapter(model: Any, folder: Path, base_model: str, dropout: float, *, multimodal: bool = False) -> None:
     """Write a model's adapters and modules trained in full, for the base's weights as they were loaded.
 
     Adapters that began as a part of these weights (PiSSA, OLoRA) become plain LoRA of twice the rank, so that every
@@ -81,7 +81,14 @@ def save_adapter(model: Any, folder: Path, base_model: str, dropout: float) -> N
     Args:
         folder: exists; the two files are written into it.
         base_model: name of the base, kept in the configuration as dropout is.
+        multimodal: whether the base is a multimodal model, of which this is the model of text: tensors are named as in
+            the multimodal one, for which PEFT opens the adapter; ends of names that both have tell the layers.
     """
+    own = multimodal_name if multimodal else str
+
+    def end(name: str) -> str:
+        return name if own(name) == name else name.removeprefix("model.")
+
     import_bitsandbytes()
     from peft import LoraConfig
 
@@ -94,7 +101,7 @@ def save_adapter(model: Any, folder: Path, base_model: str, dropout: float) -> N
         tensors |= {f"{name}.lora_A.weight": low.a, f"{name}.lora_B.weight": low.b}
         if low.magnitude is not None:
             tensors[f"{name}{_MAGNITUDE}"] = low.magnitude
-    named = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    named = {f"{_PREFIX}{own(name)}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
     rank_stabilised = first.rank_stabilised and not first.taken
     ranks = {name: len(low.a) for name, low in stored.items()}
@@ -108,11 +115,11 @@ def save_adapter(model: Any, folder: Path, base_model: str, dropout: float) -> N
         base_model_name_or_path=base_model,
         r=r,
         lora_alpha=alpha,
-        rank_pattern={name: value for name, value in ranks.items() if value != r},
-        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        rank_pattern={end(name): value for name, value in ranks.items() if value != r},
+        alpha_pattern={end(name): value for name, value in alphas.items() if value != alpha},
         lora_dropout=dropout,
-        target_modules=_shortest_names(model, adapters),
-        modules_to_save=modules_of(whole) or None,
+        target_modules=[end(name) for name in _names_of_targets(model, adapters, multimodal=multimodal)],
+        modules_to_save=[own(name) for name in modules_of(whole)] or None,
         use_dora=isinstance(first, DoRALinear),
         use_rslora=rank_stabilised,
         fan_in_fan_out=isinstance(first.base, Conv1D),
@@ -130,12 +137,15 @@ def _tidy(value: float) -> Any:
     return round(tidy) if tidy == round(tidy) else tidy
 
 
-def _shortest_names(model: Any, adapters: dict[str, LoRALinear]) -> list[str]:
-    """The last parts of the adapted layers' names, if they match no other layer; else the full names."""
+def _names_of_targets(model: Any, adapters: dict[str, LoRALinear], *, multimodal: bool) -> list[str]:
+    """The last parts of the adapted layers' names, if they match no other layer; else the full names.
+
+    A multimodal model has layers that are not here, as of a vision tower, with the same last parts.
+    """
     last_parts = sorted({name.rsplit(".", 1)[-1] for name in adapters})
     others = [name for name in linear_layers(model) if name.removesuffix(".base") not in adapters]
     clash = any(ends_with(other, part) for other in others for part in last_parts)
-    return sorted(adapters) if clash else last_parts
+    return sorted(adapters) if clash or multimodal else last_parts
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

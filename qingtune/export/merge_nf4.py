@@ -21,7 +21,7 @@ from qingtune.models.find import read_model_config
 from qingtune.models.layers import linear_layers
 from qingtune.models.load import empty_model, stored_dtype
 from qingtune.models.shards import ShardWriter, rounded
-from qingtune.models.stored_weights import StoredWeights, stored_names
+from qingtune.models.stored_weights import StoredWeights, stored_names, text_name
 
 # The most that rounding to NF4 does to a weight, the root of the summed squared errors over that of the squared
 # weights. Of a block of 64 one is as large as the scale m; the others lose most for their size where all lie between
@@ -44,9 +44,9 @@ def write_in_4bit(folder: Path, base: Path, adapter: StoredAdapter) -> None:
     dtype = stored_dtype(base)
     writer = ShardWriter(folder)
     head = [HEAD] if adapter.parts_head and HEAD not in stored.shapes else []
-    for name in [*stored.shapes, *head]:
+    for name in [*stored.own_names.values(), *head]:
         weight = stored.read(EMBEDDING if name in head else name)
-        merged = adapter.merged(name, weight)
+        merged = adapter.merged(text_name(name), weight)
         if name in packed:
             rounded(name, merged, dtype, base)
             for part, tensor in stored_names(name, NF4Linear.pack(merged.float(), dtype)).items():
@@ -65,7 +65,7 @@ def _layers(base: Path, stored: StoredWeights) -> tuple[set[str], list[str]]:
     model: Any = empty_model(base, stored_dtype(base))
     layers = linear_layers(model)
     packed = {f"{name}.weight" for name in layers}
-    if any(isinstance(layer, Conv1D) for layer in layers.values()) or not packed <= set(stored.shapes):
+    if any(isinstance(layer, Conv1D) for layer in layers.values()) or not packed <= set(stored.own_names.values()):
         raise UserError(
             "the layers of this architecture are stored transposed, or under other names, so they cannot be saved in "
             "4 bits",

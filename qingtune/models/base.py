@@ -20,7 +20,7 @@ from qingtune.kernels.linear import QuantizedLinear, quantized_class
 from qingtune.models.find import cache_folder, fingerprint, stored_numbers
 from qingtune.models.load import empty_model, load_model
 from qingtune.models.quantize import fill_quantized, quantize_model
-from qingtune.models.stored_weights import StoredWeights
+from qingtune.models.stored_weights import StoredWeights, text_name
 from qingtune.output.console import say
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _fill_as_stored(model: PreTrainedModel, stored: StoredWeights, device: torch
 
     def as_stored(name: str, _: tuple[int, int], bias: torch.Tensor | None) -> QuantizedLinear | None:
         weight = f"{name}.weight"
-        return stored.layer(weight, bias, device) if weight in stored.packed else None
+        return stored.layer(weight, bias, device) if text_name(weight) in stored.packed else None
 
     fill_quantized(model, 4, device, stored.read, as_stored)
 

@@ -132,7 +132,8 @@ def _without_choices(value: Any) -> Any:
 def context_length(folder: Path) -> int | None:
     """The longest sequence the model knows positions for, in tokens; None if its configuration does not say."""
     config = read_model_config(folder)
-    sizes = (config.get(name) for name in ("max_position_embeddings", "n_positions"))
+    names = ("max_position_embeddings", "n_positions")
+    sizes = (part.get(name) for part in (config, config.get("text_config") or {}) for name in names)
     return next((size for size in sizes if isinstance(size, int)), None)
 
 

@@ -21,7 +21,7 @@ from qingtune.models.config_file import stop_ids as stop_ids  # with the tokeniz
 from qingtune.models.find import ModelSource, converted_folder, stored_in_4bit, stored_numbers
 from qingtune.models.gguf_convert import convert_gguf
 from qingtune.models.layers import stored_tensors
-from qingtune.models.stored_weights import StoredWeights
+from qingtune.models.stored_weights import StoredWeights, text_name
 from qingtune.output.console import say
 from qingtune.output.quiet import quieten_transformers
 
@@ -175,7 +175,7 @@ def _load_unpacked(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     model, stored = empty_model(folder, dtype), StoredWeights(folder)
     for name, tensor in stored_tensors(model).items():
-        if stored.shapes.get(name) != tuple(tensor.shape):
+        if stored.shapes.get(text_name(name)) != tuple(tensor.shape):
             raise UserError(
                 f"{name} does not have the name and shape that its architecture expects",
                 where=str(folder),
@@ -230,6 +230,9 @@ def make_config(content: Mapping[str, Any], where: Path) -> PretrainedConfig:
     with tempfile.TemporaryDirectory() as clean, foreign_files("this configuration cannot be used", where):
         (Path(clean) / CONFIG).write_text(json.dumps(kept), encoding="utf-8")
         config = transformers.AutoConfig.from_pretrained(clean, trust_remote_code=False)
+    text: Any = config.get_text_config(decoder=True)
+    if getattr(config, "tie_word_embeddings", False):  # lost where a multimodal model's model of text is built alone
+        text.tie_word_embeddings = True
     _check_layer_types(config, where)
     return config
 

@@ -22,6 +22,7 @@ from qingtune.errors import UserError
 from qingtune.files.json_files import parse_object
 from qingtune.files.weights_file import read_header, weight_files
 from qingtune.kernels.linear import NF4Linear
+from qingtune.models.config_file import read_model_config
 from qingtune.models.find import NF4_MARK
 from qingtune.models.layers import stored_tensors
 
@@ -41,6 +42,21 @@ def text_name(name: str) -> str:
         if name.startswith(prefix):
             return "model." + name.removeprefix(prefix)
     return name.removeprefix("language_model.")  # lm_head
+
+
+def multimodal_name(name: str) -> str:
+    """The name that a parameter of a model of text, or a module, has in Transformers' multimodal model."""
+    if name.startswith("model.") and not name.startswith("model.language_model."):
+        return "model.language_model." + name.removeprefix("model.")
+    return name
+
+
+def is_multimodal(folder: Path) -> bool:
+    """Whether a folder holds a multimodal model whose language model has the names of `multimodal_name`."""
+    if not isinstance(read_model_config(folder).get("text_config"), dict):
+        return False
+    names = (name for path in weight_files(folder) for name in read_header(path)[0])
+    return any(name.startswith("model.language_model.") for name in names)
 
 
 class _Described(NamedTuple):
