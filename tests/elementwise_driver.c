@@ -46,7 +46,7 @@ static void try_rows(int64_t rows, int64_t width, int64_t kind) {
         begins[t] = t % width / 2;
         ends[t] = width - t % ((width + 1) / 2);
     }
-    char *normed[2], *grads[2], *sums[2], *weights[2], *logits[2], *losses[2], *shares[2], *scores[2], *hidden[2], *gates[2];
+    char *normed[2], *grads[2], *sums[2], *weights[2], *logits[2], *losses[2], *shares[2], *hidden[2], *gates[2];
     for (int i = 0; i < 2; i++) {
         const int64_t threads = i ? 3 : 1;
         char *rates = room(rows * 4), *kept = room(threads * width * 4);
@@ -57,7 +57,6 @@ static void try_rows(int64_t rows, int64_t width, int64_t kind) {
         cross_entropy(logits[i] = copy(x, size), targets, (double *)(losses[i] = room(rows * 8)), rows, width, 0.5f, kind,
                       threads);
         softmax(x, shares[i] = room(size), begins, ends, (float *)kept, rows, width, rows, kind, threads);
-        softmax_backward(grad, shares[i], scores[i] = room(size), begins, ends, rows, width, rows, kind, threads);
         gated(x, grad, hidden[i] = room(size), rows * width, GELU_TANH, kind, threads);
         gates[i] = copy(x, size);
         char *changed = copy(grad, size);
@@ -73,7 +72,6 @@ static void try_rows(int64_t rows, int64_t width, int64_t kind) {
     compare(logits[0], logits[1], size, "cross_entropy");
     compare(losses[0], losses[1], rows * 8, "losses");
     compare(shares[0], shares[1], size, "softmax");
-    compare(scores[0], scores[1], size, "softmax_backward");
     compare(hidden[0], hidden[1], size, "gated");
     compare(gates[0], gates[1], size, "gated_backward");
     free(x);
@@ -94,11 +92,62 @@ static void try_rotation(int64_t rows, int64_t heads, int64_t size, int64_t half
     free(s);
 }
 
+static void try_int8(int64_t rows, int64_t width, int64_t kind) {
+    const int64_t size = bytes(rows, width, kind);
+    char *x = numbers(rows * width, kind), *packed[2], *scales[2], *wide[2], *sums[2];
+    float *columns = (float *)numbers(width, FP32);
+    int32_t *products = room(rows * width * 4);
+    for (int64_t i = 0; i < rows * width; i++) products[i] = (int32_t)(1000.0f * drawn());
+    for (int i = 0; i < 2; i++) {
+        const int64_t threads = i ? 3 : 1;
+        packed[i] = room(rows * width);
+        scales[i] = room(rows * 4);
+        quantize_rows(x, rows % 2 ? columns : NULL, (int8_t *)packed[i], (float *)scales[i], rows, width, kind, threads);
+        widen((int8_t *)packed[i], (float *)scales[i], wide[i] = room(size), rows, width, kind, threads);
+        scale_sums(products, (float *)scales[i], rows % 2 ? NULL : columns, sums[i] = copy(x, size), rows, width, rows % 2,
+                   kind, threads);
+    }
+    compare(packed[0], packed[1], rows * width, "quantize_rows");
+    compare(scales[0], scales[1], rows * 4, "scales");
+    compare(wide[0], wide[1], size, "widen");
+    compare(sums[0], sums[1], size, "scale_sums");
+    free(x);
+    free(columns);
+    free(products);
+}
+
+static void try_adamw(int64_t count, int64_t kind) {
+    const int64_t blocks = (count + BLOCK - 1) / BLOCK, size = bytes(1, count, kind);
+    char *weights = numbers(count, kind), *grads = numbers(count, kind), *updated[2], *first[2], *second[2];
+    float *noise = (float *)numbers(blocks * BLOCK, FP32);
+    for (int64_t i = 0; i < blocks * BLOCK; i++) noise[i] = (noise[i] + 2.0f) / 4.0f;
+    for (int i = 0; i < 2; i++) {
+        float *largest = room(2 * blocks * 4);
+        for (int64_t k = 0; k < 2 * blocks; k++) largest[k] = 0.5f;
+        memset(first[i] = room(blocks * BLOCK), 3, (size_t)(blocks * BLOCK));
+        memset(second[i] = room(blocks * BLOCK), 200, (size_t)(blocks * BLOCK));
+        adamw8bit(updated[i] = copy(weights, size), grads, (int8_t *)first[i], largest, (uint8_t *)second[i],
+                  largest + blocks, noise, noise, noise, count, 0.9f, 0.999f, 0.1f, 0.001f, 1e-8f, 0.99f, 0.1f, kind,
+                  i ? 3 : 1);
+        free(largest);
+    }
+    compare(updated[0], updated[1], size, "adamw8bit");
+    compare(first[0], first[1], blocks * BLOCK, "first moments");
+    compare(second[0], second[1], blocks * BLOCK, "second moments");
+    free(weights);
+    free(grads);
+    free(noise);
+}
+
 int main(void) {
     const int64_t widths[] = {1, 2, 15, 16, 33, 100, 4099};
     for (int64_t kind = FP32; kind <= BF16; kind++) {
         for (int64_t rows = 1; rows < 6; rows += 2)
             for (int i = 0; i < 7; i++) try_rows(rows, widths[i], kind);
+        for (int64_t rows = 1; rows < 5; rows++)
+            for (int i = 0; i < 7; i++) try_int8(rows, widths[i], kind);
+        for (int i = 0; i < 7; i++) try_adamw(widths[i], kind);
+        try_adamw(256, kind);
         try_rotation(1, 1, 2, 1, kind);
         try_rotation(7, 3, 40, 9, kind);
         try_rotation(4, 2, 32, 16, kind);

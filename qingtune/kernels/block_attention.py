@@ -78,10 +78,7 @@ class BlockAttention:
                 grad_shares = take("attention.scores", shares.shape, dtype)
                 torch.bmm(grad_out, value[:, block.seen].transpose(1, 2), out=grad_shares)
                 grad_scores = take("attention.grad_scores", shares.shape, dtype)
-                if c := native(grad_shares):
-                    c.softmax_backward(grad_shares, shares, block.spans, grad_scores)
-                else:
-                    aten._softmax_backward_data.out(grad_shares, shares, -1, dtype, grad_input=grad_scores)
+                aten._softmax_backward_data.out(grad_shares, shares, -1, dtype, grad_input=grad_scores)
                 key_part = torch.bmm(grad_scores.transpose(1, 2), query)
                 self._add_rows(grad_k, segment, block, key_part, scale=heads.scale)
                 torch.baddbmm(grad_out, grad_scores, key[:, block.seen], beta=0, alpha=heads.scale, out=grad_out)

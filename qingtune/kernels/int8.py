@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from qingtune.kernels.footprint import INT8_TILE as TILE
+from qingtune.kernels.native.elementwise import native
 from qingtune.kernels.workspace import Workspace
 
 
@@ -28,6 +29,9 @@ def quantize_rows(
     """
     packed = workspace.take(name + ".packed", x.shape, torch.int8)
     scales = workspace.take(name + ".scales", (len(x), 1), torch.float32)
+    if c := native(x):
+        c.quantize_rows(x, columns, packed, scales)
+        return packed, scales
     tile = workspace.take("int8.tile", (min(TILE, len(x)), x.shape[1]), torch.float32)
     for start in range(0, len(x), TILE):
         rows, scale = x[start : start + TILE], scales[start : start + TILE]
@@ -64,6 +68,9 @@ def int8_product(
     shape = (len(packed), weight.shape[1])
     sums = workspace.take("int8.sums", shape, torch.int32)
     torch.ops.aten._int_mm.out(packed, weight, out=sums)
+    if c := native(out):
+        c.scale_sums(sums, scales, columns, out, add=add)
+        return
     wide = workspace.take("int8.wide", shape, torch.float32).copy_(sums)
     if columns is not None:
         wide.mul_(columns)

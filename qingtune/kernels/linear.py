@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from qingtune.kernels.native.elementwise import native
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -229,6 +231,9 @@ class Int8Linear(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """The weight, [out, in]."""
+        if out is not None and (c := native(out)):
+            c.widen(self.packed, self.scale, out)
+            return out
         if out is not None and out.dtype == torch.float32:  # torch.mul would first convert the packed numbers elsewhere
             return out.copy_(self.packed).mul_(self.scale)
         return (self.packed * self.scale).to(dtype) if out is None else torch.mul(self.packed, self.scale, out=out)

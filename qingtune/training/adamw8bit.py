@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from qingtune.kernels.native.elementwise import native
+
 BLOCK = 256
 CHUNK = 2**18  # elements updated at a time, so that their fp32 copies stay in a CPU's cache
 
@@ -93,6 +95,12 @@ def _update_chunk(
 ) -> None:
     first_code, first_largest, second_code, second_largest = moments
     (beta1, beta2), step = group["betas"], state["step"]
+    if c := native(values, grads):
+        drawn = [noise.take(first_code.numel()) for _ in range(3 if values.dtype == torch.bfloat16 else 2)]
+        decay, seen = 1 - group["lr"] * group["weight_decay"], (1 - beta1**step, 1 - beta2**step)
+        numbers = (beta1, beta2, *seen, group["eps"], decay, group["lr"])
+        c.adamw8bit(values, grads, moments, (*drawn, drawn[0])[:3], numbers)
+        return
     first, second = decode_first(first_code, first_largest), decode_second(second_code, second_largest)
     grad = torch.zeros(first.shape, device=values.device)  # the last block may be longer than what is left
     grad.view(-1)[: grads.numel()].copy_(grads)

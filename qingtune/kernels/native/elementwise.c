@@ -314,12 +314,6 @@ INLINE void softmax_row(const void *scores, void *shares, float *kept, int64_t b
     for (int64_t i = begin; i < end; i++) put(shares, i, kept[i] * factor, kind);
 }
 
-/* Zeros outside of the columns from begin to end. */
-INLINE void clear_unseen(char *row, int64_t width, int64_t begin, int64_t end, int64_t kind) {
-    memset(row, 0, (size_t)bytes(1, begin, kind));
-    memset(row + bytes(1, end, kind), 0, (size_t)bytes(1, width - end, kind));
-}
-
 /* shares = softmax(scores), [rows, width], and may be scores. Row t sees the columns from begins[t % masks] to
    ends[t % masks]; other shares are 0. room: fp32 [threads, width]. */
 void softmax(const char *scores, char *shares, const int64_t *begins, const int64_t *ends, float *room, int64_t rows,
@@ -329,26 +323,145 @@ void softmax(const char *scores, char *shares, const int64_t *begins, const int6
         const int64_t place = bytes(t, width, kind), begin = begins[t % masks], end = ends[t % masks];
         float *kept = room + omp_get_thread_num() * width;
         BY_KIND(softmax_row, kind, scores + place, shares + place, kept, begin, end);
-        clear_unseen(shares + place, width, begin, end, kind);
+        memset(shares + place, 0, (size_t)bytes(1, begin, kind));
+        memset(shares + place + bytes(1, end, kind), 0, (size_t)bytes(1, width - end, kind));
     }
 }
 
-INLINE void softmax_backward_row(const void *grad, const void *shares, void *out, int64_t begin, int64_t end,
-                                 int kind) {
-    float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t i = begin; i < end; i++) dot += get(grad, i, kind) * get(shares, i, kind);
+/* --- int8 products ------------------------------------------------------------------------------------------------ */
+
+/* Round a row, times its columns if it is scaled, to int8 with the largest at 127. A row with a number that is not finite
+   gets no number as its scale, so that products show it. */
+INLINE void quantize_row(const void *x, const float *columns, int8_t *packed, float *scale, int64_t width, int scaled,
+                         int kind) {
+    const float least = 1.17549435e-38f;
+    float largest = 0.0f, poison = 0.0f;
+#pragma omp simd reduction(max : largest) reduction(+ : poison)
+    for (int64_t i = 0; i < width; i++) {
+        const float number = get(x, i, kind) * (scaled ? columns[i] : 1.0f);
+        largest = fabsf(number) > largest ? fabsf(number) : largest;
+        poison += number * 0.0f;
+    }
+    const float step = largest / 127.0f + poison;
+    *scale = step < least ? least : step;
+    const float inverse = 1.0f / *scale;
 #pragma omp simd
-    for (int64_t i = begin; i < end; i++) put(out, i, (get(grad, i, kind) - dot) * get(shares, i, kind), kind);
+    for (int64_t i = 0; i < width; i++) {
+        const float number = get(x, i, kind) * (scaled ? columns[i] : 1.0f);
+        packed[i] = (int8_t)(int32_t)rintf(number * inverse);
+    }
 }
 
-/* out = the gradient of the scores for that of the shares, [rows, width]; it may be either input. */
-void softmax_backward(const char *grad, const char *shares, char *out, const int64_t *begins, const int64_t *ends,
-                      int64_t rows, int64_t width, int64_t masks, int64_t kind, int64_t threads) {
+/* x [rows, width], columns fp32 [width] or none -> packed [rows, width] and scales [rows]. */
+void quantize_rows(const char *x, const float *columns, int8_t *packed, float *scales, int64_t rows, int64_t width,
+                   int64_t kind, int64_t threads) {
     PARALLEL
     for (int64_t t = 0; t < rows; t++) {
-        const int64_t place = bytes(t, width, kind), begin = begins[t % masks], end = ends[t % masks];
-        BY_KIND(softmax_backward_row, kind, grad + place, shares + place, out + place, begin, end);
-        clear_unseen(out + place, width, begin, end, kind);
+        const char *from = x + bytes(t, width, kind);
+        int8_t *to = packed + t * width;
+        if (columns) BY_KIND(quantize_row, kind, from, columns, to, scales + t, width, 1);
+        else BY_KIND(quantize_row, kind, from, columns, to, scales + t, width, 0);
+    }
+}
+
+INLINE void scale_row(const int32_t *sums, float scale, const float *columns, void *out, int64_t width, int scaled,
+                      int add, int kind) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) {
+        const float number = (float)sums[i] * (scaled ? columns[i] : 1.0f) * scale;
+        put(out, i, add ? get(out, i, kind) + number : number, kind);
+    }
+}
+
+/* out (+)= sums * scales * columns; sums and out [rows, width], scales fp32 [rows], columns fp32 [width] or none. */
+void scale_sums(const int32_t *sums, const float *scales, const float *columns, char *out, int64_t rows, int64_t width,
+                int64_t add, int64_t kind, int64_t threads) {
+    PARALLEL
+    for (int64_t t = 0; t < rows; t++) {
+        const int32_t *from = sums + t * width;
+        char *to = out + bytes(t, width, kind);
+        if (columns && add) BY_KIND(scale_row, kind, from, scales[t], columns, to, width, 1, 1);
+        else if (columns) BY_KIND(scale_row, kind, from, scales[t], columns, to, width, 1, 0);
+        else if (add) BY_KIND(scale_row, kind, from, scales[t], columns, to, width, 0, 1);
+        else BY_KIND(scale_row, kind, from, scales[t], columns, to, width, 0, 0);
+    }
+}
+
+/* out = packed * scales: an int8 weight, [rows, width], as it is multiplied in another format. */
+INLINE void widen_row(const int8_t *packed, float scale, void *out, int64_t width, int kind) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) put(out, i, (float)packed[i] * scale, kind);
+}
+
+void widen(const int8_t *packed, const float *scales, char *out, int64_t rows, int64_t width, int64_t kind,
+           int64_t threads) {
+    PARALLEL
+    for (int64_t t = 0; t < rows; t++)
+        BY_KIND(widen_row, kind, packed + t * width, scales[t], out + bytes(t, width, kind), width);
+}
+
+/* --- AdamW with moments in 8 bits --------------------------------------------------------------------------------- */
+
+/* beta1 and beta2, 1 - beta^step of both, epsilon, the factor of the weight decay, the learning rate. */
+typedef struct {
+    float beta1, beta2, seen1, seen2, epsilon, decay, rate;
+} Adam;
+
+enum { BLOCK = 256 };
+
+/* A block of up to 256 weights, as in training/adamw8bit.py; noise is uniform in [0, 1), of the first moment, the second
+   and the weights. */
+INLINE void adamw_block(void *weights, const void *grads, int8_t *first_code, float *first_largest,
+                        uint8_t *second_code, float *second_largest, const float *noise_first,
+                        const float *noise_second, const float *noise, int64_t count, const Adam *a, int kind) {
+    const float least = 1.17549435e-38f, kept1 = 1.0f - a->beta1, kept2 = 1.0f - a->beta2;
+    float first[BLOCK], second[BLOCK], grad[BLOCK] = {0};
+    for (int64_t i = 0; i < count; i++) grad[i] = get(grads, i, kind);
+    const float scale1 = *first_largest, scale2 = *second_largest;
+    float largest1 = 0.0f, largest2 = 0.0f;
+#pragma omp simd reduction(max : largest1, largest2)
+    for (int64_t i = 0; i < BLOCK; i++) {
+        const float root = (float)first_code[i] / 127.0f, square = (float)second_code[i] / 255.0f;
+        const float old = root * fabsf(root) * scale1;
+        first[i] = old + kept1 * (grad[i] - old);
+        second[i] = square * square * (square * square) * scale2 * a->beta2 + kept2 * grad[i] * grad[i];
+        largest1 = fabsf(first[i]) > largest1 ? fabsf(first[i]) : largest1;
+        largest2 = second[i] > largest2 ? second[i] : largest2;
+    }
+    *first_largest = largest1;
+    *second_largest = largest2;
+    const float bound1 = largest1 < least ? least : largest1, bound2 = largest2 < least ? least : largest2;
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; i++) {
+        const float share = fabsf(first[i] / bound1) * 16129.0f, below = floorf(sqrtf(share));
+        const float up = noise_first[i] * (2.0f * below + 1.0f) < share - below * below ? 1.0f : 0.0f;
+        const float code = below + up > 127.0f ? 127.0f : below + up;
+        first_code[i] = (int8_t)(int32_t)(first[i] < 0.0f ? -code : code);
+        const float root = sqrtf(sqrtf(second[i] / bound2)) * 255.0f, rounded = floorf(root + noise_second[i]);
+        const float positive = root > 0.0f && rounded < 1.0f ? 1.0f : rounded;
+        second_code[i] = (uint8_t)(int32_t)(positive > 255.0f ? 255.0f : positive);
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        const float move = first[i] / (sqrtf(second[i] / a->seen2) + a->epsilon);
+        const float moved = get(weights, i, kind) * a->decay - a->rate / a->seen1 * move;
+        if (kind == FP32) ((float *)weights)[i] = moved;
+        else ((uint16_t *)weights)[i] = (uint16_t)((to_bits(moved) + (uint32_t)(int32_t)(noise[i] * 65536.0f)) >> 16);
+    }
+}
+
+/* Update weights by their gradients; codes [blocks, 256], largest [blocks]; the last block may be longer than what is
+   left of the weights. */
+void adamw8bit(char *weights, const char *grads, int8_t *first_code, float *first_largest, uint8_t *second_code,
+               float *second_largest, const float *noise_first, const float *noise_second, const float *noise,
+               int64_t count, float beta1, float beta2, float seen1, float seen2, float epsilon, float decay, float rate,
+               int64_t kind, int64_t threads) {
+    const Adam a = {beta1, beta2, seen1, seen2, epsilon, decay, rate};
+    PARALLEL
+    for (int64_t start = 0; start < count; start += BLOCK) {
+        const int64_t place = bytes(1, start, kind), left = count - start < BLOCK ? count - start : BLOCK;
+        BY_KIND(adamw_block, kind, weights + place, grads + place, first_code + start, first_largest + start / BLOCK,
+                second_code + start, second_largest + start / BLOCK, noise_first + start, noise_second + start,
+                noise + start, left, &a);
     }
 }

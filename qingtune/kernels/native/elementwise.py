@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +34,10 @@ _ARGUMENTS = {
     "rotate": [_P, _P, _P, _P, _I, _I, _I, _I],
     "cross_entropy": [_P, _P, _P, _I, _I, _F],
     "softmax": [*[_P] * 5, _I, _I, _I],
-    "softmax_backward": [*[_P] * 5, _I, _I, _I],
+    "quantize_rows": [_P, _P, _P, _P, _I, _I],
+    "scale_sums": [_P, _P, _P, _P, _I, _I, _I],
+    "widen": [_P, _P, _P, _I, _I],
+    "adamw8bit": [*[_P] * 9, _I, *[_F] * 7],
 }
 
 
@@ -95,10 +99,8 @@ class Elementwise:
         """Put the gradient of x in out, fp32; returns the weight's, fp32, where it is trained."""
         wide, rates = weight.detach().float(), torch.empty(x.numel() // x.shape[-1])
         grad_weight = torch.empty_like(wide) if trained else None
-        places = (_at(tensor) for tensor in (grad, x, wide, out, rates))
-        self._library.norm_backward(
-            *places, None if grad_weight is None else _at(grad_weight), *_rows(x), epsilon, offset, *_how(x)
-        )
+        places = (_at(tensor) for tensor in (grad, x, wide, out, rates, grad_weight))
+        self._library.norm_backward(*places, *_rows(x), epsilon, offset, *_how(x))
         return grad_weight
 
     def norm_add_backward(
@@ -157,17 +159,47 @@ class Elementwise:
         places = (_at(tensor) for tensor in (scores, out, spans[0], spans[1], room))
         self._library.softmax(*places, *_rows(scores), spans.shape[1], *_how(scores))
 
-    def softmax_backward(
-        self, grad: torch.Tensor, shares: torch.Tensor, spans: torch.Tensor, out: torch.Tensor
+    def quantize_rows(
+        self, x: torch.Tensor, columns: torch.Tensor | None, packed: torch.Tensor, scales: torch.Tensor
     ) -> None:
-        """out = the gradient of the scores for that of the shares, [..., n, keys]; out may be either."""
-        places = (_at(tensor) for tensor in (grad, shares, out, spans[0], spans[1]))
-        self._library.softmax_backward(*places, *_rows(grad), spans.shape[1], *_how(grad))
+        """Round rows of x, times columns, fp32 [K], to packed, int8 [T, K], and their scales, fp32 [T, 1]."""
+        places = (_at(tensor) for tensor in (x, columns, packed, scales))
+        self._library.quantize_rows(*places, *_rows(x), *_how(x))
+
+    def scale_sums(
+        self, sums: torch.Tensor, scales: torch.Tensor, columns: torch.Tensor | None, out: torch.Tensor, *, add: bool
+    ) -> None:
+        """out (+)= sums * scales * columns; sums int32 [T, N], scales fp32 [T, 1], columns fp32 [N]."""
+        places = (_at(tensor) for tensor in (sums, scales, columns, out))
+        self._library.scale_sums(*places, *_rows(out), add, *_how(out))
+
+    def widen(self, packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+        """out = packed * scales; packed int8 [N, K], scales fp32 [N, 1]."""
+        places = (_at(tensor) for tensor in (packed, scales, out))
+        self._library.widen(*places, *_rows(out), *_how(out))
+
+    def adamw8bit(
+        self,
+        weights: torch.Tensor,
+        grads: torch.Tensor,
+        moments: Sequence[torch.Tensor],
+        noise: Sequence[torch.Tensor],
+        numbers: Sequence[float],
+    ) -> None:
+        """Update weights, [n]; arguments as in training/adamw8bit.py.
+
+        Args:
+            moments: codes and largest values of the first and the second.
+            noise: for both codes, and for weights in bf16.
+            numbers: both betas, 1 - beta^step of both, epsilon, the factor of weight decay, the learning rate.
+        """
+        places = (_at(tensor) for tensor in (weights, grads, *moments, *noise))
+        self._library.adamw8bit(*places, weights.numel(), *numbers, *_how(weights))
 
 
-def _at(tensor: torch.Tensor) -> int:
+def _at(tensor: torch.Tensor | None) -> int | None:
     """Where a tensor's numbers lie; the caller keeps it alive."""
-    return tensor.data_ptr()
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _rows(x: torch.Tensor) -> tuple[int, int]:

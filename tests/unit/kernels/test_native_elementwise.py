@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from qingtune.kernels.elementwise import Norm, rotate, swiglu, swiglu_backward
+from qingtune.kernels.int8 import quantize_rows
+from qingtune.kernels.linear import Int8Linear
 from qingtune.kernels.loss import _softmax_minus_one_hot
 from qingtune.kernels.native import elementwise as in_c
 from qingtune.kernels.workspace import Workspace
@@ -183,24 +185,18 @@ def test_a_probability_of_one_and_far_logits(size: int) -> None:
 @DTYPES
 @pytest.mark.parametrize(("heads", "rows", "keys"), [(1, 1, 1), (2, 3, 5), (3, 7, 33), (8, 40, 130)])
 def test_softmax_of_what_a_row_sees(heads: int, rows: int, keys: int, dtype: torch.dtype, threads: int) -> None:
-    scores, grad = torch.randn(heads, rows, keys).mul(4).to(dtype), torch.randn(heads, rows, keys).to(dtype)
+    scores = torch.randn(heads, rows, keys).mul(4).to(dtype)
     begins = torch.arange(rows) % keys // 2
     ends = (keys - rows + 1 + torch.arange(rows)).clamp(min=1).maximum(begins + 1)
     places = torch.arange(keys)
     unseen = (places < begins[:, None]) | (places >= ends[:, None])
     scores[:, unseen] = torch.nan  # what is not seen does not matter
-    wide = scores.double().masked_fill(unseen, -torch.inf).requires_grad_()
-    twin = wide.softmax(-1)
-    c, shares, grad_scores = in_c.native(scores), torch.full_like(scores, torch.nan), torch.full_like(scores, torch.nan)
+    twin = scores.double().masked_fill(unseen, -torch.inf).softmax(-1)
+    c, shares = in_c.native(scores), torch.full_like(scores, torch.nan)
     assert c
     c.softmax(scores, torch.stack([begins, ends]), shares)
-    c.softmax_backward(grad, shares, torch.stack([begins, ends]), grad_scores)
-    (twin_grad,) = torch.autograd.grad(twin, wide, grad.double())
-    bound = {"rtol": 2**-7, "atol": 2**-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(shares.double(), twin.detach(), **bound)
-    torch.testing.assert_close(grad_scores.double(), twin_grad, **bound)
+    torch.testing.assert_close(shares.double(), twin, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-7)
     assert shares[:, unseen].abs().sum() == 0
-    assert grad_scores[:, unseen].abs().sum() == 0
 
 
 def test_softmax_of_hard_scores() -> None:
@@ -209,6 +205,54 @@ def test_softmax_of_hard_scores() -> None:
     assert c
     c.softmax(scores, torch.tensor([[0] * 5, [2] * 5]), shares)
     torch.testing.assert_close(shares, scores.softmax(-1), rtol=0, atol=0, equal_nan=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_in_int8(shape: tuple[int, int], scaled: bool, dtype: torch.dtype, threads: int) -> None:
+    x = torch.where((x := hard(shape, dtype)).isfinite(), x, 0)
+    columns = torch.linspace(0.5, 2, shape[1]) if scaled else None
+
+    def work() -> Result:
+        return quantize_rows(x, columns, Workspace(x.device), "x")
+
+    (packed, scales), (twin, twin_scales) = work(), plain(work)
+    torch.testing.assert_close(scales, twin_scales)
+    assert (packed.int() - twin.int()).abs().max() <= 1  # halves may be rounded to either side
+    assert (packed != twin).sum() <= 0.01 * packed.numel()
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so_in_int8(number: float) -> None:
+    x = torch.ones(2, 40)
+    x[1, 3] = number
+    packed, scales = quantize_rows(x, None, Workspace(x.device), "x")
+    assert packed[0].tolist() == [127] * 40
+    assert scales.isfinite().tolist() == [[True], [False]]
+
+
+@DTYPES
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scaled_sums(shape: tuple[int, int], add: bool, scaled: bool, dtype: torch.dtype, threads: int) -> None:
+    sums = torch.randint(-(2**24), 2**24, shape, dtype=torch.int32)
+    scales, columns = torch.rand(shape[0], 1) / 2**20, torch.rand(shape[1]) if scaled else None
+    out = torch.randn(shape).to(dtype)
+    twin = sums.double() * scales * (1.0 if columns is None else columns) + (out.double() if add else 0.0)
+    c = in_c.native(out)
+    assert c
+    c.scale_sums(sums, scales, columns, out, add=add)
+    torch.testing.assert_close(out.double(), twin, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_weights_are_widened(shape: tuple[int, int], dtype: torch.dtype, threads: int) -> None:
+    packed, scale = torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(shape[0], 1)
+    layer = Int8Linear.restore(shape, {"packed": packed, "scale": scale}, None)
+    compare(lambda: (layer.dequantize(dtype, torch.empty(shape, dtype=dtype)),), dtype)
 
 
 @DTYPES

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qingtune.kernels.native import elementwise as in_c
 from qingtune.training import adamw8bit
 from qingtune.training.adamw8bit import (
     BLOCK,
@@ -271,3 +272,33 @@ def test_the_state_takes_two_bytes_a_weight_and_two_scales_a_block() -> None:
     tensors = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
     blocks = -(-weight.numel() // BLOCK)
     assert sum(value.nbytes for value in tensors) == blocks * (2 * BLOCK + 2 * 4)
+
+
+# --- In C ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(1,), (257,), (1100, 300)])  # the last one in several chunks
+def test_a_step_in_c_is_that_in_pytorch(
+    size: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_c.native(torch.ones(1)) is None:
+        pytest.skip("the functions in C cannot be compiled here")
+    start, found = random(*size).to(dtype), []
+    for real in (True, False):
+        if not real:
+            monkeypatch.setattr(in_c, "elementwise", lambda: None)
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = AdamW8bit([weight], lr=0.01, weight_decay=0.1)
+        weight.grad = random(*size, seed=1).to(dtype)
+        optimizer.step()
+        found.append((weight.detach().clone(), optimizer.state[weight]))
+    (mine, state), (twin, twin_state) = found
+    # What is rounded at random may fall to the other side where the two differ in their last digits.
+    for name in ("first", "second"):
+        assert (state[name].int() - twin_state[name].int()).abs().max() <= 1
+        assert (state[name] != twin_state[name]).sum() <= 1e-3 * state[name].numel()
+        torch.testing.assert_close(state[f"{name}_largest"], twin_state[f"{name}_largest"])
+    different = (mine - twin).abs() > 1e-6 * twin.abs() + 1e-7
+    assert different.sum() <= (1e-3 if dtype == torch.bfloat16 else 0) * mine.numel()
+    torch.testing.assert_close(mine, twin, rtol=2**-7, atol=1e-6)
