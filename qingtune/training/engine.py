@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from qingtune.kernels.footprint import (
     optimizer_bytes,
 )
 from qingtune.kernels.loss import summed_loss
+from qingtune.kernels.native.elementwise import elementwise_library
 from qingtune.output.console import say
 
 if TYPE_CHECKING:
@@ -96,6 +98,8 @@ def make_engine(
     if reason := why_general(model, hardware.device.type):
         say(f"Using general kernels (slower, more memory): {reason}.")
         return _general_engine(config, model, hardware, most_tokens)
+    if on_cpu and sys.platform == "linux" and isinstance(missing := elementwise_library(), str):
+        say(f"Using PyTorch for elementwise work (slower): {missing}.")
     decoder = TrainingDecoder(
         model,
         hardware.dtype,
