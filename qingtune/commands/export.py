@@ -112,7 +112,8 @@ def export(config: ExportConfig) -> None:
         origin = Origin(shown_name(_base_name(config, record)), fingerprint(base), base, adapter_folder, record)
         if config.format == "gguf_lora":
             assert adapter is not None
-            parts = _export_lora(half_done, name, layout, adapter, weights, quantize, origin)
+            model = _base_name(config, record)
+            parts = _export_lora(half_done, name, layout, adapter, weights, quantize, origin, model)
         else:
             speech = _speech(config, base, record, layout)
             parts = _export_model(half_done, name, layout, speech, weights, quantize, origin)
@@ -177,8 +178,9 @@ def _export_lora(
     weights: MergedWeights,
     quantize: Sequence[str],
     origin: Origin,
+    base_model: str,
 ) -> Exported:
-    """Write an adapter's files and a card."""
+    """Write an adapter's files and a card; `base_model` is what the base is called on this machine."""
     layout, tensors = lora_layout(adapter, base_layout, weights.unchanged)
     files = _write_files(
         folder / name, layout, {"general.name": name, **layout.metadata}, quantize, tensors.__getitem__
@@ -194,7 +196,7 @@ def _export_lora(
         remarks,
         lambda output_dir: [
             f"Put it on its base: {shown([*words[:4], str(output_dir / words[4]), *words[5:]])}",
-            f"(BASE.gguf: {command_line('export', base_model=origin.base_model, output_dir='DIR')})",
+            f"(BASE.gguf: {command_line('export', base_model=base_model, output_dir='DIR')})",
         ],
     )
 

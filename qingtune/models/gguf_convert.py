@@ -13,10 +13,13 @@ import torch
 from qingtune.files.foreign import foreign_files
 from qingtune.files.staging import move_into_place, staging_folder
 from qingtune.files.write import disk_errors
-from qingtune.models.gguf_header import TIED_BELOW, check_gguf_header
+from qingtune.models.gguf_header import TIED_BELOW, check_gguf_header, config_of_gguf
 from qingtune.output.quiet import quieten_transformers
 
 _CACHE = "Free disk space, or choose another folder with --cache_dir or the environment variable QINGTUNE_CACHE."
+
+# Models of which Transformers takes heads and experts to be as wide as those that are published, whatever a file says.
+_AS_PUBLISHED = ("qwen3", "qwen3_moe")
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -49,8 +52,12 @@ def _read_dequantised(path: Path) -> tuple[Any, Any]:
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(empty, gguf_file=file)
         dequantise = transformers.GgufConfig(dequantize=True)
+        config = transformers.AutoConfig.from_pretrained(empty, gguf_file=file)
+        if config.model_type in _AS_PUBLISHED:
+            written = config_of_gguf(path)
+            config.update({name: written[name] for name in ("head_dim", "moe_intermediate_size") if name in written})
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            empty, gguf_file=file, dtype=torch.bfloat16, quantization_config=dequantise
+            empty, gguf_file=file, config=config, dtype=torch.bfloat16, quantization_config=dequantise
         )
     tie_if_same(model)
     return model, tokenizer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qingtune.errors import shorten
+from qingtune.errors import UserError, shorten
 from qingtune.files.foreign import foreign_files
 
 # A GGUF file may hold the head apart from the embedding although the model ties them: the same matrix, quantised twice,
@@ -94,15 +94,18 @@ class _Reader:
 
 
 def check_gguf_header(path: Path) -> None:
-    """Raise a UserError unless a .gguf file's header can be read and its tensors lie within the file."""
+    """Raise a UserError unless a .gguf file holds a model, its header can be read, and its tensors lie within it."""
     with foreign_files(_UNREADABLE, path), path.open("rb") as file:
         size = path.stat().st_size
-        _, tensors, data = _read(file, size)
+        values, tensors, data = _read(file, size)
         for name, tensor in tensors.items():
             _, numbers, block_bytes = tensor.block()
             end = data + tensor.offset + math.prod(tensor.sizes) // numbers * block_bytes
             if end > size:
                 raise ValueError(f"{shorten(name)} ends at byte {end:,} of {size:,}")
+    if values.get("general.type") == "adapter":
+        fix = "Pass the base model, and the adapter's own folder as --lora_model."
+        raise UserError("this file holds an adapter, not a model", where=str(path), fix=fix)
 
 
 def config_of_gguf(path: Path) -> dict[str, Any]:

@@ -128,6 +128,7 @@ def test_forms_cards_and_files(trained: Trained, tmp_path: Path, capsys: pytest.
     told = capsys.readouterr()
     assert "llama-cli -m BASE.gguf --lora" in told.out
     assert "ollama" not in told.out
+    assert f"export --base_model {tmp_path / 'model'} --output_dir" in told.out
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"a-f32.gguf", "README.md", "qingtune_files.json"}
     card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     assert "llama-cli -m BASE.gguf --lora a-f32.gguf --jinja" in card
@@ -163,6 +164,9 @@ def test_wrong_settings_and_other_bases_are_refused(trained: Trained, tmp_path: 
         export_lora(tmp_path / "out", adapter, quantize="f16,q4_k_m")
     with pytest.raises(UserError, match=r"format: gguf_lora is an adapter's format\. Pass --lora_model"):
         export(ExportConfig(base_model=str(tmp_path), output_dir=str(tmp_path / "out"), format="gguf_lora"))
+    lora = export_lora(tmp_path / "lora", adapter)
+    with pytest.raises(UserError, match=r"lora-f32\.gguf: this file holds an adapter, not a model"):
+        export(ExportConfig(base_model=str(lora), output_dir=str(tmp_path / "out")))
     path = adapter / "adapter_model.safetensors"
     renamed = {name.replace("layers.1", "layers.7"): tensor for name, tensor in load_file(path).items()}
     save_file(renamed, path)

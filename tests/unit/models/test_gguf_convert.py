@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import make_model, make_tokenizer
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
@@ -57,3 +58,24 @@ def test_answers_are_those_of_the_stored_numbers(kind: Kind, exported: tuple[Pat
         for tensor in layout_of(folder, StoredWeights(folder).shapes).tensors:
             parameters[tensor.source].copy_(stored[tensor.name].bfloat16())  # as it is converted
     torch.testing.assert_close(logits_of(found), logits_of(wanted), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_heads_and_experts_are_as_wide_as_the_file_says(kind: str, tmp_path: Path) -> None:
+    if kind == "qwen3":
+        lively(make_model(kind, head_dim=24)).save_pretrained(tmp_path / "model")
+    else:
+        sizes: dict[str, Any] = {
+            "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 24,
+            "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+            "norm_topk_prob": True, "eos_token_id": 2,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        config = transformers.Qwen3MoeConfig(**sizes)
+        lively(transformers.AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    export(ExportConfig(base_model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), quantize=["bf16"]))
+    path = tmp_path / "out" / "out-bf16.gguf"
+    found = load_model(local_folder(find_model(str(path), None, "auto"), str(tmp_path)), torch.float32)
+    wanted = load_model(tmp_path / "model", torch.float32)
+    assert float((logits_of(found) - logits_of(wanted)).abs().mean() / logits_of(wanted).std()) < 0.05
