@@ -2,26 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from qingtune.adapters.full_modules import find_modules, train_in_full
 from qingtune.adapters.lora import LoRALinear, add_lora
-from qingtune.adapters.variants import Variant
+from qingtune.adapters.variants import TAKEN, Variant
 from qingtune.config.training import TrainConfig
+from qingtune.kernels.decoder import why_not
 from qingtune.kernels.footprint import EIGHT_BITS
+from qingtune.models.as_stored import compute_in_fp32
 
 
-def weights_dtype(config: TrainConfig, device_type: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the dense weights; dtype: the hardware's.
+def weights_dtype(
+    config: TrainConfig, device_type: str, dtype: torch.dtype, stored: torch.dtype, on_meta: Callable[[], Any]
+) -> torch.dtype:
+    """The dtype of the dense weights.
 
-    Adapters train in fp32 on weights in the hardware's dtype. Full training keeps the weights in fp32, as small steps
-    would be lost in 16 bits, and computes in the hardware's dtype; only our 8-bit optimizer, which rounds at random so
-    that they are not lost on average, works on weights in 16 bits.
+    Adapters train in fp32 on weights in the hardware's dtype; where that is fp32 on a CPU, weights stored in 16 bits
+    stay so if the fast kernels read them and nothing is taken out of them. Full training keeps the weights in fp32, as
+    small steps would be lost in 16 bits, and computes in the hardware's dtype; only our 8-bit optimizer, which rounds
+    at random so that they are not lost on average, works on weights in 16 bits.
+
+    Args:
+        dtype: the hardware's.
+        stored: that of all weights on disk.
+        on_meta: makes the model in that dtype, without weights.
     """
-    narrow = config.optim in EIGHT_BITS and device_type == "cpu" and dtype == torch.bfloat16
-    return torch.float32 if config.method == "full" and not narrow else dtype
+    if config.method == "full":
+        narrow = config.optim in EIGHT_BITS and device_type == "cpu" and dtype == torch.bfloat16
+        return dtype if narrow else torch.float32
+    widened = device_type == "cpu" and dtype == torch.float32 and stored in (torch.bfloat16, torch.float16)
+    unchanged = config.method == "lora" and config.init_lora_weights not in TAKEN
+    in_modules = (
+        config.use_dora and config.lora_dropout
+    )  # where each widened weight would be kept for the backward pass
+    if not (widened and unchanged and not in_modules):
+        return dtype
+    model = on_meta()
+    rounded = any(buffer.dtype == stored for buffer in model.buffers())  # constants that are computed, not stored
+    return stored if why_not(model) is None and not rounded else dtype
+
+
+def adapt(config: TrainConfig, model: Any, dtype: torch.dtype) -> list[str]:
+    """Add the adapters to a model whose weights have the dtype of `weights_dtype`; dtype: the hardware's.
+
+    Returns:
+        lines for the user.
+
+    Raises:
+        UserError: as add_adapters.
+    """
+    if dtype == torch.float32 != model.get_input_embeddings().weight.dtype:
+        compute_in_fp32(model)
+    return add_adapters(config, model)
 
 
 def add_adapters(config: TrainConfig, model: Any) -> list[str]:

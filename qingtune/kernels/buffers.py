@@ -35,6 +35,7 @@ class Arithmetic:
         weight_itemsize: bytes a number of the linear layers' weights; None where they are quantised.
         head_itemsize: bytes a number of the head.
         trains_weights: whether the linear layers are trained themselves; likewise trains_head.
+        reads_stored: whether weights of another dtype than activations' are multiplied without a copy of them.
         int8_units: whether int8 weights are multiplied as such.
         dora: whether adapters have magnitudes.
         dropout: whether adapters' inputs are dropped.
@@ -48,6 +49,7 @@ class Arithmetic:
     head_itemsize: int
     trains_weights: bool = False
     trains_head: bool = False
+    reads_stored: bool = False
     int8_units: bool = False
     dora: bool = False
     dropout: bool = False
@@ -59,6 +61,10 @@ class Arithmetic:
     def wide(self) -> int:
         """w, bytes a number of what sums are held in."""
         return max(4, self.itemsize)
+
+    def converts(self, weight_itemsize: int) -> bool:
+        """Whether weights of this many bytes a number are brought to the dtype of activations for each product."""
+        return weight_itemsize != self.itemsize and not self.reads_stored
 
 
 class Tally:
@@ -248,7 +254,7 @@ def _head(sizes: ModelSizes, work: PassTokens, tally: Tally) -> None:
     rows = logits // sizes.vocabulary
     in_fp32 = min(ROWS_AT_A_TIME, rows) if how.on_cpu else rows
     tally.forward(in_fp32 * sizes.vocabulary, "head.rows", itemsize=how.wide)
-    converted = how.head_itemsize != how.itemsize
+    converted = how.converts(how.head_itemsize)
     tile = min(VOCABULARY_TILE, sizes.vocabulary)  # rows of a head in another dtype, or of one that is trained
     if converted:
         tally.forward(tile * hidden, "weight")
@@ -264,8 +270,7 @@ def _products(group: GroupSizes, rows: int, tally: Tally) -> None:
     """What products with a group's weights and adapters take in addition to inputs and outputs."""
     how, reads, ranks = tally.how, group.reads, group.ranks
     out = max(group.outs)
-    unpacks = not how.int8_units if how.weight_itemsize is None else how.weight_itemsize != how.itemsize
-    if unpacks:  # weights are brought to the dtype of activations for each product
+    if not how.int8_units if how.weight_itemsize is None else how.converts(how.weight_itemsize):
         tally.forward(reads * out, "weight")
     if how.trains_weights:
         tally.backward(reads * out, "product")

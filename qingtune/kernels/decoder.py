@@ -32,6 +32,7 @@ from qingtune.kernels.layout import Layout, fill_up, lay_out
 from qingtune.kernels.linear import Int8Linear, QuantizedLinear
 from qingtune.kernels.loss import chunked_head_loss
 from qingtune.kernels.mlp_block import MLPBlock
+from qingtune.kernels.native.products import reads_as_stored
 from qingtune.kernels.projection import Member, Projection, gradient
 from qingtune.kernels.workspace import Workspace
 
@@ -132,6 +133,7 @@ class TrainingDecoder:
             head_itemsize=self.head.dtype.itemsize,
             trains_weights=not quantized and any(m.base.weight.requires_grad for m in members),
             trains_head=self.head.requires_grad,
+            reads_stored=reads_as_stored(self.dtype, self.embedding.device),
             int8_units=self.int8_units and any(isinstance(m.base, Int8Linear) for m in members),
             dora=any(m.magnitude is not None for m in members),
             dropout=self.dropout > 0,

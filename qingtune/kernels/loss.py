@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from qingtune.data.batch import Batch
 from qingtune.kernels.footprint import CHUNK_ELEMENTS, ROWS_AT_A_TIME, VOCABULARY_TILE
 from qingtune.kernels.native.elementwise import native
+from qingtune.kernels.native.products import reads_as_stored
 from qingtune.kernels.workspace import Workspace
 
 
@@ -67,7 +68,7 @@ def chunked_head_loss(
 
     Args:
         hidden: [N, D].
-        weight: [V, D]; if it is of another dtype or its gradient is wanted, it is taken a tile of rows at a time.
+        weight: [V, D]; taken a tile of rows at a time if it is converted or its gradient is wanted.
         targets: int64 [N].
         workspace: holds one chunk of logits, in hidden's dtype, and a few rows of them in fp32.
         scale: scalar; None for 1.
@@ -79,7 +80,8 @@ def chunked_head_loss(
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
-    tiled = grad_weight is not None or weight.dtype != hidden.dtype
+    converts = weight.dtype != hidden.dtype and not reads_as_stored(hidden.dtype, hidden.device)
+    tiled = grad_weight is not None or converts
     tiles = _tiles(weight.shape[0], VOCABULARY_TILE if tiled else weight.shape[0])
     chunks = -(-hidden.shape[0] * weight.shape[0] // CHUNK_ELEMENTS)
     for start, end in _tiles(hidden.shape[0], -(-hidden.shape[0] // max(chunks, 1))):
@@ -90,7 +92,7 @@ def chunked_head_loss(
                 part = workspace.cast("weight", weight[a:b], hidden.dtype)
                 logits[:, a:b].copy_(workspace.product(rows, part.t(), hidden.dtype))
             else:
-                torch.mm(rows, weight.t(), out=logits)
+                workspace.multiply(rows, weight.t(), logits)
         loss += _softmax_minus_one_hot(logits, targets[start:end], scale, workspace)
         if grad_hidden is not None:
             total = torch.zeros(rows.shape, dtype=wide, device=rows.device) if tiled else grad_hidden[start:end]
@@ -99,7 +101,7 @@ def chunked_head_loss(
                     part = workspace.cast("weight", weight[a:b], hidden.dtype)
                     total.add_(workspace.product(logits[:, a:b], part, wide))
                 else:
-                    torch.mm(logits, weight, out=total)
+                    workspace.multiply(logits, weight, total)
             grad_hidden[start:end] = total
         if grad_weight is not None:
             for a, b in tiles:

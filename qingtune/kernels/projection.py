@@ -149,13 +149,9 @@ class Projection:
         base = member.base
         if rows is not None and isinstance(base, Int8Linear):
             int8_product(*rows, base.packed.t(), base.scale.view(-1), out, self.workspace, add=add)
-        elif add:
-            out.addmm_(x, self._weight(base, x.dtype).t())
-        elif bias is not None:
-            torch.addmm(bias.to(x.dtype), x, self._weight(base, x.dtype).t(), out=out)
-            bias = None
         else:
-            torch.mm(x, self._weight(base, x.dtype).t(), out=out)
+            first, bias = (None, bias) if add else (bias, None)
+            self.workspace.multiply(x, self._stored(base, x.dtype).t(), out, add=add, bias=first)
         if bias is not None:
             out.add_(bias)
         if member.adapter:
@@ -263,10 +259,12 @@ class Projection:
         if self.int8_units and isinstance(base, Int8Linear):
             rows = quantize_rows(grad, base.scale.view(-1), self.workspace, "projection.grad")
             int8_product(*rows, base.packed, None, grad_x, self.workspace, add=add)
-        elif add:
-            grad_x.addmm_(grad, self._weight(base, grad.dtype))
         else:
-            torch.mm(grad, self._weight(base, grad.dtype), out=grad_x)
+            self.workspace.multiply(grad, self._stored(base, grad.dtype), grad_x, add=add)
+
+    def _stored(self, base: Any, dtype: torch.dtype) -> torch.Tensor:
+        """The layer's weight as it is held if that is dense, else unpacked to the dtype, [out, in]."""
+        return self._weight(base, dtype) if isinstance(base, QuantizedLinear) else base.weight
 
     def _weight(self, base: Any, dtype: torch.dtype) -> torch.Tensor:
         """The layer's weight in a dtype, [out, in]; for a moment if it has to be made."""

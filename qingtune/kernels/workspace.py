@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from qingtune.kernels.native import products
+
 
 class Workspace:
     """Named buffers, made at first use and grown when a pass needs more; what they hold is undefined until written.
@@ -38,6 +40,40 @@ class Workspace:
     def cast(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A tensor in a dtype; a copy under the name if it has another, where PyTorch would take fresh memory."""
         return tensor if tensor.dtype == dtype else self.take(name, tensor.shape, dtype).copy_(tensor)
+
+    def multiply(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        add: bool = False,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        """out (+)= x @ weight + bias, in x's dtype.
+
+        A weight of another dtype is read as it is where there are kernels for that, else converted for the moment.
+
+        Args:
+            x: [T, K].
+            weight: [K, N], contiguous or the transpose of a contiguous one.
+            out: [T, N], overwritten, or added to if `add` says so.
+            bias: [N], without `add` only.
+        """
+        if products.fits(x, weight, out):
+            if bias is not None:
+                out.copy_(bias)
+            products.multiply(x, weight, out, add=add or bias is not None)
+            return
+        across = not weight.is_contiguous()  # converted as it lies in memory
+        same = self.cast("weight", weight.t() if across else weight, x.dtype)
+        same = same.t() if across else same
+        if add:
+            out.addmm_(x, same)
+        elif bias is not None:
+            torch.addmm(bias.to(x.dtype), x, same, out=out)
+        else:
+            torch.mm(x, same, out=out)
 
     def product(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """left @ right, [m, n], in a dtype, until the next one."""

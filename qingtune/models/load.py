@@ -275,6 +275,12 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
+def dtype_of_all(folder: Path) -> torch.dtype:
+    """The dtype in which all of the model's weights are kept on disk; fp32, which holds any, where they differ."""
+    kinds = {tensor.dtype for tensor in read_weights_header(folder).values()}
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(kinds), torch.float32)
+
+
 def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     """Write a model as a folder of Transformers' layout, its weights in a dtype; the model is left in it."""
     cast("Any", model).set_attn_implementation(_attention(model.config))  # ours is no name that others know

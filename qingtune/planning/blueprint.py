@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from qingtune.adapters.lora import lora_layers, member, why_general
-from qingtune.adapters.of_settings import add_adapters, weights_dtype
+from qingtune.adapters.of_settings import adapt, weights_dtype
 from qingtune.config.training import TrainConfig
 from qingtune.errors import UserError
 from qingtune.kernels.buffers import Arithmetic, ModelSizes
@@ -118,7 +119,8 @@ class Blueprint:
         self.attention_width = self.heads * head_size
         self._keys = (_largest(text, "num_key_value_heads") or self.heads) * head_size
         stored: Any = config.dtype or text.dtype or torch.float32
-        self.stored_itemsize: int = stored.itemsize
+        self._stored: torch.dtype = stored
+        self.stored_itemsize = self._stored.itemsize
         self.largest_end = max(end.numel() for end in _ends(model))
         self.experts, self.active_body = _body(model, _largest(text, "num_experts_per_tok") or 1)
         self.renamed = bool(get_checkpoint_conversion_mapping(cast("Any", model.config).model_type))
@@ -128,6 +130,10 @@ class Blueprint:
     def _model(self, dtype: torch.dtype | None) -> PreTrainedModel:
         return model_on_meta(copy.deepcopy(self._config), dtype, self._where)  # models change their configuration
 
+    @cached_property
+    def _as_stored(self) -> PreTrainedModel:
+        return self._model(self._stored)
+
     def built(self, config: TrainConfig, machine: Machine) -> Built:
         """What a run of these settings would hold there.
 
@@ -135,7 +141,7 @@ class Blueprint:
             UserError: a setting names what the model does not have, or what cannot be trained.
         """
         dtype = torch.bfloat16 if machine.itemsize == 2 else torch.float32
-        weights = weights_dtype(config, machine.kind, dtype)
+        weights = weights_dtype(config, machine.kind, dtype, self._stored, lambda: self._as_stored)
         key = (config.model_dump_json(exclude=_OF_DATA), machine.kind, dtype, machine.int8_units, weights)
         if key not in self._built:
             self._built[key] = self._build(config, machine, dtype, weights)
@@ -147,7 +153,7 @@ class Blueprint:
             quantize_model(model, config.quantization_bit, torch.device("meta"))
         if not full:
             alpha = config.lora_alpha or 1.0  # a factor, which takes no memory
-            add_adapters(config.model_copy(update={"lora_alpha": alpha}), model)
+            adapt(config.model_copy(update={"lora_alpha": alpha}), model, dtype)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
         packed = [

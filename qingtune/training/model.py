@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qingtune.adapters.of_settings import add_adapters, weights_dtype
+from qingtune.adapters.of_settings import adapt, weights_dtype
 from qingtune.adapters.variants import TAKEN
 from qingtune.config.training import TrainConfig
 from qingtune.kernels.device import Hardware
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models.base import load_base
-from qingtune.models.load import stored_dtype
+from qingtune.models.load import config_of, dtype_of_all, model_on_meta, stored_dtype
 from qingtune.output.console import say
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware) ->
     """The model on its device, quantised and with adapters as the method asks; reports the trained share."""
     full = config.method == "full"
     bits = config.quantization_bit if config.method == "qlora" else None
-    dtype = weights_dtype(config, hardware.device.type, hardware.dtype)
+    stored = dtype_of_all(folder)
+    dtype = weights_dtype(
+        config, hardware.device.type, hardware.dtype, stored, lambda: model_on_meta(config_of(folder), stored, folder)
+    )
     model = load_base(folder, dtype, bits, hardware.device, config.cache_dir)
     if full and dtype == stored_dtype(folder):
         for parameter in model.parameters():
@@ -31,7 +34,7 @@ def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware) ->
         start = config.init_lora_weights
         if start in TAKEN:
             say(f"{start}: subtracting the initial adapters from the weights; this may take minutes.")
-        for notice in add_adapters(config, model):
+        for notice in adapt(config, model, hardware.dtype):
             say(notice)
     trained, everything = count_parameters(model)
     say(f"Trainable: {trained:,} of {everything:,} parameters ({trained / everything:.2%}).")

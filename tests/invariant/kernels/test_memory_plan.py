@@ -17,12 +17,14 @@ from qingtune.kernels.buffers import Arithmetic, Buffers, buffers
 from qingtune.kernels.decoder import TrainingDecoder
 from qingtune.kernels.footprint import PassTokens
 from qingtune.kernels.native import elementwise as in_c
+from qingtune.kernels.native import products
 
 LENGTH, SAMPLES = 40, 2
 LONGER = 136  # the sample that is evaluated
 METHODS: dict[str, tuple[str, int | None, float]] = {
     "full": ("full", None, 0.0),
     "lora": ("lora", None, 0.0),
+    "lora, weights as stored": ("lora", None, 0.0),
     "lora, dropout": ("lora", None, 0.25),
     "dora": ("dora", None, 0.0),
     "qlora 4": ("lora", 4, 0.0),
@@ -63,7 +65,8 @@ def test_every_buffer_has_its_planned_size(
         model: Any = make_decodable(kind, trained, bits=bits)
         if trained != "full":
             for parameter in model.parameters():
-                parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(dtype)
+                kept = torch.bfloat16 if method.endswith("as stored") else dtype
+                parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(kept)
         decoder = TrainingDecoder(model, dtype, member, recompute=recompute, dropout=dropout, int8_units=bits == 8)
         batch = collate([random_sample(LENGTH, seed) for seed in range(SAMPLES)])
         longer = collate([random_sample(LONGER, 9)])
@@ -77,6 +80,7 @@ def test_every_buffer_has_its_planned_size(
             head_itemsize=itemsize,
             trains_weights=trained == "full",
             trains_head=trained == "full",
+            reads_stored=products.reads_as_stored(dtype, torch.device("cpu")),
             int8_units=bits == 8,
             dora=trained == "dora",
             dropout=dropout > 0,
@@ -91,3 +95,9 @@ def test_every_buffer_has_its_planned_size(
             assert all(size <= planned[key] for key, size in found.items()), (dtype, recompute, evaluates)
         else:
             assert planned == found, (dtype, recompute, evaluates)
+
+
+@pytest.mark.parametrize("method", ["lora, weights as stored", "full"])
+def test_every_buffer_has_its_planned_size_without_products_in_c(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_library", lambda: None)
+    test_every_buffer_has_its_planned_size("qwen2", method, False, monkeypatch)
