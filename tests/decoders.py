@@ -29,6 +29,13 @@ LONGROPE = {
     "short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 4.0, 9.0], "partial_rotary_factor": 0.75,
 }  # fmt: skip
 BIASES = {"attention_bias": True, "mlp_bias": True}
+QWEN35 = {
+    "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12, "attention_bias": True,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
+    },
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2 untied": ("qwen2", {"tie_word_embeddings": False}),
@@ -69,6 +76,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3": ("phi3", {"sliding_window": 7, "pad_token_id": 0}),
     "phi3 longrope": ("phi3", {"tie_word_embeddings": False, "pad_token_id": 0, "rope_parameters": LONGROPE}),
+    "qwen3.5": ("qwen3_5_text", QWEN35 | {"layer_types": ["linear_attention", "full_attention"]}),
+    "qwen3.5, delta net last": (
+        "qwen3_5_text",
+        QWEN35
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "tie_word_embeddings": False,
+        },
+    ),
     "qwen2 window": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
@@ -79,7 +96,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 # Adapters go to those of them that the model has.
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj"]
+ALL_LINEAR = [
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj",
+    "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj",
+]  # fmt: skip
 # Which layers get adapters; None for full training.
 TRAINED: dict[str, list[str] | None] = {
     "full": None,
@@ -91,7 +111,10 @@ TRAINED: dict[str, list[str] | None] = {
     "dora on v and the last mlp": ["v_proj", "layers.1.mlp.gate_proj", "layers.1.mlp.down_proj"],
 }
 # By a model with all that sets its family apart, for tests that take too long for each of MODELS.
-OLDER, NEWER = ["qwen2", "qwen3", "llama"], ["ministral", "ministral3", "gemma3", "phi3 longrope"]
+OLDER, NEWER = (
+    ["qwen2", "qwen3", "llama"],
+    ["ministral", "ministral3", "gemma3", "phi3 longrope", "qwen3.5, delta net last"],
+)
 Gradients = dict[str, torch.Tensor]
 
 

@@ -24,7 +24,8 @@ Rows = torch.Tensor | None  # int64 [N], which rows of the layout ask; None for 
 class AttentionBlock:
     """x -> x + o(attention(qkv(norm(x)))); in the last layer only rows that predict go beyond keys and values.
 
-    Flash attention, if wanted, is for layers in which all rows do. What o gives may be normed.
+    Flash attention, if wanted, is for layers in which all rows do. What was attended may be multiplied by the sigmoid
+    of gates, which q_proj gives after each head's queries; what o gives may be normed.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class AttentionBlock:
         q, k = self._rotate(q, k, now, rows)
         attended = self._take(slot + ".attended", len(q), self.this.queries * self.this.size)
         self.attention.forward(slot, self._places(now, rows), q, k, v, attended)
-        self.end.forward(slot, attended, x if rows is None else x[rows], out, now.dropout_seed(self.number, 1))
+        read = self._gated(slot, attended)
+        self.end.forward(slot, read, x if rows is None else x[rows], out, now.dropout_seed(self.number, 1))
 
     def backward(
         self, grad: torch.Tensor, x: torch.Tensor, now: Pass, slot: str, rows: Rows, *, wanted: bool
@@ -71,14 +73,24 @@ class AttentionBlock:
         """grad: gradient of out -> gradient of x, [T, D], None if it is not wanted; grad may be overwritten."""
         attended = self._take(slot + ".attended", len(grad), self.this.queries * self.this.size)
         grad_attended = self._take("attention.grad_out", *attended.shape)
-        self.end.backward(slot, attended, grad, grad_attended, now.dropout_seed(self.number, 1))
+        read = self._gated(slot, attended)
+        self.end.backward(slot, read, grad, grad_attended, now.dropout_seed(self.number, 1))
+        if self.this.gated:
+            self._gate_backward(slot, grad_attended, attended)
         places = self._places(now, rows)
         grad_q, grad_k, grad_v = self.attention.backward(slot, places, grad_attended, len(x), self.dtype)
         grad_q, grad_k = self._rotate(grad_q, grad_k.to(self.dtype), now, rows, back=True)
         if self.q_norm and self.k_norm:
-            raw_q, raw_k = (self._take(slot + name, *x.shape) for name, x in ((".raw_q", grad_q), (".raw_k", grad_k)))
+            raw_q, raw_k = (
+                self._queries_and_gates(slot, len(grad_q))[:, :, 0],
+                self._take(slot + ".raw_k", *grad_k.shape),
+            )
             grad_q = grad_q.copy_(self.q_norm.backward(grad_q, raw_q))
             grad_k = grad_k.copy_(self.k_norm.backward(grad_k, raw_k))
+        if self.this.gated:
+            both = self._queries_and_gates("attention.grad", len(grad_q))
+            both[:, :, 0].copy_(grad_q)
+            grad_q = both
         grads = [part.flatten(1).to(self.dtype) for part in (grad_q, grad_k, grad_v)]
         grad_normed = self._project_backward(self.norm.forward(x), grads, now, slot, rows, wanted=wanted)
         if grad_normed is None:
@@ -110,9 +122,12 @@ class AttentionBlock:
             q, k, v = together.split(widths, 1)
             q = q if rows is None else q[rows]
         else:
-            kept = slot if self.q_norm else "attention"  # norms on queries and keys need them in the backward pass
-            q = self._take(kept + ".raw_q", len(normed if rows is None else rows), widths[0])
-            k = self._take(kept + ".raw_k", len(normed), widths[1])
+            # Norms on queries and keys need them in the backward pass, and so do gates.
+            kept_q, kept_k = (
+                slot if kept else "attention" for kept in (self.this.normed or self.this.gated, self.this.normed)
+            )
+            q = self._take(kept_q + ".raw_q", len(normed if rows is None else rows), widths[0])
+            k = self._take(kept_k + ".raw_k", len(normed), widths[1])
             v = self._take("attention.raw_v", len(normed), widths[2])
             if rows is None:
                 self.qkv.forward(slot + ".qkv", normed, [q, k, v], seed)
@@ -120,6 +135,8 @@ class AttentionBlock:
                 self.kv.forward(slot + ".kv", normed, [k, v], seed)
                 self.q.forward(slot + ".q", normed[rows], [q], now.dropout_seed(self.number, 4))
         q, k, v = (x.unflatten(1, (-1, self.this.size)) for x in (q, k, v))
+        if self.this.gated:
+            q = q.unflatten(1, (-1, 2))[:, :, 0]
         if self.q_norm and self.k_norm:
             q, k = self.q_norm.forward(q, "norm.q"), self.k_norm.forward(k, "norm.k")
         return q, k, v
@@ -151,7 +168,34 @@ class AttentionBlock:
     def _widths(self) -> tuple[int, int, int]:
         """Of all queries, keys and values."""
         keys = self.this.keys * self.this.size
-        return self.this.queries * self.this.size, keys, keys
+        return self.this.queries * self.this.size * (1 + self.this.gated), keys, keys
+
+    def _queries_and_gates(self, slot: str, rows: int) -> torch.Tensor:
+        """What q_proj gave, [N, heads, 1, d], or [N, heads, 2, d] with gates."""
+        return self._take(slot + ".raw_q", rows, self.this.queries, 1 + self.this.gated, self.this.size)
+
+    def _gated(self, slot: str, attended: torch.Tensor) -> torch.Tensor:
+        """attended * sigmoid(gate), [N, heads * d]; without gates, what was attended."""
+        if not self.this.gated:
+            return attended
+        return torch.mul(
+            attended, self._sigmoid(slot, len(attended)), out=self._take("attention.gated", *attended.shape)
+        )
+
+    def _gate_backward(self, slot: str, grad: torch.Tensor, attended: torch.Tensor) -> None:
+        """Turn the gradient of what is gated into that of what was attended; that of the gates is put beside what will
+        be the queries'."""
+        sigmoid = self._sigmoid(slot, len(grad))
+        gates = torch.mul(grad, attended, out=self._take("attention.gated", *grad.shape)).mul_(sigmoid)
+        gates.addcmul_(gates, sigmoid, value=-1)
+        both = self._queries_and_gates("attention.grad", len(grad))
+        both[:, :, 1].copy_(gates.view_as(both[:, :, 1]))
+        grad.mul_(sigmoid)
+
+    def _sigmoid(self, slot: str, rows: int) -> torch.Tensor:
+        """Of the gates, [N, heads * d]."""
+        gate = self._queries_and_gates(slot, rows)[:, :, 1]
+        return self._take("attention.sigmoid", *gate.shape).copy_(gate).sigmoid_().flatten(1)
 
     def _rotate(
         self, q: torch.Tensor, k: torch.Tensor, now: Pass, rows: torch.Tensor | None, *, back: bool = False

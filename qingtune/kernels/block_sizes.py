@@ -36,7 +36,8 @@ class AttentionSizes:
         """Packed queries, keys and values, what was attended, and queries and keys before their norms."""
         queries, keys = self._numbers(rows)
         slot.forward(rows.asking * self.qkv.reads * self.normed_output, "o.out")
-        slot.forward(queries, "q", "attended", *["raw_q"] * self.this.normed)
+        slot.forward(queries, "q", "attended")
+        slot.forward(queries * (1 + self.this.gated) * (self.this.normed or self.this.gated), "raw_q")
         slot.forward(keys, "k", "v", *["raw_k"] * self.this.normed)
 
     def passing(self, rows: Rows, tally: Tally) -> None:
@@ -55,11 +56,13 @@ class AttentionSizes:
             tally.forward(rows.tokens * self.qkv.outs[0], "attention.raw_qkv")
             tally.backward(rows.tokens * self.qkv.outs[0], "attention.grad_qkv")
         else:
-            tally.forward(queries * (not self.this.normed), "attention.raw_q")
+            tally.forward(queries * (not self.this.normed and not self.this.gated), "attention.raw_q")
             tally.forward(keys * (not self.this.normed), "attention.raw_k")
             tally.forward(keys, "attention.raw_v")
         tally.backward(rows.asking * self.qkv.reads * self.normed_output, "residual.grad")
         tally.backward(queries, "attention.grad_q", "attention.grad_out")
+        tally.forward(queries * self.this.gated, "attention.gated", "attention.sigmoid")
+        tally.backward(queries * 2 * self.this.gated, "attention.grad.raw_q")
         tally.backward(keys, "attention.grad.k", "attention.grad.v", itemsize=wide)
         if rows.wanted:
             tally.backward(hidden, "attention.grad_normed", *["attention.grad_x"] * rows.last)

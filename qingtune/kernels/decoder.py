@@ -21,10 +21,11 @@ from torch import nn
 
 from qingtune.data.batch import Batch
 from qingtune.kernels import architecture, flash_attention
-from qingtune.kernels.architecture import ALL, MLP, Attention, Layer
+from qingtune.kernels.architecture import ALL, MLP, Attention, DeltaNet, Layer
 from qingtune.kernels.attention_block import AttentionBlock
 from qingtune.kernels.blocks import Mixer, Parts, Pass, RotaryTable, TokenBlock
 from qingtune.kernels.buffers import Arithmetic, ModelSizes, buffer_bytes
+from qingtune.kernels.delta_net import DeltaNetBlock
 from qingtune.kernels.dropout import new_seed
 from qingtune.kernels.elementwise import Norm
 from qingtune.kernels.footprint import PassTokens
@@ -90,13 +91,15 @@ class TrainingDecoder:
         self.mixers: list[Mixer] = []
         self.mlps: list[TokenBlock] = []
         for number, (layer, kind) in enumerate(layers):
-            assert isinstance(kind.mixer, Attention)
             assert isinstance(kind.mlp, MLP)
             norms = self._norms(layer, kind)
-            flash = number < count - 1 and flash_attention.fits(device, dtype, kind.mixer.size)
-            self.mixers.append(
-                AttentionBlock(layer, number, kind.mixer, parts, norm=norms[0], out_norm=norms[1], flash=flash)
-            )
+            if isinstance(kind.mixer, DeltaNet):
+                self.mixers.append(DeltaNetBlock(layer, number, kind.mixer, parts))
+            else:
+                flash = number < count - 1 and flash_attention.fits(device, dtype, kind.mixer.size)
+                self.mixers.append(
+                    AttentionBlock(layer, number, kind.mixer, parts, norm=norms[0], out_norm=norms[1], flash=flash)
+                )
             self.mlps.append(MLPBlock(layer, number, kind.mlp, parts, norm=norms[2], out_norm=norms[3]))
         self.norm = self._norm(model.model.norm)
         self.rotary = model.model.rotary_emb
