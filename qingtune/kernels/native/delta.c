@@ -3,56 +3,12 @@
    As in elementwise.c: plain loops, fp32 or bf16 in memory as `kind` says, fp32 in between; a head belongs to one
    thread, so that results do not depend on the number of threads. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "numbers.h"
 
-enum { FP32, BF16 };
 enum { LARGEST_HEAD = 512 };
-
-#define INLINE static inline __attribute__((always_inline))
-#define PARALLEL _Pragma("omp parallel for num_threads((int)threads)")
-
-INLINE float of_bits(uint32_t bits) {
-    float number;
-    memcpy(&number, &bits, 4);
-    return number;
-}
-
-INLINE uint32_t to_bits(float number) {
-    uint32_t bits;
-    memcpy(&bits, &number, 4);
-    return bits;
-}
-
-INLINE float get(const void *numbers, int64_t i, int kind) {
-    return kind == FP32 ? ((const float *)numbers)[i] : of_bits((uint32_t)((const uint16_t *)numbers)[i] << 16);
-}
-
-INLINE void put(void *numbers, int64_t i, float number, int kind) {
-    const uint32_t bits = to_bits(number), nearest_even = bits + 0x7fffu + (bits >> 16 & 1);
-    if (kind == FP32) ((float *)numbers)[i] = number;
-    else ((uint16_t *)numbers)[i] = (uint16_t)((number != number ? 0x7fc00000u : nearest_even) >> 16);
-}
 
 /* Where number i lies. */
 INLINE void *at(const void *numbers, int64_t i, int kind) { return (char *)numbers + i * (kind == FP32 ? 4 : 2); }
-
-/* e^x for x <= 0, 0 where it is below the least normal number; the polynomial is that of Cephes' expf. */
-INLINE float exponential(float x) {
-    const float shift = 12583039.0f; /* 1.5 * 2^23 + 127: what is added to it becomes an integer, in the lowest bits */
-    const float shifted = x * 1.44269504f + shift, n = shifted - shift;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + (r + 1.0f);
-    const float power = p * of_bits(to_bits(shifted) << 23);
-    return x < -87.3f ? 0.0f : power;
-}
 
 INLINE float sigmoid(float x) {
     const float e = exponential(-fabsf(x)), part = 1.0f / (1.0f + e);
@@ -126,8 +82,7 @@ void delta_heads(const void *window, const float *taps, float *kq, float *v, int
     PARALLEL
     for (int64_t number = 0; number < key_heads * (2 + share); number++) {
         const Head head = head_of(number, tokens, key_heads, share, key_size, value_size);
-        if (kind == FP32) forward_head(window, taps, kq, v, tokens, channels, head, seen, epsilon, scale, FP32);
-        else forward_head(window, taps, kq, v, tokens, channels, head, seen, epsilon, scale, BF16);
+        BY_KIND(forward_head, kind, window, taps, kq, v, tokens, channels, head, seen, epsilon, scale);
     }
 }
 
@@ -181,12 +136,8 @@ void delta_heads_backward(const float *grad_kq, const float *grad_v, const void 
     PARALLEL
     for (int64_t number = 0; number < key_heads * (2 + share); number++) {
         const Head head = head_of(number, tokens, key_heads, share, key_size, value_size);
-        if (kind == FP32)
-            backward_head(grad_kq, grad_v, window, taps, kq, grad_window, grad_taps, tokens, channels, head, seen,
-                          epsilon, scale, FP32);
-        else
-            backward_head(grad_kq, grad_v, window, taps, kq, grad_window, grad_taps, tokens, channels, head, seen,
-                          epsilon, scale, BF16);
+        BY_KIND(backward_head, kind, grad_kq, grad_v, window, taps, kq, grad_window, grad_taps, tokens, channels, head,
+                seen, epsilon, scale);
     }
 }
 
@@ -230,13 +181,6 @@ void delta_scores(const float *products, const float *decay, const float *beta, 
 
 /* --- The gated norm ----------------------------------------------------------------------------------------------- */
 
-INLINE float inverse_length(const void *x, int64_t width, float epsilon, int kind) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < width; i++) sum += get(x, i, kind) * get(x, i, kind);
-    return 1.0f / sqrtf(sum / (float)width + epsilon);
-}
-
 INLINE void gated_row(const void *x, const void *z, const float *weight, void *out, int64_t width, float epsilon,
                       int kind) {
     const float rate = inverse_length(x, width, epsilon, kind);
@@ -248,14 +192,12 @@ INLINE void gated_row(const void *x, const void *z, const float *weight, void *o
 }
 
 /* out = x / sqrt(mean(x^2) + epsilon) * weight * silu(z), row by row. */
-void gated_norm(const void *x, const void *z, const float *weight, void *out, int64_t rows, int64_t width, float epsilon,
+void gated_norm(const char *x, const char *z, const float *weight, char *out, int64_t rows, int64_t width, float epsilon,
                 int64_t kind, int64_t threads) {
     PARALLEL
     for (int64_t t = 0; t < rows; t++) {
-        const int64_t place = t * width;
-        if (kind == FP32)
-            gated_row(at(x, place, FP32), at(z, place, FP32), weight, at(out, place, FP32), width, epsilon, FP32);
-        else gated_row(at(x, place, BF16), at(z, place, BF16), weight, at(out, place, BF16), width, epsilon, BF16);
+        const int64_t place = bytes(t, width, kind);
+        BY_KIND(gated_row, kind, x + place, z + place, weight, out + place, width, epsilon);
     }
 }
 
@@ -277,16 +219,11 @@ INLINE void gated_backward_row(void *grad, const void *x, const void *z, const f
 }
 
 /* The gradient of z in grad's place, and that of x in grad_x. */
-void gated_norm_backward(void *grad, const void *x, const void *z, const float *weight, void *grad_x, int64_t rows,
+void gated_norm_backward(char *grad, const char *x, const char *z, const float *weight, char *grad_x, int64_t rows,
                          int64_t width, float epsilon, int64_t kind, int64_t threads) {
     PARALLEL
     for (int64_t t = 0; t < rows; t++) {
-        const int64_t place = t * width;
-        if (kind == FP32)
-            gated_backward_row(at(grad, place, FP32), at(x, place, FP32), at(z, place, FP32), weight,
-                               at(grad_x, place, FP32), width, epsilon, FP32);
-        else
-            gated_backward_row(at(grad, place, BF16), at(x, place, BF16), at(z, place, BF16), weight,
-                               at(grad_x, place, BF16), width, epsilon, BF16);
+        const int64_t place = bytes(t, width, kind);
+        BY_KIND(gated_backward_row, kind, grad + place, x + place, z + place, weight, grad_x + place, width, epsilon);
     }
 }
