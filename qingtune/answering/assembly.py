@@ -26,7 +26,14 @@ from qingtune.answering.decoder.layer import (
 )
 from qingtune.answering.decoder.native.build import has_native_units, native_library
 from qingtune.answering.decoder.native.matrices import NativeMatrix, fits_native
-from qingtune.answering.decoder.packed import ROWS_AT_A_TIME, DenseMatrix, Matrix, pack, plus
+from qingtune.answering.decoder.packed import (
+    ROWS_AT_A_TIME,
+    DenseMatrix,
+    Matrix,
+    has_int4_kernels,
+    pack,
+    plus,
+)
 from qingtune.kernels.architecture import ALL, MLP, Architecture, Attention, DeltaNet, Experts, Layer, describe
 from qingtune.kernels.delta_answer import DeltaCore
 from qingtune.kernels.device import Hardware, give_back_memory, has_int8_units
@@ -50,6 +57,7 @@ MODEL_TYPES = frozenset(
         "qwen3_5_moe_text",
     }
 )
+LEAST_HIDDEN = 256  # in a smaller model calling C costs more than a matrix's product, unless it computes whole steps
 _LANGUAGE_MODEL = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
 
 
@@ -112,8 +120,8 @@ class Assembly:
         apart: with lazy, the adapter's changes of linear layers are computed separately instead of merged.
 
     Attributes:
-        library: the kernels in C, where they are used.
-        no_library: why they are not, on a machine and for a model that they are for; empty otherwise.
+        library: the kernels in C, where they are used: for matrices, and for whole steps of the models they know.
+        no_library: why they are not, on a machine that they are for; empty otherwise.
     """
 
     def __init__(
@@ -141,8 +149,8 @@ class Assembly:
         """Everything in its place."""
         head = self._head()  # first, as packing it takes the most for a moment
         norm, layers = self._norm("model.norm"), self if self.lazy else list(self)
-        rotary, embedding = self._rotary(), self._embedding()
-        return CachedDecoder(self.architecture, embedding, layers, norm, head, rotary, slots, self.library)
+        library = self.library if _steps_in_c(self.architecture) else None
+        return CachedDecoder(self.architecture, self._embedding(), layers, norm, head, self._rotary(), slots, library)
 
     def __iter__(self) -> Iterator[AnswerLayer]:
         """Layers in order, read when they are asked for; what packing one took is given back before the next."""
@@ -273,11 +281,11 @@ class Assembly:
         return weight, low.on_unchanged_base(weight, name)
 
     def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
-        if self.library:
+        if self.library and fits_native(*weight.shape):
             return NativeMatrix(self.library, weight, bias, self.bits, self.dtype, self.workspace)
-        bias = None if bias is None else bias.to(self.device)
-        units = has_int8_units(self.device)
-        return pack(weight.to(self.device), bias, self.bits, self.dtype, self.workspace, int8_units=units)
+        bits = 8 if self.bits == 4 and not has_int4_kernels() else self.bits
+        bias, units = None if bias is None else bias.to(self.device), has_int8_units(self.device)
+        return pack(weight.to(self.device), bias, bits, self.dtype, self.workspace, int8_units=units)
 
     def _rotary(self) -> Rotary:
         """cos and sin of every position."""
@@ -304,14 +312,16 @@ class Assembly:
 
 
 def native_kernels(model: Any, hardware: Hardware) -> ctypes.CDLL | str:
-    """The kernels in C; or why they cannot be used, "" on a machine or for a model that they are not for."""
+    """The kernels in C, for bf16 and fp32 on a CPU; or why they cannot be used, "" where they are not for."""
     architecture = describe(model.config.get_text_config(decoder=True))
-    return native_library() if _may_be_native(architecture, hardware) else ""
+    known = hardware.device.type == "cpu" and hardware.dtype in (torch.bfloat16, torch.float32)
+    worth_it = _steps_in_c(architecture) or architecture.hidden >= LEAST_HIDDEN
+    return native_library() if known and worth_it and has_native_units() else ""
 
 
-def _may_be_native(architecture: Architecture, hardware: Hardware) -> bool:
-    """Whether the kernels in C are for a model: in bf16 or fp32 on a CPU, of blocks that they know, every matrix a
-    multiple of their own blocks."""
+def _steps_in_c(architecture: Architecture) -> bool:
+    """Whether the kernels in C compute a model's new tokens as a whole: it is of blocks that they know, and every
+    matrix a multiple of theirs."""
     first = architecture.layers[0]
     if not isinstance(first.mixer, Attention) or not isinstance(first.mlp, MLP):
         return False
@@ -333,10 +343,7 @@ def _may_be_native(architecture: Architecture, hardware: Hardware) -> bool:
     )
     widths = (architecture.hidden, first.mlp.size, plain.queries * plain.size)
     return (
-        hardware.device.type == "cpu"
-        and hardware.dtype in (torch.bfloat16, torch.float32)
-        and has_native_units()
-        and all(layer == known for layer in architecture.layers)
+        all(layer == known for layer in architecture.layers)
         and scales == (0.0, 1.0, None, None)
         and plain.size % 32 == 0
         and all(fits_native(width, width) for width in widths)

@@ -3,10 +3,12 @@ adapters, packed weights."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import native_twin
 import pytest
 import torch
 import transformers
@@ -18,6 +20,9 @@ from qingtune.adapters.peft_files import save_adapter
 from qingtune.answering.assembly import MODEL_TYPES
 from qingtune.answering.decoder import cache, cached, packed
 from qingtune.answering.decoder.cached import CachedDecoder
+from qingtune.answering.decoder.layer import DeltaBlock
+from qingtune.answering.decoder.native.build import has_native_units, native_library
+from qingtune.answering.decoder.native.matrices import NativeMatrix
 from qingtune.answering.decoder.packed import has_int4_kernels
 from qingtune.answering.generate import Decoding, generate, generate_many
 from qingtune.answering.load import load_decoder
@@ -131,6 +136,22 @@ def logits_of(model: Any, ids: Sequence[int]) -> torch.Tensor:
 
 def apart(one: torch.Tensor, two: torch.Tensor) -> float:
     return float((one - two).abs().max() / two.abs().max())
+
+
+def distance(one: torch.Tensor, two: torch.Tensor) -> float:
+    return float((one - two).norm() / two.norm())
+
+
+def round_weights(model: Any, rounded: Callable[[torch.Tensor], torch.nn.Parameter]) -> None:
+    """Give a model the weights that packed ones stand for."""
+    model.lm_head.weight = rounded(model.lm_head.weight.data)  # apart from the embedding, which stays whole
+    for module in model.model.modules():
+        # The shared expert's share and a delta net's gates stay.
+        if isinstance(module, torch.nn.Linear) and module.out_features not in (1, DELTA["linear_num_value_heads"]):
+            module.weight = rounded(module.weight.data)
+        for name in ("gate_up_proj", "down_proj"):
+            if isinstance(experts := getattr(module, name, None), torch.nn.Parameter):
+                experts.data = torch.stack([rounded(expert) for expert in experts.data])
 
 
 def test_every_architecture_is_tested() -> None:
@@ -250,16 +271,46 @@ def test_packed_weights_stand_for_rounded_ones(
     def rounded(weight: torch.Tensor) -> torch.nn.Parameter:
         return torch.nn.Parameter(stands_for(weight, bits if weight.shape[1] % 32 == 0 else 8))
 
-    model.lm_head.weight = rounded(model.lm_head.weight.data)  # apart from the embedding, which stays whole
-    for module in model.model.modules():
-        # The shared expert's share and a delta net's gates stay.
-        if isinstance(module, torch.nn.Linear) and module.out_features not in (1, DELTA["linear_num_value_heads"]):
-            module.weight = rounded(module.weight.data)
-        for name in ("gate_up_proj", "down_proj"):
-            if isinstance(experts := getattr(module, name, None), torch.nn.Parameter):
-                experts.data = torch.stack([rounded(expert) for expert in experts.data])
+    round_weights(model, rounded)
     wanted = logits_of(model, IDS)
     assert apart(decoder.start(IDS[:15]), wanted[14]) < 0.1  # few rows, rounded to bf16: packed products
     assert apart(decoder.step([IDS[15]])[0], wanted[15]) < 0.1
     monkeypatch.setattr(packed, "UNPACK_FROM", {8: 1, 4: 1})
     assert apart(opened(folder, bits=bits).start(IDS), wanted[-1]) < 1e-4  # many rows: unpacked
+
+
+WIDE = {
+    "hidden_size": 256, "intermediate_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_experts_per_tok": 6,  # all, as rounded activations may choose others
+}  # fmt: skip
+
+
+@pytest.mark.skipif(
+    not has_native_units() or isinstance(native_library(), str), reason="there are no kernels in C here"
+)
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("name", ["mistral window", "gemma 3", "phi 4 longrope", "qwen3 moe", "qwen3.5", "qwen3.5 moe"])
+def test_matrices_in_c(name: str, bits: int | None, tmp_path: Path) -> None:
+    kind, changes = FAMILIES[name]
+    config = getattr(transformers, kind)
+    known = set(inspect.signature(config).parameters)
+    settings = {**SIZES, **changes, **{size: value for size, value in WIDE.items() if size in known}}
+    if name == "phi 4 longrope":  # whose heads are as large as its hidden size says
+        settings |= {"num_attention_heads": 32, "num_key_value_heads": 16}
+    if "layer_types" in settings:
+        settings["layer_types"] = settings["layer_types"][:2]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config(**settings)).eval()
+    model.save_pretrained(tmp_path)
+    if bits:
+        round_weights(model, lambda weight: torch.nn.Parameter(native_twin.stands_for(weight, bits)))
+    decoder = opened(tmp_path, bits=bits)
+    mixer = next(iter(decoder.layers)).mixer
+    matrices = (decoder.head, mixer.qkv_z if isinstance(mixer, DeltaBlock) else mixer.qkv)
+    assert all(isinstance(matrix, NativeMatrix) for matrix in matrices)
+    wanted = logits_of(model, IDS)
+    bound = 0.05 if bits else 1e-4  # what few bits are multiplied with is rounded to int8
+    assert distance(decoder.start(IDS[:9]), wanted[8]) < bound
+    for place in range(9, len(IDS)):
+        assert distance(decoder.step([IDS[place]])[0], wanted[place]) < bound
