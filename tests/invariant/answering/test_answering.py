@@ -43,10 +43,10 @@ def opened(
 
 
 def saved(tmp_path: Path, name: str) -> tuple[Any, Path]:
+    """A model as Transformers loads it: a Mistral that lists layer types becomes a Ministral, which looks at them."""
     kind, changes = MODELS[name]
-    model = lively(make_model(kind, **changes))
-    model.save_pretrained(tmp_path / "model")
-    return model, tmp_path / "model"
+    lively(make_model(kind, **changes)).save_pretrained(tmp_path / "model")
+    return load_model(tmp_path / "model", torch.float32).eval(), tmp_path / "model"
 
 
 @torch.inference_mode()
