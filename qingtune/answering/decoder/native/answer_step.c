@@ -222,9 +222,8 @@ SIMD void exact_tile(const char *w, int64_t bytes, int64_t depth, const float *x
     for (int t = 0; t < count; t++) sums[t] = sums_of(sum[0][t], sum[1][t], sum[2][t], sum[3][t]);
 }
 
-SIMD void exact_tiles(const char *w, int64_t bytes, int64_t depth,
-                                                              const float *x, int64_t columns, int64_t count,
-                                                              const int64_t kind, __m128 sums[6]) {
+SIMD void exact_tiles(const char *w, int64_t bytes, int64_t depth, const float *x, int64_t columns, int64_t count,
+                      const int64_t kind, __m128 sums[6]) {
     switch (count) {
     case 1: exact_tile(w, bytes, depth, x, columns, 1, kind, sums); break;
     case 2: exact_tile(w, bytes, depth, x, columns, 2, kind, sums); break;
@@ -247,8 +246,8 @@ static inline void put_sums(const Matrix *m, const Target *to, int64_t row, int6
 }
 
 /* Rows [row, until) of a matrix, columns [from, from + depth), as fp32. */
-SIMD void widen(const Matrix *m, int64_t row, int64_t until, int64_t from,
-                                                        int64_t depth, float *out, const int64_t kind) {
+SIMD void widen(const Matrix *m, int64_t row, int64_t until, int64_t from, int64_t depth, float *out,
+                const int64_t kind) {
     for (; row < until; row++, out += depth)
         for (int64_t k = 0; k < depth; k += LANES) store(out + k, widened(dense_at(m, row), from + k, kind));
 }
@@ -269,9 +268,8 @@ static void panel_rows(const Matrix *m, const Rows *rows, const Target *to, int6
 }
 
 /* Some dense rows by all sequences in fp32. */
-SIMD void exact_rows(const Matrix *m, const Rows *rows, const Target *to,
-                                                             int64_t row, int64_t until, int64_t count,
-                                                             const int64_t kind) {
+SIMD void exact_rows(const Matrix *m, const Rows *rows, const Target *to, int64_t row, int64_t until, int64_t count,
+                     const int64_t kind) {
     const int64_t n = m->columns, tiles = (count + TILE - 1) / TILE;
     if (count >= MANY) {
         for (int64_t from = 0, depth; from < n; from += depth) {
@@ -294,7 +292,7 @@ SIMD void exact_rows(const Matrix *m, const Rows *rows, const Target *to,
         }
 }
 
-/* As many rows of a packed block as there are lanes, of all 32 columns: bytes by 4 columns in each lane, a lane a row. */
+/* As many rows of a packed block as there are lanes, of its 32 columns: 4 in each lane, a lane a row. */
 SIMD void numbers_of(const uint8_t *numbers, int part, const int bits, Ints weights[8]) {
     const uint8_t *here = numbers + part * 4 * LANES;
     for (int i = 0; i < 8; i++)
@@ -348,9 +346,8 @@ SIMD void packed_tile(const Matrix *m, const Rows *rows, const Target *to, int64
 }
 
 /* Some packed rows by all sequences. */
-SIMD void packed_panel(const Matrix *m, const Rows *rows, const Target *to,
-                                                               int64_t row, int64_t until, int64_t count,
-                                                               const int bits) {
+SIMD void packed_panel(const Matrix *m, const Rows *rows, const Target *to, int64_t row, int64_t until, int64_t count,
+                       const int bits) {
     int64_t t = 0;
     for (; t + 8 <= count; t += 8)
         for (int64_t r = row; r < until; r += BLOCK) packed_tile(m, rows, to, r, t, 8, bits);
@@ -554,7 +551,7 @@ SIMD void weigh(const float *scores, int64_t n, float rate, const void *values, 
 /* One head of one sequence attends to all that its slot holds and to the new token, whose key and value the first head
    of a group puts into the cache. heads: the sequence's queries, keys and values; out: [d]. */
 SIMD void attend_in(const Model *model, const Layer *layer, const Cache *cache, int64_t number, int64_t slot, int64_t h,
-          const float *heads, float *scores, float *out, const int wide) {
+                    const float *heads, float *scores, float *out, const int wide) {
     const int64_t size = model->size, shared = model->queries / model->keys, g = h / shared;
     const int64_t n = cache->places[slot];
     const int64_t at = (((number * cache->slots) + slot) * model->keys + g) * cache->capacity * size;
