@@ -1,14 +1,14 @@
 """Answering speed and memory, ours beside Transformers' and llama.cpp's, in one run.
 
 python benchmarks/inference.py [--model FOLDER] [--systems NAME ...] [--repeats 3] [--output FILE.json]
-    [--without avx512_bf16,amx_bf16]
+    [--without avx512_bf16,amx_bf16] [--threads N]
 
 Each system reads a prompt of 512 tokens and makes 128 new ones by the likeliest token, batch 1, in a process of its
 own that has done the same once before; systems take turns. The bound of a new token is the bytes of the weights over
 the bandwidth at which this machine's threads read memory, the bound of a prompt the rate of products over its work;
 both are measured beside the runs. llama.cpp gets the same weights: exported by `qingtune export`, and quantised by
 itself. A CPU with fewer units is stood in for by --without, which names their flags: ours, PyTorch and oneDNN leave
-them unused; llama.cpp does only if it was compiled so.
+them unused, and llama.cpp is compiled for the others, in an environment of its own.
 """
 
 from __future__ import annotations
@@ -43,12 +43,27 @@ OURS: dict[str, tuple[int | None, int]] = {  # name -> bits, prompts at a time
 }
 TRANSFORMERS: dict[str, int | None] = {"Transformers bf16": None, "Transformers 8-bit": 8, "Transformers NF4": 4}
 LLAMA_CPP = {"llama.cpp bf16": "BF16", "llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_K_M": "Q4_K_M"}
+GGML_OPTIONS = {
+    "AVX": "avx",
+    "AVX2": "avx2",
+    "FMA": "fma",
+    "F16C": "f16c",
+    "BMI2": "bmi2",
+    "AVX_VNNI": "avx_vnni",
+    "AVX512": "avx512f",
+    "AVX512_VBMI": "avx512vbmi",
+    "AVX512_VNNI": "avx512_vnni",
+    "AVX512_BF16": "avx512_bf16",
+    "AMX_TILE": "amx_tile",
+    "AMX_INT8": "amx_int8",
+    "AMX_BF16": "amx_bf16",
+}  # llama.cpp's name of each unit, and Linux's
 ALL = [*OURS, *TRANSFORMERS, *LLAMA_CPP]
 
 
 def main() -> None:
     arguments = _arguments()
-    os.environ |= _lesser(arguments.without)
+    os.environ |= {**_lesser(arguments.without), "OMP_NUM_THREADS": str(arguments.threads)}
     if arguments.one:
         print(json.dumps(measure(arguments.one, Path(arguments.model))))
         return
@@ -61,21 +76,22 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
     model = model_folder(arguments.model)
     python: Path | str = "not asked for"
     if any(system in LLAMA_CPP for system in arguments.systems):
-        python = make_environment("llama.cpp", cache_folder() / "bench-envs")
+        python = make_environment("llama.cpp", cache_folder() / "bench-envs", _cmake() if arguments.without else "")
         if isinstance(python, str):
             _say(f"llama.cpp: skipped, {python}")
     gguf = _exported(model, scratch) if isinstance(python, Path) else None
     runs: dict[str, list[dict[str, Any]]] = {}
+    threads = ["--threads", str(arguments.threads)]
     for repeat in range(arguments.repeats):
         for system in arguments.systems:
             if system in LLAMA_CPP and gguf is None:
                 continue
             command = (
-                [str(python), str(HERE / "peers" / "answer_llamacpp.py"), str(gguf), LLAMA_CPP[system]]
+                [str(python), str(HERE / "peers" / "answer_llamacpp.py"), str(gguf), LLAMA_CPP[system], *threads[1:]]
                 if system in LLAMA_CPP
-                else [sys.executable, __file__, "--one", system, "--model", str(model)]
+                else [sys.executable, __file__, "--one", system, "--model", str(model), *threads]
             )
-            limits = _run([sys.executable, __file__, "--one", "limits", "--model", str(model)])
+            limits = _run([sys.executable, __file__, "--one", "limits", "--model", str(model), *threads])
             seen = _run(command)
             if seen is None or limits is None:
                 continue
@@ -92,6 +108,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", default=ALL, choices=ALL, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--without", default="", help="flags of /proc/cpuinfo, separated by commas, to leave unused")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", help="where all runs are written as JSON")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -105,6 +122,17 @@ def _lesser(without: str) -> dict[str, str]:
     if "avx512f" in flags:
         return {**chosen, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     return {**chosen, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE" if "avx512_vnni" in flags else "AVX512_CORE_VNNI"}
+
+
+def _cmake() -> str:
+    """Options with which llama.cpp is compiled for what is left of this CPU."""
+    from qingtune.machine.resources import cpu_flags
+
+    flags = cpu_flags()
+    if "avx512f" not in flags:
+        flags -= {flag for flag in flags if flag.startswith("avx512")}
+    chosen = (f"-DGGML_{option}={'ON' if flag in flags else 'OFF'}" for option, flag in GGML_OPTIONS.items())
+    return " ".join(("-DGGML_NATIVE=OFF", *chosen))
 
 
 def _run(command: list[str]) -> dict[str, Any] | None:
@@ -169,7 +197,7 @@ def measure(system: str, model: Path) -> dict[str, Any]:
             token = int(decoder.step([token])[0].float().argmax())
         prefill.append(PROMPT / (read - began))
         decode.append(NEW / (time.perf_counter() - read))
-    assert torch.get_num_threads() == os.cpu_count()
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
     return {**result, "prefill": median(prefill[1:]), "decode": median(decode[1:]), "peak_bytes": _peak()}
 
 

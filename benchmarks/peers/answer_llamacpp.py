@@ -1,4 +1,4 @@
-"""llama.cpp's side of benchmarks/inference.py: python answer_llamacpp.py FILE.gguf BF16|Q8_0|Q4_K_M"""
+"""llama.cpp's side of benchmarks/inference.py: python answer_llamacpp.py FILE.gguf BF16|Q8_0|Q4_K_M THREADS"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main() -> None:
     import llama_cpp
 
     path = _quantised(llama_cpp, Path(sys.argv[1]), sys.argv[2])
-    threads = os.cpu_count()
+    threads = int(sys.argv[3])
     began = time.perf_counter()
     model = llama_cpp.Llama(
         str(path), n_ctx=1024, n_batch=PROMPT, n_ubatch=PROMPT, n_threads=threads, n_threads_batch=threads,

@@ -6,6 +6,8 @@ with CPU builds saves several GB of CUDA libraries that nothing here uses.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -19,30 +21,32 @@ TORCH_VERSION = "2.13.0"
 ALONE = {"llamafactory": "llamafactory==0.9.5"}
 
 
-def make_environment(system: str, folder: Path) -> Path | str:
+def make_environment(system: str, folder: Path, cmake: str = "") -> Path | str:
     """Make a peer's environment in `folder/system`, or find it made.
 
     Args:
         system: one of SYSTEMS.
         folder: where the environments are kept; beside each lies pip's log.
+        cmake: CMAKE_ARGS, for what is compiled; with any, the environment is another one.
 
     Returns:
         The interpreter's path; or why there is none, in one line.
     """
     pins = Path(__file__).with_name(f"requirements_{system}.txt")
-    home = folder / system
+    name = f"{system}-{hashlib.sha256(cmake.encode()).hexdigest()[:8]}" if cmake else system
+    home = folder / name
     marker = home / "made_from.txt"
     python = home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    recipe = f"{TORCH_VERSION}\n{ALONE.get(system)}\n{pins.read_text(encoding='utf-8')}"
+    recipe = f"{TORCH_VERSION}\n{ALONE.get(system)}\n{pins.read_text(encoding='utf-8')}{cmake}"
     if marker.is_file() and marker.read_text(encoding="utf-8") == recipe:
         return python
     if sys.version_info < (3, 11):
         return "the pins need Python 3.11 or newer"
     shutil.rmtree(home, ignore_errors=True)
-    log = folder / f"{system}.log"
+    log = folder / f"{name}.log"
     try:
         venv.create(home, with_pip=True)
-        _install_all(python, system, pins, log)
+        _install_all(python, system, pins, log, cmake)
     except subprocess.CalledProcessError:
         return f"pip failed: {_complaint(log)}; all of it stands in {log}"
     except OSError as error:
@@ -51,8 +55,11 @@ def make_environment(system: str, folder: Path) -> Path | str:
     return python
 
 
-def _install_all(python: Path, system: str, pins: Path, log: Path) -> None:
+def _install_all(python: Path, system: str, pins: Path, log: Path, cmake: str) -> None:
     log.write_text("", encoding="utf-8")
+    if cmake:  # pip would take from its cache what it has compiled otherwise
+        _install(python, log, "--no-cache-dir", "-r", str(pins), env={**os.environ, "CMAKE_ARGS": cmake})
+        return
     if "\ntorch==" in "\n" + pins.read_text(encoding="utf-8"):
         _install(python, log, f"torch=={TORCH_VERSION}")
     _install(python, log, "-r", str(pins))
@@ -60,10 +67,10 @@ def _install_all(python: Path, system: str, pins: Path, log: Path) -> None:
         _install(python, log, "--no-deps", ALONE[system])
 
 
-def _install(python: Path, log: Path, *what: str) -> None:
+def _install(python: Path, log: Path, *what: str, env: dict[str, str] | None = None) -> None:
     command = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *what]
     with log.open("a", encoding="utf-8") as output:
-        subprocess.run(command, check=True, stdout=output, stderr=subprocess.STDOUT)
+        subprocess.run(command, check=True, stdout=output, stderr=subprocess.STDOUT, env=env)
 
 
 def _complaint(log: Path) -> str:
