@@ -16,7 +16,11 @@
 #include "simd.h"
 
 #define GROUP 32 /* activations, and weights in 4 bits, that share a scale */
-#define AHEAD 8192 /* bytes of weights asked for before they are needed: the CPU itself stops at the end of each page */
+/* Bytes of weights asked for before they are needed, as the CPU itself stops at the end of each page: faster with all
+   threads of the CPUs with AVX-512 that were tried, slower in one with AVX2. */
+#ifndef AHEAD
+#define AHEAD (LANES == 16 ? 8192 : 0)
+#endif
 #define BLOCK 16 /* rows of a matrix that a thread takes at a time */
 #define PARTS (BLOCK / LANES) /* registers that hold a number of each */
 #define TILE (LANES == 16 ? 6 : 3) /* sequences by which 4 dense rows are multiplied at a time, for want of registers */
@@ -115,6 +119,10 @@ static void round_rows(Rows *rows, int64_t from, int64_t until, int64_t columns)
 
 /* --- Products ---------------------------------------------------------------------------------------------------- */
 
+SIMD void ask_ahead(const char *weights) {
+    if (AHEAD) _mm_prefetch(weights + AHEAD, _MM_HINT_T0);
+}
+
 /* Where products go: y[t * stride + row], added to what is there or not. */
 typedef struct {
     float *y;
@@ -153,13 +161,16 @@ SIMD Floats widened(const char *row, int64_t k, const int64_t kind) {
 SIMD void dense_row(const Matrix *m, const Rows *rows, const Target *to, int64_t row, int64_t t, const int64_t kind) {
     const char *w = dense_at(m, row);
     const float *x = rows->x + t * m->columns;
-    Floats sum[2] = {zeros(), zeros()}; /* apart, as each waits for its last */
+    Floats sum[32 / LANES]; /* apart, as each waits for its last */
+    for (int i = 0; i < 32 / LANES; i++) sum[i] = zeros();
     for (int64_t k = 0; k < m->columns; k += 32) {
-        _mm_prefetch(w + bytes_of(kind) * k + AHEAD, _MM_HINT_T0);
-        for (int i = 0; i < 32; i += LANES)
-            sum[i / LANES % 2] = times_plus(widened(w, k + i, kind), load(x + k + i), sum[i / LANES % 2]);
+        ask_ahead(w + bytes_of(kind) * k);
+        for (int i = 0; i < 32 / LANES; i++)
+            sum[i] = times_plus(widened(w, k + i * LANES, kind), load(x + k + i * LANES), sum[i]);
     }
-    put_dense(m, to, row, t, plus(sum[0], sum[1]));
+    for (int i = 16 / LANES; i; i /= 2)
+        for (int j = 0; j < i; j++) sum[j] = plus(sum[j], sum[j + i]);
+    put_dense(m, to, row, t, sum[0]);
 }
 
 #if BF16_UNITS
@@ -314,7 +325,7 @@ SIMD void packed_tile(const Matrix *m, const Rows *rows, const Target *to, int64
     for (int t = 0; t < count; t++)
         for (int p = 0; p < PARTS; p++) sum[t][p] = zeros();
     for (int64_t g = 0; g < groups; g++, block += bytes) {
-        for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)block + AHEAD + i, _MM_HINT_T0);
+        for (int i = 0; i < bytes; i += 64) ask_ahead((const char *)block + i);
         for (int p = 0; p < PARTS; p++) {
             Ints weights[8];
             numbers_of(bits == 8 ? block : block + SCALES_OF_INT4, p, bits, weights);
