@@ -1,0 +1,119 @@
+"""One matrix of each expert of a mixture, with adapters: products with rows that are sorted by expert.
+
+y = W_e x + s B_e A_e x. Weights are a parameter [E, out, in], or a list of layers in 4 or 8 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qingtune.kernels.linear import QuantizedLinear
+from qingtune.kernels.projection import Adapter, Member, Projection, gradient
+from qingtune.kernels.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Where one matrix of each expert lies.
+
+    Attributes:
+        module: holds them.
+        name: of the module's parameter [E, out, in], or of its list of quantised layers.
+        adapter: A [E, r, in] and B [E, out, r], without a magnitude; None for none.
+    """
+
+    module: Any
+    name: str
+    adapter: Adapter | None = None
+
+    @property
+    def weights(self) -> Any:
+        """A parameter [E, out, in], or a list of quantised layers."""
+        return getattr(self.module, self.name)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Out and in features of an expert's matrix."""
+        first = self.weights[0]
+        return (first.out_features, first.in_features) if isinstance(first, QuantizedLinear) else tuple(first.shape)
+
+    @property
+    def rank(self) -> int:
+        """Of an expert's adapter, 0 where there is none."""
+        return self.adapter.a.shape[1] if self.adapter else 0
+
+
+class _Slice:
+    """An expert's part of a parameter, as projections take a layer; with `backward` its gradient is the parameter's."""
+
+    bias = None
+
+    def __init__(self, weights: torch.Tensor, number: int, *, backward: bool) -> None:
+        self.weight = weights.detach()[number]
+        self.out_features, self.in_features = self.weight.shape
+        if backward and weights.requires_grad:
+            self.weight.requires_grad_(True)
+            self.weight.grad = gradient(weights)[number]
+
+
+class ExpertMatrices:
+    """The products of a stack.
+
+    Args:
+        stack: where the matrices lie.
+        workspace: for all that lasts no longer than a pass.
+        int8_units: whether int8 weights are multiplied as such.
+    """
+
+    def __init__(self, stack: Stack, workspace: Workspace, *, int8_units: bool) -> None:
+        self.stack, self.workspace, self.int8_units = stack, workspace, int8_units
+        self.shape, self.rank = stack.shape, stack.rank
+
+    def low(self, name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """Where A_e x of all rows is kept from forward to backward, [rows, r]."""
+        return self.workspace.take(name + ".low", (rows, self.rank), dtype)
+
+    def forward(self, number: int, x: torch.Tensor, low: torch.Tensor, out: torch.Tensor) -> None:
+        """x: [n, in], of the expert of this number -> out: [n, out], and low: [n, r]."""
+        self._product(number).forward("experts", x, [out], None)
+        self.keep_low(number, x, low)
+        if adapter := self.stack.adapter:
+            out.addmm_(low, self._cast("b", adapter.b[number], x.dtype).t(), alpha=adapter.scaling)
+
+    def keep_low(self, number: int, x: torch.Tensor, low: torch.Tensor) -> None:
+        """Keep what backward needs in addition to the input."""
+        if adapter := self.stack.adapter:
+            torch.mm(x, self._cast("a", adapter.a[number], x.dtype).t(), out=low)
+
+    def backward(
+        self, number: int, x: torch.Tensor, low: torch.Tensor, grad: torch.Tensor, grad_x: torch.Tensor
+    ) -> None:
+        """Add to the gradients of all trained parameters, and write the input's.
+
+        Args:
+            number: the expert's; x and low are those of forward.
+            grad: [n, out].
+            grad_x: [n, in], overwritten.
+        """
+        self._product(number, backward=True).backward("experts", x, [grad], grad_x, None)
+        if not (adapter := self.stack.adapter):
+            return
+        grad_b, grad_a = gradient(adapter.b)[number], gradient(adapter.a)[number]
+        grad_b.add_(self.workspace.product(grad.t(), low, grad_b.dtype), alpha=adapter.scaling)
+        grad_low = self.workspace.take("experts.grad_low", low.shape, low.dtype)
+        torch.mm(grad, self._cast("b", adapter.b[number], x.dtype), out=grad_low).mul_(adapter.scaling)
+        grad_a.add_(self.workspace.product(grad_low.t(), x, grad_a.dtype))
+        grad_x.addmm_(grad_low, self._cast("a", adapter.a[number], x.dtype))
+
+    def _product(self, number: int, *, backward: bool = False) -> Projection:
+        """The product with an expert's weight alone."""
+        weights = self.stack.weights
+        base = weights[number] if isinstance(weights, nn.ModuleList) else _Slice(weights, number, backward=backward)
+        return Projection([Member(base, None)], 0.0, self.workspace, int8_units=self.int8_units)
+
+    def _cast(self, name: str, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.workspace.cast("experts." + name, matrix.detach(), dtype)
