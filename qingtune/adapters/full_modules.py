@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qingtune.adapters.expert_lora import ExpertAdapter
 from qingtune.adapters.lora import LoRALinear
 from qingtune.adapters.names import ends_with, is_within
 from qingtune.errors import UserError
@@ -74,7 +75,8 @@ def trained_in_full(model: Any) -> dict[str, torch.Tensor]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not isinstance(model.get_submodule(name.rpartition(".")[0]), LoRALinear)
+        if parameter.requires_grad
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), LoRALinear | ExpertAdapter)
     }
 
 

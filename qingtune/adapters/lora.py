@@ -6,13 +6,19 @@ What else sets kinds of adapters apart is in variants.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qingtune.adapters.expert_lora import (
+    ExpertAdapter,
+    expert_shapes,
+    merge_experts,
+    new_expert_adapter,
+    wrap_experts,
+)
 from qingtune.adapters.names import choose_layers, is_within, match_names, pattern_value
 from qingtune.adapters.variants import DRAWN, TAKEN, LowRank, Pair, Variant, merge_weight, row_norms, scaling_of, take
 from qingtune.errors import UserError
@@ -20,7 +26,7 @@ from qingtune.kernels.decoder import why_not
 from qingtune.kernels.dropout import dropout
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.kernels.projection import Adapter, Member
-from qingtune.models.layers import dense_weight, linear_layers, replace_layer
+from qingtune.models.layers import dense_weight, device_of, linear_layers, replace_layer
 
 
 class LoRALinear(nn.Module):
@@ -49,7 +55,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.r, self.scaling = len(a), scaling
-        device = _device_of(base)
+        device = device_of(base)
         # Contiguous, as optimizers take a parameter and its states, which checkpoints bring back so, as flat memory.
         self.lora_A = nn.Parameter(a.float().to(device).contiguous())
         self.lora_B = nn.Parameter(b.float().to(device).contiguous())
@@ -145,37 +151,51 @@ def add_lora(
     seed: int = 0,
     variant: Variant | None = None,
     leave: Sequence[str] = (),
-) -> dict[str, LoRALinear]:
-    """Freeze the model and wrap its layers; returns the adapters by the layers' full names.
+) -> dict[str, LoRALinear | ExpertAdapter]:
+    """Freeze the model and wrap its layers; returns the adapters by the full names of layers and experts' matrices.
+
+    Dropout does not act on the adapters of experts, as in PEFT.
 
     Args:
         names: last parts (q_proj) or longer ends (layers.0.self_attn.q_proj) of the layers' names; None for all.
         r: rank, where the variant has no other.
         alpha: the scaling's numerator, likewise.
-        variant: how the adapters differ from plain LoRA.
+        variant: how the adapters differ from plain LoRA. Those that do not exist for experts leave these alone.
         leave: full names of modules in which no layer is adapted, as they are trained in full.
 
     Raises:
         UserError: a name matches no layer, or the variant does not fit a layer.
     """
     variant = variant or Variant()
-    layers = linear_layers(model)
-    matched = [
-        name for name in match_names(list(layers), names) if not any(is_within(name, module) for module in leave)
-    ]
+    layers, experts = linear_layers(model), expert_shapes(model)
+    reached = match_names([*layers, *experts], names)
+    if not variant.reaches_experts:
+        if names is not None and (refused := [name for name in reached if name in experts]):
+            raise UserError(
+                f"{refused[0]} holds a mixture's experts, for which there is neither DoRA nor a start by their weights",
+                where="lora_target_modules",
+                fix="Name layers that are no experts, or remove use_dora and init_lora_weights.",
+            )
+        reached = [name for name in reached if name not in experts]
+    matched = [name for name in reached if not any(is_within(name, module) for module in leave)]
     if not matched:
         raise UserError("no layer is left for adapters: modules_to_save contains them all")
     patterns = {"rank_pattern": variant.rank_pattern, "alpha_pattern": variant.alpha_pattern}
     chosen = choose_layers(matched, variant.layers_to_transform, patterns)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    adapters: dict[str, LoRALinear] = {}
+    adapters: dict[str, LoRALinear | ExpertAdapter] = {}
     for name in chosen:
         rank = int(pattern_value(variant.rank_pattern, name, r))
         numerator = pattern_value(variant.alpha_pattern, name, alpha)
         scaling = scaling_of(numerator, rank, rank_stabilised=variant.use_rslora)
-        adapters[name] = _adapter(name, layers[name], rank, scaling, dropout, variant, generator)
-        replace_layer(model, name, adapters[name])
+        if name in experts:
+            device = device_of(model.get_submodule(name.rpartition(".")[0]))
+            adapters[name] = new_expert_adapter(experts[name], device, rank, scaling, variant, generator)
+            continue
+        adapters[name] = one = _adapter(name, layers[name], rank, scaling, dropout, variant, generator)
+        replace_layer(model, name, one)
+    wrap_experts(model, {name: one for name, one in adapters.items() if isinstance(one, ExpertAdapter)})
     return adapters
 
 
@@ -187,7 +207,7 @@ def _adapter(
     out_features, in_features = shape_of(layer)
     if start in TAKEN and isinstance(layer, QuantizedLinear):
         raise TypeError(f"{name} is quantised")  # refused when settings are checked
-    if (device := _device_of(layer)).type == "meta":  # no numbers
+    if (device := device_of(layer)).type == "meta":  # no numbers
         a, b = torch.empty(r, in_features, device=device), torch.empty(out_features, r, device=device)
         taken = (a, b) if start in TAKEN else None
     elif start in TAKEN:
@@ -199,10 +219,6 @@ def _adapter(
     adapter = (DoRALinear if variant.use_dora else LoRALinear)(layer, a, b, scaling, dropout)
     adapter.taken, adapter.rank_stabilised = taken, variant.use_rslora
     return adapter
-
-
-def _device_of(layer: nn.Module) -> torch.device:
-    return next(chain(layer.parameters(), layer.buffers())).device
 
 
 def _take_out(layer: Any, pair: Pair, scaling: float) -> None:
@@ -220,6 +236,7 @@ def lora_layers(model: Any) -> dict[str, LoRALinear]:
 @torch.no_grad()
 def merge_lora(model: Any) -> None:
     """Put every adapter into its layer's weight, in fp32, and take it out; a TypeError if a layer is quantised."""
+    merge_experts(model)
     for name, adapter in lora_layers(model).items():
         base = adapter.base
         if isinstance(base, QuantizedLinear):

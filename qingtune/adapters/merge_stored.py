@@ -4,15 +4,15 @@ one tensor at a time."""
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from qingtune.adapters.full_modules import modules_of
-from qingtune.adapters.variants import LowRank
+from qingtune.adapters.variants import LowRank, LowRankStack
 from qingtune.errors import UserError
-from qingtune.models.stored_weights import StoredWeights
+from qingtune.models.stored_weights import PARTS_OF_EXPERTS, StoredWeights
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Names of modules that hold a model's embedding, by the conventions of Transformers.
@@ -21,8 +21,8 @@ _EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "word_embeddings", "wte"})
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter by the full names of the parameters that it changes, such as `model.layers.0.mlp.up_proj.weight`;
-    of a multimodal model's, by those in a model of text alone.
+    """An adapter by the full names of the parameters that it changes, such as `model.layers.0.mlp.up_proj.weight`, or
+    `model.layers.0.mlp.experts.down_proj`; of a multimodal model's, by those in a model of text alone.
 
     Attributes:
         folder: where its files lie.
@@ -33,7 +33,7 @@ class StoredAdapter:
     """
 
     folder: Path
-    layers: dict[str, LowRank]
+    layers: dict[str, LowRank | LowRankStack]
     transposed: bool
     whole: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     keeps_tie: bool = True
@@ -52,6 +52,20 @@ class StoredAdapter:
         """
         modules = {module.rpartition(".")[2] for module in modules_of(self.whole)}
         return not self.keeps_tie and (HEAD in self.whole or bool(modules & _EMBEDDINGS))
+
+    def for_base(self, stored: Collection[str]) -> StoredAdapter:
+        """The same for a base of these tensors, which may hold an expert's matrices one by one, gate and up apart."""
+        layers: dict[str, LowRank | LowRankStack] = {}
+        for name, layer in self.layers.items():
+            module, _, matrix = name.rpartition(".")
+            if not isinstance(layer, LowRankStack) or name in stored:
+                layers[name] = layer
+                continue
+            parts = PARTS_OF_EXPERTS[matrix]
+            for number, expert in enumerate(layer.experts()):
+                for part, b in zip(parts, expert.b.chunk(len(parts)), strict=True):
+                    layers[f"{module}.{number}.{part}.weight"] = replace(expert, b=b)
+        return replace(self, layers=layers)
 
     def check_names(self, stored: Collection[str]) -> None:
         """Raise a UserError unless a base holds all that the adapter changes."""
@@ -79,7 +93,7 @@ class StoredAdapter:
         if layer is None:
             return weight
         dense = weight.t() if self.transposed else weight
-        self._check(name, weight, tuple(dense.shape) == (len(layer.b), layer.a.shape[1]))
+        self._check(name, weight, tuple(dense.shape) == layer.shape)
         merged = layer.merged(dense)
         return merged.t() if self.transposed else merged
 
@@ -107,7 +121,7 @@ class MergedWeights(StoredWeights):
 
     def __init__(self, base: Path, adapter: StoredAdapter | None) -> None:
         super().__init__(base)
-        self.adapter = adapter
+        self.adapter = adapter = adapter and adapter.for_base(self.shapes)
         self.changed = adapter.names if adapter else set[str]()
 
     def unchanged(self, name: str) -> torch.Tensor:
@@ -118,6 +132,12 @@ class MergedWeights(StoredWeights):
         """A tensor in its own memory."""
         weight = self.unchanged(name)
         return self.adapter.merged(name, weight) if self.adapter else weight
+
+    def expert(self, name: str, number: int) -> torch.Tensor:
+        """One expert's part of a tensor of all experts, not to be written to."""
+        weight = super().mapped(name)[number]
+        layer = self.adapter.layers.get(name) if self.adapter else None
+        return layer.experts()[number].merged(weight) if isinstance(layer, LowRankStack) else weight
 
     def mapped(self, name: str) -> torch.Tensor:
         """A tensor that stays in its file if the adapter does not change it."""

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from qingtune.config.patterns import parse_pattern
 from qingtune.errors import UserError
 
+# What an expert of a mixture holds as one matrix, and the names that a dense layer has for its parts.
+_JOINED, _PARTS = "experts.gate_up_proj", {"gate_proj", "up_proj"}
+
 
 def ends_with(layer: str, name: str) -> bool:
     """Whether a layer's full name is `name` or ends with it at a dot, as PEFT matches."""
@@ -23,8 +26,10 @@ def is_within(name: str, module: str) -> bool:
 def match_names(layers: Sequence[str], names: Sequence[str] | None) -> list[str]:
     """The linear layers to adapt, in their own order.
 
+    Named together, gate_proj and up_proj mean an expert's gate_up_proj too.
+
     Args:
-        layers: full names of all linear layers but the head.
+        layers: full names of all linear layers but the head, and of experts' matrices.
         names: last parts (q_proj) or longer ends (layers.0.self_attn.q_proj) of names; None for all.
 
     Raises:
@@ -32,7 +37,12 @@ def match_names(layers: Sequence[str], names: Sequence[str] | None) -> list[str]
     """
     if names is None:
         return list(layers)
-    problems = [name for name in names if not any(ends_with(layer, name) for layer in layers)]
+    both = set(names) >= _PARTS
+
+    def means(name: str, layer: str) -> bool:
+        return ends_with(layer, name) or (both and name in _PARTS and ends_with(layer, _JOINED))
+
+    problems = [name for name in names if not any(means(name, layer) for layer in layers)]
     if problems:
         existing = sorted({layer.rsplit(".", 1)[-1] for layer in layers})
         near = difflib.get_close_matches(problems[0], existing, n=1)
@@ -43,7 +53,7 @@ def match_names(layers: Sequence[str], names: Sequence[str] | None) -> list[str]
             where="lora_target_modules",
             fix=f"There are {', '.join(existing)}.{guess}",
         )
-    return [layer for layer in layers if any(ends_with(layer, name) for name in names)]
+    return [layer for layer in layers if any(means(name, layer) for name in names)]
 
 
 def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:

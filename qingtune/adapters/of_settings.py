@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
+from qingtune.adapters.expert_lora import ExpertAdapter, expert_shapes
 from qingtune.adapters.full_modules import find_modules, train_in_full
 from qingtune.adapters.lora import LoRALinear, add_lora
 from qingtune.adapters.variants import TAKEN, Variant
@@ -78,12 +79,12 @@ def add_adapters(config: TrainConfig, model: Any) -> list[str]:
         alpha_pattern=config.alpha_pattern or {},
         layers_to_transform=config.layers_to_transform,
     )
-    whole = find_modules(model, config.modules_to_save)
+    whole, experts = find_modules(model, config.modules_to_save), expert_shapes(model)
     adapters = add_lora(
         model, config.lora_target_modules, config.lora_r, config.lora_alpha, config.lora_dropout,
         seed=config.seed, variant=variant, leave=whole,
     )  # fmt: skip
-    lines = [_kind_of_adapters(config, adapters)]
+    lines = [_kind_of_adapters(config, adapters), *_of_experts(config, variant, experts, adapters)]
     if config.loraplus_lr_ratio:
         lines.append(f"LoRA+: B matrices use {config.loraplus_lr_ratio:g} times the learning rate shown.")
     lines += train_in_full(model, whole)
@@ -92,7 +93,18 @@ def add_adapters(config: TrainConfig, model: Any) -> list[str]:
     return lines
 
 
-def _kind_of_adapters(config: TrainConfig, adapters: dict[str, LoRALinear]) -> str:
+def _of_experts(
+    config: TrainConfig, variant: Variant, experts: Collection[str], adapters: Collection[str]
+) -> list[str]:
+    """Lines for the user: what is different for a mixture's experts. Both are full names."""
+    if experts and config.lora_target_modules is None and not variant.reaches_experts:
+        return ["The experts have no adapters: for these there is neither DoRA nor a start by their weights."]
+    if set(experts) & set(adapters) and config.lora_dropout:
+        return ["lora_dropout does not act on the experts' adapters, as in PEFT."]
+    return []
+
+
+def _kind_of_adapters(config: TrainConfig, adapters: dict[str, LoRALinear | ExpertAdapter]) -> str:
     """A line for the user: kind, rank, scaling, and where."""
     ranks = sorted({adapter.r for adapter in adapters.values()})
     rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
+from qingtune.adapters.expert_lora import ExpertAdapter, expert_adapters, expert_shapes, wrap_experts
 from qingtune.adapters.full_modules import is_tied, modules_of, tied_modules, trained_in_full, untie
 from qingtune.adapters.lora import DoRALinear, LoRALinear, lora_layers, shape_of
 from qingtune.adapters.merge_stored import StoredAdapter
 from qingtune.adapters.names import ends_with, pattern_value
-from qingtune.adapters.variants import TAKEN, LowRank, scaling_of
+from qingtune.adapters.peft_experts import stack_tensors, take_stacks, target_parameters
+from qingtune.adapters.variants import TAKEN, LowRank, LowRankStack, scaling_of
 from qingtune.config.patterns import PatternError, parse_pattern
 from qingtune.errors import UserError, shorten
 from qingtune.files.foreign import foreign_files
@@ -35,7 +37,7 @@ from qingtune.files.json_files import (
 from qingtune.files.paths import refuse_odd_name
 from qingtune.files.weights_file import check_floats, read_header
 from qingtune.kernels.linear import QuantizedLinear, import_bitsandbytes
-from qingtune.models.layers import dense_weight, linear_layers, replace_layer
+from qingtune.models.layers import dense_weight, device_of, linear_layers, replace_layer
 from qingtune.models.stored_weights import multimodal_name, text_name
 
 WEIGHTS = "adapter_model.safetensors"
@@ -48,7 +50,7 @@ _MAGNITUDE = ".lora_magnitude_vector"
 # Those that only say which layers are adapted (exclude_modules, layers_to_transform) are not among them: the tensors'
 # names tell the same.
 _UNSUPPORTED = (
-    "bias", "trainable_token_indices", "target_parameters", "lora_bias", "layer_replication", "megatron_config",
+    "bias", "trainable_token_indices", "lora_bias", "layer_replication", "megatron_config",
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
     "velora_config",
 )  # fmt: skip
@@ -59,6 +61,7 @@ _KINDS = {
     **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "ensure_weight_tying"), FLAG),
     "r": whole(1, MOST_RANK),
     "lora_alpha": number(above=0, most=MOST_ALPHA),
+    "target_parameters": list_of(TEXT),
     "rank_pattern": object_of(whole(1, MOST_RANK)),
     "alpha_pattern": object_of(number(above=0, most=MOST_ALPHA)),
     "modules_to_save": list_of(TEXT),
@@ -92,22 +95,24 @@ def save_adapter(model: Any, folder: Path, base_model: str, dropout: float, *, m
     import_bitsandbytes()
     from peft import LoraConfig
 
-    adapters = lora_layers(model)
-    first = next(iter(adapters.values()))
-    stored = {name: adapter.low_rank() for name, adapter in adapters.items()}
+    layers, experts = lora_layers(model), expert_adapters(model)
+    stored = {name: adapter.low_rank() for name, adapter in layers.items()}
+    stacks = {name: adapter.low_rank() for name, adapter in experts.items()}
     whole = trained_in_full(model)
     tensors = {name: parameter.detach().float().cpu().clone() for name, parameter in whole.items()}
     for name, low in stored.items():
         tensors |= {f"{name}.lora_A.weight": low.a, f"{name}.lora_B.weight": low.b}
         if low.magnitude is not None:
             tensors[f"{name}{_MAGNITUDE}"] = low.magnitude
+    tensors |= stack_tensors(stacks)
     named = {f"{_PREFIX}{own(name)}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
-    rank_stabilised = first.rank_stabilised and not first.taken
-    ranks = {name: len(low.a) for name, low in stored.items()}
+    first = next(iter([*layers.values(), *experts.values()]))
+    rank_stabilised = first.rank_stabilised and not (isinstance(first, LoRALinear) and first.taken)
+    ranks = {name: len(low.a) for name, low in stored.items()} | {name: one.r for name, one in experts.items()}
     alphas = {
-        name: _tidy(low.scaling * (math.sqrt(len(low.a)) if rank_stabilised else len(low.a)))
-        for name, low in stored.items()
+        name: _tidy(low.scaling * (math.sqrt(ranks[name]) if rank_stabilised else ranks[name]))
+        for name, low in (stored | stacks).items()
     }
     r, alpha = _commonest(ranks), _commonest(alphas)
     LoraConfig(
@@ -117,14 +122,20 @@ def save_adapter(model: Any, folder: Path, base_model: str, dropout: float, *, m
         lora_alpha=alpha,
         rank_pattern={end(name): value for name, value in ranks.items() if value != r},
         alpha_pattern={end(name): value for name, value in alphas.items() if value != alpha},
-        lora_dropout=dropout,
-        target_modules=[end(name) for name in _names_of_targets(model, adapters, multimodal=multimodal)],
+        lora_dropout=0.0 if experts else dropout,  # PEFT refuses to open adapters of experts with another value
+        target_modules=[end(name) for name in _names_of_targets(model, layers, multimodal=multimodal)],
+        target_parameters=[end(name) for name in target_parameters(experts, _matrices(model))] or None,
         modules_to_save=[own(name) for name in modules_of(whole)] or None,
         use_dora=isinstance(first, DoRALinear),
         use_rslora=rank_stabilised,
-        fan_in_fan_out=isinstance(first.base, Conv1D),
+        fan_in_fan_out=isinstance(first, LoRALinear) and isinstance(first.base, Conv1D),
         inference_mode=True,
     ).save_pretrained(str(folder))
+
+
+def _matrices(model: Any) -> list[str]:
+    """The matrices of experts by their names in a model without adapters."""
+    return [name.replace(".experts.base.", ".experts.") for name in expert_shapes(model)]
 
 
 def _commonest(values: Mapping[str, Any]) -> Any:
@@ -215,7 +226,8 @@ def read_adapter(folder: Path) -> StoredAdapter:
     transposed, start = bool(config.get("fan_in_fan_out")), config.get("init_lora_weights")
     if start == "olora" and transposed:
         raise UserError("OLoRA on transposed weights (fan_in_fan_out) is not supported", where=str(folder))
-    layers: dict[str, LowRank] = {}
+    layers: dict[str, LowRank | LowRankStack] = {}
+    layers |= take_stacks(tensors, config, lambda name: _rank_and_scaling(config, name), str(folder))
     for name in sorted({name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}):
         a, b = (tensors.pop(f"{name}.lora_{part}.weight", None) for part in "AB")
         magnitude = tensors.pop(f"{name}{_MAGNITUDE}", None) if config.get("use_dora") else None
@@ -241,29 +253,39 @@ def read_adapter(folder: Path) -> StoredAdapter:
 
 
 def _scaling(config: Mapping[str, Any], name: str, r: int, folder: Path) -> float:
-    """A layer's scaling by PEFT's rules; its rank is also that of its tensors, or PEFT could not have read them."""
-    of_all = {setting: config.get(setting) or _DEFAULTS[setting] for setting in _DEFAULTS}
-    rank = pattern_value(config.get("rank_pattern") or {}, name, of_all["r"])
-    alpha = float(pattern_value(config.get("alpha_pattern") or {}, name, of_all["lora_alpha"]))
+    """A layer's scaling; its rank is also that of its tensors, or PEFT could not have read them."""
+    rank, scaling = _rank_and_scaling(config, name)
     if rank != r:
         raise UserError(f"{name} has a rank of {r}, but adapter_config.json says {rank}", where=str(folder))
-    return scaling_of(alpha, r, rank_stabilised=bool(config.get("use_rslora")))
+    return scaling
 
 
-def load_adapter(model: Any, folder: Path) -> dict[str, LoRALinear]:
+def _rank_and_scaling(config: Mapping[str, Any], name: str) -> tuple[int, float]:
+    """Of a layer, by PEFT's rules."""
+    of_all = {setting: config.get(setting) or _DEFAULTS[setting] for setting in _DEFAULTS}
+    rank = int(pattern_value(config.get("rank_pattern") or {}, name, of_all["r"]))
+    alpha = float(pattern_value(config.get("alpha_pattern") or {}, name, of_all["lora_alpha"]))
+    return rank, scaling_of(alpha, rank, rank_stabilised=bool(config.get("use_rslora")))
+
+
+def load_adapter(model: Any, folder: Path) -> dict[str, LoRALinear | ExpertAdapter]:
     """Put an adapter, written here or by PEFT, on a model; a UserError if it is broken or does not fit."""
-    stored, layers = _by_own_names(read_adapter(folder), model), linear_layers(model)
-    lows = {name.removesuffix(".weight"): low for name, low in stored.layers.items()}
-    _check_layers(model, stored, [*lows], layers)
+    stored = _by_own_names(read_adapter(folder), model)
+    layers, experts = linear_layers(model), expert_shapes(model)
+    lows = {name.removesuffix(".weight"): low for name, low in stored.layers.items() if isinstance(low, LowRank)}
+    stacks = {name: low for name, low in stored.layers.items() if isinstance(low, LowRankStack)}
+    _check_layers(model, stored, [*lows, *stacks], {*layers, *experts})
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in stored.whole.items():
         _check_shape(name, tensor, tuple(parameters[name].shape), folder)
     adapters = {name: _loaded(name, layers[name], low, folder) for name, low in lows.items()}
+    of_experts = {name: _loaded_stack(name, model, experts[name], stack, folder) for name, stack in stacks.items()}
     model.requires_grad_(False)
     for name, adapter in adapters.items():
         replace_layer(model, name, adapter)
+    wrap_experts(model, of_experts)
     _load_whole(model, stored)
-    return adapters
+    return {**adapters, **of_experts}
 
 
 def _by_own_names(stored: StoredAdapter, model: Any) -> StoredAdapter:
@@ -278,7 +300,7 @@ def _by_own_names(stored: StoredAdapter, model: Any) -> StoredAdapter:
     return replace(stored, layers=layers, whole={own(name): tensor for name, tensor in stored.whole.items()})
 
 
-def _check_layers(model: Any, stored: StoredAdapter, names: list[str], layers: Mapping[str, torch.nn.Module]) -> None:
+def _check_layers(model: Any, stored: StoredAdapter, names: list[str], layers: Collection[str]) -> None:
     """Whether the model has what the adapter changes."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     unknown = [name for name in names if name not in layers]
@@ -320,6 +342,17 @@ def _loaded(name: str, layer: torch.nn.Module, low: LowRank, folder: Path) -> Lo
         return LoRALinear(layer, plain.a, plain.b, plain.scaling)
     _check_shape(f"{name}{_MAGNITUDE}", plain.magnitude, (out_features,), folder)
     return DoRALinear(layer, plain.a, plain.b, plain.scaling, magnitude=plain.magnitude)
+
+
+def _loaded_stack(
+    name: str, model: Any, shape: tuple[int, int, int], stack: LowRankStack, folder: Path
+) -> ExpertAdapter:
+    count, out_features, in_features = shape
+    rank = stack.a.shape[1]
+    _check_shape(f"{name}.lora_A", stack.a, (count, rank, in_features), folder)
+    _check_shape(f"{name}.lora_B", stack.b, (count, out_features, rank), folder)
+    device = device_of(model.get_submodule(name.rpartition(".")[0]))
+    return ExpertAdapter(stack.a.to(device), stack.b.to(device), stack.scaling)
 
 
 @torch.no_grad()

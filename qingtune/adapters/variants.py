@@ -115,6 +115,11 @@ class LowRank:
     magnitude: torch.Tensor | None = None
     start: str | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it changes, [out, in]."""
+        return len(self.b), self.a.shape[1]
+
     def on_unchanged_base(self, weight: torch.Tensor, name: str = "the layer") -> LowRank:
         """The same as an addition to the base's weight [out, in] as it is, of twice the rank where there is a start.
 
@@ -144,6 +149,34 @@ class LowRank:
         return product * (plain.magnitude.to(norms) / norms).to(product.dtype)
 
 
+@dataclass(frozen=True)
+class LowRankStack:
+    """What an adapter does to one matrix of each expert of a mixture, a parameter [E, out, in].
+
+    Attributes:
+        a: fp32 [E, r, in].
+        b: fp32 [E, out, r].
+        scaling: of their products.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter that it changes."""
+        return (*self.b.shape[:2], self.a.shape[2])
+
+    def experts(self) -> list[LowRank]:
+        """What it does to each expert's weight."""
+        return [LowRank(a, b, self.scaling) for a, b in zip(self.a, self.b, strict=True)]
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """The base's weights [E, out, in] with the adapter's change, fp32."""
+        return torch.stack([one.merged(part) for one, part in zip(self.experts(), weight, strict=True)])
+
+
 # --- Which layer gets what -------------------------------------------------------------------------------------------
 
 
@@ -157,3 +190,8 @@ class Variant:
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
     layers_to_transform: Sequence[int] | None = None
+
+    @property
+    def reaches_experts(self) -> bool:
+        """Whether a mixture's experts, which PEFT adapts as parameters, can have adapters of this kind."""
+        return not self.use_dora and self.init_lora_weights in DRAWN

@@ -238,7 +238,7 @@ class Assembly:
         """One expert's matrix, of a tensor of all experts or of a file with those of each apart."""
         together = f"{name}.experts.{kind}_proj"
         if together in self.weights.shapes:
-            weight = self.weights.mapped(together)[number]
+            weight = self.weights.expert(together, number)
         else:
             parts = (f"{name}.experts.{number}.{part}_proj.weight" for part in kind.split("_"))
             weight = torch.cat([self.weights.read(part) for part in parts])
@@ -275,7 +275,7 @@ class Assembly:
     def _part(self, name: str) -> tuple[torch.Tensor, LowRank | None]:
         """A weight, and the adapter's change of it where that is not merged."""
         low = self.weights.adapter.layers.get(name) if self.apart and self.weights.adapter else None
-        if low is None:
+        if not isinstance(low, LowRank):  # a linear layer's is no other
             return self.weights.read(name).to(self.device, self.dtype), None
         weight = self.weights.unchanged(name).to(self.device, self.dtype)
         return weight, low.on_unchanged_base(weight, name)

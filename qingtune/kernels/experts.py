@@ -156,9 +156,7 @@ class SharedExpert:
         grad_share = scaled.sum(-1, keepdim=True)
         swiglu_backward(grad_hidden.mul_(share), gate, up, activated)
         logit.copy_(grad_share.mul_(share * (1 - share)))
-        self.reads.backward(
-            slot + ".shared", x, [gate, activated, logit], grad_x, now.dropout_seed(self.number, 2)
-        )
+        self.reads.backward(slot + ".shared", x, [gate, activated, logit], grad_x, now.dropout_seed(self.number, 2))
 
     def _kept(self, x: torch.Tensor, slot: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gate and up [T, I], and the logit of the share [T, 1]."""
@@ -218,10 +216,10 @@ class ExpertsBlock:
         outs = self._take("experts.rows", len(gates), x.shape[1])
         shares = self._sorted_shares(routing)
         for number, rows, tokens in routing.experts():
-            gate_up = gates[rows]
-            self.gate_up.forward(number, self._gather(normed, tokens), lows[rows], gate_up)
+            self.gate_up.forward(number, self._gather(normed, tokens), lows[rows], gates[rows])
+            gate, up = gates[rows].split(self.size, 1)
             hidden = self._take("experts.hidden", len(tokens), self.size)
-            swiglu(*gate_up.split(self.size, 1), hidden, hidden).mul_(shares[rows])
+            swiglu(gate, up, hidden, hidden).mul_(shares[rows])
             if out is None:
                 self.down.keep_low(number, hidden, down_lows[rows])
             else:

@@ -26,7 +26,7 @@ from qingtune.output.console import say
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 2  # of the kept files; raise it when they or the quantisation change
+FORMAT = 3  # of the kept files; raise it when they or the quantisation change
 PACKED = "packed.safetensors"
 
 
@@ -73,6 +73,7 @@ def _load_quantized(
 ) -> PreTrainedModel:
     """Load a model whose layers are packed: as they are stored, as they were kept, or as they are quantised now."""
     stored, model = StoredWeights(folder), empty_model(folder, dtype)
+    stored.join_experts(model)
     if not stored.fit(model):  # broken, or of names that Transformers translates while it loads
         model = load_model(folder, dtype)
         quantize_model(model, bits, device)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Parts = dict[str, torch.Tensor]
+# What files hold for each expert, by the parameter that Transformers joins it to.
+PARTS_OF_EXPERTS = {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]}
 
 
 def text_name(name: str) -> str:
@@ -83,6 +85,7 @@ class StoredWeights:
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
         self._described: dict[str, _Described] = {}
+        self._joined: dict[str, list[list[str]]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in weight_files(folder):
             for name, tensor in read_header(path)[0].items():
@@ -98,6 +101,20 @@ class StoredWeights:
         self.shapes = {text_name(name): shape for name, shape in shapes.items()}
         self.packed = {text_name(weight): parts for weight, parts in packed.items()}
 
+    def join_experts(self, model: PreTrainedModel) -> None:
+        """Let experts that are stored one by one be read as the parameters [E, out, in] that a model has for them."""
+        for own, tensor in stored_tensors(model).items():
+            name = text_name(own)
+            module, _, matrix = name.rpartition(".")
+            if name in self.shapes or matrix not in PARTS_OF_EXPERTS or tensor.ndim != 3:
+                continue
+            count, rows, columns = tensor.shape
+            names = PARTS_OF_EXPERTS[matrix]
+            parts = [[f"{module}.{number}.{part}.weight" for part in names] for number in range(count)]
+            shape = (rows // len(names), columns)
+            if all(self.shapes.get(part) == shape for one in parts for part in one):
+                self._joined[name], self.shapes[name] = parts, tuple(tensor.shape)
+
     def fit(self, model: PreTrainedModel) -> bool:
         """Whether all that a model without quantised layers is made of is there, in its shapes."""
         wanted = stored_tensors(model).items()
@@ -106,6 +123,8 @@ class StoredWeights:
     def read(self, name: str) -> torch.Tensor:
         """A tensor in its own memory, by its text name or one of which that is made."""
         own = self._own(name)
+        if parts := self._joined.get(text_name(name)):
+            return torch.stack([torch.cat([self.read(part) for part in one]) for one in parts])
         if own not in self._described:
             return self._read(own)
         with self._faults(own):
@@ -115,7 +134,7 @@ class StoredWeights:
     def mapped(self, name: str) -> torch.Tensor:
         """A tensor that stays in its file, of which only what is looked at takes memory; not to be written to."""
         own = self._own(name)
-        if own in self._described:
+        if own in self._described or text_name(name) in self._joined:
             return self.read(name)
         with safe_open(self._files[own], "pt") as file:
             return file.get_tensor(own)

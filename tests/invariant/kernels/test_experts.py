@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeSparseMoeBlock
+
 from qingtune.kernels.blocks import Pass
 from qingtune.kernels.expert_matrices import Stack
 from qingtune.kernels.experts import ExpertsBlock
 from qingtune.kernels.projection import Adapter, Member, Projection
 from qingtune.kernels.workspace import Workspace
-from torch import nn
-from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeSparseMoeBlock
 
 HIDDEN, SIZE, SHARED = 32, 24, 40
 NOW: Any = Pass(layout=None, rotary=None, seed=None)  # pyright: ignore[reportArgumentType]
@@ -50,9 +51,7 @@ def make_block(layer: Any, dtype: torch.dtype, find_stacks: Any = stacks) -> Exp
     workspace, router = Workspace(torch.device("cpu")), layer["mlp"].gate
 
     def projections(*groups: Any) -> list[Projection]:
-        return [
-            Projection([Member(one, None) for one in group], 0.0, workspace, int8_units=False) for group in groups
-        ]
+        return [Projection([Member(one, None) for one in group], 0.0, workspace, int8_units=False) for group in groups]
 
     held = SimpleNamespace(mlp=layer["mlp"], post_attention_layernorm=layer["post_attention_layernorm"])
     return ExpertsBlock(
@@ -65,7 +64,7 @@ def make_block(layer: Any, dtype: torch.dtype, find_stacks: Any = stacks) -> Exp
 
 
 def compare(layer: Any, block: ExpertsBlock, x: torch.Tensor, bound: float, *, again: bool = False) -> None:
-    """Outputs and all gradients, as shares of the largest value of each; no less than 1e-2, as a share of one expert alone has no gradient."""
+    """Outputs and all gradients, as shares of the largest value of each; that of one chosen expert's share is none."""
     grad = torch.randn_like(x)
     read = x.clone().requires_grad_()
     wanted = read + layer["mlp"](layer["post_attention_layernorm"](read)[None])[0]
@@ -173,9 +172,12 @@ def test_adapters_of_experts_are_a_change_of_their_weights() -> None:
     read = x.clone().requires_grad_()
     merged = {name: getattr(experts, name) + scaling * one.b @ one.a for name, one in adapters.items()}
     normed = layer["post_attention_layernorm"](read)[None]
-    wanted = read + torch.func.functional_call(
-        layer["mlp"], {f"experts.{name}": weight for name, weight in merged.items()}, (normed,)
-    )[0]
+    wanted = (
+        read
+        + torch.func.functional_call(
+            layer["mlp"], {f"experts.{name}": weight for name, weight in merged.items()}, (normed,)
+        )[0]
+    )
     parameters = [matrix for one in adapters.values() for matrix in (one.a, one.b)]
     references = torch.autograd.grad(wanted, [read, *parameters], grad)
     out = torch.empty_like(x)

@@ -1,0 +1,74 @@
+"""A mixture's experts outside the fast kernels: products by name and number, and frozen ones held in 4 or 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qingtune.kernels.linear import QuantizedLinear
+
+MATRICES = ("gate_up_proj", "down_proj")  # of a module of experts, in PEFT's order too
+
+# The name of a matrix, the number of an expert, its rows [n, in] -> [n, out].
+Product = Callable[[str, int, torch.Tensor], torch.Tensor]
+
+
+def expert_product(experts: Any, name: str, number: int, x: torch.Tensor) -> torch.Tensor:
+    """x [n, in] times a matrix of an expert; experts: Transformers' module, or `QuantizedExperts`."""
+    weights = getattr(experts, name)
+    return weights[number](x) if isinstance(weights, nn.ModuleList) else F.linear(x, weights[number])
+
+
+def run_experts(
+    x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, activation: nn.Module, product: Product
+) -> torch.Tensor:
+    """What Transformers' modules of experts compute, an expert at a time.
+
+    Args:
+        x: [T, D].
+        chosen: numbers of experts, [T, k].
+        shares: of the chosen ones, [T, k].
+        activation: of the gate.
+        product: with an expert's matrices.
+
+    Returns:
+        [T, D].
+    """
+    out = torch.zeros_like(x)
+    for number in chosen.unique().tolist():
+        tokens, places = torch.where(chosen == number)
+        gate, up = product("gate_up_proj", number, x[tokens]).chunk(2, -1)
+        rows = product("down_proj", number, activation(gate) * up)
+        out = out.index_add(0, tokens, (rows * shares[tokens, places, None]).to(out.dtype))
+    return out
+
+
+class QuantizedExperts(nn.Module):
+    """Frozen experts, each matrix a layer in 4 or 8 bits.
+
+    Args:
+        act_fn: of the gate.
+        gate_up_proj: of each expert, [2 I, D].
+        down_proj: of each expert, [D, I].
+    """
+
+    def __init__(
+        self, act_fn: nn.Module, gate_up_proj: list[QuantizedLinear], down_proj: list[QuantizedLinear]
+    ) -> None:
+        super().__init__()
+        self.act_fn = act_fn
+        self.gate_up_proj, self.down_proj = nn.ModuleList(gate_up_proj), nn.ModuleList(down_proj)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As Transformers calls it: [T, D], [T, k], [T, k] -> [T, D]."""
+
+        def product(name: str, number: int, x: torch.Tensor) -> torch.Tensor:
+            return expert_product(self, name, number, x)
+
+        return run_experts(hidden_states, top_k_index, top_k_weights, self.act_fn, product)
