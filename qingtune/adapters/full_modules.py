@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qingtune.adapters.expert_lora import ExpertAdapter
 from qingtune.adapters.lora import LoRALinear
 from qingtune.adapters.names import ends_with, is_within
 from qingtune.errors import UserError
+from qingtune.kernels.expert_modules import ExpertAdapter
 from qingtune.kernels.linear import QuantizedLinear
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)

@@ -13,7 +13,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qingtune.adapters.expert_lora import (
-    ExpertAdapter,
     expert_shapes,
     merge_experts,
     new_expert_adapter,
@@ -24,6 +23,7 @@ from qingtune.adapters.variants import DRAWN, TAKEN, LowRank, Pair, Variant, mer
 from qingtune.errors import UserError
 from qingtune.kernels.decoder import why_not
 from qingtune.kernels.dropout import dropout
+from qingtune.kernels.expert_modules import ExpertAdapter
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.kernels.projection import Adapter, Member
 from qingtune.models.layers import dense_weight, device_of, linear_layers, replace_layer

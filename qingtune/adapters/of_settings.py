@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from qingtune.adapters.expert_lora import ExpertAdapter, expert_shapes
+from qingtune.adapters.expert_lora import expert_shapes
 from qingtune.adapters.full_modules import find_modules, train_in_full
 from qingtune.adapters.lora import LoRALinear, add_lora
 from qingtune.adapters.variants import TAKEN, Variant
 from qingtune.config.training import TrainConfig
 from qingtune.kernels.decoder import why_not
+from qingtune.kernels.expert_modules import ExpertAdapter
 from qingtune.kernels.footprint import EIGHT_BITS
 from qingtune.models.as_stored import compute_in_fp32
 

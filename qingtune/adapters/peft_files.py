@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
-from qingtune.adapters.expert_lora import ExpertAdapter, expert_adapters, expert_shapes, wrap_experts
+from qingtune.adapters.expert_lora import expert_adapters, expert_shapes, low_rank, wrap_experts
 from qingtune.adapters.full_modules import is_tied, modules_of, tied_modules, trained_in_full, untie
 from qingtune.adapters.lora import DoRALinear, LoRALinear, lora_layers, shape_of
 from qingtune.adapters.merge_stored import StoredAdapter
@@ -36,6 +36,7 @@ from qingtune.files.json_files import (
 )
 from qingtune.files.paths import refuse_odd_name
 from qingtune.files.weights_file import check_floats, read_header
+from qingtune.kernels.expert_modules import ExpertAdapter
 from qingtune.kernels.linear import QuantizedLinear, import_bitsandbytes
 from qingtune.models.layers import dense_weight, device_of, linear_layers, replace_layer
 from qingtune.models.stored_weights import multimodal_name, text_name
@@ -97,7 +98,7 @@ def save_adapter(model: Any, folder: Path, base_model: str, dropout: float, *, m
 
     layers, experts = lora_layers(model), expert_adapters(model)
     stored = {name: adapter.low_rank() for name, adapter in layers.items()}
-    stacks = {name: adapter.low_rank() for name, adapter in experts.items()}
+    stacks = {name: low_rank(adapter) for name, adapter in experts.items()}
     whole = trained_in_full(model)
     tensors = {name: parameter.detach().float().cpu().clone() for name, parameter in whole.items()}
     for name, low in stored.items():

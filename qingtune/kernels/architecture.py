@@ -15,9 +15,10 @@ Activation = Literal["silu", "gelu_tanh"]
 ALL = "all"  # the name of the rotary table where layers share one
 
 # Architectures checked (tests/invariant) to give here what Transformers gives, and what a head's rows are called by.
-MODEL_TYPES = frozenset(
-    {"qwen2", "qwen3", "llama", "mistral", "ministral", "ministral3", "gemma3_text", "phi3", "qwen3_5_text"}
-)
+MODEL_TYPES = frozenset({
+    "qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "ministral", "ministral3", "gemma3_text", "phi3", "qwen3_5_text",
+    "qwen3_5_moe_text",
+})  # fmt: skip
 _WINDOW_EVERYWHERE = frozenset({"mistral", "ministral3", "phi3"})  # whatever layer types the configuration lists
 _OFFSET_NORMS = frozenset({"gemma3_text", "qwen3_5_text", "qwen3_5_moe_text"})
 _NORMED_HEADS = frozenset({"qwen3", "qwen3_moe", "gemma3_text", "qwen3_5_text", "qwen3_5_moe_text"})

@@ -33,12 +33,14 @@ class Parts:
         workspace: of all blocks.
         norm: a module of the model -> the norm of its weight.
         projections: groups of linear layers that read one input -> a projection for each.
+        int8_units: whether int8 weights are multiplied as such.
     """
 
     dtype: torch.dtype
     workspace: Workspace
     norm: Callable[[Any], Norm]
     projections: Callable[..., list[Projection]]
+    int8_units: bool = False
 
 
 Turns = tuple[torch.Tensor, torch.Tensor]  # cos and sin

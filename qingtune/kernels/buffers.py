@@ -219,7 +219,7 @@ def _pass_buffers(sizes: ModelSizes, how: Arithmetic, work: PassTokens, *, train
         for block in blocks:
             block.passing(rows, tally)
             for group, _, read in block.groups(rows):
-                _products(group, read, tally)
+                product_buffers(group, read, tally)
     _head(sizes, work, tally)
     tokens, last = work.tokens * sizes.hidden, work.predicting * sizes.hidden
     if trains:
@@ -266,7 +266,7 @@ def _head(sizes: ModelSizes, work: PassTokens, tally: Tally) -> None:
             tally.backward(tile * hidden * (converted and how.trains_head), "product", itemsize=how.wide)
 
 
-def _products(group: GroupSizes, rows: int, tally: Tally) -> None:
+def product_buffers(group: GroupSizes, rows: int, tally: Tally) -> None:
     """What products with a group's weights and adapters take in addition to inputs and outputs."""
     how, reads, ranks = tally.how, group.reads, group.ranks
     out = max(group.outs)

@@ -21,13 +21,14 @@ from torch import nn
 
 from qingtune.data.batch import Batch
 from qingtune.kernels import architecture, flash_attention
-from qingtune.kernels.architecture import ALL, MLP, Attention, DeltaNet, Layer
+from qingtune.kernels.architecture import ALL, Attention, DeltaNet, Experts, Layer
 from qingtune.kernels.attention_block import AttentionBlock
 from qingtune.kernels.blocks import Mixer, Parts, Pass, RotaryTable, TokenBlock
 from qingtune.kernels.buffers import Arithmetic, ModelSizes, buffer_bytes
 from qingtune.kernels.delta_net import DeltaNetBlock
 from qingtune.kernels.dropout import new_seed
 from qingtune.kernels.elementwise import Norm
+from qingtune.kernels.experts import ExpertsBlock
 from qingtune.kernels.footprint import PassTokens
 from qingtune.kernels.layout import Layout, fill_up, lay_out
 from qingtune.kernels.linear import Int8Linear, QuantizedLinear
@@ -85,13 +86,12 @@ class TrainingDecoder:
             return [Projection(group, dropout, workspace, int8_units=int8_units) for group in members]
 
         self.this = this = architecture.describe(model.config)
-        parts = Parts(dtype, workspace, self._norm, projections)
+        parts = Parts(dtype, workspace, self._norm, projections, int8_units)
         layers = list(zip(model.model.layers, this.layers, strict=True))
         device, count = self.embedding.device, len(layers)
         self.mixers: list[Mixer] = []
         self.mlps: list[TokenBlock] = []
         for number, (layer, kind) in enumerate(layers):
-            assert isinstance(kind.mlp, MLP)
             norms = self._norms(layer, kind)
             if isinstance(kind.mixer, DeltaNet):
                 self.mixers.append(DeltaNetBlock(layer, number, kind.mixer, parts))
@@ -100,7 +100,10 @@ class TrainingDecoder:
                 self.mixers.append(
                     AttentionBlock(layer, number, kind.mixer, parts, norm=norms[0], out_norm=norms[1], flash=flash)
                 )
-            self.mlps.append(MLPBlock(layer, number, kind.mlp, parts, norm=norms[2], out_norm=norms[3]))
+            if isinstance(kind.mlp, Experts):
+                self.mlps.append(ExpertsBlock(layer, number, kind.mlp, parts, norm=norms[2]))
+            else:
+                self.mlps.append(MLPBlock(layer, number, kind.mlp, parts, norm=norms[2], out_norm=norms[3]))
         self.norm = self._norm(model.model.norm)
         self.rotary = model.model.rotary_emb
         # Transformers rounds it to the embedding's dtype.

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qingtune.kernels.expert_buffers import StackSizes
+from qingtune.kernels.expert_modules import MATRICES, LoRAExperts
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.kernels.projection import Adapter, Member, Projection, gradient
 from qingtune.kernels.workspace import Workspace
@@ -47,6 +49,16 @@ class Stack:
         return self.adapter.a.shape[1] if self.adapter else 0
 
 
+def stacks(experts: Any) -> tuple[Stack, Stack]:
+    """Where gates and ups lie, as one matrix, and downs; experts: a mixture's module of them."""
+    found: list[Stack] = []
+    for name in MATRICES:
+        adapter = getattr(experts, name) if isinstance(experts, LoRAExperts) else None
+        held = experts.base if isinstance(experts, LoRAExperts) else experts
+        found.append(Stack(held, name, adapter and Adapter(adapter.lora_A, adapter.lora_B, adapter.scaling)))
+    return found[0], found[1]
+
+
 class _Slice:
     """An expert's part of a parameter, as projections take a layer; with `backward` its gradient is the parameter's."""
 
@@ -73,6 +85,13 @@ class ExpertMatrices:
         self.stack, self.workspace, self.int8_units = stack, workspace, int8_units
         self.shape, self.rank = stack.shape, stack.rank
 
+    @property
+    def sizes(self) -> StackSizes:
+        """What it takes memory for."""
+        weights = self.stack.weights
+        trained = isinstance(weights, torch.Tensor) and weights.requires_grad
+        return StackSizes(reads=self.shape[1], out=self.shape[0], rank=self.rank, trained=trained)
+
     def low(self, name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
         """Where A_e x of all rows is kept from forward to backward, [rows, r]."""
         return self.workspace.take(name + ".low", (rows, self.rank), dtype)
@@ -90,7 +109,7 @@ class ExpertMatrices:
             torch.mm(x, self._cast("a", adapter.a[number], x.dtype).t(), out=low)
 
     def backward(
-        self, number: int, x: torch.Tensor, low: torch.Tensor, grad: torch.Tensor, grad_x: torch.Tensor
+        self, number: int, x: torch.Tensor, low: torch.Tensor, grad: torch.Tensor, grad_x: torch.Tensor, most: int
     ) -> None:
         """Add to the gradients of all trained parameters, and write the input's.
 
@@ -98,13 +117,14 @@ class ExpertMatrices:
             number: the expert's; x and low are those of forward.
             grad: [n, out].
             grad_x: [n, in], overwritten.
+            most: rows that an expert of this pass may have.
         """
         self._product(number, backward=True).backward("experts", x, [grad], grad_x, None)
         if not (adapter := self.stack.adapter):
             return
         grad_b, grad_a = gradient(adapter.b)[number], gradient(adapter.a)[number]
         grad_b.add_(self.workspace.product(grad.t(), low, grad_b.dtype), alpha=adapter.scaling)
-        grad_low = self.workspace.take("experts.grad_low", low.shape, low.dtype)
+        grad_low = self.workspace.take("experts.grad_low", (most, self.rank), low.dtype)[: len(low)]
         torch.mm(grad, self._cast("b", adapter.b[number], x.dtype), out=grad_low).mul_(adapter.scaling)
         grad_a.add_(self.workspace.product(grad_low.t(), x, grad_a.dtype))
         grad_x.addmm_(grad_low, self._cast("a", adapter.a[number], x.dtype))

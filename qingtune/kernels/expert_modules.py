@@ -1,9 +1,10 @@
-"""A mixture's experts outside the fast kernels: products by name and number, and frozen ones held in 4 or 8 bits."""
+"""Modules of a mixture's experts other than Transformers': held in 4 or 8 bits, and with adapters. The fast kernels
+look into them (expert_matrices.py); called as Transformers calls its own, they compute an expert at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,3 +73,59 @@ class QuantizedExperts(nn.Module):
             return expert_product(self, name, number, x)
 
         return run_experts(hidden_states, top_k_index, top_k_weights, self.act_fn, product)
+
+
+class ExpertAdapter(nn.Module):
+    """The trained low-rank addition to one matrix of each expert.
+
+    Args:
+        a: [E, r, in], as A starts.
+        b: [E, out, r], as B starts.
+        scaling: s, the factor on their product.
+        rank_stabilised: whether s is alpha / sqrt(r); for the files.
+
+    Attributes:
+        lora_A: fp32 [E, r, in].
+        lora_B: fp32 [E, out, r].
+    """
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, scaling: float, *, rank_stabilised: bool = False) -> None:
+        super().__init__()
+        self.r, self.scaling, self.rank_stabilised = a.shape[1], scaling, rank_stabilised
+        self.lora_A, self.lora_B = nn.Parameter(a.float().contiguous()), nn.Parameter(b.float().contiguous())
+
+    def addition(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """s B_e A_e x; x: [n, in] -> [n, out], in x's dtype."""
+        low = x @ self.lora_A[number].to(x.dtype).t()
+        return (low @ self.lora_B[number].to(x.dtype).t()) * self.scaling
+
+
+class LoRAExperts(nn.Module):
+    """A mixture's frozen experts with adapters.
+
+    Args:
+        base: Transformers' module, or `QuantizedExperts`.
+        adapters: by the names of the matrices they change, one or both of MATRICES.
+    """
+
+    gate_up_proj: ExpertAdapter | None
+    down_proj: ExpertAdapter | None
+
+    def __init__(self, base: nn.Module, adapters: dict[str, ExpertAdapter]) -> None:
+        super().__init__()
+        self.base = base
+        for name in MATRICES:
+            self.register_module(name, adapters.get(name))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As Transformers calls it: [T, D], [T, k], [T, k] -> [T, D]."""
+
+        def product(name: str, number: int, x: torch.Tensor) -> torch.Tensor:
+            out = expert_product(self.base, name, number, x)
+            adapter = cast("ExpertAdapter | None", getattr(self, name))
+            return out if adapter is None else out + adapter.addition(number, x)
+
+        activation = cast("nn.Module", self.base.act_fn)
+        return run_experts(hidden_states, top_k_index, top_k_weights, activation, product)

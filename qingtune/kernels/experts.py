@@ -10,21 +10,20 @@ Shapes: T tokens, E experts, k chosen ones, D hidden size, I size of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from qingtune.kernels.blocks import MakeProjections, Pass
+from qingtune.kernels.architecture import Experts
+from qingtune.kernels.blocks import Parts, Pass
 from qingtune.kernels.elementwise import Norm, swiglu, swiglu_backward
-from qingtune.kernels.expert_matrices import ExpertMatrices, Stack
+from qingtune.kernels.expert_buffers import ExpertsSizes
+from qingtune.kernels.expert_matrices import ExpertMatrices, stacks
 from qingtune.kernels.projection import gradient
 from qingtune.kernels.workspace import Workspace
-
-# A mixture's module of experts -> where gate and up, as one matrix, and down lie.
-FindStacks = Callable[[Any], tuple[Stack, Stack]]
 
 
 @dataclass(frozen=True)
@@ -124,10 +123,10 @@ class SharedExpert:
         number: of the layer.
     """
 
-    def __init__(self, mlp: Any, number: int, workspace: Workspace, projections: MakeProjections) -> None:
+    def __init__(self, mlp: Any, number: int, parts: Parts) -> None:
         expert = mlp.shared_expert
-        self.number, self.workspace = number, workspace
-        self.reads, self.down = projections(
+        self.number, self.workspace = number, parts.workspace
+        self.reads, self.down = parts.projections(
             [expert.gate_proj, expert.up_proj, mlp.shared_expert_gate], [expert.down_proj]
         )
         self.size = self.down.members[0].shape[1]
@@ -173,33 +172,34 @@ class ExpertsBlock:
     Args:
         layer: the decoder layer.
         number: the layer's.
-        find_stacks: the module of experts -> where their matrices lie.
-        int8_units: whether int8 weights are multiplied as such.
+        kind: its description.
+        norm: of its input.
     """
 
-    def __init__(
-        self,
-        layer: Any,
-        number: int,
-        dtype: torch.dtype,
-        workspace: Workspace,
-        projections: MakeProjections,
-        find_stacks: FindStacks,
-        *,
-        chosen: int,
-        normalised: bool,
-        shared: bool,
-        int8_units: bool,
-    ) -> None:
+    def __init__(self, layer: Any, number: int, kind: Experts, parts: Parts, *, norm: Norm) -> None:
         mlp = layer.mlp
-        self.number, self.dtype, self.workspace = number, dtype, workspace
-        self.norm = Norm.of(layer.post_attention_layernorm, workspace)
-        self.router = Router(mlp.gate, chosen, normalised, workspace)
+        self.number, self.dtype, self.workspace = number, parts.dtype, parts.workspace
+        self.norm = norm
+        self.router = Router(mlp.gate, kind.chosen, kind.normalised, parts.workspace)
         self.gate_up, self.down = (
-            ExpertMatrices(stack, workspace, int8_units=int8_units) for stack in find_stacks(mlp.experts)
+            ExpertMatrices(stack, parts.workspace, int8_units=parts.int8_units) for stack in stacks(mlp.experts)
         )
-        self.shared = SharedExpert(mlp, number, workspace, projections) if shared else None
-        self.size = self.down.shape[1]
+        self.shared = SharedExpert(mlp, number, parts) if kind.shared else None
+        self.size = kind.size
+
+    @property
+    def sizes(self) -> ExpertsSizes:
+        """What it takes memory for."""
+        weight, shared = self.router.module.weight, self.shared
+        return ExpertsSizes(
+            count=len(weight),
+            chosen=self.router.chosen,
+            gate_up=self.gate_up.sizes,
+            down=self.down.sizes,
+            router_itemsize=weight.dtype.itemsize,
+            trains_router=weight.requires_grad,
+            shared=(shared.reads.sizes, shared.down.sizes) if shared else None,
+        )
 
     def forward(self, x: torch.Tensor, now: Pass, out: torch.Tensor, slot: str) -> None:
         """x: [T, D] -> out: [T, D]."""
@@ -218,7 +218,7 @@ class ExpertsBlock:
         for number, rows, tokens in routing.experts():
             self.gate_up.forward(number, self._gather(normed, tokens), lows[rows], gates[rows])
             gate, up = gates[rows].split(self.size, 1)
-            hidden = self._take("experts.hidden", len(tokens), self.size)
+            hidden = self._of_expert("hidden", len(x), len(tokens))
             swiglu(gate, up, hidden, hidden).mul_(shares[rows])
             if out is None:
                 self.down.keep_low(number, hidden, down_lows[rows])
@@ -253,17 +253,19 @@ class ExpertsBlock:
         shares = self._sorted_shares(routing)
         for number, rows, tokens in routing.experts():
             hidden, activated, scaled, grad_hidden = (
-                self._take(f"experts.{name}", len(tokens), self.size)
+                self._of_expert(name, len(normed), len(tokens))
                 for name in ("hidden", "activated", "scaled", "grad_hidden")
             )
             gate, up = gates[rows].split(self.size, 1)
             torch.mul(swiglu(gate, up, activated, hidden), shares[rows], out=scaled)
-            self.down.backward(number, scaled, down_lows[rows], self._gather(grad, tokens), grad_hidden)
+            self.down.backward(number, scaled, down_lows[rows], self._gather(grad, tokens), grad_hidden, len(grad))
             product = torch.mul(grad_hidden, hidden, out=scaled)
             grad_shares[routing.order[rows]] = product.sum(-1, dtype=grad_shares.dtype)
             swiglu_backward(grad_hidden.mul_(shares[rows]), gate, up, activated)
             up.copy_(activated)
-            self.gate_up.backward(number, self._gather(normed, tokens), lows[rows], gates[rows], rows_grad[rows])
+            self.gate_up.backward(
+                number, self._gather(normed, tokens), lows[rows], gates[rows], rows_grad[rows], len(grad)
+            )
         return rows_grad, grad_shares.view_as(routing.shares)
 
     def _kept(self, routing: Routing, slot: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -281,7 +283,11 @@ class ExpertsBlock:
 
     def _gather(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """An expert's rows, [n, D], until the next one's."""
-        return torch.index_select(x, 0, tokens, out=self._take("experts.input", len(tokens), x.shape[1]))
+        return torch.index_select(x, 0, tokens, out=self._take("experts.input", *x.shape)[: len(tokens)])
+
+    def _of_expert(self, name: str, tokens: int, rows: int) -> torch.Tensor:
+        """A buffer for an expert's hidden layer, [rows, I], of the size that all tokens of a pass would take."""
+        return self._take(f"experts.{name}", tokens, self.size)[:rows]
 
     def _logits_shape(self, x: torch.Tensor) -> tuple[int, int]:
         return len(x), len(self.router.module.weight)

@@ -12,13 +12,13 @@ import torch
 from mixtures import OTHERS, make_mixture
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from qingtune.adapters.expert_lora import ExpertAdapter, expert_adapters, expert_shapes
+from qingtune.adapters.expert_lora import expert_adapters, expert_shapes
 from qingtune.adapters.lora import add_lora, merge_lora
 from qingtune.adapters.merge_stored import MergedWeights
 from qingtune.adapters.peft_files import load_adapter, read_adapter, save_adapter
 from qingtune.adapters.variants import Variant
 from qingtune.errors import UserError
-from qingtune.kernels.expert_modules import QuantizedExperts
+from qingtune.kernels.expert_modules import ExpertAdapter, QuantizedExperts
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models.base import load_base
 from qingtune.models.quantize import quantize_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import nn
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeSparseMoeBlock
 
-from qingtune.kernels.blocks import Pass
-from qingtune.kernels.expert_matrices import Stack
+from qingtune.kernels.architecture import Experts
+from qingtune.kernels.blocks import Parts, Pass
+from qingtune.kernels.elementwise import Norm
+from qingtune.kernels.expert_modules import ExpertAdapter, LoRAExperts
 from qingtune.kernels.experts import ExpertsBlock
-from qingtune.kernels.projection import Adapter, Member, Projection
+from qingtune.kernels.projection import Member, Projection
 from qingtune.kernels.workspace import Workspace
 
 HIDDEN, SIZE, SHARED = 32, 24, 40
@@ -43,24 +46,22 @@ def make_mlp(*, experts: int = 6, chosen: int = 3, normalised: bool = True, shar
     return layer
 
 
-def stacks(experts: Any) -> tuple[Stack, Stack]:
-    return Stack(experts, "gate_up_proj"), Stack(experts, "down_proj")
-
-
-def make_block(layer: Any, dtype: torch.dtype, find_stacks: Any = stacks) -> ExpertsBlock:
+def make_block(layer: Any, dtype: torch.dtype) -> ExpertsBlock:
     workspace, router = Workspace(torch.device("cpu")), layer["mlp"].gate
 
     def projections(*groups: Any) -> list[Projection]:
         return [Projection([Member(one, None) for one in group], 0.0, workspace, int8_units=False) for group in groups]
 
-    held = SimpleNamespace(mlp=layer["mlp"], post_attention_layernorm=layer["post_attention_layernorm"])
-    return ExpertsBlock(
-        held, 0, dtype, workspace, projections, find_stacks,
+    parts = Parts(dtype, workspace, partial(Norm.of, workspace=workspace), projections)
+    kind = Experts(
+        count=len(router.weight),
         chosen=router.top_k,
+        size=SIZE,
         normalised=getattr(router, "norm_topk_prob", True),
-        shared=hasattr(layer["mlp"], "shared_expert"),
-        int8_units=False,
-    )  # fmt: skip
+        shared=SHARED * hasattr(layer["mlp"], "shared_expert"),
+    )
+    held = SimpleNamespace(mlp=layer["mlp"], post_attention_layernorm=layer["post_attention_layernorm"])
+    return ExpertsBlock(held, 0, kind, parts)
 
 
 def compare(layer: Any, block: ExpertsBlock, x: torch.Tensor, bound: float, *, again: bool = False) -> None:
@@ -160,17 +161,19 @@ def test_adapters_of_experts_are_a_change_of_their_weights() -> None:
     """Outputs and gradients of A and B, through W + s B A under autograd."""
     layer: Any = make_mlp().double().requires_grad_(False)
     experts, rank, scaling = layer["mlp"].experts, 4, 0.7
-    adapters: dict[str, Adapter] = {}
+    adapters: dict[str, ExpertAdapter] = {}
     for name in ("gate_up_proj", "down_proj"):
         count, out, width = getattr(experts, name).shape
-        a, b = torch.randn(count, rank, width).double(), torch.randn(count, out, rank).double()
-        adapters[name] = Adapter(nn.Parameter(0.2 * a), nn.Parameter(0.2 * b), scaling)
-    block = make_block(
-        layer, torch.float64, lambda experts: tuple(Stack(experts, name, one) for name, one in adapters.items())
-    )
+        adapters[name] = ExpertAdapter(
+            0.2 * torch.randn(count, rank, width), 0.2 * torch.randn(count, out, rank), scaling
+        )
+        adapters[name].double()
+    layer["mlp"].experts = LoRAExperts(experts, adapters)
+    block = make_block(layer, torch.float64)
+    layer["mlp"].experts = experts
     x, grad = (torch.randn(17, HIDDEN, dtype=torch.float64) for _ in range(2))
     read = x.clone().requires_grad_()
-    merged = {name: getattr(experts, name) + scaling * one.b @ one.a for name, one in adapters.items()}
+    merged = {name: getattr(experts, name) + scaling * one.lora_B @ one.lora_A for name, one in adapters.items()}
     normed = layer["post_attention_layernorm"](read)[None]
     wanted = (
         read
@@ -178,7 +181,7 @@ def test_adapters_of_experts_are_a_change_of_their_weights() -> None:
             layer["mlp"], {f"experts.{name}": weight for name, weight in merged.items()}, (normed,)
         )[0]
     )
-    parameters = [matrix for one in adapters.values() for matrix in (one.a, one.b)]
+    parameters = [matrix for one in adapters.values() for matrix in (one.lora_A, one.lora_B)]
     references = torch.autograd.grad(wanted, [read, *parameters], grad)
     out = torch.empty_like(x)
     with torch.no_grad():
