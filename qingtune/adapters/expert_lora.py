@@ -74,6 +74,7 @@ def merge_experts(model: Any) -> None:
             raise TypeError(f"{name} is quantised")
         for part, adapter in expert_adapters(wrapped).items():
             weight = cast("torch.Tensor", getattr(wrapped.base, part))
-            for number, one in enumerate(low_rank(adapter).experts()):
-                weight[number].copy_(one.merged(weight[number]))
+            low = low_rank(adapter)
+            for number, of_expert in enumerate(weight):
+                of_expert.copy_(low.expert(number).merged(of_expert))
         replace_layer(model, name, wrapped.base)

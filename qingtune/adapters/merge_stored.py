@@ -62,7 +62,8 @@ class StoredAdapter:
                 layers[name] = layer
                 continue
             parts = PARTS_OF_EXPERTS[matrix]
-            for number, expert in enumerate(layer.experts()):
+            for number in range(len(layer.a)):
+                expert = layer.expert(number)
                 for part, b in zip(parts, expert.b.chunk(len(parts)), strict=True):
                     layers[f"{module}.{number}.{part}.weight"] = replace(expert, b=b)
         return replace(self, layers=layers)
@@ -136,8 +137,12 @@ class MergedWeights(StoredWeights):
     def expert(self, name: str, number: int) -> torch.Tensor:
         """One expert's part of a tensor of all experts, not to be written to."""
         weight = super().mapped(name)[number]
-        layer = self.adapter.layers.get(name) if self.adapter else None
-        return layer.experts()[number].merged(weight) if isinstance(layer, LowRankStack) else weight
+        if not self.adapter:
+            return weight
+        if name in self.adapter.whole:
+            return self.adapter.whole[name][number].float()
+        layer = self.adapter.layers.get(name)
+        return layer.expert(number).merged(weight) if isinstance(layer, LowRankStack) else weight
 
     def mapped(self, name: str) -> torch.Tensor:
         """A tensor that stays in its file if the adapter does not change it."""

@@ -168,13 +168,13 @@ class LowRankStack:
         """Of the parameter that it changes."""
         return (*self.b.shape[:2], self.a.shape[2])
 
-    def experts(self) -> list[LowRank]:
-        """What it does to each expert's weight."""
-        return [LowRank(a, b, self.scaling) for a, b in zip(self.a, self.b, strict=True)]
+    def expert(self, number: int) -> LowRank:
+        """What it does to one expert's weight."""
+        return LowRank(self.a[number], self.b[number], self.scaling)
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """The base's weights [E, out, in] with the adapter's change, fp32."""
-        return torch.stack([one.merged(part) for one, part in zip(self.experts(), weight, strict=True)])
+        return torch.stack([self.expert(number).merged(part) for number, part in enumerate(weight)])
 
 
 # --- Which layer gets what -------------------------------------------------------------------------------------------

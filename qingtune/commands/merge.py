@@ -58,7 +58,7 @@ def merge(config: MergeConfig) -> None:
             fix="Pass the 16-bit model that it was made from: --base_model NAME --allow_other_base. "
             "--save_in_4bit rounds the result, once.",
         )
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder).for_base(StoredWeights(base).shapes)
     template = load_template(base, folder, record.stop_ids if record else None)
     hardware = choose_hardware()
     with place.staging() as half_done:

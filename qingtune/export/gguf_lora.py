@@ -34,11 +34,10 @@ def lora_layout(
     Raises:
         UserError: GGUF has no such adapters.
     """
-    _check(adapter, layout)
+    lows = _check(adapter, layout)
     places = {tensor.source: tensor for tensor in layout.tensors}
     pairs = {
-        places[name]: low.on_unchanged_base(unchanged(name), name) if low.start else low
-        for name, low in adapter.layers.items()
+        places[name]: low.on_unchanged_base(unchanged(name), name) if low.start else low for name, low in lows.items()
     }
     alpha = Counter(_alpha(low) for low in pairs.values()).most_common(1)[0][0]
     tensors: dict[str, torch.Tensor] = {}
@@ -57,17 +56,20 @@ def _alpha(low: LowRank) -> float:
     return float(f"{low.scaling * len(low.a):.12g}")
 
 
-def _check(adapter: StoredAdapter, layout: GGUFLayout) -> None:
-    """Refuse what is not the sum of a weight and B A."""
+def _check(adapter: StoredAdapter, layout: GGUFLayout) -> dict[str, LowRank]:
+    """Refuse what is not the sum of a weight and B A; returns the adapter's changes by the weights' names."""
     where = str(adapter.folder)
-    if any(low.magnitude is not None for low in adapter.layers.values()):
+    if experts := next((name for name in adapter.layers if ".experts." in name), None):
+        raise UserError(f"a GGUF adapter made here cannot hold experts ({experts})", where=where, fix=_MERGE_IT)
+    lows = {name: low for name, low in adapter.layers.items() if isinstance(low, LowRank)}
+    if any(low.magnitude is not None for low in lows.values()):
         raise UserError("a GGUF adapter cannot hold DoRA's magnitudes (use_dora)", where=where, fix=_MERGE_IT)
     if adapter.whole:
         modules = ", ".join(modules_of(adapter.whole))
         what = f"a GGUF adapter cannot hold modules that were trained in full (modules_to_save: {modules})"
         raise UserError(what, where=where, fix=_MERGE_IT)
     places = {tensor.source: tensor for tensor in layout.tensors}
-    for name, low in adapter.layers.items():
+    for name, low in lows.items():
         if name == HEAD and name not in places:
             what = (
                 f"the adapter changes {name}, which is the embedding in this base; llama.cpp has no head to put it on"
@@ -83,3 +85,4 @@ def _check(adapter: StoredAdapter, layout: GGUFLayout) -> None:
                 where=where,
                 fix="Pass the base model that the adapter was trained on.",
             )
+    return lows

@@ -18,7 +18,7 @@ from qingtune.files.write import write_json
 from qingtune.kernels.device import give_back_memory
 from qingtune.kernels.linear import NF4Linear
 from qingtune.models.find import read_model_config
-from qingtune.models.layers import linear_layers
+from qingtune.models.layers import expert_modules, linear_layers
 from qingtune.models.load import empty_model, stored_dtype
 from qingtune.models.shards import ShardWriter, rounded
 from qingtune.models.stored_weights import StoredWeights, stored_names, text_name
@@ -63,6 +63,12 @@ def write_in_4bit(folder: Path, base: Path, adapter: StoredAdapter) -> None:
 def _layers(base: Path, stored: StoredWeights) -> tuple[set[str], list[str]]:
     """The weights to be stored in 4 bits, and the linear layers that are not; a UserError where they cannot be."""
     model: Any = empty_model(base, stored_dtype(base))
+    if experts := next(iter(expert_modules(model)), None):
+        raise UserError(
+            f"{experts} holds a mixture's experts, which bitsandbytes' files cannot hold in 4 bits",
+            where=str(base),
+            fix="Remove --save_in_4bit: load_in_4bit quantises experts, too, when the model is loaded.",
+        )
     layers = linear_layers(model)
     packed = {f"{name}.weight" for name in layers}
     if any(isinstance(layer, Conv1D) for layer in layers.values()) or not packed <= set(stored.own_names.values()):

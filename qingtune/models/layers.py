@@ -15,6 +15,8 @@ from qingtune.kernels.linear import QuantizedLinear
 LINEAR = (nn.Linear, Conv1D, QuantizedLinear)
 # Architectures of which an expert was checked (tests/invariant) to be down(activation(gate(x)) * up(x)).
 MIXTURES = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text"})
+# Those of which nothing but the experts has other names in files than in the model.
+JOINED = MIXTURES - {"mixtral"}
 
 
 def linear_layers(model: Any) -> dict[str, nn.Module]:

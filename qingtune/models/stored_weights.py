@@ -124,7 +124,7 @@ class StoredWeights:
         """A tensor in its own memory, by its text name or one of which that is made."""
         own = self._own(name)
         if parts := self._joined.get(text_name(name)):
-            return torch.stack([torch.cat([self.read(part) for part in one]) for one in parts])
+            return self._read_joined(parts, self.shapes[text_name(name)])
         if own not in self._described:
             return self._read(own)
         with self._faults(own):
@@ -145,6 +145,14 @@ class StoredWeights:
         with self._faults(own):
             parts = {part: tensor.to(device) for part, tensor in self._parts(own).items()}
             return _layer_of(self._described[own], parts, bias)
+
+    def _read_joined(self, parts: list[list[str]], shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor of all experts, filled with the matrices of each, so that memory is taken for it alone."""
+        joined = torch.empty(shape, dtype=self.read(parts[0][0]).dtype)
+        for expert, names in zip(joined, parts, strict=True):
+            for rows, part in zip(expert.chunk(len(names)), names, strict=True):
+                rows.copy_(self.read(part))
+        return joined
 
     def _own(self, name: str) -> str:
         return self.own_names.get(text_name(name), name)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from qingtune.adapters.expert_lora import expert_adapters
 from qingtune.adapters.lora import lora_layers, member, why_general
 from qingtune.adapters.of_settings import adapt, weights_dtype
 from qingtune.config.training import TrainConfig
@@ -26,6 +27,7 @@ from qingtune.kernels.linear import QuantizedLinear
 from qingtune.machine.resources import Machine
 from qingtune.models.config_file import CONFIG, check_config, read_model_config
 from qingtune.models.gguf_header import config_of_gguf
+from qingtune.models.layers import JOINED, expert_modules
 from qingtune.models.load import check_architecture, make_config, model_on_meta
 from qingtune.models.quantize import quantize_model
 
@@ -85,14 +87,15 @@ class Blueprint:
         layers: of the decoder.
         hidden: size of a token between layers.
         vocabulary: rows of the embedding.
-        largest_end: numbers of the larger of head and embedding.
+        largest_read: numbers of the largest tensor that is read whole, which head, embedding and experts are.
         active_body: weights that a token is multiplied by, embedding and head not counted.
         attention_width: all query heads together.
         attention_layers: layers in which a token attends to those before it.
         context: tokens that it knows positions for; None if it does not say.
         experts: numbers in parameters that hold several experts each.
+        reaches_experts: whether adapters and quantisation reach these.
         stored_itemsize: bytes a number on disk.
-        renamed: whether Transformers renames or joins tensors while it loads them.
+        renamed: whether Transformers renames tensors while it loads them, or joins others than experts.
         notices: what the user should know of the counting.
 
     Raises:
@@ -121,9 +124,12 @@ class Blueprint:
         stored: Any = config.dtype or text.dtype or torch.float32
         self._stored: torch.dtype = stored
         self.stored_itemsize = self._stored.itemsize
-        self.largest_end = max(end.numel() for end in _ends(model))
+        kind = cast("Any", model.config).model_type
+        stacks = [weight for experts in expert_modules(model).values() for weight in experts.parameters()]
+        self.largest_read = max(tensor.numel() for tensor in [*_ends(model), *stacks])
+        self.reaches_experts = bool(stacks)
         self.experts, self.active_body = _body(model, _largest(text, "num_experts_per_tok") or 1)
-        self.renamed = bool(get_checkpoint_conversion_mapping(cast("Any", model.config).model_type))
+        self.renamed = kind not in JOINED and bool(get_checkpoint_conversion_mapping(kind))
         if type(model.config) is not type(config):
             self.notices += ("Only the language part of this model is loaded and counted.",)
 
@@ -159,8 +165,8 @@ class Blueprint:
         packed = [
             buffer for layer in model.modules() if isinstance(layer, QuantizedLinear) for buffer in layer.buffers()
         ]
-        adapters = lora_layers(model).values()
-        taken = [matrix for adapter in adapters for matrix in adapter.taken or ()]
+        taken = [matrix for adapter in lora_layers(model).values() for matrix in adapter.taken or ()]
+        adapters = [*lora_layers(model).values(), *expert_adapters(model).values()]
         width = sum(adapter.r for adapter in adapters) // self.layers
         kernels = None
         if why_general(model, machine.kind) is None:

@@ -193,7 +193,7 @@ class Planner:
         blueprint, built = self.blueprint, self.built
         stored, held = blueprint.stored_itemsize, built.weight_itemsize
         if self.config.method == "qlora" and not blueprint.renamed:
-            pages = built.quantized + blueprint.largest_end * stored  # of files that are being read
+            pages = built.quantized + blueprint.largest_read * stored  # of files that are being read
             return self.runtime - RUNTIME_AFTER_LOADING + built.weights + built.quantized + pages
         whole = self.runtime + blueprint.parameters * held
         if self.config.method == "qlora":

@@ -121,7 +121,7 @@ def make_report(
         recomputing = planner.has_to_recompute(samples, batch, longest)
         methods[method] = MethodPlan(memory, planner.least_for(samples), longest, batch, recomputing, flops, speed)
     own, notices = Planner(blueprint, config, machine), [*blueprint.notices]
-    if blueprint.experts:
+    if blueprint.experts and not blueprint.reaches_experts:
         notices.append(
             "The experts of this model are one parameter a layer: they get no adapters, and QLoRA leaves them in 16 "
             "bits."

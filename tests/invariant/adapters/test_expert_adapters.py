@@ -177,18 +177,26 @@ def test_a_rank_that_does_not_divide_the_rows_is_refused(tmp_path: Path) -> None
         load_adapter(make_mixture(), tmp_path)
 
 
-def test_stored_weights_are_merged_without_a_model(tmp_path: Path) -> None:
-    """From a base whose files hold the experts joined, as those of Qwen3.5 do."""
+@pytest.mark.parametrize("joined", [True, False])
+def test_stored_weights_are_merged_without_a_model(tmp_path: Path, joined: bool) -> None:
+    """From a base whose files hold the experts joined, as those of Qwen3.5 do, or one by one, as those of Qwen3."""
     from safetensors.torch import save_file
 
     model, base = adapted(), make_mixture()
     save_adapter(model, tmp_path, "base", 0.0)
     folder = tmp_path / "base"
     folder.mkdir()
-    save_file(dict(base.state_dict()), folder / "model.safetensors")
+    if joined:
+        save_file(dict(base.state_dict()), folder / "model.safetensors")
+    else:
+        base.save_pretrained(folder)
     merged = MergedWeights(folder, read_adapter(tmp_path))
-    assert len(merged.changed) == 12
-    for name in merged.shapes:
+    assert len(merged.changed) == 2 * (4 + (2 if joined else 6 * 3))
+    if joined:
+        name = "model.layers.0.mlp.experts.down_proj"
+        torch.testing.assert_close(merged.expert(name, 4), merged.read(name)[4])
+    merged.join_experts(base)
+    for name in dict(base.named_parameters()):
         base.get_parameter(name).data = merged.read(name)
     torch.testing.assert_close(logits(base), logits(model), rtol=1e-4, atol=1e-5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_model
+from mixtures import make_mixture
 
 from qingtune.adapters.of_settings import add_adapters
 from qingtune.config.training import TrainConfig
@@ -118,11 +120,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+OF_MIXTURES = ["all", "dora", "embedding and norm", "8 bits", "4 bits", "full"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [*itertools.product(("qwen2", "qwen3", "llama"), SETTINGS), *itertools.product(("qwen3_moe",), OF_MIXTURES)],
+)
 def test_what_is_built_is_what_a_run_holds(kind: str, settings: str) -> None:
     config = TrainConfig.model_validate({"use_lora": True, "lora_r": 4, "lora_alpha": 8, **SETTINGS[settings]})
-    model: Any = make_model(kind)
+    model: Any = make_mixture() if kind == "qwen3_moe" else make_model(kind)
     built = make_blueprint(model.config.to_dict(), WHERE).built(config, WIDE)
     if config.method == "qlora":
         quantize_model(model, config.quantization_bit, torch.device("cpu"))
@@ -229,6 +236,11 @@ def test_the_kernels_are_those_that_training_chooses(changes: dict[str, Any], fa
 def test_experts_are_counted_apart() -> None:
     mixture = make_blueprint({"model_type": "qwen3_moe", **BASE, **KINDS["qwen3_moe"]}, WHERE)
     assert mixture.experts == 3 * 4 * 3 * 16 * 32  # layers, experts, matrices
-    assert mixture.renamed
+    assert mixture.reaches_experts
+    assert not mixture.renamed
+    assert mixture.largest_read == 4 * 2 * 16 * 32 * 5 // 2  # the embedding
+    other = make_blueprint({"model_type": "deepseek_v3", **BASE, **KINDS["deepseek_v3"]}, WHERE)
+    assert other.experts
+    assert not other.reaches_experts
     dense: Blueprint = make_blueprint({"model_type": "qwen3", **BASE}, WHERE)
     assert (dense.experts, dense.renamed) == (0, False)

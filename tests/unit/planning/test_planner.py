@@ -40,6 +40,7 @@ QWEN_05B = {
 MIXTURE = {
     **QWEN_05B, "model_type": "qwen3_moe", "num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 512,
 }  # fmt: skip
+OTHER_MIXTURE = {**MIXTURE, "model_type": "minimax", "num_local_experts": 16, "layer_types": ["full_attention"] * 24}
 CPU = Machine("cpu", "a CPU", 2, 24 * 10**9, 25 * 10**9, 30 * 10**9, int8_units=True)
 GPU = Machine("cuda", "a GPU", 2, 80 * 10**9, 81 * 10**9)
 
@@ -102,7 +103,9 @@ def test_parts_are_named_whole_and_sum_up(method: str, machine: Machine) -> None
         assert bool(plan.parts["adapters"]) == (method not in ("full", "full8"))
 
 
-@pytest.mark.parametrize(("shape", "machine"), [(QWEN_05B, CPU), (QWEN_05B, GPU), (MIXTURE, CPU), (MIXTURE, GPU)])
+@pytest.mark.parametrize(
+    ("shape", "machine"), [(QWEN_05B, CPU), (MIXTURE, GPU), (OTHER_MIXTURE, CPU), (OTHER_MIXTURE, GPU)]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_more_takes_more(method: str, shape: dict[str, Any], machine: Machine) -> None:
     def total(length: int, batch: int, rank: int = 16) -> int:
@@ -145,14 +148,21 @@ def test_methods_are_ordered_by_what_they_take() -> None:
     assert [method_of(planner(method).config) for method in METHODS] == list(METHODS)
 
 
-def test_experts_stay_as_they_are_and_that_is_told() -> None:
+def test_experts_are_quantised_and_adapted_where_they_are_known() -> None:
     dense = planner("lora", shape=MIXTURE).plan_for(samples())
     packed = planner("qlora4", shape=MIXTURE).plan_for(samples())
     experts = blueprint_of(MIXTURE).experts
-    assert packed.parts["weights"] > 2 * experts
-    assert dense.total - packed.total < dense.parts["weights"] - 2 * experts
-    assert not planner("lora", shape=MIXTURE).fast
+    assert packed.parts["weights"] < 2 * experts < dense.parts["weights"]
+    assert planner("lora", shape=MIXTURE).fast
     report = make_report("m", blueprint_of(MIXTURE), config_of("qlora4"), CPU, samples(), [])
+    assert not any("experts" in notice for notice in report.notices)
+
+
+def test_experts_that_stay_as_they_are_are_named() -> None:
+    blueprint = blueprint_of(OTHER_MIXTURE)
+    assert planner("qlora4", shape=OTHER_MIXTURE).plan_for(samples()).parts["weights"] > 2 * blueprint.experts
+    assert not planner("lora", shape=OTHER_MIXTURE).fast
+    report = make_report("m", blueprint, config_of("qlora4"), CPU, samples(), [])
     assert any("experts" in notice for notice in report.notices)
 
 
@@ -356,7 +366,7 @@ def test_several_changes_are_advised_where_none_alone_is_enough(free: float, tol
 
 
 def test_it_is_said_that_the_most_that_fits_needs_recomputation() -> None:
-    shape, found = blueprint_of(MIXTURE), set[bool]()  # general kernels: "auto" recomputes nothing there
+    shape, found = blueprint_of(OTHER_MIXTURE), set[bool]()  # general kernels: "auto" recomputes nothing there
     for free in (2.0e9, 2.2e9, 2.5e9, 3e9, 24e9):
         machine = replace(GPU, free=int(free))
         report = make_report("m", shape, config_of(gradient_checkpointing="auto"), machine, samples(), [])
