@@ -40,6 +40,11 @@ def target_parameters(adapted: Iterable[str], existing: Sequence[str]) -> list[s
     return ends if reached == adapted else sorted(adapted)
 
 
+def other_parameters(config: Mapping[str, Any]) -> list[str]:
+    """The target_parameters of an adapter_config.json that are no experts' matrices."""
+    return [name for name in config.get("target_parameters") or () if name.rpartition(".")[2] not in MATRICES]
+
+
 def take_stacks(
     tensors: dict[str, torch.Tensor], config: Mapping[str, Any], scaling: Callable[[str], tuple[int, float]], where: str
 ) -> dict[str, LowRankStack]:
@@ -57,9 +62,7 @@ def take_stacks(
     Raises:
         UserError: they do not fit together.
     """
-    targets = [name for name in config.get("target_parameters") or () if name.rpartition(".")[2] in MATRICES]
-    if not targets:
-        return {}
+    targets: list[str] = config.get("target_parameters") or []
     places = {name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}
     stacks: dict[str, LowRankStack] = {}
     for place in sorted(places):

@@ -18,7 +18,7 @@ from qingtune.adapters.full_modules import is_tied, modules_of, tied_modules, tr
 from qingtune.adapters.lora import DoRALinear, LoRALinear, lora_layers, shape_of
 from qingtune.adapters.merge_stored import StoredAdapter
 from qingtune.adapters.names import ends_with, pattern_value
-from qingtune.adapters.peft_experts import stack_tensors, take_stacks, target_parameters
+from qingtune.adapters.peft_experts import other_parameters, stack_tensors, take_stacks, target_parameters
 from qingtune.adapters.variants import TAKEN, LowRank, LowRankStack, scaling_of
 from qingtune.config.patterns import PatternError, parse_pattern
 from qingtune.errors import UserError, shorten
@@ -184,7 +184,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"the adapter type is {shorten(repr(config.get('peft_type')))}; only LoRA is supported", where=str(path)
         )
-    if used := [name for name in _UNSUPPORTED if config.get(name) not in (None, False, "none", [], {})]:
+    used = [name for name in _UNSUPPORTED if config.get(name) not in (None, False, "none", [], {})]
+    used += [f"target_parameters of {name}" for name in other_parameters(config)]
+    if used:
         raise UserError(f"the adapter uses {', '.join(used)}, which is not supported here", where=str(path))
     start = config.get("init_lora_weights")
     if start not in (*_LEAVE_BASE, *_FOUND_AGAIN):
