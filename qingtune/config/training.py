@@ -96,7 +96,8 @@ class TrainConfig(Settings):
     lora_target_modules: CommaList = setting(
         None,
         "Method",
-        'Layers to adapt: comma-separated names. "all" or null: every linear layer except the output head.',
+        'Layers to adapt: comma-separated names. "all" or null: every linear layer except the output head, and the '
+        "experts of mixtures.",
     )
 
     use_dora: bool = setting(
