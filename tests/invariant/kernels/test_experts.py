@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,7 +51,10 @@ def make_block(layer: Any, dtype: torch.dtype) -> ExpertsBlock:
     def projections(*groups: Any) -> list[Projection]:
         return [Projection([Member(one, None) for one in group], 0.0, workspace, int8_units=False) for group in groups]
 
-    parts = Parts(dtype, workspace, partial(Norm.of, workspace=workspace), projections)
+    def norm(module: Any) -> Norm:
+        return Norm(module.weight, module.variance_epsilon, workspace)
+
+    parts = Parts(dtype, workspace, norm, projections)
     kind = Experts(
         count=len(router.weight),
         chosen=router.top_k,
@@ -60,8 +62,7 @@ def make_block(layer: Any, dtype: torch.dtype) -> ExpertsBlock:
         normalised=getattr(router, "norm_topk_prob", True),
         shared=SHARED * hasattr(layer["mlp"], "shared_expert"),
     )
-    held = SimpleNamespace(mlp=layer["mlp"], post_attention_layernorm=layer["post_attention_layernorm"])
-    return ExpertsBlock(held, 0, kind, parts)
+    return ExpertsBlock(SimpleNamespace(mlp=layer["mlp"]), 0, kind, parts, norm=norm(layer["post_attention_layernorm"]))
 
 
 def compare(layer: Any, block: ExpertsBlock, x: torch.Tensor, bound: float, *, again: bool = False) -> None:
