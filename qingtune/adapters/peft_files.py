@@ -230,7 +230,8 @@ def read_adapter(folder: Path) -> StoredAdapter:
     if start == "olora" and transposed:
         raise UserError("OLoRA on transposed weights (fan_in_fan_out) is not supported", where=str(folder))
     layers: dict[str, LowRank | LowRankStack] = {}
-    layers |= take_stacks(tensors, config, lambda name: _rank_and_scaling(config, name), str(folder))
+    stacks = take_stacks(tensors, config, lambda name: _rank_and_scaling(config, name), str(folder))
+    layers |= {text_name(name): stack for name, stack in stacks.items()}
     for name in sorted({name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}):
         a, b = (tensors.pop(f"{name}.lora_{part}.weight", None) for part in "AB")
         magnitude = tensors.pop(f"{name}{_MAGNITUDE}", None) if config.get("use_dora") else None

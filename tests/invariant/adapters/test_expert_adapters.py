@@ -18,6 +18,7 @@ from qingtune.adapters.merge_stored import MergedWeights
 from qingtune.adapters.peft_files import load_adapter, read_adapter, save_adapter
 from qingtune.adapters.variants import Variant
 from qingtune.errors import UserError
+from qingtune.files.weights_file import read_header
 from qingtune.kernels.expert_modules import ExpertAdapter, QuantizedExperts
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models.base import load_base
@@ -126,6 +127,16 @@ def test_peft_reads_what_is_saved_here(tmp_path: Path, kind: str, names: list[st
     theirs = PeftModel.from_pretrained(make_mixture(kind), tmp_path)
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
     mine = make_mixture(kind)
+    load_adapter(mine, tmp_path)
+    torch.testing.assert_close(logits(mine), logits(model))
+
+
+def test_names_of_a_multimodal_model_are_read_back(tmp_path: Path) -> None:
+    model = adapted("Qwen3_5MoeText")
+    save_adapter(model, tmp_path, "base", 0.0, multimodal=True)
+    names = read_header(tmp_path / "adapter_model.safetensors")[0]
+    assert "base_model.model.model.language_model.layers.0.mlp.experts.base_layer.lora_A.weight" in names
+    mine = make_mixture("Qwen3_5MoeText")
     load_adapter(mine, tmp_path)
     torch.testing.assert_close(logits(mine), logits(model))
 
