@@ -25,6 +25,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 moe": ("Qwen3Moe", {}),
     "shares as they are": ("Qwen3Moe", {"norm_topk_prob": False, "num_experts_per_tok": 3}),
     "a dense layer": ("Qwen3Moe", {"mlp_only_layers": [0]}),
+    "qwen3.5 moe": ("Qwen3_5MoeText", {}),
 }
 TRAINED: dict[str, list[str] | None] = {
     "lora": None,
@@ -56,7 +57,8 @@ def assert_same(model: Any, name: str, recompute: int) -> None:
     loss, gradients = decoded(model, batch, decoder=decoder)
     wanted_loss, wanted = reference(model, batch)
     assert loss == pytest.approx(wanted_loss, rel=1e-6), name
-    assert apart(gradients, wanted) < 2e-5, name
+    # Transformers' gradients of delta nets are up to 2.8e-4 from those in fp64, ours 9e-5.
+    assert apart(gradients, wanted) < (5e-4 if model.config.model_type == "qwen3_5_moe_text" else 2e-5), name
 
 
 @pytest.mark.parametrize("trained", ["full", *TRAINED])
