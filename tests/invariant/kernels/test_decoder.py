@@ -72,7 +72,9 @@ def assert_same(model: Any, batch: Batch, name: str, recompute: int = 0, **choic
 def test_same_as_transformers_in_fp32(kind: str, trained: str) -> None:
     model = make_decodable(kind, trained)
     for number, (name, batch) in enumerate(batches().items()):
-        if kind in [*OLDER, *NEWER] or len(batch.token_ids) < 300:
+        # After 600 tokens fp32 gradients of delta nets, Transformers' among them, are 9e-4 apart: test_delta_rule.py.
+        long = kind in [*OLDER, *NEWER] and model.config.model_type != "qwen3_5_text"
+        if long or len(batch.token_ids) < 300:
             assert_same(model, batch, name, recompute=number % 3)
 
 
