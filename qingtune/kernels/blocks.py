@@ -109,6 +109,8 @@ class Residual:
 class Mixer(Protocol):
     """x -> x + what each token takes from the tokens before it."""
 
+    norm: Norm
+
     @property
     def sizes(self) -> BlockSizes:
         """What it takes memory for."""

@@ -144,7 +144,7 @@ class TrainingDecoder:
             dora=any(m.magnitude is not None for m in members),
             dropout=self.dropout > 0,
             recompute=self.recompute,
-            gradient_below=self.embedding.requires_grad,
+            gradient_below=self.embedding.requires_grad or self.mixers[0].norm.weight.requires_grad,
             on_cpu=self.embedding.device.type == "cpu",
         )
 
@@ -216,11 +216,15 @@ class TrainingDecoder:
                 self.mixers[number].forward(x, now, middle, slot, rows)
                 self.mlps[number].forward_again(middle, now, slot)
             grad = self.mlps[number].backward(grad, middle, now, slot)
-            wanted = number > self.lowest_trained or trains_embedding
+            # A norm that is trained gets its gradient on the way to that of the layer's input.
+            trains_norm = self.mixers[number].norm.weight.requires_grad
+            wanted = number > self.lowest_trained or trains_embedding or trains_norm
             below = self.mixers[number].backward(grad, x, now, slot, rows, wanted=wanted)
             if below is None:
                 return
             grad = below
+        if not trains_embedding:
+            return
         of_tokens = gradient(self.embedding)
         of_tokens.index_add_(0, now.layout.token_ids, grad.to(of_tokens.dtype), alpha=self.embedding_scale)
 

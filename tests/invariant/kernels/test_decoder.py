@@ -212,3 +212,11 @@ def test_a_batch_that_trains_nothing_gives_nothing(int8_units: bool) -> None:
     batch = collate([sample for sample in make_samples() if not sample.trained_tokens])
     assert decoded(model, batch, decoder=decoder) == (0.0, {})
     assert float(decoder.loss(batch)) == 0.0
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3.5, delta net last"])
+def test_norms_that_are_trained_with_adapters_get_their_gradients_in_the_lowest_layer_too(name: str) -> None:
+    model = make_decodable(name)
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.requires_grad_()
+    assert_same(model, collate(make_samples()), name)
