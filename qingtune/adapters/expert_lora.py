@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 
 from qingtune.adapters.variants import DRAWN, LowRankStack, Variant
-from qingtune.kernels.expert_matrices import Stack
-from qingtune.kernels.expert_modules import MATRICES, ExpertAdapter, LoRAExperts, QuantizedExperts
+from qingtune.kernels.experts.matrices import Stack
+from qingtune.kernels.experts.modules import MATRICES, ExpertAdapter, LoRAExperts, QuantizedExperts
 from qingtune.models.layers import expert_modules, replace_layer
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from qingtune.adapters.lora import LoRALinear
 from qingtune.adapters.names import ends_with, is_within
 from qingtune.errors import UserError
-from qingtune.kernels.expert_modules import ExpertAdapter
+from qingtune.kernels.experts.modules import ExpertAdapter
 from qingtune.kernels.linear import QuantizedLinear
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)

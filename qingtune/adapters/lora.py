@@ -23,7 +23,7 @@ from qingtune.adapters.variants import DRAWN, TAKEN, LowRank, Pair, Variant, mer
 from qingtune.errors import UserError
 from qingtune.kernels.decoder import why_not
 from qingtune.kernels.dropout import dropout
-from qingtune.kernels.expert_modules import ExpertAdapter
+from qingtune.kernels.experts.modules import ExpertAdapter
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.kernels.projection import Adapter, Member
 from qingtune.models.layers import dense_weight, device_of, linear_layers, replace_layer

@@ -13,7 +13,7 @@ from qingtune.adapters.lora import LoRALinear, add_lora
 from qingtune.adapters.variants import TAKEN, Variant
 from qingtune.config.training import TrainConfig
 from qingtune.kernels.decoder import why_not
-from qingtune.kernels.expert_modules import ExpertAdapter
+from qingtune.kernels.experts.modules import ExpertAdapter
 from qingtune.kernels.footprint import EIGHT_BITS
 from qingtune.models.as_stored import compute_in_fp32
 

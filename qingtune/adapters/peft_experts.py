@@ -15,7 +15,7 @@ import torch
 from qingtune.adapters.names import ends_with
 from qingtune.adapters.variants import LowRankStack
 from qingtune.errors import UserError
-from qingtune.kernels.expert_modules import MATRICES
+from qingtune.kernels.experts.modules import MATRICES
 
 _INNER = ".base_layer"
 

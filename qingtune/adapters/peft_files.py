@@ -36,7 +36,7 @@ from qingtune.files.json_files import (
 )
 from qingtune.files.paths import refuse_odd_name
 from qingtune.files.weights_file import check_floats, read_header
-from qingtune.kernels.expert_modules import ExpertAdapter
+from qingtune.kernels.experts.modules import ExpertAdapter
 from qingtune.kernels.linear import QuantizedLinear, import_bitsandbytes
 from qingtune.models.layers import dense_weight, device_of, linear_layers, replace_layer
 from qingtune.models.stored_weights import multimodal_name, text_name

@@ -35,7 +35,7 @@ from qingtune.answering.decoder.packed import (
     plus,
 )
 from qingtune.kernels.architecture import ALL, MLP, Architecture, Attention, DeltaNet, Experts, Layer, describe
-from qingtune.kernels.delta_answer import DeltaCore
+from qingtune.kernels.delta.answer import DeltaCore
 from qingtune.kernels.device import Hardware, give_back_memory, has_int8_units
 from qingtune.kernels.workspace import Workspace
 from qingtune.models.layers import stored_tensors

@@ -25,10 +25,10 @@ from qingtune.kernels.architecture import ALL, Attention, DeltaNet, Experts, Lay
 from qingtune.kernels.attention_block import AttentionBlock
 from qingtune.kernels.blocks import Mixer, Parts, Pass, RotaryTable, TokenBlock
 from qingtune.kernels.buffers import Arithmetic, ModelSizes, buffer_bytes
-from qingtune.kernels.delta_net import DeltaNetBlock
+from qingtune.kernels.delta.block import DeltaNetBlock
 from qingtune.kernels.dropout import new_seed
 from qingtune.kernels.elementwise import Norm
-from qingtune.kernels.experts import ExpertsBlock
+from qingtune.kernels.experts.block import ExpertsBlock
 from qingtune.kernels.footprint import PassTokens
 from qingtune.kernels.layout import Layout, fill_up, lay_out
 from qingtune.kernels.linear import Int8Linear, QuantizedLinear

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qingtune.kernels.expert_modules import MATRICES, QuantizedExperts
+from qingtune.kernels.experts.modules import MATRICES, QuantizedExperts
 from qingtune.kernels.linear import QuantizedLinear
 
 LINEAR = (nn.Linear, Conv1D, QuantizedLinear)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qingtune.kernels.device import give_back_memory
-from qingtune.kernels.expert_modules import MATRICES, QuantizedExperts
+from qingtune.kernels.experts.modules import MATRICES, QuantizedExperts
 from qingtune.kernels.linear import QuantizedLinear, quantized_class
 from qingtune.models.layers import dense_weight, expert_modules, linear_layers, replace_layer, stored_tensors
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from qingtune.answering.decoder.cache import AnswerCache
 from qingtune.kernels.architecture import Attention
-from qingtune.kernels.delta_answer import DeltaCore
+from qingtune.kernels.delta.answer import DeltaCore
 
 Table = tuple[torch.Tensor, torch.Tensor]  # cos and sin of every position, each [context, rotary size / 2]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from qingtune.answering.decoder.joining import Joining
 from qingtune.answering.decoder.packed import Matrix, plus
 from qingtune.kernels.architecture import Attention, Experts
-from qingtune.kernels.delta_answer import DeltaCore
+from qingtune.kernels.delta.answer import DeltaCore
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,

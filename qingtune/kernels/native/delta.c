@@ -150,7 +150,7 @@ INLINE void scores_of_head(const float *products, const float *decay, const floa
         float *d = within + i * n, *of_key = scores + i * n, *of_query = of_key + pairs, *row = solved + i * n;
         const float *key = products + i * n, *query = key + pairs, own = decay[i];
 #pragma omp simd
-        for (int64_t j = 0; j < n; j++) { /* clamped as _factors in delta_rule.py says */
+        for (int64_t j = 0; j < n; j++) { /* clamped as _factors in delta/rule.py says */
             const float gap = own - decay[j], low = gap < -50.0f ? -50.0f : gap;
             d[j] = j <= i ? exponential(low < 0.0f ? low : 0.0f) : 0.0f;
             of_key[j] = j < i ? key[j] * d[j] : 0.0f;

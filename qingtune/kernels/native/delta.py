@@ -56,7 +56,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 class DeltaKernels:
-    """delta.c on tensors for which `delta_kernels` gives it; shapes as in delta_heads.py and delta_net.py.
+    """delta.c on tensors for which `delta_kernels` gives it; shapes as in delta/heads.py and delta/block.py.
 
     Work is shared among PyTorch's threads, and results do not depend on how many.
     """

@@ -19,7 +19,7 @@ from qingtune.adapters.peft_files import load_adapter, read_adapter, save_adapte
 from qingtune.adapters.variants import Variant
 from qingtune.errors import UserError
 from qingtune.files.weights_file import read_header
-from qingtune.kernels.expert_modules import ExpertAdapter, QuantizedExperts
+from qingtune.kernels.experts.modules import ExpertAdapter, QuantizedExperts
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models.base import load_base
 from qingtune.models.quantize import quantize_model

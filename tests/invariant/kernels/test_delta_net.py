@@ -19,8 +19,8 @@ from qingtune.data.batch import collate
 from qingtune.kernels.architecture import DeltaNet
 from qingtune.kernels.blocks import Parts, Pass
 from qingtune.kernels.buffers import Arithmetic, Rows, Tally
-from qingtune.kernels.delta_net import DeltaNetBlock
-from qingtune.kernels.delta_rule import CHUNK
+from qingtune.kernels.delta.block import DeltaNetBlock
+from qingtune.kernels.delta.rule import CHUNK
 from qingtune.kernels.elementwise import Norm
 from qingtune.kernels.layout import Layout, fill_up, lay_out
 from qingtune.kernels.native import delta

@@ -12,8 +12,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from qingtune.kernels.architecture import DeltaNet
-from qingtune.kernels.delta_answer import DeltaCore
-from qingtune.kernels.delta_rule import CHUNK, DeltaRule, chunk, step
+from qingtune.kernels.delta.answer import DeltaCore
+from qingtune.kernels.delta.rule import CHUNK, DeltaRule, chunk, step
 from qingtune.kernels.workspace import Workspace
 
 # Tokens, key heads, value heads a key head, sizes of keys and values, and the largest decay of a token.

@@ -15,8 +15,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qw
 from qingtune.kernels.architecture import Experts
 from qingtune.kernels.blocks import Parts, Pass
 from qingtune.kernels.elementwise import Norm
-from qingtune.kernels.expert_modules import ExpertAdapter, LoRAExperts
-from qingtune.kernels.experts import ExpertsBlock
+from qingtune.kernels.experts.block import ExpertsBlock
+from qingtune.kernels.experts.modules import ExpertAdapter, LoRAExperts
 from qingtune.kernels.projection import Member, Projection
 from qingtune.kernels.workspace import Workspace
 

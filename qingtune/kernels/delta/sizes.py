@@ -1,8 +1,8 @@
-"""Sizes of the buffers that a gated delta net block takes (delta_net.py), as kernels/buffers.py has those of others.
+"""Sizes of the buffers that a gated delta net block takes (block.py), as kernels/buffers.py has those of others.
 
 They are those of PyTorch's operations; where elementwise work is done in C, some are not needed.
 
-Shapes: as in delta_net.py.
+Shapes: as in block.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CHUNK = 64  # tokens that the delta rule takes at a time; why so many is in docs
 
 @dataclass(frozen=True)
 class DeltaNetSizes:
-    """Of delta_net.DeltaNetBlock.
+    """Of block.DeltaNetBlock.
 
     Attributes:
         this: the layer.

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import torch
 
-from qingtune.kernels.delta_sizes import CHUNK
+from qingtune.kernels.delta.sizes import CHUNK
 from qingtune.kernels.native.delta import delta_kernels
 from qingtune.kernels.workspace import Workspace
 

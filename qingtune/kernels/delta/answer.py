@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from qingtune.kernels.architecture import DeltaNet
-from qingtune.kernels.delta_rule import EPSILON, chunk, step
+from qingtune.kernels.delta.rule import EPSILON, chunk, step
 
 
 @dataclass(frozen=True)

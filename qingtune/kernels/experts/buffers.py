@@ -13,7 +13,7 @@ from qingtune.kernels.buffers import GroupSizes, Rows, Tally, Use, product_buffe
 
 @dataclass(frozen=True)
 class StackSizes:
-    """Of expert_matrices.ExpertMatrices.
+    """Of matrices.ExpertMatrices.
 
     Attributes:
         reads: in features of an expert's matrix.

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from qingtune.kernels.architecture import Experts
 from qingtune.kernels.blocks import Parts, Pass
 from qingtune.kernels.elementwise import Norm, swiglu, swiglu_backward
-from qingtune.kernels.expert_buffers import ExpertsSizes
-from qingtune.kernels.expert_matrices import ExpertMatrices, stacks
+from qingtune.kernels.experts.buffers import ExpertsSizes
+from qingtune.kernels.experts.matrices import ExpertMatrices, stacks
 from qingtune.kernels.projection import gradient
 from qingtune.kernels.workspace import Workspace
 

@@ -1,12 +1,12 @@
 """The gated delta net block of a decoder layer (Qwen3.5, Qwen3-Next), forward and backward written out.
 
-    out = x + out_proj(norm(read) * silu(z)),    read: what the gated delta rule (delta_rule.py) gives each token
+    out = x + out_proj(norm(read) * silu(z)),    read: what the gated delta rule (rule.py) gives each token
 
 Kept from forward to backward: what the projections give, what tokens read, and the state at the start of each chunk.
 Samples of a pass go one after the other, a chunk of tokens at a time, so that what is wide stays in the caches; samples
 that share a beginning start from the state after it.
 
-Shapes: T tokens of the layout, N trained ones, D hidden size, H value heads; others as in delta_rule.py.
+Shapes: T tokens of the layout, N trained ones, D hidden size, H value heads; others as in rule.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch.nn.functional as F
 
 from qingtune.kernels.architecture import DeltaNet
 from qingtune.kernels.blocks import Parts, Pass
-from qingtune.kernels.delta_heads import DeltaHeads
-from qingtune.kernels.delta_rule import DeltaRule
-from qingtune.kernels.delta_sizes import CHUNK, DeltaNetSizes
+from qingtune.kernels.delta.heads import DeltaHeads
+from qingtune.kernels.delta.rule import DeltaRule
+from qingtune.kernels.delta.sizes import CHUNK, DeltaNetSizes
 from qingtune.kernels.layout import Layout, Segment
 from qingtune.kernels.native.delta import delta_kernels
 from qingtune.kernels.projection import gradient

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qingtune.kernels.expert_buffers import StackSizes
-from qingtune.kernels.expert_modules import MATRICES, LoRAExperts
+from qingtune.kernels.experts.buffers import StackSizes
+from qingtune.kernels.experts.modules import MATRICES, LoRAExperts
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.kernels.projection import Adapter, Member, Projection, gradient
 from qingtune.kernels.workspace import Workspace

@@ -4,7 +4,7 @@ A causal convolution of each channel over a few tokens, SiLU, and queries and ke
 tokens at a time, so that what is wide stays in the caches.
 
 Shapes: n tokens of a chunk, M channels (queries, then keys, then values), w tokens that the convolution sees; others as
-in delta_rule.py.
+in rule.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from qingtune.kernels.architecture import DeltaNet
-from qingtune.kernels.delta_rule import EPSILON
+from qingtune.kernels.delta.rule import EPSILON
 from qingtune.kernels.native.delta import DeltaKernels, delta_kernels
 from qingtune.kernels.projection import gradient
 from qingtune.kernels.workspace import Workspace

@@ -1,5 +1,5 @@
 """Modules of a mixture's experts other than Transformers': held in 4 or 8 bits, and with adapters. The fast kernels
-look into them (expert_matrices.py); called as Transformers calls its own, they compute an expert at a time."""
+look into them (matrices.py); called as Transformers calls its own, they compute an expert at a time."""
 
 from __future__ import annotations
 

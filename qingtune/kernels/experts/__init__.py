@@ -1,0 +1,1 @@
+"""Mixtures of experts: the block, the experts' matrices and modules, and their sizes."""
