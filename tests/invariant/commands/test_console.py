@@ -225,9 +225,9 @@ def test_a_signal_while_the_result_is_written_waits(
 ) -> None:
     save = train_command.save_adapter
 
-    def interrupted(*arguments: Any) -> None:
+    def interrupted(*arguments: Any, **choices: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        save(*arguments)
+        save(*arguments, **choices)
 
     monkeypatch.setattr(train_command, "save_adapter", interrupted)
     assert main(flags) == 0

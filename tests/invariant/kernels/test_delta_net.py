@@ -62,6 +62,7 @@ class Layer(torch.nn.Module):
             layer_types=["linear_attention"],
         )
         torch.manual_seed(0)
+        self.config = config
         self.input_layernorm = Qwen3RMSNorm(HIDDEN)
         self.linear_attn = Qwen3_5GatedDeltaNet(config, 0)
         lively(self)

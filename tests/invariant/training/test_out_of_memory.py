@@ -85,7 +85,7 @@ def test_smaller_passes_give_the_same_training(
     assert max(tried) > 300
     assert max(tried[len(tried) // 2 :]) <= 150
     assert "Out of memory in a pass of " in capsys.readouterr().err
-    close = 1e-4 if method == "qlora8" else 1e-5  # which values int8 rounds up depends on the last bit
+    close = 3e-4 if method == "qlora8" else 1e-5  # which values int8 rounds up depends on the last bit
     assert losses(tmp_path / "limited") == pytest.approx(losses(tmp_path / "whole"), rel=close)
     evaluated = [
         [line["eval_loss"] for line in metrics(tmp_path / name) if "eval_loss" in line] for name in ("limited", "whole")
