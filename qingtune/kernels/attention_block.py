@@ -183,7 +183,7 @@ class AttentionBlock:
         )
 
     def _gate_backward(self, slot: str, grad: torch.Tensor, attended: torch.Tensor) -> None:
-        """Turn the gradient of what is gated into that of what was attended; that of the gates is put beside what will
+        """Turn the gradient of what is gated into that of what was attended; that of the gates goes next to what will
         be the queries'."""
         sigmoid = self._sigmoid(slot, len(grad))
         gates = torch.mul(grad, attended, out=self._take("attention.gated", *grad.shape)).mul_(sigmoid)

@@ -53,7 +53,7 @@ class AnswerShape:
 
     @property
     def states(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of one sequence's states in one delta net; empty ones where there is none."""
+        """Shapes of one sequence's states in one delta net; empty for a model without one."""
         net = self.delta
         if net is None:
             return (0,), (0,)

@@ -219,8 +219,8 @@ class DeltaRule:
 def _factors(exponents: torch.Tensor) -> torch.Tensor:
     """Their exponentials in their place, those above 0 (of pairs that do not count) as if they were 0.
 
-    None is smaller than exp(-50) = 2e-22, which is nothing beside 1; with numbers too small for fp32's full precision,
-    products and exponentials take several times as long.
+    None is smaller than exp(-50) = 2e-22, which is nothing compared with 1; with numbers too small for fp32's full
+    precision, products and exponentials take several times as long.
     """
     return exponents.clamp_(-50, 0).exp_()
 

@@ -45,7 +45,7 @@ class Stack:
 
     @property
     def rank(self) -> int:
-        """Of an expert's adapter, 0 where there is none."""
+        """Of an expert's adapter; 0 without one."""
         return self.adapter.a.shape[1] if self.adapter else 0
 
 
