@@ -9,7 +9,7 @@ help:
 	@echo "make test   install what tests need, check and test everything"
 	@echo "make check  format, lint, types, import order, generated docs"
 	@echo "make docs   write the generated docs anew"
-	@echo "make bench  train beside TRL, LLaMA-Factory and ms-swift: about an hour, several GB of environments"
+	@echo "make bench  train beside TRL, LLaMA-Factory and ms-swift: three hours, several GB of environments"
 	@echo "make bench-inference  answer beside Transformers and llama.cpp: half an hour"
 	@echo "make faults break things for real and write docs/faults.md: half an hour"
 	@echo "make attacks attack the commands with strangers' files and settings: ten minutes"
@@ -53,6 +53,7 @@ docs: .venv/dev
 
 bench: .venv/stable
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/train.py --shape qwen3.5-0.8b gemma-3-1b olmo-2-1b --systems LoRA TRL LLaMA-Factory ms-swift
 
 bench-inference: .venv/stable
 	$(BIN)/python benchmarks/inference.py

@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lesser_cpu import environment_without
 from peers.environments import make_environment
 from roofline import work_of
 from workload import DATA, cache_folder, model_folder
@@ -63,7 +64,7 @@ ALL = [*OURS, *TRANSFORMERS, *LLAMA_CPP]
 
 def main() -> None:
     arguments = _arguments()
-    os.environ |= {**_lesser(arguments.without), "OMP_NUM_THREADS": str(arguments.threads)}
+    os.environ |= {**environment_without(arguments.without), "OMP_NUM_THREADS": str(arguments.threads)}
     if arguments.one:
         print(json.dumps(measure(arguments.one, Path(arguments.model))))
         return
@@ -112,16 +113,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", help="where all runs are written as JSON")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def _lesser(without: str) -> dict[str, str]:
-    """The environment in which flags of the CPU are left unused; to be set before torch is imported."""
-    if not without:
-        return {}
-    flags, chosen = set(without.split(",")), {"QINGTUNE_CPU_WITHOUT": without}
-    if "avx512f" in flags:
-        return {**chosen, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    return {**chosen, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE" if "avx512_vnni" in flags else "AVX512_CORE_VNNI"}
 
 
 def _cmake() -> str:

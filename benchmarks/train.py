@@ -1,12 +1,13 @@
 """Training speed and memory, ours and the peers', side by side in one run.
 
-python benchmarks/train.py [--shape NAME | --model FOLDER] [--systems NAME ...] [--repeats 3] [--output FILE.json]
+python benchmarks/train.py [--shape NAME ... | --model FOLDER] [--systems NAME ...] [--repeats 3]
+    [--without avx512_bf16,amx_bf16] [--output FILE.json]
 
 Every system trains LoRA r = 64 on all linear layers (or QLoRA, or all weights) on the same samples in the same order,
 8 a step, in a process of its own; systems take turns, so that a machine that slows down slows all of them. The first
 step of a process warms up and is not timed. All compute in bf16, or in fp32 on a CPU without units for bf16. Shares
 are of what the machine's matrix products in that dtype, timed next to each run, would allow (roofline.py). Tokens
-count once even where a beginning that samples share is computed once.
+count once even where a beginning that samples share is computed once. --without stands in for a CPU with fewer units.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lesser_cpu import environment_without
 from peers.environments import make_environment
 from roofline import flops_per_token, work_of
 from workload import (
@@ -78,13 +80,18 @@ class Run:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="qingtune-bench-") as scratch:
-        compare(_arguments(), Path(scratch))
+    arguments = _arguments()
+    os.environ |= environment_without(arguments.without)
+    for shape in [DEFAULT_SHAPE] if arguments.model else arguments.shape:
+        model = model_folder(arguments.model, shape)
+        print(f"\n{arguments.model or shape}:", flush=True)
+        with tempfile.TemporaryDirectory(prefix="qingtune-bench-") as scratch:
+            compare(model, arguments, Path(scratch))
 
 
-def compare(arguments: argparse.Namespace, scratch: Path) -> None:
-    """Run all systems in turn and print the table."""
-    model, dtype = model_folder(arguments.model, arguments.shape), "bf16" if cpu_has_bf16() else "fp32"
+def compare(model: Path, arguments: argparse.Namespace, scratch: Path) -> None:
+    """Run all systems in turn on a model and print the table."""
+    dtype = "bf16" if cpu_has_bf16() else "fp32"
     most = max(arguments.steps, arguments.peer_steps)
     facts = write_rows(model, scratch / "rows.jsonl", most * SAMPLES_PER_STEP, SAMPLES_PER_STEP)
     pythons = {
@@ -118,18 +125,26 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
                 f"products at {rate / 1e9:.0f} GFLOP/s ({time.perf_counter() - began:.0f} s)"
             )
             if arguments.output:
-                _write(Path(arguments.output), runs, facts)
-    print(table(runs, work_of(model, RANK), facts))
+                _write(Path(arguments.output), model, runs, facts)
+    print(table(runs, work_of(model, RANK), facts), flush=True)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a Transformers folder; default: random weights of --shape")
-    parser.add_argument("--shape", default=DEFAULT_SHAPE, choices=list(SHAPES), help="a model's published shape")
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        default=[DEFAULT_SHAPE],
+        choices=list(SHAPES),
+        help="models' published shapes",
+        metavar="NAME",
+    )
     parser.add_argument("--systems", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS], metavar="NAME")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="steps of our runs, the first one not timed")
     parser.add_argument("--peer_steps", type=int, default=2, help="the same of the peers' runs")
+    parser.add_argument("--without", default="", help="flags of /proc/cpuinfo, separated by commas, to leave unused")
     parser.add_argument("--output", help="where all runs are written as JSON")
     return parser.parse_args()
 
@@ -247,8 +262,10 @@ def _machine() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def _write(path: Path, runs: list[Run], facts: dict[str, float]) -> None:
-    content = {"machine": _machine(), "facts": facts, "runs": [asdict(run) for run in runs]}
+def _write(path: Path, model: Path, runs: list[Run], facts: dict[str, float]) -> None:
+    """Keep what was seen of a model in the file, next to the other models'."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    content[model.name] = {"machine": _machine(), "facts": facts, "runs": [asdict(run) for run in runs]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
