@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,10 +196,18 @@ def _validate(
         else:
             message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
             shown = shorten(json.dumps(values[name], ensure_ascii=False))
-            problems.append(UserError(f'"{name}" is {shown}: {message[0].lower()}{message[1:]}', where=origin[name]))
+            what = f'"{name}" is {shown}: {message[0].lower()}{message[1:]}'
+            problems.append(UserError(what, where=origin[name], fix=_choice_meant(fault)))
     if any(name in fields and fields[name].is_required() for name in faults):
         return None, set(faults)
     return schema.model_validate({k: v for k, v in values.items() if k not in faults}), set(faults)
+
+
+def _choice_meant(fault: Mapping[str, Any]) -> str | None:
+    """Of a value that is none of a setting's choices, the choice that may be meant."""
+    if fault["type"] != "literal_error" or not isinstance(fault["input"], str):
+        return None
+    return did_you_mean(fault["input"], re.findall(r"'([^']*)'", fault["ctx"]["expected"])) or None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qingtune.config.commands import MergeConfig
+from qingtune.config.commands import ExportConfig, MergeConfig
 from qingtune.config.load import check_flags, load_train_config
 from qingtune.errors import UserError
 
@@ -62,6 +62,17 @@ def test_all_problems_come_at_once_each_with_its_place(file: Path) -> None:
 )
 def test_nearest_name_is_proposed(file: Path, typed: str, meant: str) -> None:
     assert problems(file, {**DATA, typed: 1}) == [f'{file}: "{typed}" is not a setting. Did you mean "{meant}"?']
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("q4_k_x", "q4_k_s"), ("q8", "q8_0"), ("Q5_KM", "q5_k_m")])
+def test_of_choices_the_nearest_is_proposed(typed: str, meant: str) -> None:
+    with pytest.raises(UserError, match=rf'"quantize" is .*should be .*Did you mean "{meant}"\?$'):
+        check_flags(ExportConfig, {"output_dir": "out", "quantize": f"f16,{typed}"})
+
+
+def test_a_choice_like_no_other_is_not_guessed_at() -> None:
+    with pytest.raises(UserError, match=r"should be .*'q3_k_m'$"):
+        check_flags(ExportConfig, {"output_dir": "out", "quantize": "xyzzy"})
 
 
 def test_a_name_like_no_other_is_not_guessed_at(file: Path) -> None:
