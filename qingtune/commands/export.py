@@ -103,17 +103,16 @@ def export(config: ExportConfig) -> None:
     parts_head = adapter is not None and adapter.parts_head
     head = {HEAD: weights.shapes[EMBEDDING]} if parts_head and HEAD not in weights.shapes else {}
     layout = layout_of(base, weights.shapes | head, untie=parts_head)
-    if adapter and config.format == "gguf":
-        _check_names(adapter, layout)
+    if weights.adapter and config.format == "gguf":
+        _check_names(weights.adapter, layout)
     with (
         disk_errors("the export", output_dir, "Free disk space, or choose another output_dir."),
         place.staging() as half_done,
     ):
         origin = Origin(shown_name(_base_name(config, record)), fingerprint(base), base, adapter_folder, record)
         if config.format == "gguf_lora":
-            assert adapter is not None
             model = _base_name(config, record)
-            parts = _export_lora(half_done, name, layout, adapter, weights, quantize, origin, model)
+            parts = _export_lora(half_done, name, layout, weights, quantize, origin, model)
         else:
             speech = _speech(config, base, record, layout)
             parts = _export_model(half_done, name, layout, speech, weights, quantize, origin)
@@ -174,14 +173,14 @@ def _export_lora(
     folder: Path,
     name: str,
     base_layout: GGUFLayout,
-    adapter: StoredAdapter,
     weights: MergedWeights,
     quantize: Sequence[str],
     origin: Origin,
     base_model: str,
 ) -> Exported:
     """Write an adapter's files and a card; `base_model` is what the base is called on this machine."""
-    layout, tensors = lora_layout(adapter, base_layout, weights.unchanged)
+    assert weights.adapter is not None
+    layout, tensors = lora_layout(weights.adapter, base_layout, weights.unchanged)
     files = _write_files(
         folder / name, layout, {"general.name": name, **layout.metadata}, quantize, tensors.__getitem__
     )
@@ -283,7 +282,8 @@ def _speech(config: ExportConfig, base: Path, record: Record | None, layout: GGU
     add_bos = bos is not None and probe[0] == bos
     if plain and probe[add_bos:] != encode(tokenizer, "a"):
         raise UserError("the tokenizer adds tokens around a text that llama.cpp cannot add", where=str(base))
-    of_model = read_model_config(base).get("bos_token_id")
+    content = read_model_config(base)
+    of_model = content.get("bos_token_id", (content.get("text_config") or {}).get("bos_token_id"))
     if bos is None and isinstance(of_model, int):
         bos = of_model
     others = sorted(number for number in template.stop_ids - {template.end_of_turn} if number < layout.embeddings)

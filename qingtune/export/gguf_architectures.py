@@ -7,7 +7,7 @@ The facts are those of llama.cpp's loaders (src/models/*.cpp), and of gguf's tab
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gguf.constants import MODEL_ARCH, MODEL_TENSOR, MODEL_TENSORS, TENSOR_NAMES
@@ -15,6 +15,7 @@ from gguf.constants import MODEL_ARCH, MODEL_TENSOR, MODEL_TENSORS, TENSOR_NAMES
 Value = str | bool | int | float | list[str] | list[int] | list[float]
 
 _QKV = frozenset({"attn_q.bias", "attn_k.bias", "attn_v.bias"})
+_WINDOWED = ("mistral", "ministral", "ministral3", "phi3")
 _GEMMA_27B_LAYERS = 62  # by which llama.cpp knows the one Gemma 3 whose scores are scaled by hidden_size / heads
 
 
@@ -28,6 +29,8 @@ class Architecture:
         activation: of the MLP.
         interleaved: whether it turns neighbouring rows of a head against each other, where Transformers turns halves.
         offset_norms: whether the model multiplies by 1 + w in its norms, of which the file holds the sum.
+        partial_rotary: whether it can turn a part of each head only.
+        reads_yarn: whether it reads all settings of YaRN; the others have fixed ones but for the factors.
         absent: tensors of a layer in gguf's table that these models do not have.
         settings: further settings, without the architecture's name in front.
         problem: what llama.cpp would pass over, computing something else; None if nothing.
@@ -38,6 +41,8 @@ class Architecture:
     activation: str = "silu"
     interleaved: bool = False
     offset_norms: bool = False
+    partial_rotary: bool = False
+    reads_yarn: bool = False
     absent: frozenset[MODEL_TENSOR] = frozenset()
     settings: Callable[[Any], Mapping[str, Value]] = lambda _: {}
     problem: Callable[[Any], str | None] = lambda _: None
@@ -81,9 +86,11 @@ def head_dim_of(config: Any) -> int:
 
 
 def window_of(config: Any) -> int | None:
-    """How many tokens every layer sees, where that is fewer than the model reads."""
+    """How many tokens a layer sees, where that is fewer than the model reads and llama.cpp has no windows for it."""
     window = getattr(config, "sliding_window", None)
-    if config.model_type not in ("mistral", "phi3") or not window or window >= config.max_position_embeddings:
+    if config.model_type == "ministral" and "sliding_attention" not in config.layer_types:
+        window = None
+    if config.model_type not in _WINDOWED or not window or window >= config.max_position_embeddings:
         return None
     return int(window)
 
@@ -170,6 +177,20 @@ def _qwen35_settings(config: Any) -> dict[str, Value]:
     }
 
 
+def _qwen35_moe_settings(config: Any) -> dict[str, Value]:
+    shared = int(config.shared_expert_intermediate_size)
+    return {**_qwen35_settings(config), **_experts(config), "expert_shared_feed_forward_length": shared}
+
+
+def _ministral3_settings(config: Any) -> dict[str, Value]:
+    """How queries grow with the position: by 1 + beta ln(1 + floor(position / original context length))."""
+    rope = config.rope_parameters
+    if not (beta := float(rope["llama_4_scaling_beta"])):
+        return {}
+    original = int(rope["original_max_position_embeddings"])
+    return {"rope.scaling.original_context_length": original, "attention.temperature_scale": beta}
+
+
 def _qwen35_problem(config: Any) -> str | None:
     if config.linear_key_head_dim != config.linear_value_head_dim:
         return "keys and values of its linear attention differ in size"
@@ -185,14 +206,25 @@ _LLAMA = Architecture(
     absent=_EXPERTS,
     problem=_no_windows,
 )
+_QWEN35 = Architecture(
+    "qwen35", offset_norms=True, partial_rotary=True, settings=_qwen35_settings, problem=_qwen35_problem
+)
 # By model_type of Transformers.
 ARCHITECTURES = {
     "qwen2": Architecture("qwen2", _QKV, absent=_EXPERTS, problem=_qwen2_problem),
     "qwen3": Architecture("qwen3", _QKV, absent=_EXPERTS, problem=_no_windows),
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "ministral": replace(_LLAMA, problem=lambda _: None),
+    "ministral3": Architecture(
+        "mistral3", interleaved=True, reads_yarn=True, absent=_EXPERTS, settings=_ministral3_settings
+    ),
     "qwen3_moe": Architecture("qwen3moe", settings=_experts, problem=_qwen3_moe_problem),
-    "phi3": Architecture("phi3", absent=frozenset({MODEL_TENSOR.ATTN_Q, MODEL_TENSOR.ATTN_K, MODEL_TENSOR.ATTN_V})),
+    "phi3": Architecture(
+        "phi3",
+        partial_rotary=True,
+        absent=frozenset({MODEL_TENSOR.ATTN_Q, MODEL_TENSOR.ATTN_K, MODEL_TENSOR.ATTN_V}),
+    ),
     "gemma3_text": Architecture(
         "gemma3",
         activation="gelu_pytorch_tanh",
@@ -200,5 +232,8 @@ ARCHITECTURES = {
         settings=_gemma3_settings,
         problem=_gemma3_problem,
     ),
-    "qwen3_5_text": Architecture("qwen35", offset_norms=True, settings=_qwen35_settings, problem=_qwen35_problem),
+    "qwen3_5_text": _QWEN35,
+    "qwen3_5_moe_text": replace(
+        _QWEN35, name="qwen35moe", absent=frozenset({MODEL_TENSOR.FFN_GATE_UP_EXP}), settings=_qwen35_moe_settings
+    ),
 }

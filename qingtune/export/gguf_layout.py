@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ from gguf.tensor_mapping import get_tensor_name_map
 
 from qingtune.errors import UserError
 from qingtune.export.gguf_architectures import ARCHITECTURES, Architecture, Value, head_dim_of, window_of
-from qingtune.models.config_file import read_model_config
+from qingtune.export.gguf_rope import SCALINGS, Rope, RopeNotExpressible, rope_in_gguf, rope_of
 from qingtune.models.load import config_of
+from qingtune.models.stored_weights import PARTS_OF_EXPERTS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,8 +25,23 @@ if TYPE_CHECKING:
 Read = Callable[[str], torch.Tensor]  # gives a tensor of the model by its name in the folder, in any float dtype
 
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<part>\w+\.weight)")
-_TEXT_OF = {"qwen3_5": "qwen3_5_text"}  # models that see, of which the part that reads and writes is exported
-_NOT_TEXT = {"model.visual.": "the vision tower", "mtp.": "the layers that predict several tokens (mtp)"}
+_EXPERTS = re.compile(rf"(?P<experts>.+\.experts)\.(?P<matrix>{'|'.join(PARTS_OF_EXPERTS)})")
+# Multimodal models, of which the text part is exported.
+_MULTIMODAL = ("qwen3_5", "qwen3_5_moe", "gemma3")
+_VISION = "the vision tower"
+_NOT_TEXT = {
+    **dict.fromkeys(
+        (
+            "model.visual.",
+            "model.vision_tower.",
+            "vision_tower.",
+            "model.multi_modal_projector.",
+            "multi_modal_projector.",
+        ),
+        _VISION,
+    ),
+    "mtp.": "the layers that predict several tokens (mtp)",
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,7 @@ class PlacedTensor:
         columns: theirs.
         change: of its numbers.
         stacked: all sources, where the file holds several as one.
+        part: which of how many equal parts of each source's rows it is.
     """
 
     name: str
@@ -68,6 +85,7 @@ class PlacedTensor:
     columns: Order | None = None
     change: Callable[[torch.Tensor], torch.Tensor] | None = None
     stacked: tuple[str, ...] = ()
+    part: tuple[int, int] = (0, 1)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -83,6 +101,9 @@ class PlacedTensor:
 
     def arrange(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the folder as it lies in the file."""
+        number, parts = self.part
+        if parts > 1:
+            tensor = tensor.chunk(parts, -2)[number]
         if self.change:
             tensor = self.change(tensor.float())
         if self.rows:
@@ -122,21 +143,19 @@ def layout_of(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, untie: boo
     Raises:
         UserError: the architecture, or something about this model, cannot be expressed.
     """
-    of_whole = read_model_config(folder)["model_type"]
-    of_text = _TEXT_OF.get(of_whole, of_whole)
-    if of_text not in ARCHITECTURES:
-        fix = f"{', '.join([*ARCHITECTURES, *_TEXT_OF])} can."
-        raise UserError(f'the architecture "{of_whole}" cannot be exported', where=str(folder), fix=fix)
-    architecture, config = ARCHITECTURES[of_text], _config(folder)
-    if problem := _inexpressible(config, architecture):
-        raise UserError(f"llama.cpp's {architecture.name} cannot represent this model: {problem}", where=str(folder))
-    kind, head_dim, window = architecture.name, head_dim_of(config), window_of(config)
-    rope = _rope_of(config)
+    whole: Any = config_of(folder)
+    config = _text_config(whole)
+    if config.model_type not in ARCHITECTURES or (config is not whole and whole.model_type not in _MULTIMODAL):
+        fix = f"{', '.join([*ARCHITECTURES, *_MULTIMODAL])} can."
+        raise UserError(f'the architecture "{whole.model_type}" cannot be exported', where=str(folder), fix=fix)
+    architecture = ARCHITECTURES[config.model_type]
+    scaling = _rope_scaling(config, architecture, folder)
+    kind, head_dim, window, rope = architecture.name, head_dim_of(config), window_of(config), rope_of(config)
     settings: dict[str, Value] = {
         "block_count": config.num_hidden_layers,
         "context_length": window or config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
+        **({"feed_forward_length": config.intermediate_size} if hasattr(config, "intermediate_size") else {}),
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": head_dim,
@@ -145,30 +164,34 @@ def layout_of(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, untie: boo
         "vocab_size": config.vocab_size,
         "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0)),
         "rope.freq_base": float(rope["rope_theta"]),
+        **scaling.settings,
         **architecture.settings(config),
     }
     metadata = {f"{kind}.{name}": value for name, value in settings.items()}
-    constants: dict[str, NDArray[np.float32]] = {}
-    _add_rope_scaling(config, kind, folder, metadata, constants)
     config.tie_word_embeddings = config.tie_word_embeddings and not untie
     tensors, limits = _place(config, architecture, folder, shapes)
     if window:
         limits.append(f"llama.cpp has no sliding window for {kind}: the file says that it reads {window:,} tokens.")
     embeddings = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
-    return GGUFLayout(kind, metadata, tensors, embeddings, constants, limits)
+    return GGUFLayout(kind, metadata, tensors, embeddings, scaling.constants, limits + scaling.limits)
 
 
-def _config(folder: Path) -> Any:
-    """The configuration of the part that reads and writes, which may be tied though only the whole says so."""
-    whole: Any = config_of(folder)
+def _text_config(whole: Any) -> Any:
+    """The configuration of the text part, which may be tied though only the whole says so."""
     config = whole.get_text_config(decoder=True)
-    config.tie_word_embeddings = whole.tie_word_embeddings
+    config.tie_word_embeddings = getattr(whole, "tie_word_embeddings", False)
     return config
 
 
-def _rope_of(config: Any) -> Mapping[str, Any]:
-    """How positions turn heads: where that differs by layers, in those with full attention."""
-    return config.rope_parameters.get("full_attention", config.rope_parameters)
+def _rope_scaling(config: Any, architecture: Architecture, folder: Path) -> Rope:
+    """The scaling of positions; a UserError for what llama.cpp would pass over, there or elsewhere."""
+    what = f"llama.cpp's {architecture.name} cannot represent this model"
+    if problem := _inexpressible(config, architecture):
+        raise UserError(f"{what}: {problem}", where=str(folder))
+    try:
+        return rope_in_gguf(config, architecture)
+    except RopeNotExpressible as reason:
+        raise UserError(f"{what}: {reason}", where=str(folder / "config.json"), fix=SCALINGS) from None
 
 
 def _inexpressible(config: Any, architecture: Architecture) -> str | None:
@@ -178,7 +201,7 @@ def _inexpressible(config: Any, architecture: Architecture) -> str | None:
         return f"hidden_act is {activation}"
     if problem := architecture.problem(config):
         return problem
-    if architecture.name not in ("phi3", "qwen35") and _rope_of(config).get("partial_rotary_factor", 1.0) != 1.0:
+    if not architecture.partial_rotary and rope_of(config).get("partial_rotary_factor", 1.0) != 1.0:
         return "RoPE covers only a part of each head (partial_rotary_factor)"
     return None
 
@@ -200,20 +223,20 @@ def _place(
     known = {*wanted, "output.weight", *(f"blk.{layer}.{bias}" for layer in layers for bias in architecture.biases)}
     placed: dict[str, PlacedTensor] = {}
     left_out: set[str] = set()
-    for source, (sources, shape) in _stacked(shapes).items():
+    for found in _of_file(shapes):
+        source = found.source
         if source == "lm_head.weight" and tied:
             continue  # llama.cpp takes the embedding where there is no head
         if source.endswith("rotary_emb.inv_freq"):
             continue  # old folders hold this; it follows from the settings
-        if kind == "qwen35" and (part := next(filter(source.startswith, _NOT_TEXT), None)):
+        if part := next(filter(source.startswith, _NOT_TEXT), None):
             left_out.add(_NOT_TEXT[part])
             continue
-        plain = source.replace("model.language_model.", "model.", 1) if kind == "qwen35" else source
-        name = names.get_name(plain.replace(".dt_bias", ".dt_proj.bias"), (".weight", ".bias")) or ""
+        name = names.get_name(found.name.replace(".dt_bias", ".dt_proj.bias"), (".weight", ".bias")) or ""
         # gguf's map also has the names of other libraries, which may arrange tensors in another way.
         if not source.startswith(("model.", "lm_head.")) or name not in known or name in placed:
             raise UserError(f"{source} has no place in llama.cpp's {kind}", where=str(folder))
-        placed[name] = _arranged(PlacedTensor(name, sources[0], shape), config, architecture, sources)
+        placed[name] = _arranged(replace(found, name=name), config, architecture)
     if missing := [name for name in wanted if name not in placed]:
         raise UserError(
             f"{len(missing)} weights are missing, for example {missing[0]}", where=str(folder), fix="Download it again."
@@ -222,26 +245,32 @@ def _place(
     return sorted(placed.values(), key=lambda tensor: _order(tensor.name)), limits
 
 
-def _stacked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Sources and shape of each tensor, those of a layer's experts together; a UserError if these differ in shape."""
+def _of_file(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[PlacedTensor]:
+    """What a file holds as one tensor, by the names that gguf's map takes.
+
+    A file has the matrices of a layer's experts together, gates and ups apart; a model, one by one or gates and ups
+    together. A UserError if experts are missing, or differ in shape.
+    """
     found: dict[str, dict[int, str]] = {}
-    for source in shapes:
-        expert = _EXPERT.fullmatch(source)
-        name = f"{expert['experts']}.{expert['part']}" if expert else source
-        found.setdefault(name, {})[int(expert["number"]) if expert else 0] = source
-    stacked: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
+    for source, shape in shapes.items():
+        if matrix := _EXPERTS.fullmatch(source):
+            parts = PARTS_OF_EXPERTS[matrix["matrix"]]
+            count, rows, columns = shape
+            for number, part in enumerate(parts):
+                name, size = f"{matrix['experts']}.{part}.weight", (count, rows // len(parts), columns)
+                yield PlacedTensor(name, source, size, part=(number, len(parts)))
+        elif expert := _EXPERT.fullmatch(source):
+            found.setdefault(f"{expert['experts']}.{expert['part']}", {})[int(expert["number"])] = source
+        else:
+            yield PlacedTensor(source, source, shape)
     for name, sources in found.items():
-        first = next(iter(sources.values()))
-        if name == first:
-            stacked[name] = (name,), shapes[name]
-            continue
         if sorted(sources) != list(range(len(sources))) or len({shapes[source] for source in sources.values()}) != 1:
             raise UserError(f"some experts of {name} are missing, or differ in shape", fix="Download the model again.")
-        stacked[name] = tuple(sources[n] for n in range(len(sources))), (len(sources), *shapes[first])
-    return stacked
+        stacked = tuple(sources[number] for number in range(len(sources)))
+        yield PlacedTensor(name, stacked[0], (len(stacked), *shapes[stacked[0]]), stacked=stacked)
 
 
-def _arranged(tensor: PlacedTensor, config: Any, architecture: Architecture, sources: tuple[str, ...]) -> PlacedTensor:
+def _arranged(tensor: PlacedTensor, config: Any, architecture: Architecture) -> PlacedTensor:
     """A tensor with the order of its rows and columns, and the change of its numbers."""
     part, shape = tensor.name.rpartition(".")[0].rpartition(".")[2], tensor.shape
     rows = columns = change = None
@@ -250,14 +279,15 @@ def _arranged(tensor: PlacedTensor, config: Any, architecture: Architecture, sou
         rows = interleaved(heads, shape[0])
     if architecture.offset_norms and tensor.name.endswith("norm.weight") and part != "ssm_norm":
         change = _plus_one
-    if architecture.name == "qwen35" and "linear_attn" in tensor.source:
+    if "linear_attn" in tensor.source:
         rows, columns = _orders_of_linear_attention(tensor, config)
         if tensor.name.endswith("ssm_a"):
             change = _negative_exp
         if part == "ssm_conv1d":
             shape, change = (shape[0], shape[-1]), _without_middle
-    stacked = sources if len(shape) == 3 else ()
-    return PlacedTensor(tensor.name, tensor.source, shape, rows, columns, change, stacked)
+    if part == "ffn_gate_inp_shexp":
+        shape, change = shape[1:], _only_row
+    return replace(tensor, shape=shape, rows=rows, columns=columns, change=change)
 
 
 def _plus_one(tensor: torch.Tensor) -> torch.Tensor:
@@ -271,6 +301,11 @@ def _negative_exp(tensor: torch.Tensor) -> torch.Tensor:
 def _without_middle(tensor: torch.Tensor) -> torch.Tensor:
     """A convolution of each channel alone, [channels, 1, width], as [channels, width]."""
     return tensor.squeeze(1)
+
+
+def _only_row(tensor: torch.Tensor) -> torch.Tensor:
+    """A matrix of one row as a vector."""
+    return tensor[0]
 
 
 def _orders_of_linear_attention(tensor: PlacedTensor, config: Any) -> tuple[Order | None, Order | None]:
@@ -296,57 +331,3 @@ def _order(name: str) -> tuple[int, int, str]:
     """Embedding, head, layers by number, as llama.cpp's own files have them."""
     parts = name.split(".")
     return (1, int(parts[1]), name) if parts[0] == "blk" else (0 if parts[0] == "token_embd" else 2, 0, name)
-
-
-# --- Rotary positions ------------------------------------------------------------------------------------------------
-
-
-def _add_rope_scaling(
-    config: Any, kind: str, folder: Path, metadata: dict[str, Value], constants: dict[str, NDArray[np.float32]]
-) -> None:
-    """Add what stretches the positions beyond those of pretraining; a UserError if llama.cpp cannot here."""
-    rope = _rope_of(config)
-    scaling = rope.get("rope_type", "default")
-    unlike = _unlike_llama_cpp(rope) if scaling == "yarn" else []
-    if scaling in ("linear", "yarn") and not unlike:
-        metadata |= {f"{kind}.rope.scaling.type": scaling, f"{kind}.rope.scaling.factor": float(rope["factor"])}
-        if scaling == "yarn":
-            original = int(rope["original_max_position_embeddings"])
-            metadata[f"{kind}.rope.scaling.original_context_length"] = original
-    elif scaling == "llama3" and kind == "llama":
-        constants["rope_freqs.weight"] = _llama3_factors(config)
-    elif scaling != "default":
-        detail = f" with {', '.join(unlike)}" if unlike else ""
-        raise UserError(
-            f"llama.cpp's {kind} cannot represent this model: its rope_type {scaling}{detail}",
-            where=str(folder / "config.json"),
-            fix="default, linear, yarn and, for llama, llama3 can be exported.",
-        )
-
-
-def _unlike_llama_cpp(rope: Mapping[str, Any]) -> Sequence[str]:
-    """Settings of YaRN (Peng et al. 2023, https://arxiv.org/abs/2309.00071) that are not llama.cpp's fixed ones."""
-    factor = float(rope["factor"])
-    usual = {
-        "attention_factor": 0.1 * math.log(factor) + 1 if factor > 1 else 1.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": True,
-        "mscale": None,
-        "mscale_all_dim": None,
-    }
-    return [
-        f"{name} {rope[name]}"
-        for name, value in usual.items()
-        if rope.get(name) is not None and (value is None or not math.isclose(rope[name], value, rel_tol=1e-6))
-    ]
-
-
-def _llama3_factors(config: Any) -> NDArray[np.float32]:
-    """By what llama.cpp divides each of a head's frequencies, fp32 [head_dim / 2]."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    dim = head_dim_of(config)
-    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    return (plain / scaled.double()).float().numpy()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -27,62 +28,100 @@ def lora_layout(
     """How an adapter lies in GGUF, and its tensors by the names that the layout has as sources.
 
     Args:
-        adapter: of a base with this layout.
+        adapter: of a base with this layout, as `StoredAdapter.for_base` gives it.
         layout: the base's.
         unchanged: gives a tensor of the base, for adapters that began as a part of its weights (PiSSA, OLoRA).
 
     Raises:
         UserError: GGUF has no such adapters.
     """
-    lows = _check(adapter, layout)
-    places = {tensor.source: tensor for tensor in layout.tensors}
-    pairs = {
-        places[name]: low.on_unchanged_base(unchanged(name), name) if low.start else low for name, low in lows.items()
-    }
-    alpha = Counter(_alpha(low) for low in pairs.values()).most_common(1)[0][0]
+    _check(adapter, layout)
+    pairs: dict[str, Pair] = {}
+    for place in layout.tensors:
+        if pair := _pair(adapter, place, unchanged):
+            pairs[place.name] = pair
+    alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0]
     tensors: dict[str, torch.Tensor] = {}
-    for place, low in sorted(pairs.items(), key=lambda pair: layout.tensors.index(pair[0])):
-        b = low.b * (_alpha(low) / alpha)  # by ranks and alphas of its own, this pair has another scaling
-        a = low.a[:, place.columns.index()] if place.columns else low.a
-        b = b[place.rows.index()] if place.rows else b
-        tensors |= {f"{place.name}.lora_a": a, f"{place.name}.lora_b": b}
+    for name, pair in pairs.items():
+        b = pair.b * (pair.alpha / alpha)  # by ranks and alphas of its own, this pair has another scaling
+        tensors |= {f"{name}.lora_a": pair.a, f"{name}.lora_b": b}
     metadata: dict[str, Value] = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha}
     placed = [PlacedTensor(name, name, tuple(tensor.shape)) for name, tensor in tensors.items()]
     return GGUFLayout(layout.architecture, metadata, placed, 0), tensors
 
 
-def _alpha(low: LowRank) -> float:
-    """What llama.cpp divides by the rank to get this scaling."""
-    return float(f"{low.scaling * len(low.a):.12g}")
+@dataclass(frozen=True)
+class Pair:
+    """What a file holds of the change of one of its tensors.
+
+    Attributes:
+        a: fp32 [r, in]; of experts [E, r, in].
+        b: fp32 [out, r]; of experts [E, out, r].
+        scaling: of their products.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+    @property
+    def alpha(self) -> float:
+        """What llama.cpp divides by the rank to get this scaling."""
+        return float(f"{self.scaling * self.a.shape[-2]:.12g}")
 
 
-def _check(adapter: StoredAdapter, layout: GGUFLayout) -> dict[str, LowRank]:
-    """Refuse what is not the sum of a weight and B A; returns the adapter's changes by the weights' names."""
+def _pair(adapter: StoredAdapter, place: PlacedTensor, unchanged: Callable[[str], torch.Tensor]) -> Pair | None:
+    """The change of a tensor of the base; None if the adapter leaves it alone."""
+    found = [(source, adapter.layers[source]) for source in place.sources if source in adapter.layers]
+    if not found:
+        return None
+    lows = [low.on_unchanged_base(unchanged(name), name) if isinstance(low, LowRank) else low for name, low in found]
+    a, b = [low.a for low in lows], [low.b for low in lows]
+    if place.stacked:
+        return Pair(torch.stack(a), torch.stack(b), lows[0].scaling)
+    number, parts = place.part
+    rows = b[0].chunk(parts, -2)[number]
+    return Pair(
+        a[0][:, place.columns.index()] if place.columns else a[0],
+        rows[place.rows.index()] if place.rows else rows,
+        lows[0].scaling,
+    )
+
+
+def _check(adapter: StoredAdapter, layout: GGUFLayout) -> None:
+    """Refuse what is not the sum of a weight and B A."""
     where = str(adapter.folder)
-    if experts := next((name for name in adapter.layers if ".experts." in name), None):
-        raise UserError(f"a GGUF adapter made here cannot hold experts ({experts})", where=where, fix=_MERGE_IT)
-    lows = {name: low for name, low in adapter.layers.items() if isinstance(low, LowRank)}
-    if any(low.magnitude is not None for low in lows.values()):
+    if any(isinstance(low, LowRank) and low.magnitude is not None for low in adapter.layers.values()):
         raise UserError("a GGUF adapter cannot hold DoRA's magnitudes (use_dora)", where=where, fix=_MERGE_IT)
     if adapter.whole:
         modules = ", ".join(modules_of(adapter.whole))
         what = f"a GGUF adapter cannot hold modules that were trained in full (modules_to_save: {modules})"
         raise UserError(what, where=where, fix=_MERGE_IT)
-    places = {tensor.source: tensor for tensor in layout.tensors}
-    for name, low in lows.items():
+    places = {source: place for place in layout.tensors for source in place.sources}
+    for name, low in adapter.layers.items():
         if name == HEAD and name not in places:
             what = (
                 f"the adapter changes {name}, which is the embedding in this base; llama.cpp has no head to put it on"
             )
             raise UserError(what, where=where, fix=_MERGE_IT)
-        if any(name in place.stacked for place in layout.tensors):
-            raise UserError(f"the adapter changes single experts ({name})", where=where, fix=_MERGE_IT)
-        shape = places[name].shape if name in places else None
-        if (len(low.b), low.a.shape[1]) != shape:
+        shape = _source_shape(places[name]) if name in places else None
+        if low.shape != shape:
             is_so = f"is {list(shape)}" if shape else "does not exist"
             raise UserError(
                 f"the adapter does not fit: {name} {is_so} in the base",
                 where=where,
                 fix="Pass the base model that the adapter was trained on.",
             )
-    return lows
+    for place in layout.tensors:
+        kinds = {(low.a.shape, low.scaling) if (low := adapter.layers.get(one)) else None for one in place.sources}
+        if len(kinds) > 1:
+            what = f"the adapter does not change all experts of {place.name} by one rank and scaling"
+            raise UserError(f"{what}, as llama.cpp takes them together", where=where, fix=_MERGE_IT)
+
+
+def _source_shape(place: PlacedTensor) -> tuple[int, ...]:
+    """The shape of each of a tensor's sources."""
+    if place.stacked:
+        return place.shape[1:]
+    *experts, rows, columns = place.shape if len(place.shape) > 1 else (1, *place.shape)
+    return (*experts, rows * place.part[1], columns)

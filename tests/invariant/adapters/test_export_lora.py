@@ -10,19 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import make_tokenizer
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_runs import LORA, lively, save_model, train
-from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
+from transformers import AutoModelForCausalLM
 
 from qingtune.adapters.merge_stored import MergedWeights
 from qingtune.adapters.peft_files import read_adapter
 from qingtune.commands.export import export
 from qingtune.config.commands import ExportConfig
 from qingtune.errors import UserError
+from qingtune.export.gguf_layout import layout_of
+from qingtune.export.gguf_lora import lora_layout
 
 Trained = Callable[..., Path]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -80,7 +84,7 @@ def changes(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     names = {name.rpartition(".lora_")[0] for name in tensors}
     pairs = {name: (tensors.pop(f"{name}.lora_a"), tensors.pop(f"{name}.lora_b")) for name in names}
     assert not tensors
-    return {name: alpha / len(a) * b.astype(np.float64) @ a.astype(np.float64) for name, (a, b) in pairs.items()}
+    return {name: alpha / a.shape[-2] * b.astype(np.float64) @ a.astype(np.float64) for name, (a, b) in pairs.items()}
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
@@ -175,29 +179,51 @@ def test_wrong_settings_and_other_bases_are_refused(trained: Trained, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def hybrid_adapter(folder: Path, **settings: Any) -> Path:
-    """An adapter by PEFT on all linear layers of a tiny Qwen3.5, linear attention too; the model is in folder/model."""
-    from peft import LoraConfig, get_peft_model
+SIZES: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 64, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "eos_token_id": 2,
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 40,
+    "norm_topk_prob": True,
+}  # fmt: skip
+EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+# By configuration: what PEFT is to adapt. By "all-linear" it would take Qwen3-MoE's routers too.
+BY_PEFT: dict[str, dict[str, Any]] = {
+    "Qwen3_5TextConfig": {"target_modules": "all-linear"},
+    "Qwen3MoeConfig": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], **EXPERTS},
+    "Qwen3_5MoeTextConfig": {"target_modules": "all-linear", **EXPERTS},
+}
 
-    sizes: dict[str, Any] = {
-        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 64, "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "eos_token_id": 2,
-    }  # fmt: skip
+
+def adapter_by_peft(folder: Path, kind: str) -> Path:
+    """An adapter by PEFT on all that a tiny model of BY_PEFT lets it adapt; the model is in folder/model."""
     torch.manual_seed(0)
-    model = lively(AutoModelForCausalLM.from_config(Qwen3_5TextConfig(**sizes)))
+    model = lively(AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES)))
     model.save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
-    lora = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False, **settings)
-    get_peft_model(model, lora).save_pretrained(folder / "adapter")
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **BY_PEFT[kind]))
+    adapted.save_pretrained(folder / "adapter")
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(folder / "model")
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     return folder / "adapter"
 
 
-def test_rows_and_columns_of_linear_attention_are_put_in_order(tmp_path: Path) -> None:
-    adapter = hybrid_adapter(tmp_path)
+CHANGED = {
+    "Qwen3_5TextConfig": {
+        "blk.0.ssm_out.weight", "blk.0.attn_qkv.weight", "blk.0.ssm_alpha.weight", "blk.3.attn_q.weight"
+    },
+    "Qwen3MoeConfig": {"blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight", "blk.3.ffn_down_exps.weight"},
+    "Qwen3_5MoeTextConfig": {
+        "blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight", "blk.3.ffn_down_exps.weight", "blk.0.ssm_out.weight",
+        "blk.0.ffn_gate_shexp.weight", "blk.3.ffn_gate_inp_shexp.weight",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BY_PEFT)
+def test_linear_attention_and_experts_are_changed_as_by_merging(kind: str, tmp_path: Path) -> None:
+    adapter = adapter_by_peft(tmp_path, kind)
     added = changes(export_lora(tmp_path / "lora", adapter))
     export(ExportConfig(base_model=str(tmp_path / "model"), output_dir=str(tmp_path / "base"), quantize=["f32"]))
     export(ExportConfig(lora_model=str(adapter), output_dir=str(tmp_path / "merged"), quantize=["f32"]))
@@ -205,19 +231,30 @@ def test_rows_and_columns_of_linear_attention_are_put_in_order(tmp_path: Path) -
         {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / f"{name}/{name}-f32.gguf").tensors}
         for name in ("base", "merged")
     )
-    assert {"blk.0.ssm_out.weight", "blk.0.attn_qkv.weight", "blk.0.ssm_alpha.weight", "blk.3.attn_q.weight"} < set(
-        added
-    )
+    assert CHANGED[kind] < set(added)
     for name, weight in merged.items():
-        assert np.allclose(base[name] + added.get(name, 0.0), weight, rtol=0, atol=1e-5), name
+        change = np.asarray(added.get(name, np.zeros(1))).reshape(weight.shape if name in added else 1)
+        assert np.allclose(base[name] + change, weight, rtol=0, atol=2e-5), name
+        assert (name in added) == (not np.array_equal(base[name], weight)), name
 
 
-def test_llama_cpp_puts_an_adapter_on_linear_attention(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", BY_PEFT)
+def test_llama_cpp_puts_an_adapter_on_linear_attention_and_experts(kind: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    adapter = hybrid_adapter(tmp_path)
+    adapter = adapter_by_peft(tmp_path, kind)
     lora = export_lora(tmp_path / "lora", adapter)
     export(ExportConfig(base_model=str(tmp_path / "model"), output_dir=str(tmp_path / "base"), quantize=["f32"]))
     assert_alike(llama_cpp, tmp_path, lora, adapter)
+
+
+def test_an_adapter_of_some_experts_alone_is_refused(tmp_path: Path) -> None:
+    adapter = read_adapter(adapter_by_peft(tmp_path, "Qwen3MoeConfig"))
+    weights = MergedWeights(tmp_path / "model", adapter)
+    assert weights.adapter is not None
+    del weights.adapter.layers["model.layers.1.mlp.experts.2.up_proj.weight"]
+    layout = layout_of(tmp_path / "model", weights.shapes)
+    with pytest.raises(UserError, match=r"does not change all experts of blk\.1\.ffn_up_exps\.weight by one rank"):
+        lora_layout(weights.adapter, layout, weights.unchanged)
 
 
 @pytest.mark.parametrize("case", ADAPTERS)

@@ -30,9 +30,32 @@ LINEAR = {
     "head_dim": 64, "num_hidden_layers": 4,
 }  # fmt: skip
 GEMMA = {**HEADS, "query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 7}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
+}  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.2, 2.0, 3.0],
+    "long_factor": [1.0, 4.0, 9.0, 9.5],
+}
 # By a name of their own: the class of the configuration, and its settings.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2, another factor of yarn": (
+        "Qwen2Config", {"rope_parameters": {**YARN, "attention_factor": 1.5}, "tie_word_embeddings": True}
+    ),
     "mistral": ("MistralConfig", {**HEADS, "sliding_window": None}),
+    "ministral": (
+        "MinistralConfig", {**HEADS, "sliding_window": 100, "layer_types": ["sliding_attention", "full_attention"]}
+    ),
+    "ministral3": ("Ministral3Config", {**HEADS, "rope_parameters": YARN}),
+    "ministral3, other settings of yarn": (
+        "Ministral3Config", {"head_dim": 32, "rope_parameters": YARN | {"mscale_all_dim": 0.7, "beta_fast": 8.0}}
+    ),
+    "ministral3 without yarn": (
+        "Ministral3Config", {**HEADS, "rope_parameters": YARN | {"rope_type": "default"}}
+    ),
     "qwen3_moe": ("Qwen3MoeConfig", {**HEADS, **EXPERTS}),
     "phi3": ("Phi3Config", {}),
     "phi3 tied, partial rotary": (
@@ -42,6 +65,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         },
     ),
+    "phi3 longrope": (
+        "Phi3Config",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256, "max_position_embeddings": 512},
+    ),
+    "phi3 longrope, a long text": ("Phi3Config", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
     "gemma3": ("Gemma3TextConfig", GEMMA),
     "gemma3 linear": (
         "Gemma3TextConfig",
@@ -58,6 +86,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3_5TextConfig",
         {**LINEAR, "linear_num_value_heads": 2, "tie_word_embeddings": True},
     ),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 48}),
 }  # fmt: skip
 READ_BY_TRANSFORMERS = ["qwen3_moe", "phi3", "gemma3"]
 IDS = list(range(3, 60))
@@ -129,6 +158,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "qwen3moe.expert_count": 4, "qwen3moe.expert_used_count": 2, "qwen3moe.expert_feed_forward_length": 32,
         "qwen3moe.feed_forward_length": 64, "qwen3moe.attention.key_length": 16,
     },
+    "qwen3_5_moe": {
+        "qwen35moe.expert_count": 4, "qwen35moe.expert_used_count": 2, "qwen35moe.expert_feed_forward_length": 32,
+        "qwen35moe.expert_shared_feed_forward_length": 48, "qwen35moe.ssm.time_step_rank": 4,
+    },
+    "ministral3": {
+        "mistral3.rope.scaling.type": "yarn", "mistral3.rope.scaling.factor": 16.0,
+        "mistral3.rope.scaling.original_context_length": 16, "mistral3.rope.scaling.yarn_log_multiplier": 1.0,
+        "mistral3.rope.scaling.yarn_beta_fast": 32.0, "mistral3.rope.scaling.yarn_beta_slow": 1.0,
+        "mistral3.attention.temperature_scale": float(np.float32(0.3)),
+    },
+    "phi3 longrope": {
+        "phi3.rope.scaling.original_context_length": 256,
+        "phi3.rope.scaling.attn_factor": float(np.float32(np.sqrt(1 + np.log(2) / np.log(256)))),
+    },
     "phi3 tied, partial rotary": {"phi3.rope.dimension_count": 4, "phi3.context_length": 256},
     "gemma3 linear": {
         "gemma3.attention.sliding_window": 8, "gemma3.attention.sliding_window_pattern": 6,
@@ -195,6 +238,9 @@ def test_tensors_of_qwen3_5_are_those_that_llama_cpp_reads(tmp_path: Path) -> No
         ("qwen3_5", {"linear_value_head_dim": 32}, "differ in size"),
         ("qwen3_5", {"head_dim": 16}, "mrope_section .* is longer than a head of 16"),
         ("qwen3_5", {"layer_types": ["full_attention", *["linear_attention"] * 3]}, "equal distances"),
+        ("qwen3_5_moe", {"linear_value_head_dim": 32}, "differ in size"),
+        ("ministral3", {"rope_parameters": YARN | {"truncate": False}}, "yarn with truncate False"),
+        ("mistral", {"rope_parameters": LONGROPE, "head_dim": 8}, "its rope_type longrope"),
         ("mistral", {"hidden_act": "gelu"}, "hidden_act is gelu"),
     ],
 )  # fmt: skip
@@ -207,7 +253,20 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["mistral", "phi3"])
+def test_phi3_holds_both_sets_of_factors_and_says_when_llama_cpp_takes_which(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "model", "phi3 longrope")
+    found = {
+        tensor.name: tensor.data for tensor in GGUFReader(export_f32(tmp_path / "model", tmp_path / "out")).tensors
+    }
+    for length in ("short", "long"):
+        wanted = np.array(LONGROPE[f"{length}_factor"], np.float32)
+        assert np.array_equal(found[f"rope_factors_{length}.weight"], wanted)
+    assert "where its context (-c) is above 256, Transformers where the text is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mistral", "ministral", "ministral3", "phi3"])
 def test_a_window_of_all_layers_bounds_what_the_file_says_it_reads(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,31 +280,72 @@ def test_a_window_of_all_layers_bounds_what_the_file_says_it_reads(
     assert fields[f"{kind}.context_length"].contents() == 256
 
 
-def test_of_a_model_that_sees_the_part_that_reads_and_writes_is_exported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
+SIGLIP = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5 tied, as many values as keys": ("Qwen3_5", {"vision_config": VISION}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {"vision_config": VISION}),
+    "gemma3": ("Gemma3", {"vision_config": SIGLIP, "mm_tokens_per_image": 4}),
+}
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_of_a_multimodal_model_the_text_part_is_exported(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = save(tmp_path / "text", "qwen3_5 tied, as many values as keys")
-    sizes = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
-    config = transformers.Qwen3_5Config(
-        text_config=text.config.to_dict() | {"tie_word_embeddings": False},
-        vision_config=sizes,
-        tie_word_embeddings=True,
+    text = save(tmp_path / "text", name)
+    kind, settings = MULTIMODAL[name]
+    tied = bool(text.config.tie_word_embeddings)
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text.config.to_dict() | {"tie_word_embeddings": False}, tie_word_embeddings=tied, **settings
     )
-    whole = transformers.Qwen3_5ForConditionalGeneration(config)
+    whole = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     whole.model.language_model.load_state_dict(text.model.state_dict())
+    whole.lm_head.load_state_dict(text.lm_head.state_dict())
     whole.save_pretrained(tmp_path / "whole")
     make_tokenizer().save_pretrained(tmp_path / "whole")
     stored = load_file(tmp_path / "whole" / "model.safetensors")
-    save_file(
-        stored | {"mtp.fc.weight": torch.zeros(32, 64)}, tmp_path / "whole" / "model.safetensors", {"format": "pt"}
-    )
+    more = {"mtp.fc.weight": torch.zeros(32, 64)}
+    save_file(stored | more, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
     found = GGUFReader(export_f32(tmp_path / "whole", tmp_path / "a"))
-    told = capsys.readouterr().err
-    assert "Note: The file does not hold the vision tower." in told
-    assert "Note: The file does not hold the layers that predict several tokens (mtp)." in told
-    wanted = {tensor.name: tensor.data for tensor in GGUFReader(export_f32(tmp_path / "text", tmp_path / "b")).tensors}
+    reported = capsys.readouterr().err
+    assert "Note: The file does not hold the vision tower." in reported
+    assert "Note: The file does not hold the layers that predict several tokens (mtp)." in reported
+    alone = GGUFReader(export_f32(tmp_path / "text", tmp_path / "b"))
+    wanted = {tensor.name: tensor.data for tensor in alone.tensors}
     assert {tensor.name for tensor in found.tensors} == set(wanted)
     assert all(np.array_equal(tensor.data, wanted[tensor.name]) for tensor in found.tensors)
+    first, second = (
+        {
+            key: field.contents()
+            for key, field in one.fields.items()
+            if key.startswith(f"{one.fields['general.architecture'].contents()}.") or key.endswith("bos_token_id")
+        }
+        for one in (found, alone)
+    )
+    assert first == second
+    assert first["tokenizer.ggml.bos_token_id"] == 0
+
+
+def test_experts_stored_together_and_one_by_one_make_the_same_file(tmp_path: Path) -> None:
+    model = save(tmp_path / "one by one", "qwen3_5_moe")
+    save(tmp_path / "together", "qwen3_5_moe")
+    path = tmp_path / "together" / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if ".experts." not in name}
+    experts = {name: weight.detach().clone() for name, weight in model.named_parameters() if ".experts." in name}
+    save_file(tensors | experts, path, {"format": "pt"})
+    assert set(load_file(path)) != set(load_file(tmp_path / "one by one" / "model.safetensors"))
+    one, other = (
+        {tensor.name: tensor.data for tensor in GGUFReader(export_f32(tmp_path / name, tmp_path / new)).tensors}
+        for name, new in (("one by one", "a"), ("together", "b"))
+    )
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    up = model.model.layers[1].mlp.experts.gate_up_proj.detach().numpy()[:, 32:]
+    assert np.array_equal(one["blk.1.ffn_up_exps.weight"], up)
 
 
 def test_experts_that_are_missing_are_found_out(tmp_path: Path) -> None:
@@ -259,5 +359,5 @@ def test_experts_that_are_missing_are_found_out(tmp_path: Path) -> None:
 
 
 def test_every_architecture_that_can_be_exported_is_tested() -> None:
-    tested = {config.removesuffix("Config").lower() for config, _ in MODELS.values()} | {"qwen2", "qwen3", "llama"}
+    tested = {config.removesuffix("Config").lower() for config, _ in MODELS.values()} | {"qwen3", "llama"}
     assert {name.replace("_", "") for name in ARCHITECTURES} == {name.replace("_", "") for name in tested}

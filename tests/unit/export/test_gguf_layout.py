@@ -86,7 +86,6 @@ def test_only_queries_and_keys_of_llama_are_put_in_another_order(place: Place) -
         ("qwen3", {"attention_bias": True}, r"o_proj.bias has no place"),
         ("qwen2", {"rope_parameters": LLAMA3}, "rope_type llama3"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
-        ("qwen2", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "yarn with attention_factor 1.5"),
         ("qwen2", {"rope_parameters": YARN | {"beta_fast": 16.0}}, "yarn with beta_fast 16"),
         ("llama", {"rope_parameters": YARN | {"truncate": False}}, "yarn with truncate False"),
     ],
