@@ -1,17 +1,14 @@
 """The gated delta net block of a decoder layer (Qwen3.5, Qwen3-Next), forward and backward written out.
 
-    out = x + out_proj(norm(read) * silu(z)),    read: what the gated delta rule (rule.py) gives each token
+    out = x + out_proj(norm(read) * silu(z)),    read: what the gated delta rule gives each token (recurrence.py)
 
 Kept from forward to backward: what the projections give, what tokens read, and the state at the start of each chunk.
-Samples of a pass go one after the other, a chunk of tokens at a time, so that what is wide stays in the caches; samples
-that share a beginning start from the state after it.
 
 Shapes: T tokens of the layout, N trained ones, D hidden size, H value heads; others as in rule.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +17,9 @@ import torch.nn.functional as F
 
 from qingtune.kernels.architecture import DeltaNet
 from qingtune.kernels.blocks import Parts, Pass
-from qingtune.kernels.delta.heads import DeltaHeads
-from qingtune.kernels.delta.rule import DeltaRule
+from qingtune.kernels.delta.recurrence import Recurrence
 from qingtune.kernels.delta.sizes import CHUNK, DeltaNetSizes
-from qingtune.kernels.layout import Layout, Segment
+from qingtune.kernels.layout import Layout
 from qingtune.kernels.native.delta import delta_kernels
 from qingtune.kernels.projection import gradient
 from qingtune.kernels.workspace import Workspace
@@ -44,10 +40,8 @@ class DeltaNetBlock:
         self.norm = parts.norm(layer.input_layernorm)
         qkv, z, b, a = (getattr(net, "in_proj_" + name) for name in ("qkv", "z", "b", "a"))
         self.mixed, self.z, self.all, self.out = parts.projections([qkv, b, a], [z], [qkv, z, b, a], [net.out_proj])
-        self.heads = DeltaHeads(this, net.conv1d.weight, self.workspace, self.dtype)
+        self.recurrence = Recurrence(this, net.conv1d.weight, self.workspace, self.dtype)
         self.gates = Gates(net.A_log, net.dt_bias, this)
-        # Each number of rows has oneDNN make 16-bit kernels of its own: short chunks are computed in fp32.
-        self.rule, self.short_rule = (DeltaRule(self.workspace, self.wide, products) for products in (self.dtype, None))
         self.gated_norm = GatedNorm(net.norm.weight, float(net.norm.variance_epsilon), self.workspace, self.wide)
 
     @property
@@ -65,11 +59,10 @@ class DeltaNetBlock:
             self.mixed.forward(slot + ".mixed", normed, [qkv, b, a], seed)
             self.z.forward(slot + ".z", normed[rows], [z], now.dropout_seed(self.number, 4))
         read = self._take(slot + ".read", len(out), z.shape[1])
-        if rows is None:
-            self._read(now.layout, slot, qkv, b, a, read)
-        else:
-            everywhere = self._take("delta.read", len(x), z.shape[1])
-            self._read(now.layout, slot, qkv, b, a, everywhere)
+        everywhere = read if rows is None else self._take("delta.read", len(x), z.shape[1])
+        states = self.recurrence.states(slot, len(x), self.dtype)
+        self.recurrence.forward(now.layout, qkv, *self.gates.forward(b, a, self.wide), states, everywhere)
+        if rows is not None:
             torch.index_select(everywhere, 0, rows, out=read)
         gated = self.gated_norm.forward(read, z, self._take("delta.gated", *z.shape))
         out.copy_(x if rows is None else x[rows])
@@ -91,73 +84,15 @@ class DeltaNetBlock:
         grads = self._read_backward(now.layout, slot, qkv, b, a, grad_read)
         return self._project_backward(grad, x, now, slot, rows, (grads[0], grad_z, *grads[1:]), wanted=wanted)
 
-    # --- The recurrence ----------------------------------------------------------------------------------------------
-
-    def _read(
-        self, layout: Layout, slot: str, qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """What each token reads, [T, H e]; the states at the starts of chunks are kept under the slot."""
-        decay, beta = self.gates.forward(b, a, self.wide)
-        states, taps = self._states(slot, len(qkv)), self.heads.taps()
-        state, after_shared = self._state("state"), self._state("shared")
-        for chunk in _chunks(layout):
-            if chunk.first > chunk.segment.start:
-                states[chunk.state].copy_(state)
-            else:
-                _start(state, after_shared if chunk.segment.shared else None)
-            kq, v = self.heads.forward(self._window(qkv, chunk), taps)
-            here = slice(chunk.first, chunk.last)
-            read = self._rule(chunk).forward(kq, v, decay[..., here].cumsum(-1), beta[..., here], state)
-            out[here].view(-1, *state.shape[:1], *state.shape[2:]).copy_(read.transpose(0, 1))
-            if chunk.last == layout.segments[0].end:
-                states[0].copy_(after_shared.copy_(state))
-
     def _read_backward(
         self, layout: Layout, slot: str, qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, grad: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of qkv, b and a; grad: [T, H e]."""
+        """Gradients of qkv, b and a; grad: of what each token reads, [T, H e]."""
         decay, beta = self.gates.forward(b, a, self.wide)
-        grad_decay, grad_beta = torch.empty_like(decay), torch.empty_like(beta)
         grad_qkv = self._take("delta.grad_qkv", *qkv.shape)
-        states, state, taps = self._states(slot, len(qkv)), self._state("state"), self.heads.taps()
-        # Gradients of what a chunk leaves to the next one: its state, and its last rows for the convolution.
-        left = _Left(self._state("left_state"), self._rows("left_rows"))
-        left_by_shared = _Left(self._state("shared_left_state"), self._rows("shared_left_rows")).zero_()
-        trained = self.heads.weight.requires_grad
-        grad_taps = torch.zeros_like(taps) if trained else None
-        for chunk in reversed(list(_chunks(layout))):
-            if chunk.last == chunk.segment.end:
-                left.start(left_by_shared if chunk.segment.start == 0 else None)
-            here, window = slice(chunk.first, chunk.last), self._window(qkv, chunk)
-            kq, v = self.heads.forward(window, taps)
-            grad_out = grad[here].view(-1, *state.shape[:1], *state.shape[2:]).transpose(0, 1)
-            _start(state, None if chunk.state is None else states[chunk.state])
-            sums = decay[..., here].cumsum(-1)
-            found = self._rule(chunk).backward(grad_out, kq, v, sums, beta[..., here], state, left.state)
-            grad_decay[..., here], grad_beta[..., here] = found[2:]
-            grad_window = self.heads.backward(*found[:2], window, kq, taps, grad_taps)
-            grad_window[len(grad_window) - self.heads.history :].add_(left.rows)
-            grad_qkv[here].copy_(grad_window[self.heads.history :])
-            left.rows.copy_(grad_window[: self.heads.history])
-            if chunk.first == chunk.segment.start and chunk.segment.shared:
-                left_by_shared.add_(left)
-        if grad_taps is not None:
-            self.heads.add_weight_gradient(grad_taps)
-        return grad_qkv, *self.gates.backward(grad_decay, grad_beta, b, a)
-
-    def _rule(self, chunk: _Chunk) -> DeltaRule:
-        return self.rule if chunk.last - chunk.first == CHUNK else self.short_rule
-
-    def _window(self, qkv: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
-        """A chunk's rows after those before them, [w - 1 + n, M]; where a sample starts, those of its shared part."""
-        history, segment = self.heads.history, chunk.segment
-        window = self.heads.window(chunk.last - chunk.first)
-        end = segment.shared if chunk.first == segment.start else chunk.first
-        there = min(history, end)
-        window[: history - there].zero_()
-        window[history - there : history].copy_(qkv[end - there : end])
-        window[history:].copy_(qkv[chunk.first : chunk.last])
-        return window
+        states = self.recurrence.states(slot, len(qkv), self.dtype)
+        grads = self.recurrence.backward(layout, qkv, decay, beta, states, grad, grad_qkv)
+        return grad_qkv, *self.gates.backward(*grads, b, a)
 
     # --- Projections and buffers -------------------------------------------------------------------------------------
 
@@ -196,68 +131,6 @@ class DeltaNetBlock:
 
     def _take(self, name: str, *shape: int) -> torch.Tensor:
         return self.workspace.take(name, shape, self.dtype)
-
-    def _states(self, slot: str, tokens: int) -> torch.Tensor:
-        """The state after a shared beginning, then those at the starts of chunks within samples, [..., K, d, R, e]."""
-        return self._take(slot + ".states", 1 + tokens // CHUNK, *self._state_shape)
-
-    def _state(self, name: str) -> torch.Tensor:
-        return self.workspace.take("delta." + name, self._state_shape, self.wide)
-
-    def _rows(self, name: str) -> torch.Tensor:
-        return self.workspace.take("delta." + name, (self.heads.history, len(self.heads.weight)), self.wide)
-
-    @property
-    def _state_shape(self) -> tuple[int, int, int, int]:
-        this = self.this
-        return this.key_heads, this.key_size, this.value_heads // this.key_heads, this.value_size
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Tokens first..last of the layout, all of one segment; which of the kept states it starts from, None for zero."""
-
-    segment: Segment
-    first: int
-    last: int
-    state: int | None
-
-
-def _chunks(layout: Layout) -> Iterator[_Chunk]:
-    kept = 0
-    for segment in layout.segments:
-        yield _Chunk(segment, segment.start, min(segment.start + CHUNK, segment.end), 0 if segment.shared else None)
-        for first in range(segment.start + CHUNK, segment.end, CHUNK):
-            kept += 1
-            yield _Chunk(segment, first, min(first + CHUNK, segment.end), kept)
-
-
-def _start(tensor: torch.Tensor, value: torch.Tensor | None) -> None:
-    """Write what a sequence starts from, zero for None."""
-    if value is None:
-        tensor.zero_()
-    else:
-        tensor.copy_(value)
-
-
-@dataclass(frozen=True)
-class _Left:
-    """Gradients of what a chunk leaves to the next: its state [K, d, R, e] and its last rows [w - 1, M]."""
-
-    state: torch.Tensor
-    rows: torch.Tensor
-
-    def start(self, other: _Left | None) -> None:
-        _start(self.state, other and other.state)
-        _start(self.rows, other and other.rows)
-
-    def zero_(self) -> _Left:
-        self.start(None)
-        return self
-
-    def add_(self, other: _Left) -> None:
-        self.state.add_(other.state)
-        self.rows.add_(other.rows)
 
 
 @dataclass(frozen=True)

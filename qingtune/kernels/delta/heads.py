@@ -13,7 +13,6 @@ import torch
 
 from qingtune.kernels.architecture import DeltaNet
 from qingtune.kernels.delta.rule import EPSILON
-from qingtune.kernels.native.delta import DeltaKernels, delta_kernels
 from qingtune.kernels.projection import gradient
 from qingtune.kernels.workspace import Workspace
 
@@ -53,10 +52,7 @@ class DeltaHeads:
         sizes, count = self.sizes, len(window) - self.history
         kq = self._take("kq", sizes.key_heads, 2, count, sizes.key_size)
         v = self._take("v", sizes.key_heads, count, sizes.value_heads // sizes.key_heads, sizes.value_size)
-        if kernels := self._kernels(window):
-            kernels.heads(sizes, window, taps, kq, v, EPSILON)
-        else:
-            self._pack(*self._activate(window, taps), kq, v)
+        self._pack(*self._activate(window, taps), kq, v)
         return kq, v
 
     def backward(
@@ -77,10 +73,6 @@ class DeltaHeads:
             grad_taps: [w, M], to which the convolution's gradient is added; None if it is frozen.
         """
         grad_window = self._take("grad_window", *window.shape)
-        if kernels := self._kernels(window):
-            grads = (grad_kq, grad_v)
-            kernels.heads_backward(self.sizes, grads, window, taps, kq, grad_window, grad_taps, EPSILON)
-            return grad_window
         count = kq.shape[2]
         grad = self._through_activation(grad_kq, grad_v, kq)
         grad_window[: self.history].zero_()
@@ -95,9 +87,6 @@ class DeltaHeads:
     def add_weight_gradient(self, grad_taps: torch.Tensor) -> None:
         """Add what backward gathered, [w, M], to the weight's gradient."""
         gradient(self.weight).add_(grad_taps.t()[:, None])
-
-    def _kernels(self, window: torch.Tensor) -> DeltaKernels | None:
-        return delta_kernels(max(self.sizes.key_size, self.sizes.value_size), window)
 
     def _through_activation(self, grad_kq: torch.Tensor, grad_v: torch.Tensor, kq: torch.Tensor) -> torch.Tensor:
         """The gradient of what the convolution gives, [n, M]; both given ones may be overwritten."""

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from qingtune.kernels.architecture import DeltaNet
 from qingtune.kernels.native.build import compiled_library, flags_of_hidden_units
 
 SOURCE = Path(__file__).with_name("delta.c")
@@ -24,8 +23,6 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 # What functions take before their last two arguments, the kind of numbers and how many threads.
 _ARGUMENTS = {
-    "delta_heads": [*[_P] * 4, *[_I] * 6, _F, _F],
-    "delta_heads_backward": [*[_P] * 7, *[_I] * 6, _F, _F],
     "delta_scores": [*[_P] * 6, _I, _I, _I],
     "gated_norm": [*[_P] * 4, _I, _I, _F],
     "gated_norm_backward": [*[_P] * 5, _I, _I, _F],
@@ -56,42 +53,13 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 class DeltaKernels:
-    """delta.c on tensors for which `delta_kernels` gives it; shapes as in delta/heads.py and delta/block.py.
+    """delta.c on tensors for which `delta_kernels` gives it; shapes as in delta/rule.py and delta/block.py.
 
     Work is shared among PyTorch's threads, and results do not depend on how many.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-
-    def heads(
-        self,
-        this: DeltaNet,
-        window: torch.Tensor,
-        taps: torch.Tensor,
-        kq: torch.Tensor,
-        v: torch.Tensor,
-        epsilon: float,
-    ) -> None:
-        """Write kq and v of a window."""
-        places = (_at(tensor) for tensor in (window, taps, kq, v))
-        self._library.delta_heads(*places, *_sizes(this, kq), epsilon, this.key_size**-0.5, *_how(window))
-
-    def heads_backward(
-        self,
-        this: DeltaNet,
-        grads: tuple[torch.Tensor, torch.Tensor],
-        window: torch.Tensor,
-        taps: torch.Tensor,
-        kq: torch.Tensor,
-        grad_window: torch.Tensor,
-        grad_taps: torch.Tensor | None,
-        epsilon: float,
-    ) -> None:
-        """Write the gradient of the window, fp32, for those of kq and v, and add that of taps, if it is wanted."""
-        places = [_at(tensor) for tensor in (*grads, window, taps, kq, grad_window)]
-        places.append(0 if grad_taps is None else _at(grad_taps))
-        self._library.delta_heads_backward(*places, *_sizes(this, kq), epsilon, this.key_size**-0.5, *_how(window))
 
     def scores(
         self,
@@ -130,12 +98,6 @@ class DeltaKernels:
 def _at(tensor: torch.Tensor) -> int:
     """Where a tensor's numbers lie; the caller keeps it alive."""
     return tensor.data_ptr()
-
-
-def _sizes(this: DeltaNet, kq: torch.Tensor) -> tuple[int, ...]:
-    """Tokens, key heads, value heads a key head, both sizes of heads, and tokens that the convolution sees."""
-    share = this.value_heads // this.key_heads
-    return kq.shape[2], this.key_heads, share, this.key_size, this.value_size, this.kernel
 
 
 def _how(x: torch.Tensor) -> tuple[int, int]:

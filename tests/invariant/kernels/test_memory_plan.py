@@ -17,6 +17,7 @@ from qingtune.kernels.buffers import Arithmetic, Buffers, buffers
 from qingtune.kernels.decoder import TrainingDecoder
 from qingtune.kernels.footprint import PassTokens
 from qingtune.kernels.native import delta as delta_in_c
+from qingtune.kernels.native import delta_rule as delta_rule_in_c
 from qingtune.kernels.native import elementwise as in_c
 from qingtune.kernels.native import products
 
@@ -62,6 +63,7 @@ def test_every_buffer_has_its_planned_size(
     if not compiled:
         monkeypatch.setattr(in_c, "elementwise", lambda: None)
         monkeypatch.setattr(delta_in_c, "compiled", lambda: None)
+        monkeypatch.setattr(delta_rule_in_c, "compiled", lambda: None)
     trained, bits, dropout = METHODS[method]
     for dtype, recompute, evaluates in itertools.product((torch.float32, torch.bfloat16), (0, 1, 2), (False, True)):
         model: Any = make_decodable(kind, trained, bits=bits)

@@ -1,0 +1,139 @@
+/* Products of matrices that lie in the caches, of fp32 numbers or of numbers rounded to bf16, with sums in fp32.
+
+   Both factors are laid out in words, one row for each place that is summed over, or with bf16 for each two: a word is a
+   number, or a pair of numbers that a dot product of two takes. So one product serves all four kinds of transposition,
+   and a factor that is laid out once may stand on both sides.
+
+   All sizes are multiples of 16. */
+
+#ifndef SMALL_PRODUCTS_H
+#define SMALL_PRODUCTS_H
+
+#include "vectors.h"
+
+#ifdef __AVX512BF16__
+#define HAS_PAIRS 1
+#define DOTS(sum, left, right) _mm512_dpbf16_ps(sum, (__m512bh)(left), (__m512bh)(right))
+#else
+#define HAS_PAIRS 0
+#define DOTS(sum, left, right) MULTIPLY_ADD(left, right, sum)
+#endif
+#ifdef __AVX512F__
+#define TALL 8 /* rows of a tile: with 2 vectors of a row 16 sums, where a unit needs 4 to 10 to be kept busy */
+#else
+#define TALL 4
+#endif
+
+/* Words, and how many there are from one row of them to the next. */
+typedef struct {
+    const float *words;
+    int64_t stride;
+} Factor;
+
+/* Which entries count: of the left factor those on one side of its diagonal, or of the result those on the lower one. */
+typedef enum { ALL_ENTRIES, LEFT_LOWER, LEFT_UPPER, RESULT_LOWER } Shape;
+
+/* --- Layouts ------------------------------------------------------------------------------------------------------ */
+
+#if HAS_PAIRS
+/* 16 numbers each of two rows -> 16 pairs. */
+INLINE __m512i paired(Vector first, Vector second) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+static void pair_columns(const float *x, int64_t rows, int64_t width, float *to) {
+    for (int64_t c = 0; c < width; c += 32)
+        for (int64_t r = 0; r < rows; r += 16) {
+            const int whole = width - c >= 32;
+            Vector v[16];
+            for (int i = 0; i < 16; i++) {
+                const float *from = x + (r + i) * width + c;
+                v[i] = (Vector)_mm512_cvtne2ps_pbh(whole ? LOAD(from + 16) : ZERO, LOAD(from));
+            }
+            transpose(v);
+            for (int i = 0; i < (whole ? 16 : 8); i++) STORE(to + (c / 2 + i) * rows + r, v[i]);
+        }
+}
+#endif
+
+/* x [rows, width] as a factor that is summed over its rows; in fp32 x itself. */
+static Factor by_rows(const float *x, int64_t rows, int64_t width, float *to, int narrow) {
+#if HAS_PAIRS
+    if (narrow) {
+        for (int64_t r = 0; r < rows; r += 2)
+            for (int64_t c = 0; c < width; c += 16)
+                STORE(to + r / 2 * width + c,
+                      (Vector)paired(LOAD(x + r * width + c), LOAD(x + (r + 1) * width + c)));
+        return (Factor){to, width};
+    }
+#endif
+    (void)rows, (void)to, (void)narrow;
+    return (Factor){x, width};
+}
+
+/* The same, to be summed over its columns. */
+static Factor by_columns(const float *x, int64_t rows, int64_t width, float *to, int narrow) {
+#if HAS_PAIRS
+    if (narrow) {
+        pair_columns(x, rows, width, to);
+        return (Factor){to, rows};
+    }
+#endif
+    (void)narrow;
+    for (int64_t c = 0; c < width; c += LANES)
+        for (int64_t r = 0; r < rows; r += LANES) {
+            Vector v[LANES];
+            for (int i = 0; i < LANES; i++) v[i] = LOAD(x + (r + i) * width + c);
+            transpose(v);
+            for (int i = 0; i < LANES; i++) STORE(to + (c + i) * rows + r, v[i]);
+        }
+    return (Factor){to, rows};
+}
+
+/* --- Products ----------------------------------------------------------------------------------------------------- */
+
+/* y [TALL, vectors] (+)= what words `from` to `to` of both sum up to. */
+INLINE void small_tile(Factor left, Factor right, int64_t from, int64_t to, float *y, int64_t y_stride, int add,
+                       const int vectors, const int narrow) {
+    Vector sum[TALL][2];
+    for (int r = 0; r < TALL; r++)
+        for (int v = 0; v < vectors; v++) sum[r][v] = add ? LOAD(y + r * y_stride + v * LANES) : ZERO;
+    for (int64_t k = from; k < to; k++) {
+        const float *column = left.words + k * left.stride, *row = right.words + k * right.stride;
+        Vector words[2];
+        for (int v = 0; v < vectors; v++) words[v] = LOAD(row + v * LANES);
+        for (int r = 0; r < TALL; r++) {
+            const Vector same = ALL(column[r]);
+            for (int v = 0; v < vectors; v++)
+                sum[r][v] = narrow ? DOTS(sum[r][v], same, words[v]) : MULTIPLY_ADD(same, words[v], sum[r][v]);
+        }
+    }
+    for (int r = 0; r < TALL; r++)
+        for (int v = 0; v < vectors; v++) STORE(y + r * y_stride + v * LANES, sum[r][v]);
+}
+
+INLINE void small_product(Factor left, Factor right, int64_t rows, int64_t width, int64_t depth, float *y, int add,
+                          Shape shape, const int narrow) {
+    const int64_t each = narrow ? 2 : 1;
+    for (int64_t c = 0; c < width; c += 2 * LANES)
+        for (int64_t r = 0; r < rows; r += TALL) {
+            if (shape == RESULT_LOWER && c >= r + TALL) continue;
+            const int64_t from = shape == LEFT_UPPER ? r / each : 0;
+            const int64_t to = (shape == LEFT_LOWER ? r + TALL : depth) / each;
+            const Factor tall = {left.words + r, left.stride}, wide = {right.words + c, right.stride};
+            float *place = y + r * width + c;
+            if (width - c >= 2 * LANES) small_tile(tall, wide, from, to, place, width, add, 2, narrow);
+            else small_tile(tall, wide, from, to, place, width, add, 1, narrow);
+        }
+}
+
+/* y [rows, width] (+)= the sum of the products of both factors over `depth` places. */
+static void product(Factor left, Factor right, int64_t rows, int64_t width, int64_t depth, float *y, int add,
+                    Shape shape, int narrow) {
+    if (HAS_PAIRS && narrow) small_product(left, right, rows, width, depth, y, add, shape, 1);
+    else small_product(left, right, rows, width, depth, y, add, shape, 0);
+}
+
+#endif
