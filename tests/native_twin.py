@@ -35,6 +35,7 @@ def _variants() -> list[Variant]:
     small = {"avx2", "fma", "f16c"} <= flags
     return [
         Variant("AVX-512", flags >= WIDE),
+        Variant("AVX-512 without VNNI", flags >= WIDE, ("avx512_vnni", "avx512_bf16")),
         Variant("AVX2", small, ("avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni")),
         # The same instructions as AVX-VNNI's, on a CPU that has them as a part of AVX-512.
         Variant("AVX2 with VNNI", small and ("avx_vnni" in flags or flags >= WIDE), ("avx512_bf16",), ("-DLANES=8",)),

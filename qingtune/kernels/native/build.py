@@ -21,6 +21,7 @@ from qingtune.machine.resources import cpu_flags, hidden_cpu_flags
 
 FLAGS = ("-O3", "-march=native", "-std=c11", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("cc", "gcc", "clang")
+HEADERS = Path(__file__).parent  # what kernels of other rooms include as well
 SECONDS = 120  # that a compiler may take
 # What kernels ask the compiler for, by Linux's name and by the compiler's.
 UNITS = {"avx512f": "avx512f", "avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16", "avx_vnni": "avxvnni"}
@@ -77,10 +78,11 @@ def _compiler() -> list[str] | None:
 def _loaded(compiler: list[str], source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     """The library, made if it is not there for this source, compiler and machine, or cannot be loaded.
 
-    Headers in the source's folder count as part of it.
+    Headers in the source's folder and in this one count as part of it.
     """
     version = _run([*compiler, "--version"])
-    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    headers = sorted({*source.parent.glob("*.h"), *HEADERS.glob("*.h")})
+    texts = [path.read_text(encoding="utf-8") for path in (source, *headers)]
     parts = [*texts, version, *flags, *sorted(cpu_flags())]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     folder = default_cache() / "native"
@@ -91,7 +93,7 @@ def _loaded(compiler: list[str], source: Path, flags: tuple[str, ...]) -> ctypes
         return _load(path)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / path.name
-        _run([*compiler, *flags, str(source), "-o", str(made), "-lm"])
+        _run([*compiler, *flags, f"-I{HEADERS}", str(source), "-o", str(made), "-lm"])
         made.chmod(0o700)  # a umask may have left it open to the group
         library = _load(made)
         os.replace(made, path)

@@ -1,0 +1,132 @@
+/* Attention of one new token to what a slot of the cache holds. */
+
+#ifndef ATTENTION_H
+#define ATTENTION_H
+
+#include "matrices.h"
+
+typedef struct {
+    Matrix qkv, o, gate_up, down;
+    const float *input_norm, *q_norm, *k_norm, *mlp_norm; /* those of heads may be NULL */
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    Matrix head;
+    const float *norm;
+    const float *cos, *sin; /* [context, d / 2] */
+    int64_t count, hidden, inner, queries, keys, size;
+    float scale, epsilon, head_epsilon;
+} Model;
+
+typedef struct {
+    void *keys, *values;       /* bf16 or fp32 [layers, slots, G, capacity, d] */
+    int64_t wide;              /* whether they are fp32 */
+    int64_t slots, capacity;
+    const int64_t *places;     /* [T]: tokens that each of the first slots holds */
+} Cache;
+
+/* RMSNorm (Zhang & Sennrich 2019) of n numbers, a multiple of 16; in place is fine. */
+static void normalise(const float *x, const float *weight, float epsilon, int64_t n, float *out) {
+    Floats squares = zeros();
+    for (int64_t i = 0; i < n; i += LANES) squares = times_plus(load(x + i), load(x + i), squares);
+    const Floats rate = every(1.0f / sqrtf(sum_of(squares) / (float)n + epsilon));
+    for (int64_t i = 0; i < n; i += LANES) store(out + i, times(times(load(x + i), rate), load(weight + i)));
+}
+
+/* A head's norm, where there is one, and its rotary position (Su et al. 2021), the halves of a head as coordinates. */
+static void place_head(const Model *model, const float *head, const float *norm, float epsilon, int64_t place,
+                       float *out) {
+    const int64_t half = model->size / 2;
+    const float *cos = model->cos + place * half, *sin = model->sin + place * half;
+    float normed[model->size];
+    if (norm) normalise(head, norm, epsilon, model->size, normed);
+    else memcpy(normed, head, sizeof(normed));
+    for (int64_t i = 0; i < half; i++) {
+        out[i] = normed[i] * cos[i] - normed[i + half] * sin[i];
+        out[i + half] = normed[i + half] * cos[i] + normed[i] * sin[i];
+    }
+}
+
+/* Kept numbers, from the i-th on. */
+SIMD Floats kept(const void *numbers, int64_t i, const int wide) {
+    return wide ? load((const float *)numbers + i) : from_bf16((const uint16_t *)numbers + i);
+}
+
+/* Keep numbers from the i-th on; where that rounds them, they become what is kept. */
+static void keep(void *numbers, int64_t i, float *x, int64_t size, int wide, int writes) {
+    if (wide) {
+        if (writes) memcpy((float *)numbers + i, x, (size_t)size * sizeof(float));
+        return;
+    }
+    for (int64_t j = 0; j < size; j += LANES) {
+        uint16_t narrow[LANES];
+        to_bf16(narrow, load(x + j));
+        store(x + j, from_bf16(narrow));
+        if (writes) memcpy((uint16_t *)numbers + i + j, narrow, sizeof(narrow));
+    }
+}
+
+SIMD float dot_with_key(const float *q, const void *keys, int64_t at, int64_t size, const int wide) {
+    Floats sum = zeros();
+    for (int64_t i = 0; i < size; i += LANES) sum = times_plus(kept(keys, at + i, wide), load(q + i), sum);
+    return sum_of(sum);
+}
+
+/* Scores of n keys as shares; gives one over their sum. Up to 15 places behind them are written to. */
+static float exponentials(float *scores, int64_t n) {
+    Floats most = every(-INFINITY), sum = zeros();
+    for (int64_t i = n; i % LANES; i++) scores[i] = -INFINITY; /* as shares 2e-38, which no sum feels */
+    for (int64_t i = 0; i < n; i += LANES) most = larger(most, load(scores + i));
+    most = every(largest_of(most));
+    for (int64_t i = 0; i < n; i += LANES) {
+        const Floats shares = exponential(minus(load(scores + i), most));
+        store(scores + i, shares);
+        sum = plus(sum, shares);
+    }
+    return 1.0f / sum_of(sum);
+}
+
+/* Shares of n kept values, from the at-th number on, and of a new one: out [d]. */
+SIMD void weigh(const float *scores, int64_t n, float rate, const void *values, int64_t at, const float *newest,
+                int64_t size, float *out, const int wide) {
+    for (int64_t part = 0; part < size; part += 64) {
+        const int64_t width = size - part < 64 ? size - part : 64;
+        Floats sum[64 / LANES];
+        for (int64_t j = 0; j < width / LANES; j++) sum[j] = times(every(scores[n]), load(newest + part + LANES * j));
+        for (int64_t i = 0; i < n; i++) {
+            const Floats share = every(scores[i]);
+            for (int64_t j = 0; j < width / LANES; j++)
+                sum[j] = times_plus(share, kept(values, at + i * size + part + LANES * j, wide), sum[j]);
+        }
+        for (int64_t j = 0; j < width / LANES; j++) store(out + part + LANES * j, times(sum[j], every(rate)));
+    }
+}
+
+/* One head of one sequence attends to all that its slot holds and to the new token, whose key and value the first head
+   of a group puts into the cache. heads: the sequence's queries, keys and values; out: [d]. */
+SIMD void attend_in(const Model *model, const Layer *layer, const Cache *cache, int64_t number, int64_t slot, int64_t h,
+                    const float *heads, float *scores, float *out, const int wide) {
+    const int64_t size = model->size, shared = model->queries / model->keys, g = h / shared;
+    const int64_t n = cache->places[slot];
+    const int64_t at = (((number * cache->slots) + slot) * model->keys + g) * cache->capacity * size;
+    const int writes = h == g * shared; /* no other thread reads this place in this step */
+    float q[size], key[size], value[size];
+    place_head(model, heads + h * size, layer->q_norm, model->head_epsilon, n, q);
+    place_head(model, heads + (model->queries + g) * size, layer->k_norm, model->head_epsilon, n, key);
+    memcpy(value, heads + (model->queries + model->keys + g) * size, sizeof(value));
+    keep(cache->keys, at + n * size, key, size, wide, writes);
+    keep(cache->values, at + n * size, value, size, wide, writes);
+    for (int64_t i = 0; i < n; i++)
+        scores[i] = model->scale * dot_with_key(q, cache->keys, at + i * size, size, wide);
+    scores[n] = model->scale * dot_with_key(q, key, 0, size, 1);
+    weigh(scores, n, exponentials(scores, n + 1), cache->values, at, value, size, out, wide);
+}
+
+static void attend(const Model *model, const Layer *layer, const Cache *cache, int64_t number, int64_t slot, int64_t h,
+                   const float *heads, float *scores, float *out) {
+    if (cache->wide) attend_in(model, layer, cache, number, slot, h, heads, scores, out, 1);
+    else attend_in(model, layer, cache, number, slot, h, heads, scores, out, 0);
+}
+
+#endif
