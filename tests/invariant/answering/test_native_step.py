@@ -149,7 +149,8 @@ def test_24_bits_are_256_times_as_exact_as_bf16(library: ctypes.CDLL) -> None:
 def test_products_of_many_rows(library: ctypes.CDLL, bits: int | None) -> None:
     weight, bias, x = random(48, 96), random(48, seed=1), random(FEW_ROWS + 4, 96, seed=2).bfloat16()
     found = NativeMatrix(library, weight, bias, bits, torch.bfloat16, Workspace(CPU)).multiply(x)
-    assert apart(found.float(), x.float() @ stands_for(weight, bits).t() + bias) < 1e-2
+    wanted = product(weight, bits, x.float(), torch.bfloat16) + bias  # in 8 and 4 bits some CPUs do not round x
+    assert apart(found.float(), wanted) < 1e-2
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -1,6 +1,7 @@
 """Matrices as the kernels in C read them: dense ones row by row, 4 and 8 bits in blocks of 16 rows by 32 columns.
 
-Rows of activations in fp32 are multiplied in C; in bf16 only a few, and many, as of a prompt, by PyTorch.
+Rows of activations in fp32 are multiplied in C. So are those in bf16 by weights in 8 and 4 bits, where the CPU's units
+for bytes are its fastest ones; by dense weights only a few are, and many, as of a prompt, by PyTorch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 from qingtune.answering.decoder.packed import ROWS_AT_A_TIME, plus, round_to_int8
 from qingtune.kernels.workspace import Workspace
+from qingtune.machine.resources import cpu_flags
 
 GROUP_SIZE = 32  # weights of a row in 4 bits, and activations, that share a scale
 BLOCK_ROWS = 16
@@ -42,7 +44,7 @@ class NativeMatrix:
         bias: [N] or None.
         bits: 4 or 8 to hold it in; None for bf16 where that is what it is multiplied with, else for its own dtype.
         dtype: of what it is multiplied with, bf16 or fp32.
-        workspace: holds 4 and 8 bits unpacked for as long as a product of many rows in bf16 takes.
+        workspace: holds 4 and 8 bits unpacked for as long as a product of many rows in bf16 by PyTorch takes.
 
     Attributes:
         kind: how the weight is kept. EXACT: fp32 is multiplied by it as it is stored, in bf16 or fp16; of fp32 the
@@ -64,6 +66,7 @@ class NativeMatrix:
         self._library, self.workspace, self.shape = library, workspace, weight.shape
         self.bias = None if bias is None else bias.float().contiguous()
         self.scale: torch.Tensor | None = None
+        self._of_bytes = bits is not None and _bytes_are_fastest()
         parts = weight.split(ROWS_AT_A_TIME)
         if bits == 8:
             packed, scales = zip(*(_int8_blocks(rows) for rows in parts), strict=True)
@@ -86,7 +89,7 @@ class NativeMatrix:
 
     def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """[T, K] -> [T, N], in x's dtype; what is added is [T, N] too."""
-        if x.dtype == torch.float32 or len(x) <= FEW_ROWS:
+        if x.dtype == torch.float32 or self._of_bytes or len(x) <= FEW_ROWS:
             return plus(self._multiply_in_c(x.float().contiguous()).to(x.dtype), added)
         if self.kind == BF16:
             return plus(F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype)), added)
@@ -107,6 +110,12 @@ class NativeMatrix:
         places = [ctypes.c_void_p(part.data_ptr()) for part in (x, scratch, y)]
         self._library.multiply_rows(matrix, places[0], count, threads, *places[1:])
         return y
+
+
+def _bytes_are_fastest() -> bool:
+    """Whether C multiplies rounded rows by bytes faster than PyTorch multiplies rows in bf16 by unpacked weights."""
+    flags = cpu_flags()
+    return bool(flags & {"avx512_vnni", "avx_vnni"}) and "amx_bf16" not in flags
 
 
 def _threads() -> ctypes.c_int64:
