@@ -16,7 +16,6 @@ from qingtune.adapters.variants import LowRank
 from qingtune.answering.decoder.cached import CachedDecoder
 from qingtune.answering.decoder.joining import Rotary, Table
 from qingtune.answering.decoder.layer import (
-    ACTIVATIONS,
     AnswerLayer,
     AnswerNorm,
     AttentionBlock,
@@ -28,7 +27,6 @@ from qingtune.answering.decoder.native.build import has_native_units, native_lib
 from qingtune.answering.decoder.native.matrices import NativeMatrix, fits_native
 from qingtune.answering.decoder.packed import (
     ROWS_AT_A_TIME,
-    DenseMatrix,
     Matrix,
     has_int4_kernels,
     pack,
@@ -172,7 +170,7 @@ class Assembly:
             weight = self.weights.mapped(EMBEDDING if tied else HEAD)
             return _DenseParts([(rows, None) for rows in weight.split(ROWS_AT_A_TIME)], None)
         # A tied head is mapped once more: pages that were read here are released.
-        return self._pack(self._embedding() if tied else self.weights.read(HEAD), None)
+        return self._pack(self._embedding() if tied else self.weights.read(HEAD), None, self.bits)
 
     def _layer(self, name: str, layer: Layer, number: int) -> AnswerLayer:
         """number: of the layer, among those with such a mixer."""
@@ -216,7 +214,7 @@ class Assembly:
     def _mlp(self, name: str, mlp: MLP) -> MLPBlock:
         names = ["gate_up_proj"] if mlp.fused else ["gate_proj", "up_proj"]
         gate_up = self._joined(*(f"{name}.{part}" for part in names))
-        return MLPBlock(gate_up, self._joined(f"{name}.down_proj"), ACTIVATIONS[mlp.activation])
+        return MLPBlock(gate_up, self._joined(f"{name}.down_proj"), mlp.activation)
 
     def _experts(self, name: str, experts: Experts) -> ExpertsBlock:
         """Router and shares are dense: their bytes are few, and a rounded router could choose other experts."""
@@ -224,7 +222,7 @@ class Assembly:
             (self._of_expert(name, "gate_up", number), self._of_expert(name, "down", number))
             for number in range(experts.count)
         )
-        mlps = [MLPBlock(gate_up, down, ACTIVATIONS["silu"]) for gate_up, down in matrices]
+        mlps = [MLPBlock(gate_up, down, "silu") for gate_up, down in matrices]
         shared = MLP(experts.shared) if experts.shared else None
         return ExpertsBlock(
             experts,
@@ -244,7 +242,7 @@ class Assembly:
             weight = torch.cat([self.weights.read(part) for part in parts])
         if self.lazy:
             return _DenseParts([(weight, None)], None)
-        return self._pack(weight, None)
+        return self._pack(weight, None, self.bits)
 
     def _norm(self, name: str) -> AnswerNorm:
         weight = self.weights.read(f"{name}.weight").to(self.device)
@@ -261,10 +259,7 @@ class Assembly:
             parts = [self._part(f"{name}.weight") for name in names]
             return _DenseParts(parts, None if bias is None else bias.to(self.device, self.dtype))
         weight = torch.cat([self.weights.read(f"{name}.weight") for name in names])
-        if dense:
-            bias = None if bias is None else bias.to(self.device, self.dtype)
-            return DenseMatrix(weight.to(self.device, self.dtype), bias)
-        return self._pack(weight, bias)
+        return self._pack(weight, bias, None if dense else self.bits)
 
     def _bias(self, name: str) -> torch.Tensor:
         """Of a linear layer: zeros where it has none."""
@@ -280,10 +275,10 @@ class Assembly:
         weight = self.weights.unchanged(name).to(self.device, self.dtype)
         return weight, low.on_unchanged_base(weight, name)
 
-    def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
+    def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> Matrix:
         if self.library and fits_native(*weight.shape):
-            return NativeMatrix(self.library, weight, bias, self.bits, self.dtype, self.workspace)
-        bits = 8 if self.bits == 4 and not has_int4_kernels() else self.bits
+            return NativeMatrix(self.library, weight, bias, bits, self.dtype, self.workspace)
+        bits = 8 if bits == 4 and not has_int4_kernels() else bits
         bias, units = None if bias is None else bias.to(self.device), has_int8_units(self.device)
         return pack(weight.to(self.device), bias, bits, self.dtype, self.workspace, int8_units=units)
 

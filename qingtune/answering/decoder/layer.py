@@ -13,10 +13,11 @@ import torch.nn.functional as F
 
 from qingtune.answering.decoder.joining import Joining
 from qingtune.answering.decoder.packed import Matrix, plus
-from qingtune.kernels.architecture import Attention, Experts
+from qingtune.kernels.architecture import Activation, Attention, Experts
 from qingtune.kernels.delta.answer import DeltaCore
+from qingtune.kernels.native.elementwise import native
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
@@ -36,6 +37,10 @@ class AnswerNorm:
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Over the last dimension, computed in fp32 at least; in x's dtype."""
+        if self.weight.dtype == torch.float32 and (c := native(x)):
+            out = torch.empty_like(x)
+            c.norm(x, self.weight, self.epsilon, out)
+            return out
         wide = x.float()
         rate = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.epsilon)
         return (wide * rate.rsqrt_()).to(self.weight.dtype).mul_(self.weight).to(x.dtype)
@@ -115,12 +120,15 @@ class MLPBlock:
 
     gate_up: Matrix
     down: Matrix
-    activation: Callable[[torch.Tensor], torch.Tensor]
+    activation: Activation
 
     def forward(self, x: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
         """Normed rows [T, D] -> [T, D]."""
         gate, up = self.gate_up.multiply(x).chunk(2, dim=1)
-        return self.down.multiply(self.activation(gate).mul_(up), added)
+        if c := native(gate, up):  # of one row
+            c.gated(gate, up, gate, activation=self.activation)
+            return self.down.multiply(gate, added)
+        return self.down.multiply(ACTIVATIONS[self.activation](gate).mul_(up), added)
 
 
 @dataclass(frozen=True)

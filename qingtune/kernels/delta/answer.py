@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from qingtune.kernels.architecture import DeltaNet
 from qingtune.kernels.delta.rule import EPSILON, chunk, step
+from qingtune.kernels.native import delta_step
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,14 @@ class DeltaCore:
         rows: torch.Tensor,
         states: torch.Tensor,
     ) -> torch.Tensor:
-        """One new token of each of B sequences; as chunk, with B for n, rows [B, w - 1, M], states [B, H, d, e]."""
+        """One new token of each of B sequences; as chunk, with B for n, rows [B, w - 1, M], states [B, H, d, e].
+
+        In C where the machine can compile it.
+        """
+        inputs, held = (qkv, z, b, a), (rows, states)
+        if delta_step.fits(self.sizes, inputs, held):
+            weights = self.taps, self.rate, self.bias, self.weight
+            return delta_step.step(self.sizes, inputs, held, weights, EPSILON, self.epsilon)
         q, k, v = self._heads(self._convolve(qkv[:, None], rows)[:, 0])
         return self._gated(step(q, k, v, *self._gates(b, a), states), z).to(qkv.dtype)
 
