@@ -14,7 +14,6 @@ them unused, and llama.cpp is compiled for the others, in an environment of its 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import subprocess
@@ -193,18 +192,33 @@ def measure(system: str, model: Path) -> dict[str, Any]:
 
 
 def _held_bytes(decoder: Any) -> int | None:
-    """Bytes of all matrices of our decoder, which a new token reads once; None for another system's."""
-    import torch
-
+    """Bytes of all matrices of our decoder that a new token reads; None for another system's."""
     from qingtune.answering.decoder.cached import CachedDecoder
 
     if not isinstance(decoder, CachedDecoder):
         return None
-    parts = ((layer.mixer.qkv, layer.mixer.o, layer.mlp.gate_up, layer.mlp.down) for layer in decoder.layers)
-    held = [value for matrix in [decoder.head, *itertools.chain(*parts)] for value in vars(matrix).values()]
-    total = sum(value.numel() * value.dtype.itemsize for value in held if isinstance(value, torch.Tensor))
-    units = [value for value in held if isinstance(value, torch.ScriptObject)]  # int8, as FBGEMM has packed it
-    return total + sum(torch.ops.quantized.linear_unpack(value)[0].numel() for value in units)
+    return round(sum(map(_read_bytes, (decoder.head, *decoder.layers))))
+
+
+def _read_bytes(part: Any) -> float:
+    """Of the matrices of a part of a decoder; of a mixture's experts, of as many as a token chooses."""
+    import torch
+
+    from qingtune.answering.decoder import layer, packed
+    from qingtune.answering.decoder.native.matrices import NativeMatrix
+
+    matrices = NativeMatrix, packed.DenseMatrix, packed.Int8Matrix, packed.Int4Matrix
+    blocks = layer.AnswerLayer, layer.AttentionBlock, layer.DeltaBlock, layer.MLPBlock, layer.ExpertsBlock
+    if isinstance(part, torch.Tensor):
+        return part.numel() * part.dtype.itemsize
+    if isinstance(part, torch.ScriptObject):  # int8, as FBGEMM has packed it
+        return torch.ops.quantized.linear_unpack(part)[0].numel()
+    if not isinstance(part, (*matrices, *blocks)):
+        return 0
+    held = sum(map(_read_bytes, vars(part).values()))
+    if isinstance(part, layer.ExpertsBlock):
+        held += part.experts.chosen / part.experts.count * sum(map(_read_bytes, part.mlps))
+    return held
 
 
 def _prompts(model: Path) -> list[list[int]]:
@@ -278,7 +292,7 @@ def _peak() -> int:
 def table(runs: dict[str, list[dict[str, Any]]], model: Path) -> str:
     """Medians as Markdown."""
     shape = work_of(model, 0)
-    work = 2 * shape.body + shape.layers * 4 * shape.attention_width * PROMPT / 2  # of a token of the prompt
+    work = 2 * shape.body + shape.attention_layers * 4 * shape.attention_width * PROMPT / 2  # of a token of the prompt
     lines = [
         "| system | new tokens/s | of the bound | prompt tokens/s | of the bound | peak memory | loading |",
         "|---|---|---|---|---|---|---|",
