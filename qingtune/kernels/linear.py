@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from qingtune.kernels.native import nf4
 from qingtune.kernels.native.elementwise import native
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ class NF4Linear(QuantizedLinear):
         super()._hold({"packed": packed["packed"]})
         self.state = import_bitsandbytes().functional.QuantState.from_dict(scales, self.packed.device)
         self._in_blocks = self._state_in_blocks()
+        self._offset = float(self.state.offset) if self.state.nested else 0.0
 
     def _state_in_blocks(self) -> Any:
         """The state with a shape whose rows divide into blocks.
@@ -188,20 +190,24 @@ class NF4Linear(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """The weight, [out, in]."""
-        if out is not None and self._dequantize_on_cpu(out):
-            return out
+        if out is not None and out.dtype == self.state.dtype:
+            if nf4.fits(self.state, out):
+                nf4.unpack(self.packed, self.state, self._offset, out)
+                return out
+            if self._dequantize_on_cpu(out):
+                return out
         weight = import_bitsandbytes().functional.dequantize_4bit(self.packed, self._in_blocks).to(dtype)
         return weight.reshape(self.out_features, self.in_features)  # two numbers would come back transposed
 
     def _dequantize_on_cpu(self, out: torch.Tensor) -> bool:
-        """Have the library's CPU kernel write to a place of ours; False where that cannot be.
+        """Have the library's CPU kernel write to a place of ours, in the state's dtype; False where that cannot be.
 
         Its Python side takes fresh memory for each weight, which leaves holes of 0.2 GB in the heap or, if it is given
         back each time, costs a tenth of the speed.
         """
         functional = import_bitsandbytes().functional
         kernel = getattr(import_bitsandbytes().cextension.lib, _CPU_KERNELS.get(out.dtype, ""), None)
-        if kernel is None or out.device.type != "cpu" or out.dtype != self.state.dtype or self._in_blocks.shape[1] % 2:
+        if kernel is None or out.device.type != "cpu" or self._in_blocks.shape[1] % 2:
             return False
         scales = self.state.absmax
         if self.state.nested:
