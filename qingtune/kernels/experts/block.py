@@ -2,8 +2,9 @@
 https://arxiv.org/abs/1701.06538; experts that are all chosen, Dai et al. 2024, https://arxiv.org/abs/2401.06066).
 
 Each token goes to the k experts of the largest shares of a softmax over all. Tokens are sorted by expert, and an expert
-multiplies its rows at once. A share multiplies the hidden layer instead of the output, which is the same, as the
-output is linear in it, and narrower; so backward needs no output. Kept are the router's logits and all gates and ups.
+multiplies its rows at once, filled up to one of few numbers of rows (buffers.filled_up). A share multiplies the hidden
+layer instead of the output, which is the same, as the output is linear in it, and narrower; so backward needs no
+output. Kept are the router's logits and all gates and ups.
 
 Shapes: T tokens, E experts, k chosen ones, D hidden size, I size of an expert.
 """
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from qingtune.kernels.architecture import Experts
 from qingtune.kernels.blocks import Parts, Pass
 from qingtune.kernels.elementwise import Norm, swiglu, swiglu_backward
-from qingtune.kernels.experts.buffers import ExpertsSizes
+from qingtune.kernels.experts.buffers import ExpertsSizes, filled_up
 from qingtune.kernels.experts.matrices import ExpertMatrices, stacks
 from qingtune.kernels.projection import gradient
 from qingtune.kernels.workspace import Workspace
@@ -34,15 +35,16 @@ class Routing:
         probabilities: of all experts, fp32 (fp64 for fp64) [T, E].
         chosen: numbers of experts, [T, k].
         shares: of the chosen ones, like probabilities, [T, k].
-        order: places of `chosen`, flattened, sorted by expert, [T k].
-        counts: rows of each expert.
+        order: places of `chosen`, flattened, sorted by expert, [T k]; experts with fewer rows come first, so that
+            products of one shape follow one another.
+        counts: rows of each expert that has any, by its number, in that order.
     """
 
     probabilities: torch.Tensor
     chosen: torch.Tensor
     shares: torch.Tensor
     order: torch.Tensor
-    counts: list[int]
+    counts: dict[int, int]
 
     @property
     def places(self) -> torch.Tensor:
@@ -54,11 +56,10 @@ class Routing:
     def experts(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """Each expert that a token goes to: its number, its rows among the sorted ones, and their tokens."""
         tokens, start = self.order // self.chosen.shape[1], 0
-        for number, count in enumerate(self.counts):
-            if count:
-                rows = slice(start, start + count)
-                yield number, rows, tokens[rows]
-                start += count
+        for number, count in self.counts.items():
+            rows = slice(start, start + count)
+            yield number, rows, tokens[rows]
+            start += count
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,11 @@ class Router:
         shares, chosen = torch.topk(probabilities, self.chosen, -1)
         if self.normalised:
             shares = shares / shares.sum(-1, keepdim=True)
-        order = torch.argsort(chosen.flatten(), stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=logits.shape[1]).tolist()
-        return Routing(probabilities, chosen, shares, order, counts)
+        counts = torch.bincount(chosen.flatten(), minlength=logits.shape[1])
+        by_count = torch.argsort(counts, stable=True)
+        order = torch.argsort(torch.argsort(by_count)[chosen.flatten()], stable=True)
+        sizes = zip(by_count.tolist(), counts[by_count].tolist(), strict=True)
+        return Routing(probabilities, chosen, shares, order, {number: count for number, count in sizes if count})
 
     def backward(self, grad: torch.Tensor, routing: Routing, x: torch.Tensor, grad_x: torch.Tensor) -> None:
         """Add to the gradient of W, if it is trained, and to that of x.
@@ -166,6 +169,38 @@ class SharedExpert:
         return self.workspace.take(name, (len(x), self.size), x.dtype)
 
 
+class Part:
+    """Buffers of one expert, until the next one's: rows of tokens, then zeros, filled up where products want that.
+
+    Args:
+        block: the expert's.
+        tokens: of the pass, the most that an expert may get; buffers are made for them.
+        count: of this expert's.
+    """
+
+    def __init__(self, block: ExpertsBlock, tokens: int, count: int) -> None:
+        self._block, self._count = block, count
+        self._most, self._rows = (filled_up(number) if block.fills_up else number for number in (tokens, count))
+
+    def take(self, name: str, width: int) -> torch.Tensor:
+        """[filled rows, width], undefined but for the rows that were filled up."""
+        rows = self._block.workspace.take(f"experts.{name}", (self._most, width), self._block.dtype)[: self._rows]
+        rows[self._count :].zero_()
+        return rows
+
+    def copy(self, name: str, kept: torch.Tensor) -> torch.Tensor:
+        """Rows of this expert, [n, width], filled up."""
+        rows = self.take(name, kept.shape[1])
+        rows[: self._count] = kept
+        return rows
+
+    def gather(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows of x, [filled rows, D], until the next that are gathered."""
+        rows = self.take("input", x.shape[1])
+        torch.index_select(x, 0, tokens, out=rows[: self._count])
+        return rows
+
+
 class ExpertsBlock:
     """x -> x + sum of shares times experts, of norm(x), and the shared expert.
 
@@ -186,6 +221,9 @@ class ExpertsBlock:
         )
         self.shared = SharedExpert(mlp, number, parts) if kind.shared else None
         self.size = kind.size
+        # On a CPU, code is made for each shape of these products, which takes as long as the product of a few rows.
+        on_cpu = mlp.gate.weight.device.type in ("cpu", "meta")
+        self.fills_up = on_cpu and (parts.dtype.itemsize == 2 or self.gate_up.in_int8)
 
     @property
     def sizes(self) -> ExpertsSizes:
@@ -198,6 +236,7 @@ class ExpertsBlock:
             down=self.down.sizes,
             router_itemsize=weight.dtype.itemsize,
             trains_router=weight.requires_grad,
+            fills_up=self.fills_up,
             shared=(shared.reads.sizes, shared.down.sizes) if shared else None,
         )
 
@@ -212,18 +251,27 @@ class ExpertsBlock:
     def _forward(self, x: torch.Tensor, now: Pass, out: torch.Tensor | None, slot: str) -> None:
         normed = self.norm.forward(x)
         routing = self.router.route(self.router.logits(slot + ".router", normed))
-        gates, lows, down_lows = self._kept(routing, slot)
+        gates, ups, lows, down_lows = self._kept(routing, slot)
         outs = self._take("experts.rows", len(gates), x.shape[1])
         shares = self._sorted_shares(routing)
         for number, rows, tokens in routing.experts():
-            self.gate_up.forward(number, self._gather(normed, tokens), lows[rows], gates[rows])
-            gate, up = gates[rows].split(self.size, 1)
-            hidden = self._of_expert("hidden", len(x), len(tokens))
-            swiglu(gate, up, hidden, hidden).mul_(shares[rows])
+            part, count = Part(self, len(x), len(tokens)), len(tokens)
+            both = part.take("gate_up", 2 * self.size)
+            low = part.take("rank", self.gate_up.rank)
+            self.gate_up.forward(number, part.gather(normed, tokens), low, both)
+            lows[rows] = low[:count]
+            gate, up, hidden = gates[rows], ups[rows], part.take("hidden", self.size)
+            for kept, mine in zip((gate, up), both[:count].chunk(2, 1), strict=True):
+                kept.copy_(mine)
+            swiglu(gate, up, hidden[:count], hidden[:count]).mul_(shares[rows])
+            low = part.take("rank", self.down.rank)
             if out is None:
-                self.down.keep_low(number, hidden, down_lows[rows])
+                self.down.keep_low(number, hidden, low)
             else:
-                self.down.forward(number, hidden, down_lows[rows], outs[rows])
+                product = part.take("output", x.shape[1])
+                self.down.forward(number, hidden, low, product)
+                outs[rows] = product[:count]
+            down_lows[rows] = low[:count]
         if out is not None:
             torch.add(x, F.embedding_bag(routing.places, outs, mode="sum"), out=out)
         if self.shared:
@@ -247,32 +295,35 @@ class ExpertsBlock:
         self, grad: torch.Tensor, normed: torch.Tensor, routing: Routing, slot: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of the experts' inputs, [T k, D] sorted by expert, and of the shares, [T, k]."""
-        gates, lows, down_lows = self._kept(routing, slot)
+        gates, ups, lows, down_lows = self._kept(routing, slot)
         rows_grad = self._take("experts.rows", len(gates), normed.shape[1])
         grad_shares = torch.empty(routing.shares.numel(), dtype=routing.shares.dtype, device=normed.device)
         shares = self._sorted_shares(routing)
         for number, rows, tokens in routing.experts():
-            hidden, activated, scaled, grad_hidden = (
-                self._of_expert(name, len(normed), len(tokens))
-                for name in ("hidden", "activated", "scaled", "grad_hidden")
+            part, count = Part(self, len(normed), len(tokens)), len(tokens)
+            hidden, activated = (part.take(name, self.size)[:count] for name in ("hidden", "activated"))
+            scaled, grad_hidden = (part.take(name, self.size) for name in ("scaled", "grad_hidden"))
+            gate, up, product = gates[rows], ups[rows], scaled[:count]
+            torch.mul(swiglu(gate, up, activated, hidden), shares[rows], out=product)
+            self.down.backward(
+                number, scaled, part.copy("rank", down_lows[rows]), part.gather(grad, tokens), grad_hidden
             )
-            gate, up = gates[rows].split(self.size, 1)
-            torch.mul(swiglu(gate, up, activated, hidden), shares[rows], out=scaled)
-            self.down.backward(number, scaled, down_lows[rows], self._gather(grad, tokens), grad_hidden, len(grad))
-            product = torch.mul(grad_hidden, hidden, out=scaled)
+            torch.mul(grad_hidden[:count], hidden, out=product)
             grad_shares[routing.order[rows]] = product.sum(-1, dtype=grad_shares.dtype)
-            swiglu_backward(grad_hidden.mul_(shares[rows]), gate, up, activated)
-            up.copy_(activated)
-            self.gate_up.backward(
-                number, self._gather(normed, tokens), lows[rows], gates[rows], rows_grad[rows], len(grad)
-            )
+            swiglu_backward(grad_hidden[:count].mul_(shares[rows]), gate, up, activated)
+            both, grad_x = part.take("gate_up", 2 * self.size), part.take("output", normed.shape[1])
+            torch.cat([gate, activated], 1, out=both[:count])
+            low = part.copy("rank", lows[rows])
+            self.gate_up.backward(number, part.gather(normed, tokens), low, both, grad_x)
+            rows_grad[rows] = grad_x[:count]
         return rows_grad, grad_shares.view_as(routing.shares)
 
-    def _kept(self, routing: Routing, slot: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What stays from forward to backward: gates and ups [T k, 2 I], and what adapters keep, sorted by expert."""
+    def _kept(self, routing: Routing, slot: str) -> tuple[torch.Tensor, ...]:
+        """What stays from forward to backward, sorted by expert: gates and ups [T k, I], and what adapters keep."""
         rows = len(routing.order)
         return (
-            self._take(slot + ".gate_up", rows, 2 * self.size),
+            self._take(slot + ".gate", rows, self.size),
+            self._take(slot + ".up", rows, self.size),
             self.gate_up.low(slot + ".gate_up", rows, self.dtype),
             self.down.low(slot + ".down", rows, self.dtype),
         )
@@ -280,14 +331,6 @@ class ExpertsBlock:
     def _sorted_shares(self, routing: Routing) -> torch.Tensor:
         """[T k, 1] in the dtype that is computed in."""
         return routing.shares.flatten()[routing.order, None].to(self.dtype)
-
-    def _gather(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """An expert's rows, [n, D], until the next one's."""
-        return torch.index_select(x, 0, tokens, out=self._take("experts.input", *x.shape)[: len(tokens)])
-
-    def _of_expert(self, name: str, tokens: int, rows: int) -> torch.Tensor:
-        """A buffer for an expert's hidden layer, [rows, I], of the size that all tokens of a pass would take."""
-        return self._take(f"experts.{name}", tokens, self.size)[:rows]
 
     def _logits_shape(self, x: torch.Tensor) -> tuple[int, int]:
         return len(x), len(self.router.module.weight)

@@ -11,6 +11,13 @@ from dataclasses import dataclass
 from qingtune.kernels.buffers import GroupSizes, Rows, Tally, Use, product_buffers
 
 
+def filled_up(rows: int) -> int:
+    """What an expert's number of rows is filled up to, so that there are few: a multiple of 8, or of an eighth of the
+    next power of two."""
+    step = max(8, 1 << (rows - 1).bit_length() >> 3)
+    return -(-rows // step) * step
+
+
 @dataclass(frozen=True)
 class StackSizes:
     """Of matrices.ExpertMatrices.
@@ -35,7 +42,6 @@ class StackSizes:
         if how.itemsize != 4:  # adapters are fp32
             tally.forward(self.rank * self.reads, "experts.a")
             tally.forward(self.rank * self.out, "experts.b")
-        tally.backward(rows * self.rank, "experts.grad_low")
         for itemsize in {how.itemsize, how.wide}:
             tally.backward(small, "product", itemsize=itemsize)
         if self.trained and not how.trains_weights:  # modules_to_save: fp32
@@ -54,6 +60,7 @@ class ExpertsSizes:
         down: what reads the hidden layer.
         router_itemsize: bytes a number of the router's weight.
         trains_router: whether that is trained.
+        fills_up: whether an expert's rows are filled up.
         shared: layers that read the shared expert's input, and the one that reads its hidden layer; None without it.
     """
 
@@ -63,6 +70,7 @@ class ExpertsSizes:
     down: StackSizes
     router_itemsize: int
     trains_router: bool
+    fills_up: bool
     shared: tuple[GroupSizes, GroupSizes] | None
 
     def groups(self, rows: Rows) -> Sequence[Use]:
@@ -75,7 +83,7 @@ class ExpertsSizes:
         """Logits of the router, gates and ups, and what adapters keep."""
         sent = rows.asking * self.chosen
         slot.forward(rows.asking * self.count, "router")
-        slot.forward(sent * self.gate_up.out, "gate_up")
+        slot.forward(sent * self.down.reads, "gate", "up")
         slot.forward(sent * self.gate_up.rank, "gate_up.low")
         slot.forward(sent * self.down.rank, "down.low")
         if self.shared:
@@ -86,9 +94,13 @@ class ExpertsSizes:
         """The norm, an expert's rows, and what each token gets from its experts."""
         how, tokens = tally.how, rows.asking
         hidden = tokens * self.gate_up.reads
-        inner = tokens * max(self.down.reads, self.shared[1].reads if self.shared else 0)
+        most = filled_up(tokens) if self.fills_up else tokens  # of an expert
+        inner = max(most * self.down.reads, tokens * self.shared[1].reads if self.shared else 0)
         tally.norm(hidden)
-        tally.forward(hidden, "norm.out", "experts.input")
+        tally.forward(hidden, "norm.out")
+        tally.forward(most * self.gate_up.reads, "experts.input", "experts.output")
+        tally.forward(most * self.gate_up.out, "experts.gate_up")
+        tally.forward(most * max(self.gate_up.rank, self.down.rank), "experts.rank")
         tally.forward(hidden * self.chosen, "experts.rows")
         tally.forward(inner, "experts.hidden")
         tally.backward(inner, "experts.activated", "experts.scaled", "experts.grad_hidden")

@@ -13,7 +13,7 @@ from torch import nn
 
 from qingtune.kernels.experts.buffers import StackSizes
 from qingtune.kernels.experts.modules import MATRICES, LoRAExperts
-from qingtune.kernels.linear import QuantizedLinear
+from qingtune.kernels.linear import Int8Linear, QuantizedLinear
 from qingtune.kernels.projection import Adapter, Member, Projection, gradient
 from qingtune.kernels.workspace import Workspace
 
@@ -92,6 +92,11 @@ class ExpertMatrices:
         trained = isinstance(weights, torch.Tensor) and weights.requires_grad
         return StackSizes(reads=self.shape[1], out=self.shape[0], rank=self.rank, trained=trained)
 
+    @property
+    def in_int8(self) -> bool:
+        """Whether the weights are multiplied as int8."""
+        return self.int8_units and isinstance(self.stack.weights[0], Int8Linear)
+
     def low(self, name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
         """Where A_e x of all rows is kept from forward to backward, [rows, r]."""
         return self.workspace.take(name + ".low", (rows, self.rank), dtype)
@@ -109,25 +114,24 @@ class ExpertMatrices:
             torch.mm(x, self._cast("a", adapter.a[number], x.dtype).t(), out=low)
 
     def backward(
-        self, number: int, x: torch.Tensor, low: torch.Tensor, grad: torch.Tensor, grad_x: torch.Tensor, most: int
+        self, number: int, x: torch.Tensor, low: torch.Tensor, grad: torch.Tensor, grad_x: torch.Tensor
     ) -> None:
         """Add to the gradients of all trained parameters, and write the input's.
 
         Args:
             number: the expert's; x and low are those of forward.
+            low: overwritten.
             grad: [n, out].
             grad_x: [n, in], overwritten.
-            most: rows that an expert of this pass may have.
         """
         self._product(number, backward=True).backward("experts", x, [grad], grad_x, None)
         if not (adapter := self.stack.adapter):
             return
         grad_b, grad_a = gradient(adapter.b)[number], gradient(adapter.a)[number]
         grad_b.add_(self.workspace.product(grad.t(), low, grad_b.dtype), alpha=adapter.scaling)
-        grad_low = self.workspace.take("experts.grad_low", (most, self.rank), low.dtype)[: len(low)]
-        torch.mm(grad, self._cast("b", adapter.b[number], x.dtype), out=grad_low).mul_(adapter.scaling)
-        grad_a.add_(self.workspace.product(grad_low.t(), x, grad_a.dtype))
-        grad_x.addmm_(grad_low, self._cast("a", adapter.a[number], x.dtype))
+        torch.mm(grad, self._cast("b", adapter.b[number], x.dtype), out=low).mul_(adapter.scaling)
+        grad_a.add_(self.workspace.product(low.t(), x, grad_a.dtype))
+        grad_x.addmm_(low, self._cast("a", adapter.a[number], x.dtype))
 
     def _product(self, number: int, *, backward: bool = False) -> Projection:
         """The product with an expert's weight alone."""

@@ -16,6 +16,8 @@ from qingtune.adapters.lora import add_lora, member
 from qingtune.data.batch import collate
 from qingtune.kernels.buffers import Arithmetic, buffers
 from qingtune.kernels.decoder import TrainingDecoder, why_not
+from qingtune.kernels.experts.block import ExpertsBlock
+from qingtune.kernels.experts.buffers import filled_up
 from qingtune.kernels.footprint import PassTokens
 from qingtune.kernels.native import elementwise as in_c
 from qingtune.machine.resources import cpu_has_int8_units
@@ -101,6 +103,30 @@ def test_recomputing_and_buffers_used_before_change_nothing_bit_for_bit(trained:
         assert found_loss == loss
         assert evaluated == pytest.approx(loss, rel=1e-6)
         assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize("trained", ["full", "lora"])
+def test_rows_that_are_filled_up_change_nothing(trained: str) -> None:
+    """As they are for bf16 and int8, whatever the buffers held before."""
+    model = make_decodable("qwen3.5 moe", trained)
+    filled = TrainingDecoder(model, torch.float32, member, recompute=1)
+    for mlp in filled.mlps:
+        assert isinstance(mlp, ExpertsBlock)
+        assert not mlp.fills_up
+        mlp.fills_up = True
+    for batch in batches().values():
+        wanted_loss, wanted = decoded(model, batch)
+        for buffer in filled.workspace._held.values():
+            buffer.fill_(float("nan"))
+        loss, gradients = decoded(model, batch, decoder=filled)
+        assert loss == pytest.approx(wanted_loss, rel=1e-6)
+        assert apart(gradients, wanted) < 1e-5
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(1, 8), (8, 8), (9, 16), (64, 64), (65, 80), (129, 160), (768, 768)])
+def test_there_are_few_numbers_of_rows(rows: int, wanted: int) -> None:
+    assert filled_up(rows) == wanted
+    assert len({filled_up(number) for number in range(1, 769)}) == 22
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "lora on down", "qlora 4", "qlora 8"])
