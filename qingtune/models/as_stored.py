@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qingtune.kernels.experts.modules import MATRICES, expert_product, run_experts
+from qingtune.models.layers import expert_modules, replace_layer
+
 
 class StoredLinear(nn.Linear):
     """A linear layer that computes in its input's dtype, whatever its weight's."""
@@ -29,13 +32,41 @@ class StoredEmbedding(nn.Embedding):
         return super().forward(input).float()
 
 
+class StoredExperts(nn.Module):
+    """A mixture's frozen experts that compute in their input's dtype, widened one at a time.
+
+    Args:
+        experts: Transformers' module, whose parameters it takes over.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.act_fn: nn.Module = experts.act_fn
+        for name in MATRICES:
+            self.register_parameter(name, getattr(experts, name))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As Transformers calls it: [T, D], [T, k], [T, k] -> [T, D]."""
+
+        def product(name: str, number: int, x: torch.Tensor) -> torch.Tensor:
+            return expert_product(self, name, number, x)
+
+        return run_experts(hidden_states, top_k_index, top_k_weights, self.act_fn, product)
+
+
 _OF = {nn.Linear: StoredLinear, nn.Embedding: StoredEmbedding}
 
 
 def compute_in_fp32(model: Any) -> None:
-    """Have a model in 16 bits compute in fp32: matrices of linear layers and embeddings stay as they are, all else is
-    widened. Layers of other kinds, which may do more with their weight, are widened too."""
+    """Have a model in 16 bits compute in fp32: matrices of linear layers, experts and embeddings stay as they are, all
+    else is widened. Layers of other kinds, which may do more with their weight, are widened too."""
     kept: set[int] = set()
+    for name, experts in expert_modules(model).items():
+        stored = StoredExperts(experts)
+        replace_layer(model, name, stored)
+        kept.update(id(parameter) for parameter in stored.parameters())
     for module in model.modules():
         if type(module) in _OF:
             module.__class__ = _OF[type(module)]

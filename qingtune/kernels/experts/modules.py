@@ -19,9 +19,9 @@ Product = Callable[[str, int, torch.Tensor], torch.Tensor]
 
 
 def expert_product(experts: Any, name: str, number: int, x: torch.Tensor) -> torch.Tensor:
-    """x [n, in] times a matrix of an expert; experts: Transformers' module, or `QuantizedExperts`."""
+    """x [n, in] times a matrix of an expert, in x's dtype; experts: a module with parameters, or `QuantizedExperts`."""
     weights = getattr(experts, name)
-    return weights[number](x) if isinstance(weights, nn.ModuleList) else F.linear(x, weights[number])
+    return weights[number](x) if isinstance(weights, nn.ModuleList) else F.linear(x, weights[number].to(x.dtype))
 
 
 def run_experts(
