@@ -52,8 +52,8 @@ def rope_in_gguf(config: Any, architecture: Architecture) -> Rope:
         return Rope({"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])})
     if scaling == "yarn":
         return Rope(_yarn(config, rope, architecture))
-    if scaling == "llama3" and architecture.name == "llama":
-        return Rope(constants={"rope_freqs.weight": _llama3_factors(config)})
+    if architecture.name == "llama" and (scaling == "llama3" or _is_one_set(rope)):
+        return Rope(constants={"rope_freqs.weight": _factors(config, scaling)})
     if scaling == "longrope" and architecture.name == "phi3":
         return _longrope(config, rope)
     raise RopeNotExpressible(f"its rope_type {scaling}")
@@ -119,11 +119,17 @@ def _longrope(config: Any, rope: Mapping[str, Any]) -> Rope:
     )
 
 
-def _llama3_factors(config: Any) -> NDArray[np.float32]:
+def _is_one_set(rope: Mapping[str, Any]) -> bool:
+    """Whether this is LongRoPE with the same factors for all texts, as models that come from GGUF have it."""
+    factors = rope.get("short_factor")
+    return factors is not None and factors == rope.get("long_factor") and rope.get("attention_factor") == 1
+
+
+def _factors(config: Any, scaling: str) -> NDArray[np.float32]:
     """By what llama.cpp divides each of a head's frequencies, fp32 [head_dim / 2]."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     dim = head_dim_of(config)
     plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    scaled, _ = ROPE_INIT_FUNCTIONS[scaling](config, torch.device("cpu"))
     return (plain / scaled.double()).float().numpy()

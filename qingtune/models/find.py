@@ -25,7 +25,7 @@ _HEADER = ("config.json",)
 # Ends the name of the tensor that says how a weight in 4 bits is packed; the weight's own name comes before it.
 NF4_MARK = ".quant_state.bitsandbytes__nf4"
 HEADERS = "headers"  # where config.json files without weights are kept, in the cache
-CONVERTED = "gguf"  # where converted .gguf files are kept, in the cache
+CONVERTED = "gguf-2"  # where converted .gguf files are kept, in the cache; the number changes with what is read
 _MODELS = Path("models")  # the folder, in the current one, where models are put by hand and by the demo
 _MOST_AT_HAND = 5  # of its models, that an error names
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")

@@ -18,8 +18,13 @@ from qingtune.output.quiet import quieten_transformers
 
 _CACHE = "Free disk space, or choose another folder with --cache_dir or the environment variable QINGTUNE_CACHE."
 
-# Models of which Transformers takes heads and experts to be as wide as those that are published, whatever a file says.
-_AS_PUBLISHED = ("qwen3", "qwen3_moe")
+# What Transformers' reader takes to be as in the published models, whatever a file says: of Qwen3, how wide heads and
+# experts are; and of all models, these.
+_AS_PUBLISHED = ("head_dim", "moe_intermediate_size")
+_UNREAD = (
+    "rope_parameters", "original_max_position_embeddings", "query_pre_attn_scalar", "layer_types",
+    "final_logit_softcapping", "attention_bias", "mlp_bias",
+)  # fmt: skip
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -53,9 +58,9 @@ def _read_dequantised(path: Path) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(empty, gguf_file=file)
         dequantise = transformers.GgufConfig(dequantize=True)
         config = transformers.AutoConfig.from_pretrained(empty, gguf_file=file)
-        if config.model_type in _AS_PUBLISHED:
-            written = config_of_gguf(path)
-            config.update({name: written[name] for name in ("head_dim", "moe_intermediate_size") if name in written})
+        written = config_of_gguf(path)
+        names = {*_UNREAD, *(_AS_PUBLISHED if config.model_type in ("qwen3", "qwen3_moe") else ())}
+        config.update({name: value for name, value in written.items() if name in names})
         model = transformers.AutoModelForCausalLM.from_pretrained(
             empty, gguf_file=file, config=config, dtype=torch.bfloat16, quantization_config=dequantise
         )

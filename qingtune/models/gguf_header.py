@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from qingtune.errors import UserError, shorten
 from qingtune.files.foreign import foreign_files
+from qingtune.models.gguf_settings import ROPE_FACTORS, GGUFSettings
 
 # A GGUF file may hold the head apart from the embedding although the model ties them: the same matrix, quantised twice,
 # differs by a few per cent (Qwen2.5-0.5B Q4_K_M: 4.5 %); two matrices trained apart differ by more than their size.
@@ -23,7 +24,10 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _TEXT, _ARRAY = 8, 9
 _UNREADABLE = "the header of this GGUF file cannot be read"
 MOST_DIMENSIONS, MOST_DEPTH = 8, 8  # of a tensor; of arrays within arrays
-_MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
+_MODEL_TYPES = {
+    "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text", "qwen35": "qwen3_5_text",
+    "qwen35moe": "qwen3_5_moe_text",
+}  # fmt: skip
 # config.json's names -> GGUF's, after the architecture's.
 _SIZES = {
     "hidden_size": "embedding_length",
@@ -37,6 +41,13 @@ _SIZES = {
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "sliding_window": "attention.sliding_window",
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_value_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+    "full_attention_interval": "full_attention_interval",
 }
 
 
@@ -109,17 +120,19 @@ def check_gguf_header(path: Path) -> None:
 
 
 def config_of_gguf(path: Path) -> dict[str, Any]:
-    """A model's config.json, as far as sizes go, from a .gguf file's header; a UserError if that is broken."""
+    """What a .gguf file says of a config.json: sizes, positions, attention; a UserError if its header is broken."""
     with foreign_files(_UNREADABLE, path), path.open("rb") as file:
         values, tensors, data = _read(file, path.stat().st_size)
         tied = _is_tied(file, tensors, data)
-    kind = str(values.get("general.architecture"))
+        factors = {name: _vector(file, tensors[name], data) for name in ROPE_FACTORS if name in tensors}
+        kind = str(values.get("general.architecture"))
+        further = GGUFSettings(kind, values, tensors, factors).config()
     config: dict[str, Any] = {
         name: values[f"{kind}.{theirs}"] for name, theirs in _SIZES.items() if f"{kind}.{theirs}" in values
     }
     config["vocab_size"] = tensors["token_embd.weight"].sizes[1] if "token_embd.weight" in tensors else None
     config["model_type"] = "mixtral" if kind == "llama" and config.get("num_experts") else _MODEL_TYPES.get(kind, kind)
-    return {**config, "tie_word_embeddings": tied, "dtype": "bfloat16"}  # as it is converted
+    return {**config, **further, "tie_word_embeddings": tied, "dtype": "bfloat16"}  # as it is converted
 
 
 def _read(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, _Tensor], int]:
@@ -150,6 +163,15 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, _Tensor]
     if not isinstance(aligned, int) or not 0 < aligned <= 1 << 20:
         raise ValueError(f"its alignment is {aligned!r}")
     return values, tensors, -(-file.tell() // aligned) * aligned
+
+
+def _vector(file: BinaryIO, tensor: _Tensor, data: int) -> list[float]:
+    """The numbers of a tensor in fp32; ValueError if it is in another form."""
+    if tensor.kind != 0 or len(tensor.sizes) != 1:
+        raise ValueError("factors of rotary positions are not in fp32")
+    count = tensor.sizes[0]
+    file.seek(data + tensor.offset)
+    return list(struct.unpack(f"<{count}f", file.read(4 * count)))
 
 
 def _is_tied(file: BinaryIO, tensors: dict[str, _Tensor], data: int) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, load_tool
 
 from qingtune.cli import main
+from qingtune.models.find import CONVERTED
 
 CACHE = ROOT / "models" / "cache"  # kept, so that the model is converted once for all runs of the tests
 
@@ -94,7 +95,7 @@ def largest_difference_to_peft(adapter: Path) -> float:
     from qingtune.adapters.peft_files import load_adapter
     from qingtune.models.load import load_model
 
-    base = next((CACHE / "gguf").glob("SmolLM2*"))
+    base = next((CACHE / CONVERTED).glob("SmolLM2*"))
     ids = torch.arange(1000, 1040)[None]
     ours = load_model(base, torch.float32).eval()
     load_adapter(ours, adapter)

@@ -18,6 +18,8 @@ from qingtune.commands.export import export
 from qingtune.config.commands import ExportConfig
 from qingtune.errors import UserError
 from qingtune.export.gguf_architectures import ARCHITECTURES
+from qingtune.models.find import find_model
+from qingtune.models.load import load_model, local_folder
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -151,6 +153,50 @@ def test_mistral_is_llama_by_another_name(tmp_path: Path) -> None:
     assert GGUFReader(path).fields["general.architecture"].contents() == "llama"
     found = logits_of(read_by_transformers(path, transformers.LlamaConfig(**SIZES, **HEADS)))
     assert np.abs(found - logits_of(model)).max() < 1e-4
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+LINEAR_POSITIONS = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+READ_BACK: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, llama3": ("LlamaConfig", {"rope_parameters": LLAMA3}),
+    "llama, biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LINEAR_POSITIONS}),
+    "qwen3, linear": ("Qwen3Config", {**HEADS, "rope_parameters": LINEAR_POSITIONS, "tie_word_embeddings": True}),
+    **{name: model for name, model in MODELS.items() if "ministral3" not in name},
+}
+
+
+@pytest.mark.parametrize("name", READ_BACK)
+def test_the_file_is_read_back_as_the_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, name, READ_BACK[name])
+    save(tmp_path / "model", name)
+    path = export_f32(tmp_path / "model", tmp_path / "out")
+    folder = local_folder(find_model(str(path), None, "auto"), str(tmp_path))
+    wanted = load_model(tmp_path / "model", torch.float32)
+    with torch.no_grad():
+        for parameter in wanted.parameters():
+            parameter.copy_(parameter.bfloat16())  # as it is converted
+    found = logits_of(load_model(folder, torch.float32))
+    assert np.abs(found - logits_of(wanted)).max() < 2e-3 * logits_of(wanted).std()
+    make_tokenizer().save_pretrained(folder)  # of Gemma's, Transformers expects SentencePiece
+    again = GGUFReader(export_f32(folder, tmp_path / "again"))
+    first = GGUFReader(path)
+    assert {tensor.name for tensor in again.tensors} == {tensor.name for tensor in first.tensors}
+    kind = first.fields["general.architecture"].contents()
+    for key, field in first.fields.items():
+        if key.startswith(f"{kind}."):
+            value = field.contents()
+            about = pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
+            assert again.fields[key].contents() == about, key
+
+
+def test_what_transformers_does_not_read_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "model", "ministral3")
+    path = export_f32(tmp_path / "model", tmp_path / "out")
+    with pytest.raises(UserError, match=r"Transformers cannot read this GGUF file .*mistral3"):
+        local_folder(find_model(str(path), None, "auto"), str(tmp_path))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

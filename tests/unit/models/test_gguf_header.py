@@ -52,6 +52,7 @@ def test_shape_and_ties(head: str, tied: bool, tmp_path: Path) -> None:
         "hidden_size": HIDDEN, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": VOCABULARY, "model_type": "qwen2",
         "tie_word_embeddings": tied, "dtype": "bfloat16",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }  # fmt: skip
     blueprint = read_blueprint(tmp_path / "m.gguf")
     assert (blueprint.stored_itemsize, blueprint.vocabulary, blueprint.layers) == (2, VOCABULARY, 2)

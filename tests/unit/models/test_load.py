@@ -15,7 +15,7 @@ from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from qingtune.errors import UserError
-from qingtune.models.find import ModelSource, context_length, find_model, fingerprint
+from qingtune.models.find import CONVERTED, ModelSource, context_length, find_model, fingerprint
 from qingtune.models.gguf_convert import tie_if_same
 from qingtune.models.load import load_model, load_tokenizer, local_folder, save_model, stop_ids, stored_dtype
 
@@ -284,7 +284,7 @@ def test_a_gguf_file_is_converted_once_and_answers_as_its_source(
 ) -> None:
     path, model = gguf_file
     folder = local_folder(find_model(str(path), None, "auto"), str(tmp_path))
-    assert folder.parent == tmp_path / "gguf"
+    assert folder.parent == tmp_path / CONVERTED
     assert len([line for line in reported() if line.startswith("Converting")]) == 1
     torch.testing.assert_close(logits_of(load_model(folder, torch.float32)), logits_of(model), rtol=0, atol=1e-6)
     assert stop_ids(folder) == [2]
