@@ -14,6 +14,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from qingtune.kernels.architecture import DeltaNet
 from qingtune.kernels.delta.answer import DeltaCore
 from qingtune.kernels.delta.rule import CHUNK, DeltaRule, chunk, step
+from qingtune.kernels.native import delta_step
 from qingtune.kernels.workspace import Workspace
 
 # Tokens, key heads, value heads a key head, sizes of keys and values, and the largest decay of a token.
@@ -143,9 +144,12 @@ def test_more_tokens_than_a_chunk() -> None:
     assert_near(state, after)
 
 
+@pytest.mark.parametrize("in_c", [True, False])
 @pytest.mark.parametrize("heads", [(2, 2), (2, 6)])
-def test_answering_is_transformers(heads: tuple[int, int]) -> None:
+def test_answering_is_transformers(heads: tuple[int, int], in_c: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt in two parts, then single tokens of two sequences together."""
+    if not in_c:
+        monkeypatch.setattr(delta_step, "fits", lambda *_: False)
     config = Qwen3_5TextConfig(
         hidden_size=24,
         num_hidden_layers=1,
