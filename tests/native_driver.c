@@ -30,13 +30,14 @@ static void team_barrier(int number) {
 
 /* --- Calls by a team of threads ----------------------------------------------------------------------------------- */
 
-enum { STEP, PRODUCT, UNPACK, TO_24_BITS };
+enum { STEP, PRODUCT, UNPACK, TO_24_BITS, MIXTURE };
 
 typedef struct {
     int what;
     const Model *model;
     const Cache *cache;
     const Matrix *matrix;
+    const Mixture *mixture;
     float *x, *y;
     void *out;
     int64_t count, threads;
@@ -47,6 +48,7 @@ static void *make(void *argument) {
     const Call *c = argument;
     if (c->what == STEP) answer_step(c->model, c->cache, c->x, c->count, c->threads, c->memory, c->y);
     if (c->what == PRODUCT) multiply_rows(c->matrix, c->x, c->count, c->threads, c->memory, c->y);
+    if (c->what == MIXTURE) add_mixture(c->mixture, c->x, c->y, c->threads, c->memory);
     if (c->what == UNPACK) unpack(c->matrix, c->out, c->threads);
     if (c->what == TO_24_BITS) to_24_bits(c->x, c->out, c->count, c->threads);
     return NULL;
@@ -191,6 +193,39 @@ static void try_product(int64_t kind, int64_t rows, int64_t columns, int64_t cou
     free_matrix(m);
 }
 
+/* Each row is sent to two of three experts. */
+static void try_mixture(int64_t kind, int64_t hidden, int64_t inner, int64_t count) {
+    Matrix gate_up[3], down[3];
+    for (int e = 0; e < 3; e++) {
+        gate_up[e] = matrix_of(kind, 2 * inner, hidden, 0);
+        down[e] = matrix_of(kind, hidden, inner, 0);
+    }
+    int64_t *rows = room(2 * count * 8), *experts = room(2 * count * 8);
+    for (int64_t p = 0; p < 2 * count; p++) rows[p] = p / 2, experts[p] = (p + p / 2) % 3;
+    float *shares = floats(2 * count, 1.0f), *x = floats(count * hidden, 2.0f), *results[2];
+    const Mixture mixture = {gate_up, down, rows, experts, shares, count, 2 * count};
+    for (int several = 0; several < 2; several++) {
+        char *memory = room(mixture_scratch_bytes(&mixture));
+        results[several] = room(count * hidden * 4);
+        memset(results[several], 0, (size_t)(count * hidden * 4));
+        run((Call){.what = MIXTURE, .mixture = &mixture, .x = x, .y = results[several], .threads = several ? 3 : 1,
+                   .memory = memory});
+        free(memory);
+    }
+    compare(results[0], results[1], count * hidden * 4, "mixture");
+    for (int64_t i = 0; i < count * hidden; i++)
+        if (!isfinite(results[0][i])) exit(4);
+    for (int e = 0; e < 3; e++) {
+        free_matrix(gate_up[e]);
+        free_matrix(down[e]);
+    }
+    for (int i = 0; i < 2; i++) free(results[i]);
+    free(rows);
+    free(experts);
+    free(shares);
+    free(x);
+}
+
 typedef struct {
     int64_t hidden, inner, queries, keys, size, vocabulary, capacity;
     int head_norms, wide;
@@ -281,6 +316,8 @@ int main(int count, char **arguments) {
         for (size_t c = 0; c < sizeof(counts) / sizeof(*counts); c++) {
             try_product(kinds[k], 16, 32, counts[c]);
             try_product(kinds[k], 80, 1056, counts[c]);
+            try_mixture(kinds[k], 32, 32, counts[c]);
+            try_mixture(kinds[k], 80 * 2, 96, counts[c]);
             for (size_t i = 0; i < sizeof(shapes) / sizeof(*shapes); i++) try_step(shapes[i], kinds[k], counts[c]);
         }
     puts("done");

@@ -24,6 +24,7 @@ from qingtune.answering.decoder.layer import (
     MLPBlock,
 )
 from qingtune.answering.decoder.native.build import has_native_units, native_library
+from qingtune.answering.decoder.native.experts import NativeExperts
 from qingtune.answering.decoder.native.matrices import NativeMatrix, fits_native
 from qingtune.answering.decoder.packed import (
     ROWS_AT_A_TIME,
@@ -218,19 +219,25 @@ class Assembly:
 
     def _experts(self, name: str, experts: Experts) -> ExpertsBlock:
         """Router and shares are dense: their bytes are few, and a rounded router could choose other experts."""
-        matrices = (
+        pairs = [
             (self._of_expert(name, "gate_up", number), self._of_expert(name, "down", number))
             for number in range(experts.count)
-        )
-        mlps = [MLPBlock(gate_up, down, "silu") for gate_up, down in matrices]
+        ]
         shared = MLP(experts.shared) if experts.shared else None
         return ExpertsBlock(
             experts,
             self._joined(f"{name}.gate", dense=True),
-            mlps,
+            [MLPBlock(gate_up, down, "silu") for gate_up, down in pairs],
             self._mlp(f"{name}.shared_expert", shared) if shared else None,
             self._joined(f"{name}.shared_expert_gate", dense=True) if shared else None,
+            self._native_experts(pairs),
         )
+
+    def _native_experts(self, pairs: Sequence[tuple[Matrix, Matrix]]) -> NativeExperts | None:
+        gate_up, down = ([one for one in part if isinstance(one, NativeMatrix)] for part in zip(*pairs, strict=True))
+        if self.library is None or not len(gate_up) == len(down) == len(pairs):
+            return None
+        return NativeExperts(self.library, gate_up, down)
 
     def _of_expert(self, name: str, kind: str, number: int) -> Matrix:
         """One expert's matrix, of a tensor of all experts or of a file with those of each apart."""

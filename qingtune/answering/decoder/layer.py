@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from qingtune.answering.decoder.joining import Joining
+from qingtune.answering.decoder.native.experts import NativeExperts
+from qingtune.answering.decoder.native.matrices import FEW_ROWS
 from qingtune.answering.decoder.packed import Matrix, plus
 from qingtune.kernels.architecture import Activation, Attention, Experts
 from qingtune.kernels.delta.answer import DeltaCore
@@ -138,6 +140,7 @@ class ExpertsBlock:
     Attributes:
         router: gives each expert's logit.
         shared: the expert of all rows; `shared_gate` gives the logit of its share.
+        native: the same experts for a few rows, in C.
     """
 
     experts: Experts
@@ -145,12 +148,23 @@ class ExpertsBlock:
     mlps: Sequence[MLPBlock]
     shared: MLPBlock | None
     shared_gate: Matrix | None
+    native: NativeExperts | None = None
 
     def forward(self, x: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
         """Normed rows [T, D] -> [T, D]."""
         shares, chosen = self.router.multiply(x).float().softmax(1).topk(self.experts.chosen, dim=1)
         if self.experts.normalised:
             shares /= shares.sum(1, keepdim=True)
+        if self.native and len(x) <= FEW_ROWS:
+            y = self.native.forward(x, chosen, shares).to(x.dtype)
+        else:
+            y = self._grouped(x, chosen, shares)
+        if self.shared and self.shared_gate:
+            y.add_(self.shared.forward(x, None).mul_(self.shared_gate.multiply(x).sigmoid()))
+        return plus(y, added)
+
+    def _grouped(self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """Rows [T, D], each one's experts and their shares [T, k]: the sum of what these give, [T, D]."""
         # Places [T * chosen] in order of experts, so that each expert's lie together.
         places = chosen.flatten().argsort(stable=True)
         rows = places.div(self.experts.chosen, rounding_mode="floor")
@@ -158,10 +172,7 @@ class ExpertsBlock:
         parts = zip(self.mlps, x[rows].split(counts), strict=True)
         out = torch.cat([mlp.forward(part, None) for mlp, part in parts if len(part)])
         out.mul_(shares.flatten()[places, None].to(out.dtype))
-        y = torch.zeros_like(x).index_add_(0, rows, out)
-        if self.shared and self.shared_gate:
-            y.add_(self.shared.forward(x, None).mul_(self.shared_gate.multiply(x).sigmoid()))
-        return plus(y, added)
+        return torch.zeros_like(x).index_add_(0, rows, out)
 
 
 @dataclass(frozen=True)

@@ -206,3 +206,74 @@ void answer_step(const Model *model, const Cache *cache, float *x, int64_t count
                  share(vocabulary, thread + 1, threads), (Target){logits, vocabulary, 0});
     }
 }
+
+/* --- A mixture of experts ---------------------------------------------------------------------------------------- */
+
+/* Rows, and what they are sent to: pairs of a row and one of its experts, with the expert's share. */
+typedef struct {
+    const Matrix *gate_up, *down; /* of all experts, [2 I, D] and [D, I] */
+    const int64_t *rows, *experts; /* [P] */
+    const float *shares;           /* [P] */
+    int64_t count, pairs;          /* T and P */
+} Mixture;
+
+typedef struct {
+    Rows rows, inner;
+    float *both, *out; /* [P, 2 I], [P, D] */
+} MixtureRoom;
+
+static void take_mixture(Scratch *from, const Mixture *mixture, MixtureRoom *room) {
+    const int64_t hidden = mixture->gate_up->columns, inner = mixture->down->columns;
+    take_rows(from, &room->rows, mixture->count, hidden);
+    room->inner.x = take(from, mixture->pairs * inner);
+    take_rows(from, &room->inner, mixture->pairs, inner);
+    room->both = take(from, mixture->pairs * 2 * inner);
+    room->out = take(from, mixture->pairs * hidden);
+}
+
+/* Bytes of scratch for a mixture. */
+int64_t mixture_scratch_bytes(const Mixture *mixture) {
+    Scratch scratch = {NULL, 0};
+    MixtureRoom room;
+    take_mixture(&scratch, mixture, &room);
+    return scratch.used;
+}
+
+static Rows row_of(const Rows *rows, int64_t t, int64_t columns) {
+    return (Rows){rows->x + t * columns,         rows->q + t * columns, rows->scale + t * columns / GROUP,
+                  rows->sum + t * columns / GROUP, rows->total + t,       NULL};
+}
+
+/* To y [T, D] is added the sum of what each row's experts give, each times its share; x [T, D]. An expert is
+   down(silu(gate x) * up x). */
+void add_mixture(const Mixture *mixture, float *x, float *y, int64_t most_threads, char *memory) {
+    const int64_t hidden = mixture->gate_up->columns, inner = mixture->down->columns, pairs = mixture->pairs;
+    Scratch scratch = {memory, 0};
+    MixtureRoom room;
+    take_mixture(&scratch, mixture, &room);
+    room.rows.x = x;
+#pragma omp parallel num_threads((int)most_threads)
+    {
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        const int64_t first = pairs * thread / threads, last = pairs * (thread + 1) / threads;
+        const int64_t from = share(hidden, thread, threads), until = share(hidden, thread + 1, threads);
+        Rows inputs = room.rows, inners = room.inner;
+        prepare(mixture->gate_up, &inputs, mixture->count * thread / threads, mixture->count * (thread + 1) / threads, 1);
+#pragma omp barrier
+        for (int64_t p = 0; p < pairs; p++) {
+            const Rows one = row_of(&inputs, mixture->rows[p], hidden);
+            gated(mixture->gate_up + mixture->experts[p], &one, 1, inner, thread, threads, room.both + p * 2 * inner);
+        }
+#pragma omp barrier
+        for (int64_t p = first; p < last; p++)
+            memcpy(inners.x + p * inner, room.both + p * 2 * inner, (size_t)inner * sizeof(float));
+        prepare(mixture->down, &inners, first, last, 1);
+#pragma omp barrier
+        for (int64_t p = 0; p < pairs; p++) {
+            const Rows one = row_of(&inners, p, inner);
+            float *out = room.out + p * hidden, *to = y + mixture->rows[p] * hidden;
+            multiply(mixture->down + mixture->experts[p], &one, 1, from, until, (Target){out, hidden, 0});
+            for (int64_t i = from * BLOCK; i < until * BLOCK; i++) to[i] += mixture->shares[p] * out[i];
+        }
+    }
+}

@@ -23,7 +23,8 @@ def native_library(*flags: str) -> ctypes.CDLL | str:
 
 def _declare(library: ctypes.CDLL) -> None:
     """Say what its functions return, where that is no int."""
-    library.scratch_bytes.restype = library.product_scratch_bytes.restype = ctypes.c_int64
+    for function in (library.scratch_bytes, library.product_scratch_bytes, library.mixture_scratch_bytes):
+        function.restype = ctypes.c_int64
 
 
 def has_native_units() -> bool:
