@@ -18,10 +18,13 @@
 #define HAS_PAIRS 0
 #define DOTS(sum, left, right) MULTIPLY_ADD(left, right, sum)
 #endif
+/* Rows of a tile, by 2 vectors of each: as many sums as keep the units busy. One at a diagonal divides 16. */
 #ifdef __AVX512F__
-#define TALL 8 /* rows of a tile: with 2 vectors of a row 16 sums, where a unit needs 4 to 10 to be kept busy */
+#define TALL 8
+#define TALLEST 8
 #else
 #define TALL 4
+#define TALLEST 6
 #endif
 
 /* Words, and how many there are from one row of them to the next. */
@@ -94,39 +97,53 @@ static Factor by_columns(const float *x, int64_t rows, int64_t width, float *to,
 
 /* --- Products ----------------------------------------------------------------------------------------------------- */
 
-/* y [TALL, vectors] (+)= what words `from` to `to` of both sum up to. */
+/* y [rows, vectors] (+)= what words `from` to `to` of both sum up to. */
 INLINE void small_tile(Factor left, Factor right, int64_t from, int64_t to, float *y, int64_t y_stride, int add,
-                       const int vectors, const int narrow) {
-    Vector sum[TALL][2];
-    for (int r = 0; r < TALL; r++)
+                       const int rows, const int vectors, const int narrow) {
+    Vector sum[TALLEST][2];
+    for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) sum[r][v] = add ? LOAD(y + r * y_stride + v * LANES) : ZERO;
     for (int64_t k = from; k < to; k++) {
         const float *column = left.words + k * left.stride, *row = right.words + k * right.stride;
         Vector words[2];
         for (int v = 0; v < vectors; v++) words[v] = LOAD(row + v * LANES);
-        for (int r = 0; r < TALL; r++) {
+        for (int r = 0; r < rows; r++) {
             const Vector same = ALL(column[r]);
             for (int v = 0; v < vectors; v++)
                 sum[r][v] = narrow ? DOTS(sum[r][v], same, words[v]) : MULTIPLY_ADD(same, words[v], sum[r][v]);
         }
     }
-    for (int r = 0; r < TALL; r++)
+    for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) STORE(y + r * y_stride + v * LANES, sum[r][v]);
+}
+
+/* A tile of as many vectors as y has left. */
+INLINE void edge_tile(Factor left, Factor right, int64_t from, int64_t to, float *y, int64_t y_stride, int add,
+                      const int rows, int64_t width, const int narrow) {
+    if (width >= 2 * LANES) small_tile(left, right, from, to, y, y_stride, add, rows, 2, narrow);
+    else small_tile(left, right, from, to, y, y_stride, add, rows, 1, narrow);
 }
 
 INLINE void small_product(Factor left, Factor right, int64_t rows, int64_t width, int64_t depth, float *y, int add,
                           Shape shape, const int narrow) {
     const int64_t each = narrow ? 2 : 1;
-    for (int64_t c = 0; c < width; c += 2 * LANES)
-        for (int64_t r = 0; r < rows; r += TALL) {
+    for (int64_t c = 0; c < width; c += 2 * LANES) {
+        const Factor wide = {right.words + c, right.stride};
+        int64_t r = 0;
+        for (; shape == ALL_ENTRIES && r + TALLEST <= rows; r += TALLEST)
+            edge_tile((Factor){left.words + r, left.stride}, wide, 0, depth / each, y + r * width + c, width, add, TALLEST,
+                      width - c, narrow);
+        for (; r + TALL <= rows; r += TALL) {
             if (shape == RESULT_LOWER && c >= r + TALL) continue;
             const int64_t from = shape == LEFT_UPPER ? r / each : 0;
             const int64_t to = (shape == LEFT_LOWER ? r + TALL : depth) / each;
-            const Factor tall = {left.words + r, left.stride}, wide = {right.words + c, right.stride};
-            float *place = y + r * width + c;
-            if (width - c >= 2 * LANES) small_tile(tall, wide, from, to, place, width, add, 2, narrow);
-            else small_tile(tall, wide, from, to, place, width, add, 1, narrow);
+            edge_tile((Factor){left.words + r, left.stride}, wide, from, to, y + r * width + c, width, add, TALL, width - c,
+                      narrow);
         }
+        if (r < rows) /* 6 and 4 leave 2 */
+            edge_tile((Factor){left.words + r, left.stride}, wide, 0, depth / each, y + r * width + c, width, add, 2,
+                      width - c, narrow);
+    }
 }
 
 /* y [rows, width] (+)= the sum of the products of both factors over `depth` places. */
