@@ -50,9 +50,9 @@ static void try_rows(int64_t rows, int64_t width, int64_t kind) {
     for (int i = 0; i < 2; i++) {
         const int64_t threads = i ? 3 : 1;
         char *rates = room(rows * 4), *kept = room(threads * width * 4);
-        norm(x, weight, normed[i] = room(size), rows, width, 1e-6f, 1.0f, kind, threads);
+        norm(x, weight, normed[i] = room(size), rows, width, 1, width, 0, 1e-6f, 1.0f, kind, threads);
         norm_backward(grad, x, weight, (float *)(grads[i] = room(rows * width * 4)), (float *)rates,
-                      (float *)(weights[i] = room(width * 4)), rows, width, 1e-6f, 0.0f, kind, threads);
+                      (float *)(weights[i] = room(width * 4)), rows, width, 1, width, 0, 1e-6f, 0.0f, kind, threads);
         norm_add_backward(grad, x, weight, sums[i] = copy(total, size), rows, width, 1e-6f, 0.0f, kind, threads);
         cross_entropy(logits[i] = copy(x, size), targets, (double *)(losses[i] = room(rows * 8)), rows, width, 0.5f, kind,
                       threads);
@@ -85,7 +85,8 @@ static void try_rows(int64_t rows, int64_t width, int64_t kind) {
 static void try_rotation(int64_t rows, int64_t heads, int64_t size, int64_t half, int64_t kind) {
     char *x = numbers(rows * heads * size, kind), *c = numbers(rows * half, kind), *s = numbers(rows * half, kind), *out[2];
     for (int i = 0; i < 2; i++)
-        rotate(x, c, s, out[i] = room(bytes(rows, heads * size, kind)), rows, heads, size, half, kind, i ? 3 : 1);
+        rotate(x, c, s, out[i] = room(bytes(rows, heads * size, kind)), rows, heads, size, half,
+               heads * size, size, kind, i ? 3 : 1);
     compare(out[0], out[1], bytes(rows, heads * size, kind), "rotate");
     free(x);
     free(c);

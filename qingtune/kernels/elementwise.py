@@ -39,7 +39,7 @@ class Norm:
         """[..., D] -> [..., D], in the workspace under the name."""
         if x.device.type != "cpu":
             return F.rms_norm(x, x.shape[-1:], self.factors(torch.float32).to(x.dtype), self.epsilon)
-        if c := native(x):
+        if c := native(heads=x):
             out = self.workspace.take(name, x.shape, x.dtype)
             c.norm(x, self.weight, self.epsilon, out, offset=self.offset)
             return out
@@ -48,7 +48,7 @@ class Norm:
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The gradient of x in fp32 (fp64 for fp64); the weight's is added to it if it is trained."""
-        if c := native(grad, x):
+        if c := native(grad, heads=x):
             grad_x = self.workspace.take("norm.scaled", x.shape, torch.float32)
             trained = self.weight.requires_grad
             grad_weight = c.norm_backward(
@@ -130,7 +130,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Ten
         cos: [T, 1, h], likewise sin, in x's dtype; h is d / 2, or less where only the first 2 h numbers are turned.
         out: like x, and not x itself.
     """
-    if c := native(x, cos, sin, out):
+    if c := native(cos, sin, out, heads=x):
         c.rotate(x, cos, sin, out)
         return out
     half = cos.shape[-1]

@@ -28,13 +28,18 @@ INLINE void norm_row(const void *x, const float *weight, void *out, int64_t widt
     for (int64_t i = 0; i < width; i++) put(out, i, get(x, i, kind) * rate * (offset + weight[i]), kind);
 }
 
-/* out = x / sqrt(mean(x^2) + epsilon) * (offset + weight), row by row; out may be x. */
-void norm(const char *x, const float *weight, char *out, int64_t rows, int64_t width, float epsilon, float offset,
-          int64_t kind, int64_t threads) {
+/* Where row t of x begins: `group` of them lie `inner` numbers apart, and groups `outer`. */
+INLINE int64_t start_of(int64_t t, int64_t group, int64_t outer, int64_t inner, int64_t kind) {
+    return bytes(1, t / group * outer + t % group * inner, kind);
+}
+
+/* out = x / sqrt(mean(x^2) + epsilon) * (offset + weight), row by row; out may be x, if that has no gaps. */
+void norm(const char *x, const float *weight, char *out, int64_t rows, int64_t width, int64_t group, int64_t outer,
+          int64_t inner, float epsilon, float offset, int64_t kind, int64_t threads) {
     PARALLEL
     for (int64_t t = 0; t < rows; t++) {
-        const int64_t place = bytes(t, width, kind);
-        BY_KIND(norm_row, kind, x + place, weight, out + place, width, epsilon, offset);
+        const int64_t from = start_of(t, group, outer, inner, kind);
+        BY_KIND(norm_row, kind, x + from, weight, out + bytes(t, width, kind), width, epsilon, offset);
     }
 }
 
@@ -56,12 +61,12 @@ INLINE float norm_backward_row(const void *grad, const void *x, const float *wei
 
 /* The gradient of the weight from a column on, in the order of rows. */
 INLINE void norm_weight_columns(const char *grad, const char *x, const float *rates, float *grad_weight, int64_t rows,
-                                int64_t width, int64_t start, int kind) {
+                                int64_t width, int64_t group, int64_t outer, int64_t inner, int64_t start, int kind) {
     enum { COLUMNS = 64 };
     const int64_t count = width - start < COLUMNS ? width - start : COLUMNS;
     double sums[COLUMNS] = {0};
     for (int64_t t = 0; t < rows; t++) {
-        const void *from = x + bytes(t, width, kind), *g = grad + bytes(t, width, kind);
+        const void *from = x + start_of(t, group, outer, inner, kind), *g = grad + bytes(t, width, kind);
 #pragma omp simd
         for (int64_t i = 0; i < count; i++)
             sums[i] += (double)(get(from, start + i, kind) * rates[t] * get(g, start + i, kind));
@@ -70,23 +75,24 @@ INLINE void norm_weight_columns(const char *grad, const char *x, const float *ra
 }
 
 /* out, fp32, becomes the gradient of x; rates, fp32 [rows], the factors that rows were normed with. With grad_weight
-   [width] it becomes the gradient of the weight. */
+   [width] it becomes the gradient of the weight. Only x may have gaps. */
 void norm_backward(const char *grad, const char *x, const float *weight, float *out, float *rates, float *grad_weight,
-                   int64_t rows, int64_t width, float epsilon, float offset, int64_t kind, int64_t threads) {
+                   int64_t rows, int64_t width, int64_t group, int64_t outer, int64_t inner, float epsilon, float offset,
+                   int64_t kind, int64_t threads) {
     PARALLEL
     for (int64_t t = 0; t < rows; t++) {
-        const int64_t place = bytes(t, width, kind);
+        const int64_t place = bytes(t, width, kind), from = start_of(t, group, outer, inner, kind);
         if (kind == FP32)
-            rates[t] = norm_backward_row(grad + place, x + place, weight, out + t * width, width, epsilon, offset, 0,
+            rates[t] = norm_backward_row(grad + place, x + from, weight, out + t * width, width, epsilon, offset, 0,
                                          FP32, FP32);
         else
-            rates[t] = norm_backward_row(grad + place, x + place, weight, out + t * width, width, epsilon, offset, 0,
+            rates[t] = norm_backward_row(grad + place, x + from, weight, out + t * width, width, epsilon, offset, 0,
                                          FP32, BF16);
     }
     if (!grad_weight) return;
     PARALLEL
     for (int64_t start = 0; start < width; start += 64)
-        BY_KIND(norm_weight_columns, kind, grad, x, rates, grad_weight, rows, width, start);
+        BY_KIND(norm_weight_columns, kind, grad, x, rates, grad_weight, rows, width, group, outer, inner, start);
 }
 
 /* Add the gradient of x to total. */
@@ -165,9 +171,9 @@ void gated_backward(const void *grad, void *gate, const void *up, void *grad_up,
 /* --- Rotary positions --------------------------------------------------------------------------------------------- */
 
 INLINE void rotate_token(const char *x, const void *cosines, const void *sines, char *out, int64_t heads, int64_t size,
-                         int64_t half, int kind) {
+                         int64_t half, int64_t inner, int kind) {
     for (int64_t h = 0; h < heads; h++) {
-        const void *from = x + bytes(h, size, kind);
+        const void *from = x + bytes(h, inner, kind);
         void *to = out + bytes(h, size, kind);
 #pragma omp simd
         for (int64_t i = 0; i < half; i++) {
@@ -180,13 +186,15 @@ INLINE void rotate_token(const char *x, const void *cosines, const void *sines, 
 }
 
 /* x [rows, heads, size]; the first 2 * half coordinates of a head turn, in pairs half apart, by the angles whose cosines
-   and sines are given, [rows, half] of x's kind; the others stay. out may be x. */
+   and sines are given, [rows, half] of x's kind; the others stay. Rows of x lie `outer` numbers apart, heads `inner`; out
+   may be x, if that has no gaps. */
 void rotate(const char *x, const char *cosines, const char *sines, char *out, int64_t rows, int64_t heads, int64_t size,
-            int64_t half, int64_t kind, int64_t threads) {
+            int64_t half, int64_t outer, int64_t inner, int64_t kind, int64_t threads) {
     PARALLEL
     for (int64_t t = 0; t < rows; t++) {
         const int64_t place = bytes(t, heads * size, kind), angle = bytes(t, half, kind);
-        BY_KIND(rotate_token, kind, x + place, cosines + angle, sines + angle, out + place, heads, size, half);
+        BY_KIND(rotate_token, kind, x + bytes(t, outer, kind), cosines + angle, sines + angle, out + place, heads, size,
+                half, inner);
     }
 }
 

@@ -26,12 +26,12 @@ ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 # What functions take before their last two arguments, the kind of numbers and how many threads.
 _ARGUMENTS = {
-    "norm": [_P, _P, _P, _I, _I, _F, _F],
-    "norm_backward": [*[_P] * 6, _I, _I, _F, _F],
+    "norm": [_P, _P, _P, *[_I] * 5, _F, _F],
+    "norm_backward": [*[_P] * 6, *[_I] * 5, _F, _F],
     "norm_add_backward": [_P, _P, _P, _P, _I, _I, _F, _F],
     "gated": [_P, _P, _P, _I, _I],
     "gated_backward": [_P, _P, _P, _P, _I, _I],
-    "rotate": [_P, _P, _P, _P, _I, _I, _I, _I],
+    "rotate": [_P, _P, _P, _P, *[_I] * 6],
     "cross_entropy": [_P, _P, _P, _I, _I, _F],
     "softmax": [*[_P] * 5, _I, _I, _I],
     "quantize_rows": [_P, _P, _P, _P, _I, _I],
@@ -41,10 +41,17 @@ _ARGUMENTS = {
 }
 
 
-def native(*tensors: torch.Tensor) -> Elementwise | None:
-    """The functions in C where they are for these tensors: on a CPU, contiguous, all in fp32 or all in bf16."""
-    dtype = tensors[0].dtype
-    fits = dtype in KINDS and all(x.device.type == "cpu" and x.dtype == dtype and x.is_contiguous() for x in tensors)
+def native(*tensors: torch.Tensor, heads: torch.Tensor | None = None) -> Elementwise | None:
+    """The functions in C where they are for these tensors: on a CPU, contiguous, all in fp32 or all in bf16.
+
+    heads: one more, which may be a part of other tensors: [T, heads, d] with gaps between its heads and tokens.
+    """
+    all_of_them = tensors if heads is None else (*tensors, heads)
+    dtype = all_of_them[0].dtype
+    fits = dtype in KINDS and all(x.device.type == "cpu" and x.dtype == dtype for x in all_of_them)
+    fits = fits and all(x.is_contiguous() for x in tensors)
+    if heads is not None:
+        fits = fits and (heads.is_contiguous() or (heads.ndim == 3 and heads.stride(2) == 1))
     return elementwise() if fits else None
 
 
@@ -81,9 +88,12 @@ class Elementwise:
     def norm(
         self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor, *, offset: float = 0.0
     ) -> None:
-        """out = x / sqrt(mean(x^2) + epsilon) * (offset + weight) over the last dimension; out may be x."""
+        """out = x / sqrt(mean(x^2) + epsilon) * (offset + weight) over the last dimension; out may be x.
+
+        x may have gaps as `native` says of heads, likewise in norm_backward and rotate.
+        """
         wide = weight.detach().float()
-        self._library.norm(_at(x), _at(wide), _at(out), *_rows(x), epsilon, offset, *_how(x))
+        self._library.norm(_at(x), _at(wide), _at(out), *_rows(x), *_gaps(x), epsilon, offset, *_how(x))
 
     def norm_backward(
         self,
@@ -100,7 +110,7 @@ class Elementwise:
         wide, rates = weight.detach().float(), torch.empty(x.numel() // x.shape[-1])
         grad_weight = torch.empty_like(wide) if trained else None
         places = (_at(tensor) for tensor in (grad, x, wide, out, rates, grad_weight))
-        self._library.norm_backward(*places, *_rows(x), epsilon, offset, *_how(x))
+        self._library.norm_backward(*places, *_rows(x), *_gaps(x), epsilon, offset, *_how(x))
         return grad_weight
 
     def norm_add_backward(
@@ -140,7 +150,7 @@ class Elementwise:
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
         """Turn the first 2 n coordinates of heads, x [T, heads, d], by angles, cos and sin [T, 1, n]; out may be x."""
         places = (_at(tensor) for tensor in (x, cos, sin, out))
-        self._library.rotate(*places, *x.shape, cos.shape[-1], *_how(x))
+        self._library.rotate(*places, *x.shape, cos.shape[-1], x.stride(0), x.stride(1), *_how(x))
 
     def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
         """Put scale * (softmax - one-hot) in the place of logits, [n, V]; returns rows' losses, fp64 [n]."""
@@ -205,6 +215,13 @@ def _at(tensor: torch.Tensor | None) -> int | None:
 def _rows(x: torch.Tensor) -> tuple[int, int]:
     """How many rows of the last dimension, and its size."""
     return x.numel() // max(1, x.shape[-1]), x.shape[-1]
+
+
+def _gaps(x: torch.Tensor) -> tuple[int, int, int]:
+    """Rows that lie at one distance, how far apart such groups are, and how far the rows of one."""
+    if x.is_contiguous():
+        return 1, x.shape[-1], 0
+    return x.shape[1], x.stride(0), x.stride(1)
 
 
 def _how(x: torch.Tensor) -> tuple[int, int]:

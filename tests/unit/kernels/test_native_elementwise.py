@@ -129,6 +129,28 @@ def test_rotation(rows: int, heads: int, half: int, dtype: torch.dtype, threads:
     torch.testing.assert_close(work(), plain(work), rtol=0.02, atol=0.02 * largest, equal_nan=True)
 
 
+@DTYPES
+def test_heads_with_gaps_between_them(dtype: torch.dtype) -> None:
+    """As queries next to their gates, or of a layer that gives keys and values too."""
+    rows, heads, size, half = 6, 3, 20, 8
+    angles = torch.rand(rows, 1, half) * 50
+    cos, sin, weight = angles.cos().to(dtype), angles.sin().to(dtype), torch.linspace(-1, 2, size).requires_grad_()
+    together, grad = torch.randn(rows, 5 * heads * size).to(dtype), torch.randn(rows, heads, size).to(dtype)
+    next_to_gates = together[:, : 2 * heads * size].view(rows, heads, 2, size)[:, :, 0]
+    for x in (next_to_gates, together[:, size : (1 + heads) * size].unflatten(1, (heads, size))):
+        assert in_c.native(x) is None
+        assert in_c.native(grad, heads=x) is not None
+        results: list[list[torch.Tensor]] = []
+        for mine in (x, x.contiguous()):
+            weight.grad, norm = None, Norm(weight, EPSILON, Workspace(x.device))
+            with torch.no_grad():
+                found = [norm.forward(mine), norm.backward(grad, mine), rotate(mine, cos, sin, torch.empty_like(grad))]
+            assert weight.grad is not None
+            results.append([*found, weight.grad])
+        assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    assert in_c.native(grad, heads=together.view(rows, heads, -1)[..., ::5]) is None
+
+
 def test_a_part_of_a_head_turns_in_place() -> None:
     x, angles = torch.randn(5, 2, 12), torch.rand(5, 1, 4)
     twin = torch.cat([rotate(x[..., :8].contiguous(), angles.cos(), angles.sin(), torch.empty(5, 2, 8)), x[..., 8:]], 2)
