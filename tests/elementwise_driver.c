@@ -47,6 +47,7 @@ static void try_rows(int64_t rows, int64_t width, int64_t kind) {
         ends[t] = width - t % ((width + 1) / 2);
     }
     char *normed[2], *grads[2], *sums[2], *weights[2], *logits[2], *losses[2], *shares[2], *hidden[2], *gates[2];
+    char *totals[2];
     for (int i = 0; i < 2; i++) {
         const int64_t threads = i ? 3 : 1;
         char *rates = room(rows * 4), *kept = room(threads * width * 4);
@@ -62,6 +63,7 @@ static void try_rows(int64_t rows, int64_t width, int64_t kind) {
         char *changed = copy(grad, size);
         gated_backward(changed, gates[i], total, changed, rows * width, SILU, kind, threads);
         free(changed);
+        accumulate(x, (float *)(totals[i] = copy(grads[i], rows * width * 4)), rows * width, 0.5f, kind, threads);
         free(rates);
         free(kept);
     }
@@ -74,6 +76,7 @@ static void try_rows(int64_t rows, int64_t width, int64_t kind) {
     compare(shares[0], shares[1], size, "softmax");
     compare(hidden[0], hidden[1], size, "gated");
     compare(gates[0], gates[1], size, "gated_backward");
+    compare(totals[0], totals[1], rows * width * 4, "accumulate");
     free(x);
     free(grad);
     free(total);

@@ -255,15 +255,15 @@ def _head(sizes: ModelSizes, work: PassTokens, tally: Tally) -> None:
     in_fp32 = min(ROWS_AT_A_TIME, rows) if how.on_cpu else rows
     tally.forward(in_fp32 * sizes.vocabulary, "head.rows", itemsize=how.wide)
     converted = how.converts(how.head_itemsize)
-    tile = min(VOCABULARY_TILE, sizes.vocabulary)  # rows of a head in another dtype, or of one that is trained
+    tile = min(VOCABULARY_TILE, sizes.vocabulary)  # rows of a head in another dtype
     if converted:
         tally.forward(tile * hidden, "weight")
         tally.forward(rows * tile, "product")
-    if converted or how.trains_head:
-        tally.backward(max(rows * tile, rows * hidden, tile * hidden * how.trains_head), "product")
-        if how.wide != how.itemsize:
-            tally.backward(rows * hidden, "product", itemsize=how.wide)
-            tally.backward(tile * hidden * (converted and how.trains_head), "product", itemsize=how.wide)
+        for itemsize in {how.itemsize, how.wide}:
+            tally.backward(rows * hidden, "product", itemsize=itemsize)
+    if how.trains_head and how.head_itemsize != how.itemsize:
+        for itemsize in (how.itemsize, how.head_itemsize):
+            tally.backward(tile * hidden, "product", itemsize=itemsize)
 
 
 def product_buffers(group: GroupSizes, rows: int, tally: Tally) -> None:
@@ -272,18 +272,20 @@ def product_buffers(group: GroupSizes, rows: int, tally: Tally) -> None:
     out = max(group.outs)
     if not how.int8_units if how.weight_itemsize is None else how.converts(how.weight_itemsize):
         tally.forward(reads * out, "weight")
-    if how.trains_weights:
-        tally.backward(reads * out, "product")
-        if how.weight_itemsize not in (None, how.itemsize):
-            tally.backward(reads * out, "product", itemsize=how.wide)
+    if how.trains_weights and how.weight_itemsize not in (None, how.itemsize):
+        for itemsize in (how.itemsize, how.weight_itemsize):
+            tally.backward(reads * out, "product", itemsize=itemsize)
     if sum(ranks):
         small = max(out * rank for out, rank in zip(group.outs, ranks, strict=True))
         tally.forward(reads * sum(ranks), "projection.a")
         tally.forward(small, "projection.b")
         tally.backward(rows * sum(ranks), "projection.grad_low")
         tally.backward(rows * max(ranks), "projection.grad_mine")
-        for itemsize in {how.itemsize, how.wide}:
-            tally.backward(max(small, reads * sum(ranks)), "product", itemsize=itemsize)
+        if how.itemsize == how.wide:  # gradients of B are added where they belong, those of A are one product
+            tally.backward(reads * sum(ranks), "product")
+        else:
+            tally.backward(max(small, reads * sum(ranks)), "product")
+            tally.backward(max(small, reads * max(ranks)), "product", itemsize=how.wide)
         if how.dropout:
             tally.backward(rows * reads, "projection.dropped")
     if how.int8_units:

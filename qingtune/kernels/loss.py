@@ -68,12 +68,12 @@ def chunked_head_loss(
 
     Args:
         hidden: [N, D].
-        weight: [V, D]; taken a tile of rows at a time if it is converted or its gradient is wanted.
+        weight: [V, D]; taken a tile of rows at a time if it is converted.
         targets: int64 [N].
         workspace: holds one chunk of logits, in hidden's dtype, and a few rows of them in fp32.
         scale: scalar; None for 1.
         grad_hidden: [N, D], overwritten.
-        grad_weight: [V, D], added to.
+        grad_weight: [V, D], added to; a tile of rows at a time if its dtype is not hidden's.
 
     Returns:
         fp32 scalar (fp64 for fp64), not scaled.
@@ -81,31 +81,29 @@ def chunked_head_loss(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
     converts = weight.dtype != hidden.dtype and not reads_as_stored(hidden.dtype, hidden.device)
-    tiled = grad_weight is not None or converts
-    tiles = _tiles(weight.shape[0], VOCABULARY_TILE if tiled else weight.shape[0])
+    tiles = _tiles(weight.shape[0], VOCABULARY_TILE)
     chunks = -(-hidden.shape[0] * weight.shape[0] // CHUNK_ELEMENTS)
     for start, end in _tiles(hidden.shape[0], -(-hidden.shape[0] // max(chunks, 1))):
         rows = hidden[start:end]
         logits = workspace.take("head.logits", (len(rows), weight.shape[0]), hidden.dtype)
-        for a, b in tiles:
-            if tiled:
+        if converts:
+            for a, b in tiles:
                 part = workspace.cast("weight", weight[a:b], hidden.dtype)
                 logits[:, a:b].copy_(workspace.product(rows, part.t(), hidden.dtype))
-            else:
-                workspace.multiply(rows, weight.t(), logits)
+        else:
+            workspace.multiply(rows, weight.t(), logits)
         loss += _softmax_minus_one_hot(logits, targets[start:end], scale, workspace)
-        if grad_hidden is not None:
-            total = torch.zeros(rows.shape, dtype=wide, device=rows.device) if tiled else grad_hidden[start:end]
+        if grad_hidden is not None and converts:
+            total = torch.zeros(rows.shape, dtype=wide, device=rows.device)
             for a, b in tiles:
-                if tiled:
-                    part = workspace.cast("weight", weight[a:b], hidden.dtype)
-                    total.add_(workspace.product(logits[:, a:b], part, wide))
-                else:
-                    workspace.multiply(logits, weight, total)
+                part = workspace.cast("weight", weight[a:b], hidden.dtype)
+                workspace.accumulate(total, workspace.product(logits[:, a:b], part, hidden.dtype))
             grad_hidden[start:end] = total
+        elif grad_hidden is not None:
+            workspace.multiply(logits, weight, grad_hidden[start:end])
         if grad_weight is not None:
-            for a, b in tiles:
-                grad_weight[a:b].add_(workspace.product(logits[:, a:b].t(), rows, grad_weight.dtype))
+            for a, b in tiles if grad_weight.dtype != hidden.dtype else [(0, len(grad_weight))]:
+                workspace.add_product(grad_weight[a:b], logits[:, a:b].t(), rows)
     return loss
 
 

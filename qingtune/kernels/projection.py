@@ -173,23 +173,24 @@ class Projection:
 
     def _low(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """A_i dropout(x) of each layer, [T, rank]."""
-        return self._all_low(name, x).split(self.ranks, 1)
+        return self._all_low(name, x).split_with_sizes(self.ranks, 1)
 
     def _adapter_gradients(
         self, name: str, x: torch.Tensor, grads: Sequence[torch.Tensor], grad_x: torch.Tensor | None, seed: int | None
     ) -> None:
         grad_low = self.workspace.take("projection.grad_low", (len(x), sum(self.ranks)), x.dtype)
-        parts = zip(self.members, grads, self._low(name, x), grad_low.split(self.ranks, 1), strict=True)
+        parts = zip(self.members, grads, self._low(name, x), grad_low.split_with_sizes(self.ranks, 1), strict=True)
         for member, grad, low, grad_mine in parts:
             if adapter := member.adapter:
-                gradient(adapter.b).add_(self.workspace.product(grad.t(), low, adapter.b.dtype), alpha=adapter.scaling)
+                self.workspace.add_product(gradient(adapter.b), grad.t(), low, adapter.scaling)
                 product = self.workspace.take("projection.grad_mine", grad_mine.shape, x.dtype)
                 torch.mm(grad, self._b(adapter, x.dtype), out=product)
                 grad_mine.copy_(product.mul_(adapter.scaling))
         adapters = [member.adapter for member in self.members if member.adapter]
-        grad_a = self.workspace.product(grad_low.t(), self._dropped(x, seed), adapters[0].a.dtype)
-        for adapter, part in zip(adapters, grad_a.split([len(adapter.a) for adapter in adapters]), strict=True):
-            gradient(adapter.a).add_(part)
+        grad_a = self.workspace.product(grad_low.t(), self._dropped(x, seed), x.dtype)
+        parts = grad_a.split_with_sizes([member.rank for member in self.members if member.adapter])
+        for adapter, part in zip(adapters, parts, strict=True):
+            self.workspace.accumulate(gradient(adapter.a), part)
         if grad_x is None:
             return
         if seed is None:
@@ -208,7 +209,7 @@ class Projection:
     def _all_a(self, dtype: torch.dtype) -> torch.Tensor:
         """All A_i, one below the other, [sum of ranks, in]."""
         stacked = self.workspace.take("projection.a", (sum(self.ranks), self.members[0].shape[1]), dtype)
-        for member, part in zip(self.members, stacked.split(self.ranks), strict=True):
+        for member, part in zip(self.members, stacked.split_with_sizes(self.ranks), strict=True):
             if member.adapter:
                 part.copy_(member.adapter.a)
         return stacked
@@ -277,7 +278,7 @@ class Projection:
         if isinstance(base, QuantizedLinear):
             return
         if base.weight.requires_grad:
-            gradient(base.weight).add_(self.workspace.product(grad.t(), x, base.weight.dtype))
+            self.workspace.add_product(gradient(base.weight), grad.t(), x)
         if base.bias is not None and base.bias.requires_grad:
             gradient(base.bias).add_(grad.sum(0, dtype=base.bias.dtype))
 

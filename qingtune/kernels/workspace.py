@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from qingtune.kernels.native import products
+from qingtune.kernels.native.elementwise import native
 
 
 class Workspace:
@@ -25,17 +26,24 @@ class Workspace:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._last: dict[tuple[str, torch.dtype], torch.Tensor] = {}  # what was given out, mostly asked for again
         self.headroom = 1.0
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor of this shape; the same memory whenever the name and dtype are the same."""
+        key = name, dtype
+        last = self._last.get(key)
+        if last is not None and last.shape == shape:
+            return last
         size = math.prod(shape)
-        held = self._held.pop((name, dtype), None)
+        held = self._held.get(key)
         if held is None or held.numel() < size:
-            held = None  # give the old block back before the new one is taken
-            held = torch.empty(math.ceil(size * self.headroom), dtype=dtype, device=self._device)
-        self._held[name, dtype] = held
-        return held[:size].view(*shape)
+            held = last = None  # give the old block back before the new one is taken
+            self._last.pop(key, None)
+            self._held.pop(key, None)
+            held = self._held[key] = torch.empty(math.ceil(size * self.headroom), dtype=dtype, device=self._device)
+        last = self._last[key] = held[:size].view(*shape)
+        return last
 
     def cast(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A tensor in a dtype; a copy under the name if it has another, where PyTorch would take fresh memory."""
@@ -80,8 +88,23 @@ class Workspace:
         out = self.take("product", (left.shape[0], right.shape[1]), left.dtype)
         return self.cast("product", torch.mm(left, right, out=out), dtype)
 
+    def add_product(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha: float = 1.0) -> None:
+        """total += alpha * left @ right, [m, n]; in a total of another dtype a product rounded to left's is added."""
+        if total.dtype == left.dtype:
+            total.addmm_(left, right, alpha=alpha)
+        else:
+            self.accumulate(total, self.product(left, right, left.dtype), alpha)
+
+    def accumulate(self, total: torch.Tensor, part: torch.Tensor, alpha: float = 1.0) -> None:
+        """total += alpha * part, which may be of another dtype and may be the last product."""
+        if total.dtype == torch.float32 != part.dtype and native(total) and (c := native(part)):
+            c.accumulate(part, alpha, total)
+        else:
+            total.add_(self.cast("product", part, total.dtype), alpha=alpha)
+
     def clear(self) -> None:
         """Give all memory back."""
+        self._last.clear()
         self._held.clear()
 
     def held_bytes(self) -> int:

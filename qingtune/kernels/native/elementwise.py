@@ -37,6 +37,7 @@ _ARGUMENTS = {
     "quantize_rows": [_P, _P, _P, _P, _I, _I],
     "scale_sums": [_P, _P, _P, _P, _I, _I, _I],
     "widen": [_P, _P, _P, _I, _I],
+    "accumulate": [_P, _P, _I, _F],
     "adamw8bit": [*[_P] * 9, _I, *[_F] * 7],
 }
 
@@ -187,6 +188,10 @@ class Elementwise:
         """out = packed * scales; packed int8 [N, K], scales fp32 [N, 1]."""
         places = (_at(tensor) for tensor in (packed, scales, out))
         self._library.widen(*places, *_rows(out), *_how(out))
+
+    def accumulate(self, part: torch.Tensor, factor: float, total: torch.Tensor) -> None:
+        """total += factor * part; total is fp32, of any contiguous shape with as many numbers."""
+        self._library.accumulate(_at(part), _at(total), part.numel(), factor, *_how(part))
 
     def adamw8bit(
         self,

@@ -99,6 +99,20 @@ def test_swiglu(shape: tuple[int, int], dtype: torch.dtype, threads: int) -> Non
 
 
 @DTYPES
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 11_000)])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_accumulation_in_fp32(shape: tuple[int, int], dtype: torch.dtype, factor: float, threads: int) -> None:
+    part, total = hard(shape, dtype), hard(shape, torch.float32, 1)
+    c, mine = in_c.native(part), total.clone()
+    assert c
+    c.accumulate(part, factor, mine)
+    twin = total + factor * part.float()
+    torch.testing.assert_close(
+        mine, twin, rtol=0 if factor == 1 else 1e-6, atol=0 if factor == 1 else 1e-6, equal_nan=True
+    )
+
+
+@DTYPES
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gates_and_their_gradients_are_those_of_autograd(activation: in_c.Activation, dtype: torch.dtype) -> None:
     gate, up, grad = (torch.randn(7, 33).mul(3).to(dtype) for _ in range(3))
