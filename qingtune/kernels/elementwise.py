@@ -110,16 +110,20 @@ def swiglu_backward(
     up: torch.Tensor,
     activated: torch.Tensor,
     activation: Activation = "silu",
-) -> None:
-    """Put the gradient of gate in gate's place and that of up in activated's; grad is overwritten; [T, I] all four."""
+) -> torch.Tensor:
+    """Put the gradient of gate in gate's place; returns that of up, in up's place or activated's. grad is overwritten.
+
+    [T, I] all four. In C activated is not touched, so that a buffer of that name takes no memory.
+    """
     if c := native(grad, gate, up, activated):
-        c.gated_backward(grad, gate, up, activated, activation=activation)
-        return
+        c.gated_backward(grad, gate, up, up, activation=activation)
+        return up
     torch.mul(grad, activated, out=activated)
     if activation == "silu":
         aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=gate)
     else:
         aten.gelu_backward.grad_input(grad.mul_(up), gate, approximate="tanh", grad_input=gate)
+    return activated
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -53,14 +53,13 @@ class MLPBlock:
         return swiglu(gate, up, hidden, hidden, self.this.activation)
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor, now: Pass, slot: str) -> torch.Tensor:
-        """grad: gradient of out, which becomes that of x; gate gives way to its gradient."""
+        """grad: gradient of out, which becomes that of x; gate, and mostly up, give way to theirs."""
         gate, up, outs = self._gate_and_up(slot, len(x))
         activated, hidden = self._take("mlp.activated", len(x)), self._take("mlp.hidden", len(x))
         swiglu(gate, up, activated, hidden, self.this.activation)
         grad_hidden = self._take("mlp.grad_hidden", len(x))
         self.end.backward(slot, hidden, grad, grad_hidden, now.dropout_seed(self.number, 3))
-        swiglu_backward(grad_hidden, gate, up, activated, self.this.activation)
-        grads = [gate, activated]
+        grads = [gate, swiglu_backward(grad_hidden, gate, up, activated, self.this.activation)]
         if self.this.fused:
             grads = [torch.cat(grads, 1, out=outs[0])]
         grad_normed = self.workspace.take("mlp.grad_normed", x.shape, self.dtype)

@@ -156,9 +156,9 @@ class SharedExpert:
         self.down.backward(slot + ".shared_down", scaled, [grad], grad_hidden, now.dropout_seed(self.number, 3))
         torch.mul(grad_hidden, hidden, out=scaled)
         grad_share = scaled.sum(-1, keepdim=True)
-        swiglu_backward(grad_hidden.mul_(share), gate, up, activated)
+        grad_up = swiglu_backward(grad_hidden.mul_(share), gate, up, activated)
         logit.copy_(grad_share.mul_(share * (1 - share)))
-        self.reads.backward(slot + ".shared", x, [gate, activated, logit], grad_x, now.dropout_seed(self.number, 2))
+        self.reads.backward(slot + ".shared", x, [gate, grad_up, logit], grad_x, now.dropout_seed(self.number, 2))
 
     def _kept(self, x: torch.Tensor, slot: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gate and up [T, I], and the logit of the share [T, 1]."""
@@ -310,9 +310,9 @@ class ExpertsBlock:
             )
             torch.mul(grad_hidden[:count], hidden, out=product)
             grad_shares[routing.order[rows]] = product.sum(-1, dtype=grad_shares.dtype)
-            swiglu_backward(grad_hidden[:count].mul_(shares[rows]), gate, up, activated)
+            grad_up = swiglu_backward(grad_hidden[:count].mul_(shares[rows]), gate, up, activated)
             both, grad_x = part.take("gate_up", 2 * self.size), part.take("output", normed.shape[1])
-            torch.cat([gate, activated], 1, out=both[:count])
+            torch.cat([gate, grad_up], 1, out=both[:count])
             low = part.copy("rank", lows[rows])
             self.gate_up.backward(number, part.gather(normed, tokens), low, both, grad_x)
             rows_grad[rows] = grad_x[:count]
