@@ -25,7 +25,7 @@ from qingtune.export.gguf_architectures import Value
 from qingtune.export.gguf_file import K_QUANTS, GGUFPlan, check_gguf, write_gguf
 from qingtune.export.gguf_layout import GGUFLayout, Read, layout_of
 from qingtune.export.gguf_lora import LORA_FORMS, lora_layout
-from qingtune.export.gguf_vocab import MOST_ENDS, Ending, normalizes, spares_a_space, vocabulary_of
+from qingtune.export.gguf_vocab import MOST_ENDS, Ending, cuts_by_capitals, normalizes, spares_a_space, vocabulary_of
 from qingtune.export.kquants import quantize_gguf, require_quantizer
 from qingtune.export.model_card import CARD, ExportedFile, Origin, shown_name, write_card
 from qingtune.export.modelfile import GO_PLAIN, TemplateNotExpressible, find_turns, left_out, modelfile
@@ -321,6 +321,11 @@ def _limits(base: Path, speech: Speech, quantize: Sequence[str]) -> list[str]:
         )
     if normalizes(speech.template.tokenizer):
         limits.append("llama.cpp does not bring text into Unicode's composed form (NFC) as this tokenizer does.")
+    if cuts_by_capitals(speech.template.tokenizer):
+        limits.append(
+            "llama.cpp cuts words with capitals after small letters other than a-z, and with combining marks, at other "
+            "places than this tokenizer."
+        )
     if spares_a_space(speech.template.tokenizer):
         limits.append("A text that begins with a space, also after a special token, gets a second one in llama.cpp.")
     if len(speech.ending.others) > MOST_ENDS - 1:

@@ -25,15 +25,27 @@ _QWEN35 = (
 )
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 
-# How text is cut before merges are applied -> llama.cpp's name for it, and whether a piece that is a token is then
-# taken as it is (tokenizers call that ignore_merges). llama.cpp has these rules built in; it reads none from a file.
-PRE_TOKENIZERS: dict[tuple[tuple[str, str], ...], tuple[str, bool]] = {
-    (("Split", _QWEN2), ("ByteLevel", "")): ("qwen2", False),
-    (("Split", _QWEN35), ("ByteLevel", "")): ("qwen35", False),
-    (("Split", _LLAMA3), ("ByteLevel", "")): ("llama-bpe", True),
-    (("ByteLevel", "regex"),): ("gpt-2", False),
-    (("Digits", "individual"), ("ByteLevel", "regex")): ("smollm", False),
+# Mistral's Tekken and GPT-4o's (Phi-4-mini): words by their capital and small letters.
+_LETTERS_UP, _LETTERS_LOW = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LOW_WORD = rf"[^\r\n\p{{L}}\p{{N}}]?{_LETTERS_UP}*{_LETTERS_LOW}+"
+_UP_WORD = rf"[^\r\n\p{{L}}\p{{N}}]?{_LETTERS_UP}+{_LETTERS_LOW}*"
+_REST_WITH_SLASH = _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
+_TEKKEN = rf"{_LOW_WORD}|{_UP_WORD}|\p{{N}}" + _REST_WITH_SLASH
+_GPT4O = rf"{_LOW_WORD}{_CONTRACTIONS}?|{_UP_WORD}{_CONTRACTIONS}?|\p{{N}}{{1,3}}" + _REST_WITH_SLASH
+
+# How text is cut before merges are applied, and whether a piece that is a token is then taken as it is (tokenizers
+# call that ignore_merges) -> llama.cpp's name for it. llama.cpp has these rules built in; it reads none from a file.
+PRE_TOKENIZERS: dict[tuple[tuple[tuple[str, str], ...], bool], str] = {
+    ((("Split", _QWEN2), ("ByteLevel", "")), False): "qwen2",
+    ((("Split", _QWEN35), ("ByteLevel", "")), False): "qwen35",
+    ((("Split", _LLAMA3), ("ByteLevel", "")), True): "llama-bpe",
+    ((("Split", _LLAMA3), ("ByteLevel", "")), False): "dbrx",  # Phi-4
+    ((("Split", _TEKKEN), ("ByteLevel", "")), True): "tekken",
+    ((("Split", _GPT4O), ("ByteLevel", "")), False): "gpt-4o",
+    ((("ByteLevel", "regex"),), False): "gpt-2",
+    ((("Digits", "individual"), ("ByteLevel", "regex")), False): "smollm",
 }
+_BY_CAPITALS = ("tekken", "gpt-4o")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 # SentencePiece's steps before pairs are put together: spaces as a letter, perhaps one in front; and a step of Gemma's
 # that cuts at spaces, of which there are none left.
@@ -95,6 +107,12 @@ def normalizes(tokenizer: PreTrainedTokenizerBase) -> bool:
     return (_content(tokenizer)["normalizer"] or {}).get("type") == "NFC"
 
 
+def cuts_by_capitals(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether words are cut where small letters end, which llama.cpp sees of a-z alone."""
+    content = _content(tokenizer)
+    return not _is_sentencepiece(content) and _pre_tokenizer(content) in _BY_CAPITALS
+
+
 def spares_a_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts no space in front of a text that begins with one, as llama.cpp does."""
     return _content(tokenizer)["pre_tokenizer"] == _METASPACE
@@ -151,12 +169,11 @@ def _pre_tokenizer(content: dict[str, Any]) -> str:
     parts: list[dict[str, Any]] = outer["pretokenizers"] if outer["type"] == "Sequence" else [outer]
     steps = tuple((str(part["type"]), _detail(part)) for part in parts)
     ignore_merges = bool(content["model"].get("ignore_merges"))
-    if steps not in PRE_TOKENIZERS:
-        raise _refusal(f"its pre-tokenizer is not one that is known here ({steps})")
-    name, wanted = PRE_TOKENIZERS[steps]
-    if ignore_merges != wanted:
-        raise _refusal(f"its ignore_merges is {ignore_merges}, and {wanted} in llama.cpp's {name}")
-    return name
+    if name := PRE_TOKENIZERS.get((steps, ignore_merges)):
+        return name
+    if other := PRE_TOKENIZERS.get((steps, not ignore_merges)):
+        raise _refusal(f"its ignore_merges is {ignore_merges}, and {not ignore_merges} in llama.cpp's {other}")
+    raise _refusal(f"its pre-tokenizer is not one that is known here ({steps})")
 
 
 def _detail(part: dict[str, Any]) -> str:

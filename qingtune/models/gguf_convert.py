@@ -13,7 +13,7 @@ import torch
 from qingtune.files.foreign import foreign_files
 from qingtune.files.staging import move_into_place, staging_folder
 from qingtune.files.write import disk_errors
-from qingtune.models.gguf_header import TIED_BELOW, check_gguf_header, config_of_gguf
+from qingtune.models.gguf_header import TIED_BELOW, check_gguf_header, config_of_gguf, takes_whole_tokens
 from qingtune.output.quiet import quieten_transformers
 
 _CACHE = "Free disk space, or choose another folder with --cache_dir or the environment variable QINGTUNE_CACHE."
@@ -56,6 +56,8 @@ def _read_dequantised(path: Path) -> tuple[Any, Any]:
         tempfile.TemporaryDirectory() as empty,  # without the files next to the .gguf, such as an adapter
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(empty, gguf_file=file)
+        if takes_whole_tokens(path):  # which Transformers leaves at the default
+            tokenizer.backend_tokenizer.model.ignore_merges = True
         dequantise = transformers.GgufConfig(dequantize=True)
         config = transformers.AutoConfig.from_pretrained(empty, gguf_file=file)
         written = config_of_gguf(path)

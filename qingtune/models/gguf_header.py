@@ -28,6 +28,7 @@ _MODEL_TYPES = {
     "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text", "qwen35": "qwen3_5_text",
     "qwen35moe": "qwen3_5_moe_text",
 }  # fmt: skip
+_WHOLE_TOKENS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 # config.json's names -> GGUF's, after the architecture's.
 _SIZES = {
     "hidden_size": "embedding_length",
@@ -117,6 +118,13 @@ def check_gguf_header(path: Path) -> None:
     if values.get("general.type") == "adapter":
         fix = "Pass the base model, and the adapter's own folder as --lora_model."
         raise UserError("this file holds an adapter, not a model", where=str(path), fix=fix)
+
+
+def takes_whole_tokens(path: Path) -> bool:
+    """Whether llama.cpp takes a piece of text that is a token as it is, without regard to merges."""
+    with foreign_files(_UNREADABLE, path), path.open("rb") as file:
+        values, _, _ = _read(file, path.stat().st_size)
+    return values.get("tokenizer.ggml.model") == "gpt2" and values.get("tokenizer.ggml.pre") in _WHOLE_TOKENS
 
 
 def config_of_gguf(path: Path) -> dict[str, Any]:

@@ -11,17 +11,22 @@ from typing import Any
 
 import pytest
 from conftest import CHATML, TEXTS, make_model, make_tokenizer
+from gguf import GGUFReader
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
 from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX as QWEN35
 
 from qingtune.commands.export import export
 from qingtune.config.commands import ExportConfig
 from qingtune.errors import UserError
-from qingtune.export.gguf_vocab import Ending, normalizes, spares_a_space, vocabulary_of
+from qingtune.export.gguf_vocab import Ending, cuts_by_capitals, normalizes, spares_a_space, vocabulary_of
+from qingtune.models.find import find_model
+from qingtune.models.load import load_tokenizer, local_folder
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+TEKKEN, GPT4O = GGUF_PRE_TOKENIZER_SPLITS["tekken"], GGUF_PRE_TOKENIZER_SPLITS["gpt-4o"]
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 ENDING = Ending(end_of_turn=2, others=[0], bos=None, add_bos=False)
 
@@ -56,12 +61,70 @@ def digits(individual: bool) -> Any:
         ("qwen35", {"pre_tokenizer": split(QWEN35)}),
         ("llama-bpe", {"pre_tokenizer": split(LLAMA3), "model": {"ignore_merges": True}}),
         ("smollm", {"pre_tokenizer": digits(True)}),
+        ("dbrx", {"pre_tokenizer": split(LLAMA3)}),
+        ("tekken", {"pre_tokenizer": split(TEKKEN), "model": {"ignore_merges": True}}),
+        ("gpt-4o", {"pre_tokenizer": split(GPT4O)}),
     ],
 )
 def test_the_way_of_cutting_is_known_by_its_rules(name: str, changes: dict[str, Any]) -> None:
     tokenizer = tokenizer_with(**changes)
     assert vocabulary_of(tokenizer, 320, ENDING)["tokenizer.ggml.pre"] == name
     assert normalizes(tokenizer) == ("normalizer" in changes)
+    assert cuts_by_capitals(tokenizer) == (name in ("tekken", "gpt-4o"))
+
+
+CUT_ALIKE = [
+    *TEXTS,
+    "It's 3.14159, isn't it? I'LL SAY: they've",
+    "  two spaces,\t\ttabs \n\n three  \r\n x/y/\n",
+    "camelCaseWords HTTPServer",
+    "店名：蓝门🍓，地址：磨坊巷4号。",
+    "🥖👨\u200d👩\u200d👧🇨🇳 emoji; ñ é ü; Ελληνικά; русский 한국어 日本語",
+    "1234567890 12,345.67 ½ Ⅷ",
+]
+
+
+WAYS_OF_CUTTING = {
+    "qwen2": (QWEN2, False), "qwen35": (QWEN35, False), "llama-bpe": (LLAMA3, True), "dbrx": (LLAMA3, False),
+    "tekken": (TEKKEN, True), "gpt-4o": (GPT4O, False),
+}  # fmt: skip
+
+
+def exported_with(name: str, folder: Path) -> tuple[Any, Path]:
+    """A tokenizer that cuts in one of WAYS_OF_CUTTING, with a token that no merges lead to, and a file with it."""
+    regex, ignore_merges = WAYS_OF_CUTTING[name]
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = split(regex)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
+    trained.train_from_iterator(CUT_ALIKE * 3, trainer)
+    content = json.loads(trained.to_str())
+    content["model"] |= {"ignore_merges": ignore_merges}
+    content["model"]["vocab"]["zyxw"] = len(content["model"]["vocab"])
+    inner = Tokenizer.from_str(json.dumps(content))
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = CHATML
+    make_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    export(ExportConfig(base_model=str(folder / "model"), output_dir=str(folder / "out"), quantize=["f32"]))
+    return tokenizer, folder / "out" / "out-f32.gguf"
+
+
+@pytest.mark.parametrize("name", WAYS_OF_CUTTING)
+def test_llama_cpp_and_what_is_read_back_cut_texts_alike(name: str, tmp_path: Path) -> None:
+    tokenizer, path = exported_with(name, tmp_path)
+    assert GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == name
+    wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in [*CUT_ALIKE, "zyxw"]]
+    assert (len(wanted[-1]) == 1) == WAYS_OF_CUTTING[name][1]
+    back = load_tokenizer(local_folder(find_model(str(path), None, "auto"), str(tmp_path)))
+    assert [back(text, add_special_tokens=False)["input_ids"] for text in [*CUT_ALIKE, "zyxw"]] == wanted
+    llama_cpp = pytest.importorskip("llama_cpp")
+    theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    found = [theirs.tokenize(text.encode(), add_bos=False, special=True) for text in [*CUT_ALIKE, "zyxw"]]
+    assert found == wanted
 
 
 @pytest.mark.parametrize(
@@ -73,7 +136,7 @@ def test_the_way_of_cutting_is_known_by_its_rules(name: str, changes: dict[str, 
         ({"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}, "not one that is known"),
         ({"pre_tokenizer": digits(False)}, "not one that is known"),
         ({"pre_tokenizer": pre_tokenizers.Whitespace()}, "not one that is known"),
-        ({"pre_tokenizer": split(LLAMA3)}, "ignore_merges is False, and True"),
+        ({"pre_tokenizer": split(TEKKEN)}, "ignore_merges is False, and True"),
         ({"pre_tokenizer": split(QWEN2), "model": {"ignore_merges": True}}, "ignore_merges is True, and False"),
         ({"normalizer": normalizers.Lowercase()}, "changes text first .Lowercase"),
         ({"decoder": decoders.ByteFallback()}, "its type is BPE; only BPE is supported, byte-level or SentencePiece's"),
