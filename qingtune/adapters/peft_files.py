@@ -39,7 +39,7 @@ from qingtune.files.weights_file import check_floats, read_header
 from qingtune.kernels.experts.modules import ExpertAdapter
 from qingtune.kernels.linear import QuantizedLinear, import_bitsandbytes
 from qingtune.models.layers import dense_weight, device_of, linear_layers, replace_layer
-from qingtune.models.stored_weights import multimodal_name, text_name
+from qingtune.models.multimodal import OUTSIDE_PATTERN, multimodal_name, text_name
 
 WEIGHTS = "adapter_model.safetensors"
 MOST_RANK, MOST_ALPHA = 2**20, 1e9
@@ -126,6 +126,7 @@ def save_adapter(model: Any, folder: Path, base_model: str, dropout: float, *, m
         lora_dropout=0.0 if experts else dropout,  # PEFT refuses to open adapters of experts with another value
         target_modules=[end(name) for name in _names_of_targets(model, layers, multimodal=multimodal)],
         target_parameters=[end(name) for name in target_parameters(experts, _matrices(model))] or None,
+        exclude_modules=OUTSIDE_PATTERN if multimodal else None,
         modules_to_save=[own(name) for name in modules_of(whole)] or None,
         use_dora=isinstance(first, DoRALinear),
         use_rslora=rank_stabilised,

@@ -38,7 +38,7 @@ from qingtune.kernels.delta.answer import DeltaCore
 from qingtune.kernels.device import Hardware, give_back_memory, has_int8_units
 from qingtune.kernels.workspace import Workspace
 from qingtune.models.layers import stored_tensors
-from qingtune.models.stored_weights import text_name
+from qingtune.models.multimodal import text_name
 
 # Architectures checked (tests/invariant/answering) to answer here as Transformers does.
 MODEL_TYPES = frozenset(

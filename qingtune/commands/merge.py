@@ -22,8 +22,9 @@ from qingtune.files.write import copy_file, disk_errors, write_json
 from qingtune.kernels.device import choose_hardware, memory_errors
 from qingtune.models.find import context_length, read_model_config, stored_in_4bit
 from qingtune.models.load import load_model, load_template, save_model, stored_dtype
+from qingtune.models.multimodal import has_multimodal_names, text_name
 from qingtune.models.shards import add_tensor, convert_changed, copy_changed, rounded
-from qingtune.models.stored_weights import StoredWeights, text_name
+from qingtune.models.stored_weights import StoredWeights
 from qingtune.output.console import say, show
 from qingtune.output.invocation import command_line
 from qingtune.output.quiet import quieten
@@ -99,6 +100,12 @@ def _write(folder: Path, base: Path, adapter: StoredAdapter, dtype: torch.dtype 
     weights are stored, as read back.
     """
     stored = StoredWeights(base)
+    if outside := sorted(adapter.names - {HEAD} - stored.shapes.keys()) if has_multimodal_names(base) else []:
+        raise UserError(
+            f"the adapter changes {outside[0]}, which is not of the model's text",
+            where=str(adapter.folder),
+            fix="Merge it with PEFT, or train an adapter of the text alone.",
+        )
     if not adapter.names - {HEAD} <= set(stored.shapes):
         say("Merging in memory: the base's tensors have other names in its files than in the model.")
         return _write_whole(folder, base, adapter, dtype or stored_dtype(base))

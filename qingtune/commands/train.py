@@ -24,7 +24,7 @@ from qingtune.machine.describe import describe_machine, describe_processes
 from qingtune.machine.signals import put_off
 from qingtune.models.find import context_length, find_model, fingerprint, stored_in_4bit
 from qingtune.models.load import load_template, local_folder, save_model, stored_dtype
-from qingtune.models.stored_weights import is_multimodal
+from qingtune.models.multimodal import has_multimodal_names
 from qingtune.output.console import give, labelled, lost_output, say, show
 from qingtune.output.invocation import command_line
 from qingtune.output.quiet import quieten
@@ -349,7 +349,9 @@ def save_result(config: TrainConfig, model: Any, template: Template, base_folder
             save_model(model, half_done, stored_dtype(base_folder))
         else:
             base = str(base_folder.absolute()) if _is_gguf(config) else config.model_name_or_path
-            save_adapter(model, half_done, redact(base), config.lora_dropout, multimodal=is_multimodal(base_folder))
+            save_adapter(
+                model, half_done, redact(base), config.lora_dropout, multimodal=has_multimodal_names(base_folder)
+            )
         template.tokenizer.save_pretrained(half_done)
         put_result(half_done, output_dir)
     write_record(output_dir, record)

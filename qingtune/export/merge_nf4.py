@@ -20,8 +20,9 @@ from qingtune.kernels.linear import NF4Linear
 from qingtune.models.find import read_model_config
 from qingtune.models.layers import expert_modules, linear_layers
 from qingtune.models.load import empty_model, stored_dtype
+from qingtune.models.multimodal import text_name
 from qingtune.models.shards import ShardWriter, rounded
-from qingtune.models.stored_weights import StoredWeights, stored_names, text_name
+from qingtune.models.stored_weights import StoredWeights, stored_names
 
 # The most that rounding to NF4 does to a weight, the root of the summed squared errors over that of the squared
 # weights. Of a block of 64 one is as large as the scale m; the others lose most for their size where all lie between

@@ -19,8 +19,9 @@ from qingtune.kernels.device import free_bytes, memory_errors
 from qingtune.kernels.linear import QuantizedLinear, quantized_class
 from qingtune.models.find import cache_folder, fingerprint, stored_numbers
 from qingtune.models.load import empty_model, load_model
+from qingtune.models.multimodal import text_name
 from qingtune.models.quantize import fill_quantized, quantize_model
-from qingtune.models.stored_weights import StoredWeights, text_name
+from qingtune.models.stored_weights import StoredWeights
 from qingtune.output.console import say
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from qingtune.files.paths import default_cache, refuse_odd_name
 from qingtune.files.weights_file import read_header, read_weights_header
 from qingtune.models.config_file import context_length as context_length
 from qingtune.models.config_file import read_model_config
+from qingtune.models.multimodal import is_text, text_name
 
 ANSWER_WITHIN_S = 4.0
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -290,13 +291,14 @@ def fingerprint(folder: Path) -> str:
 def stored_numbers(folder: Path) -> int:
     """How many numbers the model's weights are, from the files' headers; a head that is the embedding counts once.
 
-    A weight in 4 bits counts with its original size, without its scales and tables.
+    Of a multimodal checkpoint the text alone counts. A weight in 4 bits counts with its original size, without its
+    scales and tables.
     """
     tied = bool(read_model_config(folder).get("tie_word_embeddings"))
     shapes = {
         name: entry.shape
         for name, entry in read_weights_header(folder).items()
-        if not (tied and name == "lm_head.weight")
+        if is_text(name) and not (tied and text_name(name) == "lm_head.weight")
     }
     packed = {name.removesuffix(NF4_MARK) for name in shapes if name.endswith(NF4_MARK)}
     return sum(

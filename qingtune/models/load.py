@@ -21,7 +21,8 @@ from qingtune.models.config_file import stop_ids as stop_ids  # with the tokeniz
 from qingtune.models.find import ModelSource, converted_folder, stored_in_4bit, stored_numbers
 from qingtune.models.gguf_convert import convert_gguf
 from qingtune.models.layers import stored_tensors
-from qingtune.models.stored_weights import StoredWeights, text_name
+from qingtune.models.multimodal import FAMILIES, parts_of_config, text_config, text_name
+from qingtune.models.stored_weights import StoredWeights
 from qingtune.output.console import say
 from qingtune.output.quiet import quieten_transformers
 
@@ -62,7 +63,12 @@ def check_architecture(content: Mapping[str, Any], where: str) -> None:
     kind = content.get("model_type")
     if kind is None:
         raise UserError("config.json names no model_type", where=where)
-    if kind in CONFIG_MAPPING and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind in FAMILIES:
+        return
+    built = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "")
+    if kind in CONFIG_MAPPING:
+        _refuse_more_than_text(kind, built, where)
+    if kind in CONFIG_MAPPING and built:
         return
     if "auto_map" in content:
         raise UserError(
@@ -72,6 +78,24 @@ def check_architecture(content: Mapping[str, Any], where: str) -> None:
         )
     reason = "has no causal language model in" if kind in CONFIG_MAPPING else "is not known to"
     raise UserError(f'the architecture "{kind}" {reason} the installed Transformers', where=where)
+
+
+def _refuse_more_than_text(kind: str, built: str, where: str) -> None:
+    """Refuse a multimodal model that Transformers builds whole, as adapters would reach its towers, or not at all.
+
+    built: the class that it would be; empty for none.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    parts: Any = CONFIG_MAPPING[kind].sub_configs
+    whole = built.endswith("ForConditionalGeneration")
+    if "text_config" in parts and (whole or (not built and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)):
+        raise UserError(
+            f'the architecture "{kind}" is multimodal, and its text cannot be loaded alone',
+            where=where,
+            fix=f"That of {', '.join(sorted(FAMILIES))} can.",
+        )
 
 
 def _check_weights(folder: Path) -> None:
@@ -93,7 +117,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
     quieten_transformers()
     folder = Path(folder)
-    config = config_of(folder) if (folder / CONFIG).exists() else None
+    config = _whole_config(read_model_config(folder), folder / CONFIG) if (folder / CONFIG).exists() else None
     try:
         with (
             foreign_files("no tokenizer can be loaded", folder, "Check that the folder is complete."),
@@ -133,8 +157,8 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     import transformers
 
     quieten_transformers()
-    if stored_in_4bit(folder):
-        return _load_unpacked(folder, dtype)
+    if stored_in_4bit(folder) or read_model_config(folder)["model_type"] in FAMILIES:
+        return _load_by_text_names(folder, dtype)
     config = config_of(folder)
     _check_fit(config, folder)
     with foreign_files("the model cannot be loaded", folder):
@@ -168,18 +192,20 @@ def _check_shapes(wrong: list[tuple[str, Any, Any]], folder: Path) -> None:
         )
 
 
-def _load_unpacked(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A model whose linear layers are stored in 4 bits, unpacked.
+def _load_by_text_names(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A model filled tensor by tensor: the text of a multimodal one, or one whose linear layers are stored in 4 bits.
 
-    Transformers would load layers of bitsandbytes', which on some CPUs repack their weights in place.
+    Transformers would load the former with all that is not text, or not at all, and of the latter layers of
+    bitsandbytes', which on some CPUs repack their weights in place.
     """
     model, stored = empty_model(folder, dtype), StoredWeights(folder)
+    stored.join_experts(model)
     for name, tensor in stored_tensors(model).items():
         if stored.shapes.get(text_name(name)) != tuple(tensor.shape):
             raise UserError(
                 f"{name} does not have the name and shape that its architecture expects",
                 where=str(folder),
-                fix="Use the model in 16 bits.",
+                fix="Use the model in 16 bits." if stored.packed else "Download it again.",
             )
         tensor.data.copy_(stored.read(name))
     return model
@@ -215,26 +241,39 @@ def _build(config: PretrainedConfig, dtype: torch.dtype | None, where: Path) -> 
 
 
 def config_of(folder: Path) -> PretrainedConfig:
-    """The configuration as Transformers holds it, of what `read_model_config` lets through; a UserError if refused."""
-    config = make_config(read_model_config(folder), folder / CONFIG)
+    """The configuration as Transformers holds it, of what `read_model_config` lets through, of a multimodal checkpoint
+    that of the text alone; a UserError if refused."""
+    content = read_model_config(folder)
+    config = make_config(content, folder / CONFIG)
+    if content["model_type"] in FAMILIES and config.tie_word_embeddings:
+        of_text = parts_of_config(content)[-1].get("tie_word_embeddings")
+        # Transformers writes that a head is tied where a class takes it for granted, and stores it all the same.
+        heads = [name for name in read_weights_header(folder) if text_name(name) == "lm_head.weight"]
+        config.tie_word_embeddings = bool(of_text) or not heads
     config.name_or_path = str(folder)
     return config
 
 
 def make_config(content: Mapping[str, Any], where: Path) -> PretrainedConfig:
-    """The configuration that a checked config.json, `where`, describes; a UserError if Transformers refuses it."""
+    """The configuration that a checked config.json, `where`, describes, of a multimodal checkpoint that of the text
+    alone; a UserError if Transformers refuses it."""
+    config = _whole_config(content, where)
+    if content.get("model_type") in FAMILIES:
+        config = cast("PretrainedConfig", text_config(config, content))
+    elif getattr(config, "tie_word_embeddings", False):  # lost where Transformers builds the model of text alone
+        cast("Any", config).get_text_config(decoder=True).tie_word_embeddings = True
+    _check_layer_types(config, where)
+    return config
+
+
+def _whole_config(content: Mapping[str, Any], where: Path) -> PretrainedConfig:
     import transformers
 
     # What is made here is of Transformers' own code, and not quantised.
     kept = {name: value for name, value in content.items() if name not in ("auto_map", "quantization_config")}
     with tempfile.TemporaryDirectory() as clean, foreign_files("this configuration cannot be used", where):
         (Path(clean) / CONFIG).write_text(json.dumps(kept), encoding="utf-8")
-        config = transformers.AutoConfig.from_pretrained(clean, trust_remote_code=False)
-    text: Any = config.get_text_config(decoder=True)
-    if getattr(config, "tie_word_embeddings", False):  # lost where a multimodal model's model of text is built alone
-        text.tie_word_embeddings = True
-    _check_layer_types(config, where)
-    return config
+        return transformers.AutoConfig.from_pretrained(clean, trust_remote_code=False)
 
 
 def _check_layer_types(config: PretrainedConfig, where: Path) -> None:
@@ -257,7 +296,7 @@ def _check_fit(config: PretrainedConfig, folder: Path) -> None:
     """Refuse a configuration whose model would have other weights than are stored, before memory is taken for them."""
     wanted = dict(model_on_meta(config, None, folder / CONFIG).named_parameters())
     if not stored_in_4bit(folder):
-        stored = read_weights_header(folder)
+        stored = {text_name(name): tensor for name, tensor in read_weights_header(folder).items()}
         found = ((name, stored[name].shape, weight.shape) for name, weight in wanted.items() if name in stored)
         _check_shapes([(name, has, wants) for name, has, wants in found if has != tuple(wants)], folder)
     described, numbers = sum(weight.numel() for weight in wanted.values()), stored_numbers(folder)
@@ -271,8 +310,8 @@ def _check_fit(config: PretrainedConfig, folder: Path) -> None:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype in which the model's weights are kept on disk."""
-    config = read_model_config(folder)
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    said = (part.get(name) for part in parts_of_config(read_model_config(folder)) for name in ("dtype", "torch_dtype"))
+    return getattr(torch, next(filter(None, said), "float32"))
 
 
 def dtype_of_all(folder: Path) -> torch.dtype:

@@ -22,9 +22,9 @@ from qingtune.errors import UserError
 from qingtune.files.json_files import parse_object
 from qingtune.files.weights_file import read_header, weight_files
 from qingtune.kernels.linear import NF4Linear
-from qingtune.models.config_file import read_model_config
 from qingtune.models.find import NF4_MARK
 from qingtune.models.layers import stored_tensors
+from qingtune.models.multimodal import text_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,33 +32,6 @@ if TYPE_CHECKING:
 Parts = dict[str, torch.Tensor]
 # What files hold for each expert, by the parameter that Transformers joins it to.
 PARTS_OF_EXPERTS = {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]}
-
-
-def text_name(name: str) -> str:
-    """The name that a parameter of a multimodal model's language model, or a module, has in a model of text alone.
-
-    `model.language_model.layers.0.mlp.up_proj` -> `model.layers.0.mlp.up_proj`; likewise of `language_model.model.`,
-    as files of older versions of Transformers begin. Other names stay.
-    """
-    for prefix in ("model.language_model.", "language_model.model."):
-        if name.startswith(prefix):
-            return "model." + name.removeprefix(prefix)
-    return name.removeprefix("language_model.")  # lm_head
-
-
-def multimodal_name(name: str) -> str:
-    """The name that a parameter of a model of text, or a module, has in Transformers' multimodal model."""
-    if name.startswith("model.") and not name.startswith("model.language_model."):
-        return "model.language_model." + name.removeprefix("model.")
-    return name
-
-
-def is_multimodal(folder: Path) -> bool:
-    """Whether a folder holds a multimodal model whose language model has the names of `multimodal_name`."""
-    if not isinstance(read_model_config(folder).get("text_config"), dict):
-        return False
-    names = (name for path in weight_files(folder) for name in read_header(path)[0])
-    return any(name.startswith("model.language_model.") for name in names)
 
 
 class _Described(NamedTuple):

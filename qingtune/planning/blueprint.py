@@ -29,11 +29,13 @@ from qingtune.models.config_file import CONFIG, check_config, read_model_config
 from qingtune.models.gguf_header import config_of_gguf
 from qingtune.models.layers import JOINED, expert_modules
 from qingtune.models.load import check_architecture, make_config, model_on_meta
+from qingtune.models.multimodal import FAMILIES
 from qingtune.models.quantize import quantize_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+ONLY_TEXT = "Only the language part of this model is loaded and counted."
 # Settings that change neither modules nor dtypes; plans that differ in nothing else share what was built.
 _OF_DATA = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_seq_length",
@@ -95,6 +97,7 @@ class Blueprint:
         experts: numbers in parameters that hold several experts each.
         reaches_experts: whether adapters and quantisation reach these.
         stored_itemsize: bytes a number on disk.
+        by_tensor: whether the weights are loaded one tensor at a time, as the text of a multimodal checkpoint is.
         renamed: whether Transformers renames tensors while it loads them, or joins others than experts.
         notices: what the user should know of the counting.
 
@@ -102,10 +105,12 @@ class Blueprint:
         UserError: Transformers cannot make the model.
     """
 
-    def __init__(self, config: PretrainedConfig, where: Path, notices: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, config: PretrainedConfig, where: Path, notices: tuple[str, ...] = (), *, by_tensor: bool = False
+    ) -> None:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-        self._config, self._where, self.notices = config, where, notices
+        self._config, self._where, self.notices, self.by_tensor = config, where, notices, by_tensor
         self._built: dict[tuple[Any, ...], Built] = {}
         model = self._model(None)
         text: Any = model.config.get_text_config(decoder=True)
@@ -129,9 +134,9 @@ class Blueprint:
         self.largest_read = max(tensor.numel() for tensor in [*_ends(model), *stacks])
         self.reaches_experts = bool(stacks)
         self.experts, self.active_body = _body(model, _largest(text, "num_experts_per_tok") or 1)
-        self.renamed = kind not in JOINED and bool(get_checkpoint_conversion_mapping(kind))
+        self.renamed = not by_tensor and kind not in JOINED and bool(get_checkpoint_conversion_mapping(kind))
         if type(model.config) is not type(config):
-            self.notices += ("Only the language part of this model is loaded and counted.",)
+            self.notices += (ONLY_TEXT,)
 
     def _model(self, dtype: torch.dtype | None) -> PreTrainedModel:
         return model_on_meta(copy.deepcopy(self._config), dtype, self._where)  # models change their configuration
@@ -220,8 +225,11 @@ def make_blueprint(content: dict[str, Any], where: Path) -> Blueprint:
     check_architecture(content, str(where))
     stored: Any = content.get("quantization_config")
     method = cast("dict[str, Any]", stored).get("quant_method") if isinstance(stored, dict) else None
-    notice = f"Its weights are stored quantised by {method}, which training refuses; this plans its 16-bit version."
-    return Blueprint(make_config(content, where), where, () if method in (None, "bitsandbytes") else (notice,))
+    quantised = f"Its weights are stored quantised by {method}, which training refuses; this plans its 16-bit version."
+    notices = () if method in (None, "bitsandbytes") else (quantised,)
+    only_text = content["model_type"] in FAMILIES
+    notices += (ONLY_TEXT,) * only_text
+    return Blueprint(make_config(content, where), where, notices, by_tensor=only_text)
 
 
 def _size(text: Any, name: str, where: Path) -> int:

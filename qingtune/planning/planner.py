@@ -198,6 +198,8 @@ class Planner:
         whole = self.runtime + blueprint.parameters * held
         if self.config.method == "qlora":
             return whole + built.quantized
+        if blueprint.by_tensor:
+            return whole + blueprint.largest_read * stored
         return whole + (blueprint.parameters * stored if self.full or held != stored else 0)
 
     def plan_for(self, samples: Samples) -> MemoryPlan:
