@@ -18,13 +18,14 @@ from qingtune.errors import UserError
 from qingtune.export.merge_check import Lost, check_rounded_once, check_same, judge_merging, measure_lost
 from qingtune.export.merge_nf4 import check_weights, judge, write_in_4bit
 from qingtune.files.weights_file import weight_files
-from qingtune.files.write import copy_file, disk_errors, write_json
+from qingtune.files.write import disk_errors, write_json
 from qingtune.kernels.device import choose_hardware, memory_errors
 from qingtune.models.find import context_length, read_model_config, stored_in_4bit
 from qingtune.models.load import load_model, load_template, save_model, stored_dtype
 from qingtune.models.multimodal import has_multimodal_names, text_name
 from qingtune.models.shards import add_tensor, convert_changed, copy_changed, rounded
 from qingtune.models.stored_weights import StoredWeights
+from qingtune.models.whole import copy_settings
 from qingtune.output.console import say, show
 from qingtune.output.invocation import command_line
 from qingtune.output.quiet import quieten
@@ -73,9 +74,7 @@ def merge(config: MergeConfig) -> None:
                     dtypes = set[torch.dtype]()
                 else:
                     dtypes = _write(half_done, base, adapter, config.save_dtype and getattr(torch, config.save_dtype))
-            generation = base / "generation_config.json"
-            if generation.exists() and not (half_done / generation.name).exists():
-                copy_file(generation, half_done / generation.name)
+            copy_settings(base, half_done)
             template.tokenizer.save_pretrained(half_done)
         prompts = _prompts(template, base)
         with memory_errors("the merged model was compared", output_dir, _SMALLER):

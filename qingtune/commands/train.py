@@ -11,28 +11,25 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qingtune.adapters.peft_files import save_adapter
 from qingtune.config.training import TrainConfig
 from qingtune.data.order import Plan
 from qingtune.data.prepare import Data, check_files_exist, load_data
 from qingtune.data.tokenize import Template
 from qingtune.errors import UserError
-from qingtune.files.staging import staging_folder
-from qingtune.files.write import copy_file, disk_errors, write_json
+from qingtune.files.write import copy_file, write_json
 from qingtune.kernels.device import Hardware, choose_hardware, reset_peak
 from qingtune.machine.describe import describe_machine, describe_processes
 from qingtune.machine.signals import put_off
-from qingtune.models.find import context_length, find_model, fingerprint, stored_in_4bit
-from qingtune.models.load import load_template, local_folder, save_model, stored_dtype
-from qingtune.models.multimodal import has_multimodal_names
+from qingtune.models.find import context_length, find_model, stored_in_4bit
+from qingtune.models.load import load_template, local_folder
 from qingtune.output.console import give, labelled, lost_output, say, show
 from qingtune.output.invocation import command_line
 from qingtune.output.quiet import quieten
-from qingtune.output.redaction import redact, redact_values
+from qingtune.output.redaction import redact_values
 from qingtune.output.units import counted, duration
 from qingtune.planning.of_run import keep_measured_speed, plan_run
 from qingtune.planning.report import Report, as_lines, short_lines
-from qingtune.runs.folder import check_output_folder, only_run_in, prepare_output_folder, put_result, refuse_inputs
+from qingtune.runs.folder import check_output_folder, only_run_in, prepare_output_folder, refuse_inputs
 from qingtune.runs.measures import loss_of_result
 from qingtune.runs.page.source import read_curves
 from qingtune.runs.page.write import PageOfRun
@@ -48,7 +45,6 @@ from qingtune.runs.record import (
     settings_to_compare,
     versions,
     without_secrets,
-    write_record,
 )
 from qingtune.training.events import ConsoleSink, Evaluated, EverySteps, LinesFile, MetricsFile, Noted, Sink, to_all
 from qingtune.training.finished import already_finished, digests_of_inputs
@@ -56,6 +52,7 @@ from qingtune.training.loop import Limits, Progress
 from qingtune.training.loop import train as run_loop
 from qingtune.training.model import count_parameters, load_adapted_model
 from qingtune.training.processes import Processes
+from qingtune.training.result import Base, is_gguf, keep_run_without_base, save_result
 from qingtune.training.resume import Start, check_checkpoint_exists, check_start, choose_start, load_best, what_is_left
 from qingtune.training.sample_answers import SampleAnswers
 from qingtune.training.setup import limits_of, set_up
@@ -150,17 +147,21 @@ class _Run:
     """What a run has before any weight is read.
 
     Attributes:
-        folder: the base model's.
+        base: the model that it starts from.
         inputs: digests of what the data is made of, as it was when it was read.
     """
 
     config: TrainConfig
     processes: Processes
     hardware: Hardware
-    folder: Path
+    base: Base
     template: Template
     inputs: dict[str, str]
     data: Data
+
+    @property
+    def folder(self) -> Path:
+        return self.base.folder
 
     @property
     def output_dir(self) -> Path:
@@ -215,7 +216,7 @@ def _open(config: TrainConfig, processes: Processes) -> _Run:
     for notice in template.notices:
         say(notice)
     inputs, data = digests_of_inputs(config, folder), load_data(config, template, context_length(folder))
-    return _Run(config, processes, hardware, folder, template, inputs, data)
+    return _Run(config, processes, hardware, Base.of(folder), template, inputs, data)
 
 
 def _plan(run: _Run) -> Report | None:
@@ -232,7 +233,7 @@ def _plan(run: _Run) -> Report | None:
 def _agree_on_start(run: _Run) -> Start:
     """How the run starts: chosen by the first process from its disk, and possible in all of them."""
     config, processes = run.config, run.processes
-    settings = settings_to_compare(config, processes.count, run.data.hash, fingerprint(run.folder))
+    settings = settings_to_compare(config, processes.count, run.data.hash, run.base.fingerprint)
     steps = limits_of(config, Plan.of(config, len(run.data.train), processes.count)).total_steps
     start = processes.by_first(lambda: choose_start(config, settings, steps))
     processes.by_all(lambda: check_start(start, settings) if processes.index else None)
@@ -253,7 +254,10 @@ def _begin_folder(run: _Run, resume_from: Path | None) -> None:
 def _train(run: _Run, model: PreTrainedModel, start: Start, plan: Report | None, page: PageOfRun) -> Result:
     """Train from where the run starts, evaluating before the first step too, so that the gain can be reported."""
     processes = run.processes
-    work, limits, progress = set_up(run.config, model, run.data, run.hardware, start, processes)
+    taken = run.base.bytes_taken(run.config, model)
+    work, limits, progress = set_up(run.config, model, run.data, run.hardware, start, processes, taken)
+    if taken is not None:
+        say(f"The result takes all that is not text from {run.folder}: keep it there until the run is finished.")
     evaluations: list[Evaluated] = []
     began = time.perf_counter()
     with ExitStack() as stack:
@@ -267,6 +271,8 @@ def _train(run: _Run, model: PreTrainedModel, start: Start, plan: Report | None,
             loss, tokens = work.evaluate()
             emit(Evaluated(0, 0.0, loss, tokens, time.perf_counter() - began))
         finished = run_loop(work, limits, processes, emit, progress)
+    if finished and taken is not None:
+        keep_run_without_base(run.base, run.output_dir, processes, work, progress)
     after = [event.eval_loss for event in evaluations if event.step > 0]
     trained, parameters = count_parameters(model)
     return Result(
@@ -321,7 +327,7 @@ def _write(run: _Run, model: PreTrainedModel, start: Start, result: Result) -> N
     record = Record(
         method=config.method,
         base_model=config.model_name_or_path,
-        base_fingerprint=fingerprint(run.folder),
+        base_fingerprint=run.base.fingerprint,
         system_prompt=config.system_prompt,
         prompt_style=run.data.style,
         stop_ids=sorted(run.template.stop_ids),
@@ -335,31 +341,9 @@ def _write(run: _Run, model: PreTrainedModel, start: Start, result: Result) -> N
         },
         versions=versions(),
     )
-    save_result(config, model, run.template, run.folder, record)
+    save_result(config, model, run.template, run.base, record)
     title = output_dir.resolve().name
     try_to_draw(lambda: plot_losses(output_dir / METRICS, output_dir / CURVE, title), CURVE)
-
-
-def save_result(config: TrainConfig, model: Any, template: Template, base_folder: Path, record: Record) -> None:
-    """Write the adapter, or after full training the model, with its tokenizer; the record comes last."""
-    output_dir = Path(config.output_dir)
-    fix = "Free disk space and run the same command again: it resumes from the last checkpoint."
-    with disk_errors("the result", output_dir, fix), staging_folder(output_dir / "result") as half_done:
-        if config.method == "full":
-            save_model(model, half_done, stored_dtype(base_folder))
-        else:
-            base = str(base_folder.absolute()) if _is_gguf(config) else config.model_name_or_path
-            save_adapter(
-                model, half_done, redact(base), config.lora_dropout, multimodal=has_multimodal_names(base_folder)
-            )
-        template.tokenizer.save_pretrained(half_done)
-        put_result(half_done, output_dir)
-    write_record(output_dir, record)
-
-
-def _is_gguf(config: TrainConfig) -> bool:
-    """Whether the base is a .gguf file, which PEFT cannot open: it is given the converted copy in the cache."""
-    return config.model_name_or_path.endswith(".gguf")
 
 
 def _loss_line(config: TrainConfig, result: Result) -> list[str]:
@@ -390,7 +374,7 @@ def _summary(config: TrainConfig, result: Result) -> str:
         talk = command_line("chat", base_model=config.output_dir)
     else:
         talk = command_line("chat", base_model=config.model_name_or_path, lora_model=config.output_dir)
-        if _is_gguf(config):
+        if is_gguf(config):
             lines.append(
                 "PEFT opens it with the converted copy of the .gguf file, which exists only on this machine. Before "
                 "you publish the adapter, set base_model_name_or_path in adapter_config.json to the model's name on "

@@ -104,6 +104,16 @@ class StoredWeights:
             described = self._described[own]
             return _layer_of(described, self._parts(own), None).dequantize(described.dtype)
 
+    def split(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the files hold of a parameter, by own names: itself, or of experts stored one by one each one's part."""
+        if (parts := self._joined.get(text_name(name))) is None:
+            return {self._own(name): tensor}
+        return {
+            self._own(part): rows
+            for expert, names in zip(tensor, parts, strict=True)
+            for rows, part in zip(expert.chunk(len(names)), names, strict=True)
+        }
+
     def mapped(self, name: str) -> torch.Tensor:
         """A tensor that stays in its file, of which only what is looked at takes memory; not to be written to."""
         own = self._own(name)

@@ -32,9 +32,17 @@ if TYPE_CHECKING:
 
 
 def set_up(
-    config: TrainConfig, model: PreTrainedModel, data: Data, hardware: Hardware, start: Start, processes: Processes
+    config: TrainConfig,
+    model: PreTrainedModel,
+    data: Data,
+    hardware: Hardware,
+    start: Start,
+    processes: Processes,
+    result_bytes: int | None = None,
 ) -> tuple[Work, Limits, Progress]:
     """What the loop works with, when things happen, and the progress of the run; reports its length.
+
+    result_bytes: of the result on disk; None where it is what is trained.
 
     Raises:
         UserError: in one of the processes there is no memory for the longest sample, or the checkpoint cannot be
@@ -43,7 +51,7 @@ def set_up(
     plan = Plan.of(config, len(data.train), processes.count)
     limits = limits_of(config, plan)
     work, progress = processes.by_all(lambda: _make_work(config, model, data, hardware, start, processes, plan))
-    processes.by_first(lambda: _check_room(config, work.parameters, limits))
+    processes.by_first(lambda: _check_room(config, work.parameters, limits, result_bytes))
     if (warmup := warmup_steps(config, limits.total_steps)) >= limits.total_steps:
         say(
             f"Warning: the warm-up takes {counted(warmup, 'step')} of {limits.total_steps:,}, so the learning rate "
@@ -132,10 +140,12 @@ def _make_work(
     return work, progress
 
 
-def _check_room(config: TrainConfig, trained: Sequence[torch.nn.Parameter], limits: Limits) -> None:
+def _check_room(
+    config: TrainConfig, trained: Sequence[torch.nn.Parameter], limits: Limits, result_bytes: int | None
+) -> None:
     """Look at the disk before hours of work."""
-    result, states = trained_bytes(config, trained)
-    checkpoint = result + states
+    numbers, states = trained_bytes(config, trained)
+    result, checkpoint = numbers if result_bytes is None else result_bytes, numbers + states
     count = limits.total_steps // limits.save_every if limits.save_every else 0
     if config.save_total_limit:
         count = min(count, config.save_total_limit + 2)  # the best one, and the next one before an old one goes
