@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = 3  # of the kept files; raise it when they or the quantisation change
 PACKED = "packed.safetensors"
+PAGES_OF_CACHED_LAYERS = 2**29  # bytes of the file of cached layers that are in memory at a time, or little more
 
 
 def load_base(
@@ -102,14 +103,32 @@ def _fill_as_stored(model: PreTrainedModel, stored: StoredWeights, device: torch
 
 def _fill_as_kept(model: PreTrainedModel, stored: StoredWeights, bits: int, device: torch.device, kept: Path) -> None:
     """Take the packed layers from the cache, and all else from the model's files."""
-    with safe_open(kept / PACKED, "pt") as file:
-        parts = _by_layer(file.keys())
+    file = _KeptLayers(kept / PACKED)
 
-        def as_kept(name: str, shape: tuple[int, int], bias: torch.Tensor | None) -> QuantizedLinear:
-            tensors = {part: file.get_tensor(f"{name}.{part}").clone().to(device) for part in parts[name]}
-            return quantized_class(bits).restore(shape, tensors, bias)
+    def as_kept(name: str, shape: tuple[int, int], bias: torch.Tensor | None) -> QuantizedLinear:
+        tensors = {part: tensor.to(device) for part, tensor in file.read(name).items()}
+        return quantized_class(bits).restore(shape, tensors, bias)
 
-        fill_quantized(model, bits, device, stored.read, as_kept)
+    fill_quantized(model, bits, device, stored.read, as_kept)
+
+
+class _KeptLayers:
+    """The packed layers of a file, read in turn.
+
+    The pages that were read stay with the process as long as the file is open, so it is opened again from time to time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file, self._bytes = path, safe_open(path, "pt"), 0
+        self._parts = _by_layer(self._file.keys())
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        """A layer's tensors, each in its own memory."""
+        if self._bytes >= PAGES_OF_CACHED_LAYERS:
+            self._file, self._bytes = safe_open(self._path, "pt"), 0
+        tensors = {part: self._file.get_tensor(f"{name}.{part}").clone() for part in self._parts[name]}
+        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+        return tensors
 
 
 def _is_whole(kept: Path) -> bool:

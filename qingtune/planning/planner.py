@@ -27,6 +27,7 @@ from qingtune.kernels.footprint import (
     optimizer_bytes,
 )
 from qingtune.machine.resources import Machine
+from qingtune.models.base import PAGES_OF_CACHED_LAYERS
 from qingtune.planning.blueprint import Blueprint, Built
 
 # Resident memory of a run over all that is counted: Python, torch, Transformers and what they allocate, measured on
@@ -193,7 +194,8 @@ class Planner:
         blueprint, built = self.blueprint, self.built
         stored, held = blueprint.stored_itemsize, built.weight_itemsize
         if self.config.method == "qlora" and not blueprint.renamed:
-            pages = built.quantized + blueprint.largest_read * stored  # of files that are being read
+            cached = min(built.quantized, PAGES_OF_CACHED_LAYERS)
+            pages = cached + blueprint.largest_read * stored  # of files that are being read
             return self.runtime - RUNTIME_AFTER_LOADING + built.weights + built.quantized + pages
         whole = self.runtime + blueprint.parameters * held
         if self.config.method == "qlora":

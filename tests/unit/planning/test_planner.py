@@ -15,6 +15,7 @@ from qingtune.config.training import TrainConfig
 from qingtune.data.order import Plan, sizes_of_groups
 from qingtune.kernels.footprint import PassTokens, layers_to_recompute, optimizer_bytes
 from qingtune.machine.resources import Machine
+from qingtune.models.base import PAGES_OF_CACHED_LAYERS
 from qingtune.planning.advice import advise
 from qingtune.planning.blueprint import Blueprint, make_blueprint
 from qingtune.planning.planner import (
@@ -156,6 +157,15 @@ def test_experts_are_quantised_and_adapted_where_they_are_known() -> None:
     assert planner("lora", shape=MIXTURE).fast
     report = make_report("m", blueprint_of(MIXTURE), config_of("qlora4"), CPU, samples(), [])
     assert not any("experts" in notice for notice in report.notices)
+
+
+def test_quantised_layers_are_not_there_twice_while_they_are_loaded() -> None:
+    large = planner("qlora4", shape=MIXTURE | {"num_experts": 128})
+    embedding = 2 * MIXTURE["hidden_size"] * MIXTURE["vocab_size"]
+    experts = 2 * 128 * 2 * 512 * MIXTURE["hidden_size"]
+    held = large.built.weights + large.built.quantized
+    assert large.built.quantized > PAGES_OF_CACHED_LAYERS
+    assert large.loading < large.runtime + held + PAGES_OF_CACHED_LAYERS + max(embedding, experts)
 
 
 def test_experts_that_stay_as_they_are_are_named() -> None:
