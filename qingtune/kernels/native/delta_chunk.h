@@ -11,7 +11,7 @@
 #include "delta_heads.h"
 #include "small_products.h"
 
-#define NARROW(kind) (HAS_PAIRS && (kind) == BF16)
+#define NARROW(kind) (BF16_UNITS && (kind) == BF16)
 
 /* What a call computes. */
 typedef struct {
@@ -87,16 +87,16 @@ INLINE float factor_of(float exponent) {
 
 /* Row i of the inverse of the unit triangular system, whose entries below the diagonal are strength * of_key. */
 INLINE void solve_row(const float *of_key, float strength, float *solved, int64_t i, int64_t n, const int vectors) {
-    Vector even[CHUNK / LANES], odd[CHUNK / LANES];
-    for (int v = 0; v < vectors; v++) even[v] = odd[v] = ZERO;
+    Floats even[CHUNK / LANES], odd[CHUNK / LANES];
+    for (int v = 0; v < vectors; v++) even[v] = odd[v] = zeros();
     for (int64_t j = 0; j + 1 < i; j += 2)
         for (int v = 0; v < vectors; v++) {
-            even[v] = MULTIPLY_ADD(ALL(of_key[j]), LOAD(solved + j * n + v * LANES), even[v]);
-            odd[v] = MULTIPLY_ADD(ALL(of_key[j + 1]), LOAD(solved + (j + 1) * n + v * LANES), odd[v]);
+            even[v] = times_plus(every(of_key[j]), load(solved + j * n + v * LANES), even[v]);
+            odd[v] = times_plus(every(of_key[j + 1]), load(solved + (j + 1) * n + v * LANES), odd[v]);
         }
     for (int v = 0; v < vectors; v++) {
-        if (i % 2) even[v] = MULTIPLY_ADD(ALL(of_key[i - 1]), LOAD(solved + (i - 1) * n + v * LANES), even[v]);
-        STORE(solved + i * n + v * LANES, MULTIPLY_ADD(ALL(-strength), even[v], MULTIPLY_ADD(ALL(-strength), odd[v], ZERO)));
+        if (i % 2) even[v] = times_plus(every(of_key[i - 1]), load(solved + (i - 1) * n + v * LANES), even[v]);
+        store(solved + i * n + v * LANES, times(every(-strength), plus(even[v], odd[v])));
     }
     solved[i * n + i] = 1.0f;
 }

@@ -37,11 +37,11 @@ INLINE float sigmoid(float x) {
 /* The rows that the convolution sees for a token, from the part's first channel on; zeros before a sample. */
 static void seen_rows(const Convolution *conv, Segment segment, int64_t token, int64_t first, const char **rows,
                       int64_t kind) {
-    static const float zeros[LARGEST_HEAD];
+    static const float nothing[LARGEST_HEAD];
     for (int64_t j = 0; j < conv->seen; j++) {
         int64_t place = token - conv->seen + 1 + j;
         if (place < segment.start) place += segment.shared - segment.start;
-        rows[j] = place < 0 ? (const char *)zeros : at(conv->rows, place * conv->channels + first, kind);
+        rows[j] = place < 0 ? (const char *)nothing : at(conv->rows, place * conv->channels + first, kind);
     }
 }
 

@@ -176,7 +176,7 @@ SIMD Floats from_24_bits(const void *upper, const void *next) {
 }
 
 /* exp(x) for x in [-87, 87], and exp(-87) below; by a polynomial for 2^f, f in [-0.5, 0.5], to 2e-7 of the value. */
-SIMD Floats exponential(Floats x) {
+SIMD Floats exponential_of(Floats x) {
     const Floats y = times(larger(x, every(-87.0f)), every(1.44269504f));
     const Ints whole = to_ints(y);
     const Floats f = minus(y, from_ints(whole));

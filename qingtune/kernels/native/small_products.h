@@ -9,17 +9,16 @@
 #ifndef SMALL_PRODUCTS_H
 #define SMALL_PRODUCTS_H
 
-#include "vectors.h"
+#include "numbers.h"
+#include "simd.h"
 
-#ifdef __AVX512BF16__
-#define HAS_PAIRS 1
+#if BF16_UNITS
 #define DOTS(sum, left, right) _mm512_dpbf16_ps(sum, (__m512bh)(left), (__m512bh)(right))
 #else
-#define HAS_PAIRS 0
-#define DOTS(sum, left, right) MULTIPLY_ADD(left, right, sum)
+#define DOTS(sum, left, right) times_plus(left, right, sum)
 #endif
 /* Rows of a tile, by 2 vectors of each: as many sums as keep the units busy. One at a diagonal divides 16. */
-#ifdef __AVX512F__
+#if LANES == 16
 #define TALL 8
 #define TALLEST 8
 #else
@@ -38,9 +37,9 @@ typedef enum { ALL_ENTRIES, LEFT_LOWER, LEFT_UPPER, RESULT_LOWER } Shape;
 
 /* --- Layouts ------------------------------------------------------------------------------------------------------ */
 
-#if HAS_PAIRS
+#if BF16_UNITS
 /* 16 numbers each of two rows -> 16 pairs. */
-INLINE __m512i paired(Vector first, Vector second) {
+INLINE __m512i paired(Floats first, Floats second) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
@@ -50,25 +49,25 @@ static void pair_columns(const float *x, int64_t rows, int64_t width, float *to)
     for (int64_t c = 0; c < width; c += 32)
         for (int64_t r = 0; r < rows; r += 16) {
             const int whole = width - c >= 32;
-            Vector v[16];
+            Floats v[16];
             for (int i = 0; i < 16; i++) {
                 const float *from = x + (r + i) * width + c;
-                v[i] = (Vector)_mm512_cvtne2ps_pbh(whole ? LOAD(from + 16) : ZERO, LOAD(from));
+                v[i] = (Floats)_mm512_cvtne2ps_pbh(whole ? load(from + 16) : zeros(), load(from));
             }
             transpose(v);
-            for (int i = 0; i < (whole ? 16 : 8); i++) STORE(to + (c / 2 + i) * rows + r, v[i]);
+            for (int i = 0; i < (whole ? 16 : 8); i++) store(to + (c / 2 + i) * rows + r, v[i]);
         }
 }
 #endif
 
 /* x [rows, width] as a factor that is summed over its rows; in fp32 x itself. */
 static Factor by_rows(const float *x, int64_t rows, int64_t width, float *to, int narrow) {
-#if HAS_PAIRS
+#if BF16_UNITS
     if (narrow) {
         for (int64_t r = 0; r < rows; r += 2)
             for (int64_t c = 0; c < width; c += 16)
-                STORE(to + r / 2 * width + c,
-                      (Vector)paired(LOAD(x + r * width + c), LOAD(x + (r + 1) * width + c)));
+                store(to + r / 2 * width + c,
+                      (Floats)paired(load(x + r * width + c), load(x + (r + 1) * width + c)));
         return (Factor){to, width};
     }
 #endif
@@ -78,7 +77,7 @@ static Factor by_rows(const float *x, int64_t rows, int64_t width, float *to, in
 
 /* The same, to be summed over its columns. */
 static Factor by_columns(const float *x, int64_t rows, int64_t width, float *to, int narrow) {
-#if HAS_PAIRS
+#if BF16_UNITS
     if (narrow) {
         pair_columns(x, rows, width, to);
         return (Factor){to, rows};
@@ -87,10 +86,10 @@ static Factor by_columns(const float *x, int64_t rows, int64_t width, float *to,
     (void)narrow;
     for (int64_t c = 0; c < width; c += LANES)
         for (int64_t r = 0; r < rows; r += LANES) {
-            Vector v[LANES];
-            for (int i = 0; i < LANES; i++) v[i] = LOAD(x + (r + i) * width + c);
+            Floats v[LANES];
+            for (int i = 0; i < LANES; i++) v[i] = load(x + (r + i) * width + c);
             transpose(v);
-            for (int i = 0; i < LANES; i++) STORE(to + (c + i) * rows + r, v[i]);
+            for (int i = 0; i < LANES; i++) store(to + (c + i) * rows + r, v[i]);
         }
     return (Factor){to, rows};
 }
@@ -100,21 +99,21 @@ static Factor by_columns(const float *x, int64_t rows, int64_t width, float *to,
 /* y [rows, vectors] (+)= what words `from` to `to` of both sum up to. */
 INLINE void small_tile(Factor left, Factor right, int64_t from, int64_t to, float *y, int64_t y_stride, int add,
                        const int rows, const int vectors, const int narrow) {
-    Vector sum[TALLEST][2];
+    Floats sum[TALLEST][2];
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) sum[r][v] = add ? LOAD(y + r * y_stride + v * LANES) : ZERO;
+        for (int v = 0; v < vectors; v++) sum[r][v] = add ? load(y + r * y_stride + v * LANES) : zeros();
     for (int64_t k = from; k < to; k++) {
         const float *column = left.words + k * left.stride, *row = right.words + k * right.stride;
-        Vector words[2];
-        for (int v = 0; v < vectors; v++) words[v] = LOAD(row + v * LANES);
+        Floats words[2];
+        for (int v = 0; v < vectors; v++) words[v] = load(row + v * LANES);
         for (int r = 0; r < rows; r++) {
-            const Vector same = ALL(column[r]);
+            const Floats same = every(column[r]);
             for (int v = 0; v < vectors; v++)
-                sum[r][v] = narrow ? DOTS(sum[r][v], same, words[v]) : MULTIPLY_ADD(same, words[v], sum[r][v]);
+                sum[r][v] = narrow ? DOTS(sum[r][v], same, words[v]) : times_plus(same, words[v], sum[r][v]);
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) STORE(y + r * y_stride + v * LANES, sum[r][v]);
+        for (int v = 0; v < vectors; v++) store(y + r * y_stride + v * LANES, sum[r][v]);
 }
 
 /* A tile of as many vectors as y has left. */
@@ -149,7 +148,7 @@ INLINE void small_product(Factor left, Factor right, int64_t rows, int64_t width
 /* y [rows, width] (+)= the sum of the products of both factors over `depth` places. */
 static void product(Factor left, Factor right, int64_t rows, int64_t width, int64_t depth, float *y, int add,
                     Shape shape, int narrow) {
-    if (HAS_PAIRS && narrow) small_product(left, right, rows, width, depth, y, add, shape, 1);
+    if (BF16_UNITS && narrow) small_product(left, right, rows, width, depth, y, add, shape, 1);
     else small_product(left, right, rows, width, depth, y, add, shape, 0);
 }
 

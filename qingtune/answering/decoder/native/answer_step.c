@@ -146,7 +146,7 @@ static void gated(const Matrix *m, const Rows *rows, int64_t count, int64_t inne
     for (int64_t t = 0; t < count; t++)
         for (int64_t i = from * BLOCK; i < until * BLOCK; i += LANES) {
             float *gate = both + t * 2 * inner + i;
-            const Floats g = load(gate), e = exponential(smaller(minus(zeros(), g), every(87.0f)));
+            const Floats g = load(gate), e = exponential_of(smaller(minus(zeros(), g), every(87.0f)));
             store(gate, times(over(g, plus(e, every(1.0f))), load(gate + inner)));
         }
 }

@@ -80,7 +80,7 @@ static float exponentials(float *scores, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) most = larger(most, load(scores + i));
     most = every(largest_of(most));
     for (int64_t i = 0; i < n; i += LANES) {
-        const Floats shares = exponential(minus(load(scores + i), most));
+        const Floats shares = exponential_of(minus(load(scores + i), most));
         store(scores + i, shares);
         sum = plus(sum, shares);
     }
