@@ -68,17 +68,46 @@ TEXTS = (
 )
 _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
-TINY: dict[str, dict[str, Any]] = {
-    "qwen2": {},
-    "qwen3": {},
-    "llama": {},
-    "llama tied": {"tie_word_embeddings": True},
-    "llama biases": {"attention_bias": True, "mlp_bias": True},
-    "llama wide heads": {"head_dim": 32},
-    "llama linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-    "llama llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, **_LLAMA3}},
-    "qwen2 yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, **_YARN}},
-}
+_LONGROPE = {"short_factor": [1.0] * 4 + [1.5] * 4, "long_factor": [1.0] * 4 + [4.0] * 4}
+_MINISTRAL3 = {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+_DELTA = {
+    "head_dim": 64, "num_hidden_layers": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+
+
+def _rope(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **settings}}
+
+
+# Class of the configuration and its settings, by title.
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2 yarn": ("Qwen2Config", _rope("yarn", **_YARN)),
+    "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"head_dim": 32, **_EXPERTS}),
+    "qwen3_5": ("Qwen3_5TextConfig", _DELTA),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 64}),
+    "llama": ("LlamaConfig", {}),
+    "llama tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama wide heads": ("LlamaConfig", {"head_dim": 32}),
+    "llama linear": ("LlamaConfig", _rope("linear", factor=2.0)),
+    "llama llama3": ("LlamaConfig", _rope("llama3", **_LLAMA3)),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "ministral": ("MinistralConfig", {"head_dim": 32, "sliding_window": 512}),
+    "ministral3": ("Ministral3Config", {"head_dim": 32, **_rope("yarn", **_MINISTRAL3)}),
+    "phi3": ("Phi3Config", {"pad_token_id": None}),
+    "phi3 longrope": (
+        "Phi3Config", {"pad_token_id": None, "original_max_position_embeddings": 512, "max_position_embeddings": 2048,
+                       **_rope("longrope", **_LONGROPE)},
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 6},
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,8 +143,8 @@ def main() -> int:
     for name in options.model:
         lora = options.lora_model if name == options.model[0] else None
         faults += _compare(Path(name).stem + " + adapter" * (lora is not None), name, lora, kinds, ask, lines)
-    for name, settings in TINY.items() if options.tiny else ():
-        with _tiny(name.split()[0], settings, options.model[0]) as folder:
+    for name, (kind, settings) in TINY.items() if options.tiny else ():
+        with _tiny(kind, settings, options.model[0]) as folder:
             faults += _compare(f"random {name}", str(folder), None, [k for k in kinds if k in EXACT], ask, lines)
     print("\n".join(lines))
     return 1 if faults else 0
@@ -141,7 +170,10 @@ def _ask(python: str, request: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _tiny(kind: str, settings: dict[str, Any], tokenizer_of: str) -> Generator[Path]:
-    """The folder of a random model with another's tokenizer; its weights are large enough to have opinions."""
+    """The folder of a random model with another's tokenizer; its weights are large enough to have opinions.
+
+    kind: the class of its configuration.
+    """
     import transformers
 
     base, _ = find_base(ModelSettings(base_model=tokenizer_of), None)
@@ -149,12 +181,10 @@ def _tiny(kind: str, settings: dict[str, Any], tokenizer_of: str) -> Generator[P
     sizes = {
         "vocab_size": len(tokenizer) + 5, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-        "tie_word_embeddings": kind == "qwen3", "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id, **({"head_dim": 32} if kind == "qwen3" else {}),
+        "tie_word_embeddings": False, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
-    config = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "LlamaConfig"}[kind]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**(sizes | settings)))
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**(sizes | settings)))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim > 1 else 0.2))
