@@ -67,13 +67,15 @@ def assert_same(model: Any, batch: Batch, name: str, recompute: int = 0, **choic
     assert apart(gradients, wanted) < bound, name
 
 
-@pytest.mark.parametrize("trained", ["full", "lora"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "trained"),
+    [*itertools.product(MODELS, ["full", "lora"]), *itertools.product(["llama", "mistral", "phi3", *NEWER], ["dora"])],
+)
 def test_same_as_transformers_in_fp32(kind: str, trained: str) -> None:
     model = make_decodable(kind, trained)
     for number, (name, batch) in enumerate(batches().items()):
         # After 600 tokens fp32 gradients of delta nets, Transformers' among them, are 9e-4 apart: test_delta_rule.py.
-        long = kind in [*OLDER, *NEWER] and model.config.model_type != "qwen3_5_text"
+        long = kind in [*OLDER, *NEWER] and trained != "dora" and model.config.model_type != "qwen3_5_text"
         if long or len(batch.token_ids) < 300:
             assert_same(model, batch, name, recompute=number % 3)
 
@@ -103,14 +105,15 @@ def test_same_as_transformers_in_fp64_whatever_is_trained(kind: str, trained: st
         assert_same(model, batch, name, recompute=number % 3)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama biases linear", "gemma3", "phi3"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama biases linear", "phi3", "mistral", *NEWER])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_bases_are_their_dequantised_weights(bits: int, kind: str) -> None:
     others = {"qwen2": ["lora on the last mlp", "dora"], "qwen3": ["lora on the last mlp"]}
     for trained in ("lora", *others.get(kind, [])):
         model = make_decodable(kind, trained, bits=bits)
         for number, (name, batch) in enumerate(batches().items()):
-            assert_same(model, batch, name, recompute=number % 3, int8_units=bits == 4)  # of no account at 4 bits
+            if kind not in NEWER or len(batch.token_ids) < 300:
+                assert_same(model, batch, name, recompute=number % 3, int8_units=bits == 4)  # of no account at 4 bits
 
 
 @pytest.mark.skipif(not cpu_has_int8_units(), reason="torch's int8 products saturate on a CPU without int8 units")
@@ -126,14 +129,15 @@ def test_int8_units_are_near_the_dequantised_weights(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "trained"), [("qwen2", "full"), ("qwen2", "lora"), ("qwen2", "dora"), *((kind, "lora") for kind in NEWER)]
+    ("kind", "trained"),
+    [("qwen2", "full"), ("qwen2", "dora"), *((kind, "lora") for kind in [*OLDER, "mistral", "phi3", *NEWER])],
 )
 def test_bf16_is_near_fp32(trained: str, kind: str) -> None:
     """Or, where a tiny model's gradients are sensitive to rounding, as near as Transformers in bf16."""
     model = make_decodable(kind, trained)
     half = TrainingDecoder(model, torch.bfloat16, member)
     for name, batch in batches().items():
-        if kind in NEWER and len(batch.token_ids) >= 300:
+        if kind != "qwen2" and len(batch.token_ids) >= 300:
             continue
         loss, gradients = decoded(model, batch, decoder=half)
         wanted_loss, wanted = decoded(model, batch)

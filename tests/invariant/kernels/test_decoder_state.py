@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import Gradients, apart, batches, decoded, filled, make_decodable, random_sample, rows_computed
+from decoders import NEWER, Gradients, apart, batches, decoded, filled, make_decodable, random_sample, rows_computed
 from tiny_runs import assert_equal
 
 from qingtune.adapters.lora import member
@@ -82,10 +82,12 @@ def test_a_pass_that_was_not_finite_is_forgotten(name: str) -> None:
     assert_equal(found[1], wanted[1])
 
 
-@pytest.mark.parametrize(("kind", "recompute"), [("qwen2", 1), ("qwen3", 2)])
+@pytest.mark.parametrize(("kind", "recompute"), [("qwen2", 1), ("qwen3", 2), *((kind, 2) for kind in NEWER)])
 def test_recomputing_changes_nothing_bit_for_bit(kind: str, recompute: int) -> None:
     model = make_decodable(kind)
     for batch in batches().values():
+        if kind in NEWER and len(batch.token_ids) >= 300:
+            continue
         decoders = [TrainingDecoder(model, torch.float32, member, dropout=0.3, recompute=n) for n in (0, recompute)]
         (loss, wanted), (found_loss, found) = (seeded(model, batch, decoder) for decoder in decoders)
         assert found_loss == loss

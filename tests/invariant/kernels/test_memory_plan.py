@@ -54,7 +54,7 @@ def held(decoder: TrainingDecoder) -> Buffers:
     [
         *itertools.product(OLDER, METHODS, [False]),
         *itertools.product(["qwen3"], METHODS, [True]),
-        *itertools.product(NEWER, ["full", "lora, dropout", "dora"], [False]),
+        *itertools.product(NEWER, ["full", "lora, dropout", "dora", "qlora 4", "qlora 8"], [False]),
     ],
 )
 def test_every_buffer_has_its_planned_size(
