@@ -159,6 +159,8 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     quieten_transformers()
     if stored_in_4bit(folder) or read_model_config(folder)["model_type"] in FAMILIES:
         return _load_by_text_names(folder, dtype)
+    if (mixture := _load_joined(folder, dtype)) is not None:
+        return mixture
     config = config_of(folder)
     _check_fit(config, folder)
     with foreign_files("the model cannot be loaded", folder):
@@ -190,6 +192,23 @@ def _check_shapes(wrong: list[tuple[str, Any, Any]], folder: Path) -> None:
             f"{list(stored)}, not {list(wanted)}",
             where=str(folder),
         )
+
+
+def _load_joined(folder: Path, dtype: torch.dtype) -> PreTrainedModel | None:
+    """A mixture whose files hold each expert's matrices apart, read one at a time; None for any other model.
+
+    Transformers would hold the pages of all files until the last matrix is joined: the model would be there twice.
+    """
+    stored = StoredWeights(folder)
+    if not any(".experts.0." in name for name in stored.shapes):
+        return None
+    model = empty_model(folder, dtype)
+    stored.join_experts(model)
+    if not stored.fit(model):
+        return None
+    for name, tensor in stored_tensors(model).items():
+        tensor.data.copy_(stored.read(name))
+    return model
 
 
 def _load_by_text_names(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

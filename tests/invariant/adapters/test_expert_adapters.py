@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from mixtures import OTHERS, make_mixture
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -23,6 +24,7 @@ from qingtune.kernels.experts.modules import ExpertAdapter, QuantizedExperts
 from qingtune.kernels.linear import QuantizedLinear
 from qingtune.models import base as base_of_run
 from qingtune.models.base import load_base
+from qingtune.models.load import load_model
 from qingtune.models.quantize import quantize_model
 
 CPU = torch.device("cpu")
@@ -258,3 +260,12 @@ def test_quantised_experts_are_cached(
     for model in loaded:
         assert sum(isinstance(module, QuantizedExperts) for module in model.modules()) == 2
         torch.testing.assert_close(logits(model), logits(base), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3Moe", "Mixtral"])
+def test_experts_that_are_stored_apart_are_joined_as_transformers_does(tmp_path: Path, kind: str) -> None:
+    make_mixture(kind).save_pretrained(tmp_path)
+    found = load_model(tmp_path, torch.float32).state_dict()
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
