@@ -128,6 +128,10 @@ class QuantizedLinear(nn.Module):
         """
         raise NotImplementedError
 
+    def unpacked_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that the weight is best unpacked to for a product in a dtype, in which it is exact."""
+        return dtype
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] -> [..., out], in x's dtype."""
         y = cast("torch.Tensor", _DequantizedMatmul.apply(x, self))
@@ -187,6 +191,10 @@ class NF4Linear(QuantizedLinear):
     def packed_tensors(self) -> dict[str, torch.Tensor]:
         """The packed weight's tensors."""
         return {"packed": self.packed, **self.state.as_dict(packed=True)}
+
+    def unpacked_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The state's if it is narrower, as in a model stored in 4 bits with 16-bit values that trains in fp32."""
+        return self.state.dtype if self.state.dtype.itemsize < dtype.itemsize else dtype
 
     def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """The weight, [out, in]."""

@@ -264,8 +264,8 @@ class Projection:
             self.workspace.multiply(grad, self._stored(base, grad.dtype), grad_x, add=add)
 
     def _stored(self, base: Any, dtype: torch.dtype) -> torch.Tensor:
-        """The layer's weight as it is held if that is dense, else unpacked to the dtype, [out, in]."""
-        return self._weight(base, dtype) if isinstance(base, QuantizedLinear) else base.weight
+        """The layer's weight for products in the dtype: as it is held if that is dense, else unpacked; [out, in]."""
+        return self._weight(base, base.unpacked_dtype(dtype)) if isinstance(base, QuantizedLinear) else base.weight
 
     def _weight(self, base: Any, dtype: torch.dtype) -> torch.Tensor:
         """The layer's weight in a dtype, [out, in]; for a moment if it has to be made."""

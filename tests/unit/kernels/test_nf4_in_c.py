@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from qingtune.kernels.linear import NF4Linear, import_bitsandbytes
-from qingtune.kernels.native import nf4
+from qingtune.kernels.native import nf4, products
 from qingtune.kernels.native.build import compiled_library
 from qingtune.kernels.native.elementwise import ELEMENTS_A_THREAD
+from qingtune.kernels.projection import Member, Projection
+from qingtune.kernels.workspace import Workspace
 
 FOUND = nf4.nf4_library()
 pytestmark = pytest.mark.skipif(isinstance(FOUND, str), reason=str(FOUND))
@@ -96,3 +98,23 @@ def test_what_it_cannot_write_goes_another_way() -> None:
     wide, across = torch.empty(8, 64), torch.empty(64, 8, dtype=torch.bfloat16).t()
     assert not nf4.fits(layer.state, across)
     assert torch.equal(layer.dequantize(torch.float32, wide), twin(layer).float())  # rounded to the state's dtype first
+
+
+@pytest.mark.skipif(isinstance(products.products_library(), str), reason="no products with weights as stored")
+def test_a_layer_stored_in_4_bits_is_a_dense_one_in_16_bits_and_never_wide() -> None:
+    """In fp32: bit for bit, forward and backward, in the memory of the weight in 16 bits alone."""
+    layer, dense = layer_of((96, 128), torch.bfloat16, nested=True), torch.nn.Linear(128, 96, bias=False)
+    dense.weight = torch.nn.Parameter(twin(layer), requires_grad=False)
+    generator = torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(9, width, generator=generator) for width in (128, 96))
+    results: list[torch.Tensor] = []
+    for base in (layer, dense):
+        workspace = Workspace(torch.device("cpu"))
+        projection = Projection([Member(base, None)], 0.0, workspace, int8_units=False)
+        out, grad_x = torch.empty(9, 96), torch.empty(9, 128)
+        projection.forward("layer", x, [out], None)
+        projection.backward("layer", x, [grad], grad_x, None)
+        results += [out, grad_x]
+        assert workspace.held_bytes() == (2 * 96 * 128 if base is layer else 0)
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
