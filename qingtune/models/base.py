@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from qingtune.errors import UserError
 from qingtune.files.staging import move_into_place, staging_folder
+from qingtune.files.weights_file import read_header
 from qingtune.kernels.device import free_bytes, memory_errors
 from qingtune.kernels.linear import QuantizedLinear, quantized_class
 from qingtune.models.find import cache_folder, fingerprint, stored_numbers
 from qingtune.models.load import empty_model, load_model
 from qingtune.models.multimodal import text_name
 from qingtune.models.quantize import fill_quantized, quantize_model
-from qingtune.models.stored_weights import StoredWeights
+from qingtune.models.stored_weights import StoredWeights, read_whole
 from qingtune.output.console import say
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 FORMAT = 3  # of the kept files; raise it when they or the quantisation change
 PACKED = "packed.safetensors"
-PAGES_OF_CACHED_LAYERS = 2**29  # bytes of the file of cached layers that are in memory at a time, or little more
 
 
 def load_base(
@@ -103,32 +103,15 @@ def _fill_as_stored(model: PreTrainedModel, stored: StoredWeights, device: torch
 
 def _fill_as_kept(model: PreTrainedModel, stored: StoredWeights, bits: int, device: torch.device, kept: Path) -> None:
     """Take the packed layers from the cache, and all else from the model's files."""
-    file = _KeptLayers(kept / PACKED)
+    path = kept / PACKED
+    places, start = read_header(path)
+    parts = _by_layer(list(places))
 
     def as_kept(name: str, shape: tuple[int, int], bias: torch.Tensor | None) -> QuantizedLinear:
-        tensors = {part: tensor.to(device) for part, tensor in file.read(name).items()}
+        tensors = {part: read_whole(path, places[f"{name}.{part}"], start).to(device) for part in parts[name]}
         return quantized_class(bits).restore(shape, tensors, bias)
 
     fill_quantized(model, bits, device, stored.read, as_kept)
-
-
-class _KeptLayers:
-    """The packed layers of a file, read in turn.
-
-    The pages that were read stay with the process as long as the file is open, so it is opened again from time to time.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._file, self._bytes = path, safe_open(path, "pt"), 0
-        self._parts = _by_layer(self._file.keys())
-
-    def read(self, name: str) -> dict[str, torch.Tensor]:
-        """A layer's tensors, each in its own memory."""
-        if self._bytes >= PAGES_OF_CACHED_LAYERS:
-            self._file, self._bytes = safe_open(self._path, "pt"), 0
-        tensors = {part: self._file.get_tensor(f"{name}.{part}").clone() for part in self._parts[name]}
-        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
-        return tensors
 
 
 def _is_whole(kept: Path) -> bool:
@@ -136,10 +119,9 @@ def _is_whole(kept: Path) -> bool:
     if not (kept / PACKED).exists():
         return False
     try:
-        with safe_open(kept / PACKED, "pt"):
-            return True
-    except (OSError, SafetensorError) as error:
-        say(f"The cached quantised model is broken ({error}); it is created again.")
+        return bool(read_header(kept / PACKED))
+    except UserError as error:
+        say(f"The cached quantised model is broken ({error.what}); it is created again.")
         shutil.rmtree(kept, ignore_errors=True)
         return False
 

@@ -13,14 +13,14 @@ import contextlib
 import math
 from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from safetensors import safe_open
 
 from qingtune.errors import UserError
 from qingtune.files.json_files import parse_object
-from qingtune.files.weights_file import read_header, weight_files
+from qingtune.files.weights_file import Tensor, read_header, weight_files
 from qingtune.kernels.linear import NF4Linear
 from qingtune.models.find import NF4_MARK
 from qingtune.models.layers import stored_tensors
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Parts = dict[str, torch.Tensor]
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
 # What files hold for each expert, by the parameter that Transformers joins it to.
 PARTS_OF_EXPERTS = {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]}
 
@@ -60,9 +66,11 @@ class StoredWeights:
         self._described: dict[str, _Described] = {}
         self._joined: dict[str, list[list[str]]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, tuple[Tensor, int]] = {}
         for path in weight_files(folder):
-            for name, tensor in read_header(path)[0].items():
-                self._files[name], shapes[name] = path, tensor.shape
+            tensors, start_of_data = read_header(path)
+            for name, tensor in tensors.items():
+                self._files[name], self._places[name], shapes[name] = path, (tensor, start_of_data), tensor.shape
         packed = _parts_of(shapes)
         for weight, parts in packed.items():
             with self._faults(weight):
@@ -141,15 +149,10 @@ class StoredWeights:
         return self.own_names.get(text_name(name), name)
 
     def _read(self, name: str) -> torch.Tensor:
-        with safe_open(self._files[name], "pt") as file:
-            return file.get_tensor(name).clone()
+        return read_whole(self._files[name], *self._places[name])
 
     def _parts(self, weight: str) -> Parts:
-        names = self.packed[text_name(weight)]
-        if len({self._files[name] for name in names.values()}) > 1:
-            return {part: self._read(name) for part, name in names.items()}
-        with safe_open(self._files[weight + NF4_MARK], "pt") as file:
-            return {part: file.get_tensor(name).clone() for part, name in names.items()}
+        return {part: self._read(name) for part, name in self.packed[text_name(weight)].items()}
 
     @contextlib.contextmanager
     def _faults(self, weight: str) -> Generator[None]:
@@ -159,6 +162,25 @@ class StoredWeights:
         except ValueError as error:
             where = str(self._files.get(weight, weight))
             raise UserError(f"{weight} is in 4 bits: {error}", where=where, fix="Download it again.") from None
+
+
+def read_whole(path: Path, place: Tensor, start_of_data: int) -> torch.Tensor:
+    """A tensor of a safetensors file in memory of its own: mapped pages would count as the process's until they are
+    given back.
+
+    Args:
+        place: as the file's header has it; likewise start_of_data.
+
+    Raises:
+        UserError: the file has become shorter since.
+    """
+    tensor = torch.empty(place.shape, dtype=_DTYPES[place.dtype])
+    with path.open("rb") as file:
+        file.seek(start_of_data + place.start)
+        size, into = place.end - place.start, cast("Any", tensor.view(-1).view(torch.uint8).numpy())
+        if size and file.readinto(into) != size:
+            raise UserError("it has become shorter while it was read", where=str(path), fix="Download it again.")
+    return tensor
 
 
 def stored_names(weight: str, parts: Parts) -> Parts:

@@ -98,7 +98,8 @@ class Blueprint:
         reaches_experts: whether adapters and quantisation reach these.
         stored_itemsize: bytes a number on disk.
         by_tensor: whether the weights are loaded one tensor at a time, as the text of a multimodal checkpoint is.
-        renamed: whether Transformers renames tensors while it loads them, or joins others than experts.
+        renamed: whether Transformers renames tensors while it loads them by more than a prefix, or joins others than
+            experts.
         notices: what the user should know of the counting.
 
     Raises:
@@ -109,6 +110,7 @@ class Blueprint:
         self, config: PretrainedConfig, where: Path, notices: tuple[str, ...] = (), *, by_tensor: bool = False
     ) -> None:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.core_model_loading import PrefixChange
 
         self._config, self._where, self.notices, self.by_tensor = config, where, notices, by_tensor
         self._built: dict[tuple[Any, ...], Built] = {}
@@ -134,7 +136,9 @@ class Blueprint:
         self.largest_read = max(tensor.numel() for tensor in [*_ends(model), *stacks])
         self.reaches_experts = bool(stacks)
         self.experts, self.active_body = _body(model, _largest(text, "num_experts_per_tok") or 1)
-        self.renamed = not by_tensor and kind not in JOINED and bool(get_checkpoint_conversion_mapping(kind))
+        changes: list[Any] = get_checkpoint_conversion_mapping(kind) or []
+        plain = by_tensor or kind in JOINED or all(isinstance(change, PrefixChange) for change in changes)
+        self.renamed = not plain
         if type(model.config) is not type(config):
             self.notices += (ONLY_TEXT,)
 

@@ -27,7 +27,6 @@ from qingtune.kernels.footprint import (
     optimizer_bytes,
 )
 from qingtune.machine.resources import Machine
-from qingtune.models.base import PAGES_OF_CACHED_LAYERS
 from qingtune.planning.blueprint import Blueprint, Built
 
 # Resident memory of a run over all that is counted: Python, torch, Transformers and what they allocate, measured on
@@ -187,16 +186,17 @@ class Planner:
         """Bytes at the fullest moment of loading, in the memory in which the run computes.
 
         A model that is converted while it is read, or copied out of its file, is there twice: as the pages of the file
-        and as weights. On a GPU that moment is in main memory.
+        and as weights; of one that is quantised, the largest tensor is, where it is converted. On a GPU that moment is
+        in main memory.
         """
         if self.machine.kind == "cuda":
             return 0
         blueprint, built = self.blueprint, self.built
         stored, held = blueprint.stored_itemsize, built.weight_itemsize
         if self.config.method == "qlora" and not blueprint.renamed:
-            cached = min(built.quantized, PAGES_OF_CACHED_LAYERS)
-            pages = cached + blueprint.largest_read * stored  # of files that are being read
-            return self.runtime - RUNTIME_AFTER_LOADING + built.weights + built.quantized + pages
+            # Experts are read whole and quantised one by one.
+            read = blueprint.largest_read * stored if held != stored or blueprint.reaches_experts else 0
+            return self.runtime - RUNTIME_AFTER_LOADING + built.weights + built.quantized + read
         whole = self.runtime + blueprint.parameters * held
         if self.config.method == "qlora":
             return whole + built.quantized

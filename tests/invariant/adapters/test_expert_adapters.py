@@ -22,7 +22,6 @@ from qingtune.errors import UserError
 from qingtune.files.weights_file import read_header
 from qingtune.kernels.experts.modules import ExpertAdapter, QuantizedExperts
 from qingtune.kernels.linear import QuantizedLinear
-from qingtune.models import base as base_of_run
 from qingtune.models.base import load_base
 from qingtune.models.load import load_model
 from qingtune.models.quantize import quantize_model
@@ -245,11 +244,8 @@ def test_quantised_experts_are_the_dequantised_ones(kind: str, bits: int) -> Non
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_experts_are_cached(
-    tmp_path: Path, bits: int, reported: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Files hold experts one by one; the first load quantises, the second reads what was kept, a few at a time."""
-    monkeypatch.setattr(base_of_run, "PAGES_OF_CACHED_LAYERS", 2000)
+def test_quantised_experts_are_cached(tmp_path: Path, bits: int, reported: Callable[[], list[str]]) -> None:
+    """Files hold experts one by one; the first load quantises, the second reads what was kept."""
     base = make_mixture()
     base.save_pretrained(tmp_path / "base")
     names = json.loads((tmp_path / "base" / "config.json").read_text())

@@ -22,6 +22,7 @@ from qingtune.models.base import PACKED, load_base
 from qingtune.models.find import fingerprint, stored_numbers
 from qingtune.models.load import load_model
 from qingtune.models.quantize import quantize_model
+from qingtune.models.stored_weights import StoredWeights
 
 Tiny = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -283,3 +284,10 @@ def test_names_that_transformers_translates_are_loaded_whole(tiny: Tiny, tmp_pat
     change_weights(folder, strip)
     model, _ = load(folder, 8, tmp_path)
     assert_same(model, usual(tiny("gpt2"), 8))
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(copy: Path) -> None:
+    stored = StoredWeights(copy)
+    os.truncate(copy / WEIGHTS, (copy / WEIGHTS).stat().st_size - 1)
+    with pytest.raises(UserError, match="shorter"):
+        _ = [stored.read(name) for name in stored.shapes]

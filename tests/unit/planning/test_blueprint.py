@@ -246,3 +246,4 @@ def test_experts_are_counted_apart() -> None:
     assert not other.reaches_experts
     dense: Blueprint = make_blueprint({"model_type": "qwen3", **BASE}, WHERE)
     assert (dense.experts, dense.renamed) == (0, False)
+    assert not make_blueprint({"model_type": "qwen3_5_text", **BASE, **DELTA}, WHERE).renamed  # only in what they begin

@@ -15,7 +15,6 @@ from qingtune.config.training import TrainConfig
 from qingtune.data.order import Plan, sizes_of_groups
 from qingtune.kernels.footprint import PassTokens, layers_to_recompute, optimizer_bytes
 from qingtune.machine.resources import Machine
-from qingtune.models.base import PAGES_OF_CACHED_LAYERS
 from qingtune.planning.advice import advise
 from qingtune.planning.blueprint import Blueprint, make_blueprint
 from qingtune.planning.planner import (
@@ -79,7 +78,7 @@ MEASURED = [
     ("lora", 512, 1, 64, True, 2.256),
     ("full", 128, 1, 16, False, 8.591),
     ("full8", 128, 1, 16, False, 3.723),
-    ("qlora8", 128, 1, 8, False, 1.731),  # reached while it was loaded
+    ("qlora8", 128, 1, 8, False, 1.373),  # random weights of this shape
 ]
 
 
@@ -164,8 +163,7 @@ def test_quantised_layers_are_not_there_twice_while_they_are_loaded() -> None:
     embedding = 2 * MIXTURE["hidden_size"] * MIXTURE["vocab_size"]
     experts = 2 * 128 * 2 * 512 * MIXTURE["hidden_size"]
     held = large.built.weights + large.built.quantized
-    assert large.built.quantized > PAGES_OF_CACHED_LAYERS
-    assert large.loading < large.runtime + held + PAGES_OF_CACHED_LAYERS + max(embedding, experts)
+    assert large.loading < large.runtime + held + max(embedding, experts)
 
 
 def test_experts_that_stay_as_they_are_are_named() -> None:
