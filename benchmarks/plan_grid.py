@@ -1,6 +1,7 @@
 """The plan beside what runs really take: method x length x batch x rank x checkpointing, each a run of its own.
 
 python benchmarks/plan_grid.py --model FOLDER --output FILE.json [--most N] [--smaller]
+python benchmarks/plan_grid.py --shape NAME --layers N --output FILE.json [--within GB]
 
 Each point is the training command as a user types it, two steps on random words of one length, every token trained.
 FILE.json keeps what was measured; points that it holds are not run again. The plan is computed anew each time, from the
@@ -18,7 +19,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from workload import ROOT  # which also lets a clone be imported as it is
+from workload import ROOT, SHAPES, cache_folder, random_model  # which also lets a clone be imported as it is
 
 from qingtune.config.training import TrainConfig
 from qingtune.machine.resources import Machine, find_machine
@@ -95,32 +96,44 @@ SMALLER = [
     *(Point("full", *rest) for rest in ((128, 1, 0, False), (1024, 8, 0, False), (512, 1, 0, True))),
     *(Point("full, 8-bit states", *rest) for rest in ((128, 8, 0, False), (1024, 1, 0, False))),
 ]  # fmt: skip
+# Of each family of models; full training in the order of what it takes.
+OF_A_SHAPE = [
+    *(Point(method, 256, 1, 16, False) for method in ("LoRA", "QLoRA 4", "QLoRA 8")),
+    *(Point(method, 256, 1, 0, False) for method in ("full, 8-bit states", "full")),
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a Transformers folder")
+    models = parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("--model", help="a Transformers folder")
+    models.add_argument("--shape", choices=list(SHAPES), help="random weights of a published shape, and a short list")
+    parser.add_argument("--layers", type=int, help="of the shape's, how many")
+    parser.add_argument("--within", type=float, default=1000.0, help="GB beyond which a plan is not tried")
     parser.add_argument("--output", required=True, help="where measured peaks are kept, as JSON")
     parser.add_argument("--most", type=int, default=1000, help="points to measure now, at most")
     parser.add_argument("--smaller", action="store_true", help="the shorter list of points, for a small model")
     parser.add_argument("--cache_dir", help="where quantised weights are kept")
     arguments = parser.parse_args()
-    points = SMALLER if arguments.smaller else LARGER
+    points, model = SMALLER if arguments.smaller else LARGER, Path(arguments.model or "")
+    if arguments.shape:
+        folder = cache_folder() / f"plan-{arguments.shape}-{arguments.layers or 'all'}"
+        points, model = OF_A_SHAPE, random_model(folder, arguments.shape, arguments.layers, wide=True)
+    blueprint, machine = read_blueprint(model), find_machine()
+    points = [point for point in points if point.plan(blueprint, machine) < arguments.within * 1e9]
     output = Path(arguments.output)
     measured = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
     for point in [point for point in points if point.key not in measured][: arguments.most]:
-        measured[point.key] = measure(point, Path(arguments.model), arguments.cache_dir)
+        measured[point.key] = measure(point, model, arguments.cache_dir)
         output.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
         print(f"{point}: {measured[point.key] / 1e9:.3f} GB", file=sys.stderr, flush=True)
-    print(table(points, measured, Path(arguments.model)))
+    print(table(points, measured, blueprint, machine, model.name))
 
 
-def table(points: list[Point], measured: dict[str, int], model: Path) -> str:
+def table(points: list[Point], measured: dict[str, int], blueprint: Blueprint, machine: Machine, name: str) -> str:
     """Plan and measured peak of each point as Markdown, and the largest errors."""
-    blueprint = read_blueprint(model)
-    machine = find_machine()
     lines = [
-        f"{machine.name}, {machine.dtype}; {model.name}",
+        f"{machine.name}, {machine.dtype}; {name}",
         "",
         "| method | tokens a sample | samples a micro-batch | rank | recomputed | plan | measured | error |",
         "|---|---|---|---|---|---|---|---|",

@@ -38,6 +38,61 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512,
         },
     ),
+    "qwen3-0.6b": (
+        "qwen3",
+        {
+            "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+            "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6,
+        },
+    ),
+    "llama-3.2-1b": (
+        "llama",
+        {
+            "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "rope_theta": 5e5,
+        },
+    ),
+    "mistral-7b": (
+        "mistral",
+        {
+            "vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": None,
+            "rope_theta": 1e6, "tie_word_embeddings": False,
+        },
+    ),
+    "ministral-8b": (
+        "ministral",
+        {
+            "vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 32768,
+            "rope_theta": 1e8, "tie_word_embeddings": False,
+        },
+    ),
+    "ministral-3-3b": (
+        "ministral3",
+        {
+            "vocab_size": 131072, "hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": None,
+        },
+    ),
+    "phi-3-mini": (
+        "phi3",
+        {
+            "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "sliding_window": 2047, "tie_word_embeddings": False,
+        },
+    ),
+    "phi-4-mini": (
+        "phi3",
+        {
+            "vocab_size": 200064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+            "num_attention_heads": 24, "num_key_value_heads": 8, "sliding_window": 262144,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 4096, "short_factor": [1.0] * 48, "long_factor": [4.0] * 48,
+            },
+        },
+    ),
     # Of an architecture without kernels of ours; its published shape, with 8 of 16 layers.
     "olmo-2-1b": (
         "olmo2",
@@ -71,8 +126,13 @@ def model_folder(given: str | None, shape: str = DEFAULT_SHAPE) -> Path:
     return Path(given) if given else random_model(cache_folder() / f"bench-{shape}", shape)
 
 
-def random_model(folder: Path, shape: str = DEFAULT_SHAPE) -> Path:
-    """Weights of a published shape without its training, and a tokenizer learnt from the bundled samples."""
+def random_model(folder: Path, shape: str = DEFAULT_SHAPE, layers: int | None = None, *, wide: bool = False) -> Path:
+    """Weights of a published shape without its training, and a tokenizer learnt from the bundled samples.
+
+    Args:
+        layers: how many, if not all.
+        wide: whether the tokenizer has as many tokens as the model instead, so that it takes as much memory.
+    """
     if (folder / "model.safetensors").exists():
         return folder
     import torch
@@ -80,31 +140,40 @@ def random_model(folder: Path, shape: str = DEFAULT_SHAPE) -> Path:
 
     kind, sizes = SHAPES[shape]
     ends = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
-    config = transformers.AutoConfig.for_model(
-        kind, max_position_embeddings=32768, tie_word_embeddings=True, **ends, **sizes
-    )
+    sizes = {"max_position_embeddings": 32768, "tie_word_embeddings": True, **ends, **sizes}
+    if layers is not None:
+        sizes["num_hidden_layers"] = layers
+    config = transformers.AutoConfig.for_model(kind, **sizes)
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    _tokenizer(sizes["vocab_size"] if wide else None).save_pretrained(folder)
     return folder
 
 
-def _tokenizer():
+def _tokenizer(count: int | None):
+    """Learnt from the bundled samples, or of so many tokens of up to three bytes."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner = Tokenizer(models.BPE())
+    if count:
+        pairs = [(one, letter) for one in sorted(alphabet) for letter in sorted(alphabet)]
+        longer = [(one + two, letter) for one, two in pairs for letter in sorted(alphabet)]
+        pairs = [*pairs, *longer][: count - len(special) - len(alphabet)]
+        tokens = [*special, *sorted(alphabet), *map("".join, pairs)]
+        inner = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, pairs))
     words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     inner.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=6000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    inner.train_from_iterator(DATA.read_text(encoding="utf-8").splitlines(), trainer)
+    if not count:
+        trainer = trainers.BpeTrainer(
+            vocab_size=6000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+        inner.train_from_iterator(DATA.read_text(encoding="utf-8").splitlines(), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=special[2], pad_token=special[0])
     tokenizer.chat_template = CHATML
     return tokenizer
