@@ -13,7 +13,8 @@ from tiny_runs import assert_close, assert_equal, lively_model, make_samples, mo
 
 from qingtune.adapters.lora import LoRALinear, add_lora, lora_layers
 from qingtune.data.batch import Batch, collate
-from qingtune.kernels.linear import Int8Linear, NF4Linear, QuantizedLinear, quantized_class
+from qingtune.kernels import linear
+from qingtune.kernels.linear import Int8Linear, NF4Linear, QuantizedLinear, import_bitsandbytes, quantized_class
 from qingtune.kernels.loss import summed_loss
 from qingtune.models.layers import linear_layers, replace_layer
 from qingtune.models.quantize import quantize_model
@@ -175,3 +176,21 @@ def test_weights_put_in_a_given_place_are_the_same(bits: int, shape: tuple[int, 
     found = layer.dequantize(dtype, place)
     assert found.equal(layer.dequantize(dtype))
     assert found is place or shape[1] % 2  # an odd row is beyond the library's fast kernel
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (7, 50), (3, 1)])
+def test_weights_packed_a_piece_at_a_time_are_packed_as_whole_ones(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape).to(torch.bfloat16)
+    whole = import_bitsandbytes().functional.quantize_4bit(
+        weight, blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    in_8_bits = Int8Linear.pack(weight)
+    monkeypatch.setattr(linear, "NUMBERS_PACKED_AT_A_TIME", 128)
+    in_4_bits = NF4Linear.pack(weight)
+    for name, tensor in {"packed": whole[0], **whole[1].as_dict(packed=True)}.items():
+        assert torch.equal(in_4_bits[name], tensor), name
+    for name, tensor in Int8Linear.pack(weight).items():
+        assert torch.equal(tensor, in_8_bits[name]), name
