@@ -20,7 +20,7 @@ from qingtune.cli import main
 from qingtune.commands import train as train_command
 from qingtune.machine.signals import Terminated, put_off, unwinding
 from qingtune.runs.record import CURVE, read_record
-from qingtune.training import loop
+from qingtune.training import loop, result
 
 STEPS = 4
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -223,13 +223,13 @@ def test_nohup_is_heeded(flags: list[str], tmp_path: Path, monkeypatch: pytest.M
 def test_a_signal_while_the_result_is_written_waits(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = train_command.save_adapter
+    save = result.save_adapter
 
     def interrupted(*arguments: Any, **choices: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         save(*arguments, **choices)
 
-    monkeypatch.setattr(train_command, "save_adapter", interrupted)
+    monkeypatch.setattr(result, "save_adapter", interrupted)
     assert main(flags) == 0
     assert lost(tmp_path / "out") == []
 

@@ -255,7 +255,7 @@ ALLOWED = {
     ("adapters/peft_files.py", "save_file"): STAGED,
     ("adapters/peft_files.py", "save_pretrained"): STAGED,
     ("models/base.py", "save_file"): STAGED,
-    ("commands/train.py", "save_pretrained"): STAGED,
+    ("training/result.py", "save_pretrained"): STAGED,
     ("commands/merge.py", "save_pretrained"): STAGED,
     ("models/load.py", "save_pretrained"): STAGED,
     ("models/gguf_convert.py", "save_pretrained"): STAGED,
