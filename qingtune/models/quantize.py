@@ -24,14 +24,18 @@ def quantize_model(model: Any, bits: int, device: torch.device) -> None:
     """
     layers = linear_layers(model)
     for name in list(layers):
-        layer: Any = layers.pop(name)  # so that its dense weight can go
-        replace_layer(model, name, _quantized(dense_weight(layer).detach(), layer.bias, bits, device))
+        replace_layer(model, name, _replaced(layers.pop(name), bits, device))
     experts = expert_modules(model)
     for name in list(experts):
         module = experts.pop(name)
         held = [_each(getattr(module, part).detach(), bits, device) for part in MATRICES]
         replace_layer(model, name, QuantizedExperts(module.act_fn, *held))
     model.to(device)
+
+
+def _replaced(layer: Any, bits: int, device: torch.device) -> QuantizedLinear:
+    """A layer for a linear one, whose dense weight can go once nothing else holds it."""
+    return _quantized(dense_weight(layer).detach(), layer.bias, bits, device)
 
 
 def fill_quantized(
@@ -50,16 +54,7 @@ def fill_quantized(
     """
     layers = linear_layers(model)
     for name in list(layers):
-        layer: Any = layers.pop(name)
-        if layer.bias is not None:
-            layer.bias.data = read(f"{name}.bias").to(layer.bias.dtype)
-        if ready:
-            out_features, in_features = dense_weight(layer).shape
-            mine = ready(name, (out_features, in_features), _on(layer.bias, device))
-        else:
-            layer.weight.data = read(f"{name}.weight").to(layer.weight.dtype)
-            mine = _quantized(dense_weight(layer).detach(), layer.bias, bits, device)
-        if mine is not None:
+        if (mine := _filled(name, layers.pop(name), bits, device, read, ready)) is not None:
             replace_layer(model, name, mine)
     for name, module in expert_modules(model).items():
         held = [_fill_experts(f"{name}.{part}", getattr(module, part), bits, device, read, ready) for part in MATRICES]
@@ -70,6 +65,27 @@ def fill_quantized(
         if name.rpartition(".")[0] not in quantized:
             tensor.data = read(name).to(tensor.dtype)
     model.to(device)
+
+
+def _filled(
+    name: str,
+    layer: Any,
+    bits: int,
+    device: torch.device,
+    read: Callable[[str], torch.Tensor],
+    ready: Ready | None,
+) -> QuantizedLinear | None:
+    """A layer for a linear one without values, which gets its bias; None where it stays dense.
+
+    The dense weight is gone when this returns.
+    """
+    if layer.bias is not None:
+        layer.bias.data = read(f"{name}.bias").to(layer.bias.dtype)
+    if ready:
+        out_features, in_features = dense_weight(layer).shape
+        return ready(name, (out_features, in_features), _on(layer.bias, device))
+    layer.weight.data = read(f"{name}.weight").to(layer.weight.dtype)
+    return _quantized(dense_weight(layer).detach(), layer.bias, bits, device)
 
 
 def _fill_experts(
