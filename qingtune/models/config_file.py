@@ -131,16 +131,26 @@ def _without_choices(value: Any) -> Any:
 
 def context_length(folder: Path) -> int | None:
     """The longest sequence the model knows positions for, in tokens; None if its configuration does not say."""
-    config = read_model_config(folder)
-    names = ("max_position_embeddings", "n_positions")
-    sizes = (part.get(name) for part in (config, config.get("text_config") or {}) for name in names)
-    return next((size for size in sizes if isinstance(size, int)), None)
+    size = _setting(read_model_config(folder), "max_position_embeddings", "n_positions")
+    return size if isinstance(size, int) else None
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     """Rows of the embedding by a config.json; None if it does not say."""
-    own = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return own if isinstance(own, int) else None
+    size = _setting(config, "vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def parts_of_config(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A config.json and, where it has one, what it says of the text."""
+    text = content.get("text_config")
+    return [content, cast("Mapping[str, Any]", text)] if isinstance(text, dict) else [content]
+
+
+def _setting(config: Mapping[str, Any], *names: str) -> Any:
+    """The first of these that a config.json has for the whole model or for its text; None if it has none."""
+    values = (part.get(name) for part in parts_of_config(config) for name in names)
+    return next((value for value in values if value is not None), None)
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
@@ -153,12 +163,15 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 
 
 def stop_ids(folder: Path) -> list[int]:
-    """The ids at which the model's own configuration stops generating; a UserError if the model lacks one of them."""
+    """The ids at which the model's own configuration stops generating; a UserError if the model lacks one of them.
+
+    Of a multimodal model those of its text, where it names none for the whole.
+    """
     config = read_model_config(folder)
     size = vocabulary_size(config)
     found: list[int] = []
-    for name, content in ((GENERATION, read_generation_config(folder)), (CONFIG, config)):
-        value: Any = content.get("eos_token_id")
+    of_generation = read_generation_config(folder).get("eos_token_id")
+    for name, value in ((GENERATION, of_generation), (CONFIG, _setting(config, "eos_token_id"))):
         ids: list[int] = value if isinstance(value, list) else [] if value is None else [value]
         if outside := [one for one in ids if one < 0 or (size is not None and one >= size)]:
             raise UserError(

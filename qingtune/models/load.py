@@ -16,12 +16,18 @@ from qingtune.data.tokenizer_limits import UnsafeTokenizer, check_loaded, check_
 from qingtune.errors import UserError
 from qingtune.files.foreign import foreign_files
 from qingtune.files.weights_file import check_floats, read_weights_header
-from qingtune.models.config_file import CONFIG, read_generation_config, read_model_config, vocabulary_size
+from qingtune.models.config_file import (
+    CONFIG,
+    parts_of_config,
+    read_generation_config,
+    read_model_config,
+    vocabulary_size,
+)
 from qingtune.models.config_file import stop_ids as stop_ids  # with the tokenizer, what says how answers end
 from qingtune.models.find import ModelSource, converted_folder, stored_in_4bit, stored_numbers
 from qingtune.models.gguf_convert import convert_gguf
 from qingtune.models.layers import stored_tensors
-from qingtune.models.multimodal import FAMILIES, parts_of_config, text_config, text_name
+from qingtune.models.multimodal import FAMILIES, text_config, text_name
 from qingtune.models.stored_weights import StoredWeights
 from qingtune.output.console import say
 from qingtune.output.quiet import quieten_transformers

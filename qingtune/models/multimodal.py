@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from qingtune.files.weights_file import read_header, weight_files
 from qingtune.models.config_file import read_model_config
@@ -89,9 +89,3 @@ def text_config(whole: Any, content: Mapping[str, Any]) -> Any:
         values = {name: value for name, value in text.to_dict().items() if name != "model_type"}
         text = CONFIG_MAPPING[kind](**values)
     return text
-
-
-def parts_of_config(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A config.json and, where it has one, what it says of the text."""
-    text = content.get("text_config")
-    return [content, cast("Mapping[str, Any]", text)] if isinstance(text, dict) else [content]

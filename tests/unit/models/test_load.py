@@ -200,6 +200,8 @@ def test_a_folder_without_a_usable_tokenizer_is_told(content: str | None, copy: 
         ({"eos_token_id": 9}, {"eos_token_id": [4, 5]}, [4, 5, 9]),
         ({"eos_token_id": None}, {}, []),
         ({"eos_token_id": 0}, {}, [0]),
+        (None, {"text_config": {"eos_token_id": 3}}, [3]),
+        (None, {"eos_token_id": 2, "text_config": {"eos_token_id": 3}}, [2]),
     ],
 )
 def test_stop_ids_are_those_of_both_files(
