@@ -11,7 +11,7 @@ import pytest
 from conftest import make_model, make_tokenizer
 from decoders import MODELS, NEWER
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_runs import LORA, assert_equal, assert_same_logits, lively, logits_of, metrics, train, weights
+from tiny_runs import BOUND, LORA, assert_equal, assert_same_logits, lively, logits_of, metrics, train, weights
 from transformers import AutoModelForCausalLM
 
 from qingtune.adapters.peft_files import load_adapter
@@ -66,7 +66,8 @@ def test_killed_run_equals_whole_and_its_adapter_opens_and_merges(
     told = capsys.readouterr().err
     assert "Stored in float32 and read back: nothing is rounded" in told
     assert "Greedy answers: 6 of 6 are the same." in told
-    assert_same_logits(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), adapted)
+    bound = 1e-4 if "qwen3.5" in kind else BOUND  # a recurrence carries roundings of the merge through the text
+    assert_same_logits(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), adapted, bound)
 
 
 @pytest.mark.parametrize("kind", [*NEWER, "phi3", "mistral"])

@@ -19,6 +19,7 @@ from test_resume import COMMON, LORA, QLORA4, assert_same_run, raise_at_call
 from tiny_runs import assert_same_logits, lively, logits_of, train
 
 from qingtune.answering.decoder.cached import CachedDecoder
+from qingtune.answering.decoder.packed import has_int4_kernels
 from qingtune.answering.load import load_decoder
 from qingtune.commands.merge import merge
 from qingtune.config.commands import MergeConfig
@@ -76,7 +77,10 @@ def test_all_ways_to_use_an_adapter_give_the_same_logits(kind: str, settings: di
         assert_same_logits(decoder.start(list(range(3, 60)))[None], wanted[0, -1:], 1e-4)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "bits",
+    [pytest.param(4, marks=pytest.mark.skipif(not has_int4_kernels(), reason="PyTorch has no such kernels here")), 8],
+)
 def test_quantised_answers_of_both_layouts_take_the_fast_kernels(bits: int, tmp_path: Path) -> None:
     for kind in KINDS:
         model = save_mixture(tmp_path / kind, kind)
