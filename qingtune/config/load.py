@@ -204,7 +204,7 @@ def _validate(
 
 
 def _choice_meant(fault: Mapping[str, Any]) -> str | None:
-    """Of a value that is none of a setting's choices, the choice that may be meant."""
+    """The choice that a value outside a setting's choices probably means."""
     if fault["type"] != "literal_error" or not isinstance(fault["input"], str):
         return None
     return did_you_mean(fault["input"], re.findall(r"'([^']*)'", fault["ctx"]["expected"])) or None

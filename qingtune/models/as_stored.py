@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qingtune.kernels.experts.modules import MATRICES, expert_product, run_experts
+from qingtune.kernels.experts.modules import MATRICES, FrozenExperts
 from qingtune.models.layers import expert_modules, replace_layer
 
 
@@ -32,7 +32,7 @@ class StoredEmbedding(nn.Embedding):
         return super().forward(input).float()
 
 
-class StoredExperts(nn.Module):
+class StoredExperts(FrozenExperts):
     """A mixture's frozen experts that compute in their input's dtype, widened one at a time.
 
     Args:
@@ -40,20 +40,9 @@ class StoredExperts(nn.Module):
     """
 
     def __init__(self, experts: Any) -> None:
-        super().__init__()
-        self.act_fn: nn.Module = experts.act_fn
+        super().__init__(experts.act_fn)
         for name in MATRICES:
             self.register_parameter(name, getattr(experts, name))
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """As Transformers calls it: [T, D], [T, k], [T, k] -> [T, D]."""
-
-        def product(name: str, number: int, x: torch.Tensor) -> torch.Tensor:
-            return expert_product(self, name, number, x)
-
-        return run_experts(hidden_states, top_k_index, top_k_weights, self.act_fn, product)
 
 
 _OF = {nn.Linear: StoredLinear, nn.Embedding: StoredEmbedding}

@@ -58,7 +58,7 @@ class GGUFSettings:
         """How positions turn heads."""
         rope: dict[str, Any] = {"rope_theta": self._value("rope.freq_base", 10000.0)}
         dims = self._value("rope.dimension_count", self._head_dim)
-        if dims != self._head_dim or self._kind == "phi3":  # which Transformers wants to be told
+        if dims != self._head_dim or self._kind == "phi3":  # for which Transformers needs it written out
             rope["partial_rotary_factor"] = dims / self._head_dim
         return {**rope, **self._scaling()}
 

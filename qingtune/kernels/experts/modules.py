@@ -48,7 +48,25 @@ def run_experts(
     return out
 
 
-class QuantizedExperts(nn.Module):
+class FrozenExperts(nn.Module):
+    """Experts that are computed one by one, however their matrices are held; act_fn: of the gate."""
+
+    def __init__(self, act_fn: nn.Module) -> None:
+        super().__init__()
+        self.act_fn = act_fn
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As Transformers calls it: [T, D], [T, k], [T, k] -> [T, D]."""
+
+        def product(name: str, number: int, x: torch.Tensor) -> torch.Tensor:
+            return expert_product(self, name, number, x)
+
+        return run_experts(hidden_states, top_k_index, top_k_weights, self.act_fn, product)
+
+
+class QuantizedExperts(FrozenExperts):
     """Frozen experts, each matrix a layer in 4 or 8 bits.
 
     Args:
@@ -60,19 +78,8 @@ class QuantizedExperts(nn.Module):
     def __init__(
         self, act_fn: nn.Module, gate_up_proj: list[QuantizedLinear], down_proj: list[QuantizedLinear]
     ) -> None:
-        super().__init__()
-        self.act_fn = act_fn
+        super().__init__(act_fn)
         self.gate_up_proj, self.down_proj = nn.ModuleList(gate_up_proj), nn.ModuleList(down_proj)
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """As Transformers calls it: [T, D], [T, k], [T, k] -> [T, D]."""
-
-        def product(name: str, number: int, x: torch.Tensor) -> torch.Tensor:
-            return expert_product(self, name, number, x)
-
-        return run_experts(hidden_states, top_k_index, top_k_weights, self.act_fn, product)
 
 
 class ExpertAdapter(nn.Module):

@@ -66,7 +66,7 @@ def make_block(layer: Any, dtype: torch.dtype) -> ExpertsBlock:
 
 
 def compare(layer: Any, block: ExpertsBlock, x: torch.Tensor, bound: float, *, again: bool = False) -> None:
-    """Outputs and all gradients, as shares of the largest value of each; that of one chosen expert's share is none."""
+    """Outputs and all gradients, as shares of the largest value of each; a single expert's share has no gradient."""
     grad = torch.randn_like(x)
     read = x.clone().requires_grad_()
     wanted = read + layer["mlp"](layer["post_attention_layernorm"](read)[None])[0]
