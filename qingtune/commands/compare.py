@@ -208,7 +208,7 @@ def _report(bench: Bench) -> None:
     evaluated = [f"Evaluated on {counted(rows, 'sample')}.{few}"] if rows else []
     about += evaluated
     if steps and not ordered_otherwise(comparison):
-        samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        samples = config.samples_a_step()
         about.append(
             f"{counted(steps, 'step')} of {counted(samples, 'sample')}, the same for all setups, in the same order"
         )

@@ -26,6 +26,9 @@ def conflicts(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], str, str]]
     if config.bf16 and config.fp16:
         fix = "Set one, or remove both to let the hardware decide."
         yield ("bf16", "fp16"), "bf16 and fp16 are both true", fix
+    if config.samples_per_step and config.gradient_accumulation_steps != 1:
+        what = "samples_per_step and gradient_accumulation_steps both say how many samples a step has"
+        yield ("gradient_accumulation_steps", "samples_per_step"), what, "Remove gradient_accumulation_steps."
     if config.max_steps == 0:
         yield ("max_steps",), "max_steps is 0", "Set a number of steps, or -1 to use num_train_epochs."
     if config.optim != "sgd" and _peak(config) > _MOST_LEARNING_RATE:

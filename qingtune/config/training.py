@@ -170,6 +170,13 @@ class TrainConfig(Settings):
     per_device_train_batch_size: Integer = setting(8, "Batches", "Samples per micro-batch on each device.", ge=1)
     per_device_eval_batch_size: Integer = setting(8, "Batches", "Samples per evaluation batch on each device.", ge=1)
     gradient_accumulation_steps: Integer = setting(1, "Batches", "Micro-batches per optimizer step.", ge=1)
+    samples_per_step: Integer | None = setting(
+        None,
+        "Batches",
+        "Samples per optimizer step, over all processes, whose number then changes nothing but the speed; "
+        "gradient_accumulation_steps follows from it (default: the micro-batches of all processes).",
+        ge=1,
+    )
     num_train_epochs: Number = setting(3.0, "Batches", "Passes over the data.", gt=0, le=10_000)
     max_steps: Integer = setting(
         -1, "Batches", "Optimizer steps; if above 0, overrides num_train_epochs.", ge=-1, le=10**9
@@ -259,6 +266,11 @@ class TrainConfig(Settings):
     def method(self) -> Method:
         """full, lora or qlora; use_qlora takes precedence over use_lora, because scripts set both."""
         return method_of(self.use_lora, self.use_qlora)
+
+    def samples_a_step(self, processes: int = 1) -> int:
+        """Samples of an optimizer step, over all processes."""
+        each = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.samples_per_step or each * processes
 
     @property
     def has_evaluation(self) -> bool:

@@ -56,6 +56,9 @@ class Plan:
 
     Every epoch is a fresh permutation, cut into windows of one optimizer step each; the last window of an epoch may be
     smaller. A window's samples do not depend on how it is split into micro-batches and processes.
+
+    Attributes:
+        accumulation: micro-batches of each process in a window, where samples_per_step does not say how many samples.
     """
 
     sample_count: int
@@ -63,17 +66,20 @@ class Plan:
     accumulation: int
     processes: int
     seed: int
+    samples_per_step: int | None = None
 
     @classmethod
     def of(cls, config: TrainConfig, count: int, processes: int = 1) -> Plan:
         """The plan of a run over this many samples."""
-        batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-        return cls(count, batch, accumulation, processes, config.seed)
+        batch, wanted = config.per_device_train_batch_size, config.samples_per_step
+        if wanted:  # no process waits while another one has all samples in a single micro-batch
+            batch = min(batch, math.ceil(wanted / processes))
+        return cls(count, batch, config.gradient_accumulation_steps, processes, config.seed, wanted)
 
     @property
     def window_size(self) -> int:
         """Samples an optimizer step, over all processes."""
-        return self.batch_size * self.accumulation * self.processes
+        return self.samples_per_step or self.batch_size * self.accumulation * self.processes
 
     @property
     def steps_per_epoch(self) -> int:

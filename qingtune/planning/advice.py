@@ -103,7 +103,9 @@ def _smaller_batch(planner: Planner, samples: Samples, size: int) -> _Change:
         share = size / config.per_device_train_batch_size
         tokens, predicting = (round(share * n) for n in (samples.fullest.tokens, samples.fullest.predicting))
         samples = replace(samples, fullest=replace(samples.fullest, tokens=tokens, predicting=predicting))
-    update = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    update = {"per_device_train_batch_size": size}
+    if not config.samples_per_step:
+        update["gradient_accumulation_steps"] = accumulation
     return _Change(update, samples, "the same result")
 
 

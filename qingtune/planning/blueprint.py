@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 ONLY_TEXT = "Only the language part of this model is loaded and counted."
 # Settings that change neither modules nor dtypes; plans that differ in nothing else share what was built.
 _OF_DATA = {
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_seq_length",
-    "gradient_checkpointing", "optim",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "samples_per_step",
+    "max_seq_length", "gradient_checkpointing", "optim",
 }  # fmt: skip
 
 

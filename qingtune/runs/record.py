@@ -51,7 +51,7 @@ _MAY_CHANGE = {
     "report_to", "eval_strategy", "eval_steps", "eval_samples", "per_device_eval_batch_size", "save_strategy",
     "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     "gradient_checkpointing", "dataloader_num_workers", "deepspeed", "remove_unused_columns",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "ignore_fields", "max_row_mb",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "samples_per_step", "ignore_fields", "max_row_mb",
     "max_row_turns", "max_data_gb",
 }  # fmt: skip
 
@@ -155,7 +155,7 @@ _version_of = functools.cache(importlib.metadata.version)
 def settings_to_compare(config: TrainConfig, processes: int, data_hash: str, base_fingerprint: str) -> dict[str, Any]:
     """The settings that decide what a run computes, as JSON values; `without_secrets` is how they are written."""
     values = config.model_dump(mode="json", exclude=_MAY_CHANGE)
-    values["samples a step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    values["samples a step"] = config.samples_a_step(processes)
     values["data"] = data_hash
     values["weights of the base model"] = base_fingerprint
     return values

@@ -138,8 +138,8 @@ def ordered_otherwise(comparison: Comparison) -> list[str]:
     names = ["max_steps"]
     if any(config.max_steps < 0 for config in configs):
         names.append("num_train_epochs")
-    if len({config.per_device_train_batch_size * config.gradient_accumulation_steps for config in configs}) > 1:
-        names += ["per_device_train_batch_size", "gradient_accumulation_steps"]
+    if len({config.samples_a_step() for config in configs}) > 1:
+        names += ["per_device_train_batch_size", "gradient_accumulation_steps", "samples_per_step"]
     return [name for name in names if len({getattr(config, name) for config in configs}) > 1]
 
 

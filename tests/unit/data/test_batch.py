@@ -8,6 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from qingtune.config.training import TrainConfig
 from qingtune.data.batch import collate, split_evenly
 from qingtune.data.order import Plan
 from qingtune.data.tokenize import Sample
@@ -142,6 +143,19 @@ def test_every_epoch_is_another_order_of_all_samples(count: int, split: tuple[in
     if count > 6:
         assert len({tuple(epoch) for epoch in epochs}) == 3
         assert epochs[0] != sorted(epochs[0])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8, 11])
+def test_samples_per_step_are_shared_among_any_number_of_processes(processes: int) -> None:
+    config = TrainConfig(per_device_train_batch_size=4, samples_per_step=10, seed=3)
+    plan, one = Plan.of(config, 61, processes), Plan.of(config, 61)
+    assert plan.steps_per_epoch == 7
+    for step in range(2 * plan.steps_per_epoch):
+        shares = [plan.micro_batches(step, process) for process in range(processes)]
+        seen = [index for share in shares for batch in share for index in batch.tolist()]
+        assert sorted(seen) == sorted(one.window(step).tolist())
+        assert all(len(batch) <= min(4, -(-10 // processes)) for share in shares for batch in share)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.parametrize("split", SPLITS)
