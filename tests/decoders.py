@@ -55,6 +55,28 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "ministral",
         {"head_dim": 12, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
     ),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 12,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 5,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "gemma2 untied without caps, window in the last layer": (
+        "gemma2",
+        {
+            "head_dim": 8,
+            "sliding_window": 3,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),
     "gemma3": (
         "gemma3_text",
         {
@@ -70,6 +92,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "head_dim": 8,
             "sliding_window": 3,
+            "final_logit_softcapping": 4.0,
             "tie_word_embeddings": False,
             "layer_types": ["full_attention", "sliding_attention"],
         },
@@ -113,7 +136,7 @@ TRAINED: dict[str, list[str] | None] = {
 # By a model with all that sets its family apart, for tests that take too long for each of MODELS.
 OLDER, NEWER = (
     ["qwen2", "qwen3", "llama"],
-    ["ministral", "ministral3", "gemma3", "phi3 longrope", "qwen3.5, delta net last"],
+    ["ministral", "ministral3", "gemma2", "gemma3", "phi3 longrope", "qwen3.5, delta net last"],
 )
 Gradients = dict[str, torch.Tensor]
 

@@ -58,14 +58,14 @@ def other_model(kind: str) -> Any:
         "sliding_window": 4,
         "eos_token_id": 2,
     }
-    config = {"mistral": "MistralConfig", "gemma2": "Gemma2Config", "olmo2": "Olmo2Config"}[kind]
+    config = {"mistral": "MistralConfig", "vaultgemma": "VaultGemmaConfig", "olmo2": "Olmo2Config"}[kind]
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
 
 
 def lively_model(kind: str, **changes: Any) -> Any:
     """A lively model of any of the architectures used here."""
-    return lively(other_model(kind) if kind in ("mistral", "gemma2", "olmo2") else make_model(kind, **changes))
+    return lively(other_model(kind) if kind in ("mistral", "vaultgemma", "olmo2") else make_model(kind, **changes))
 
 
 @functools.cache

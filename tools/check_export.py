@@ -103,6 +103,11 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi3Config", {"pad_token_id": None, "original_max_position_embeddings": 512, "max_position_embeddings": 2048,
                        **_rope("longrope", **_LONGROPE)},
     ),
+    "gemma2": (
+        "Gemma2Config",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 4,
+         "tie_word_embeddings": True, "attn_logit_softcapping": 5.0},
+    ),
     "gemma3": (
         "Gemma3TextConfig",
         {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 6},

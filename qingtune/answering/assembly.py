@@ -49,6 +49,7 @@ MODEL_TYPES = frozenset(
         "mistral",
         "ministral",
         "ministral3",
+        "gemma2",
         "gemma3_text",
         "phi3",
         "qwen3_moe",
@@ -72,7 +73,7 @@ def why_not(model: Any) -> str | None:
         return 'its rotary embedding ("dynamic") changes with the longest sequence'
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention sees later tokens"
-    if getattr(config, "attn_logit_softcapping", None):
+    if getattr(config, "attn_logit_softcapping", None) and config.model_type != "gemma2":
         return "its attention scores are capped"
     return "the head has a bias" if model.get_output_embeddings().bias is not None else None
 

@@ -16,7 +16,8 @@ Value = str | bool | int | float | list[str] | list[int] | list[float]
 
 _QKV = frozenset({"attn_q.bias", "attn_k.bias", "attn_v.bias"})
 _WINDOWED = ("mistral", "ministral", "ministral3", "phi3")
-_GEMMA_27B_LAYERS = 62  # by which llama.cpp knows the one Gemma 3 whose scores are scaled by hidden_size / heads
+# By which llama.cpp knows the largest Gemma of each kind, the scores of which are scaled by hidden_size / heads.
+_GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3_text": 62}
 
 
 @dataclass(frozen=True)
@@ -145,15 +146,39 @@ def _gemma3_settings(config: Any) -> dict[str, Value]:
     return settings
 
 
-def _gemma3_problem(config: Any) -> str | None:
-    large = config.num_hidden_layers == _GEMMA_27B_LAYERS
+def _gemma_problem(config: Any) -> str | None:
+    large = config.num_hidden_layers == _GEMMA_27B_LAYERS[config.model_type]
     scale = config.hidden_size // config.num_attention_heads if large else head_dim_of(config)
     if config.query_pre_attn_scalar != scale:
         return f"query_pre_attn_scalar is {config.query_pre_attn_scalar}, not {scale}"
+    ahead = "its attention looks ahead (use_bidirectional_attention)"
+    return ahead if config.use_bidirectional_attention else None
+
+
+def _gemma2_settings(config: Any) -> dict[str, Value]:
+    return {
+        "attention.sliding_window": int(config.sliding_window),
+        "attn_logit_softcapping": float(config.attn_logit_softcapping),
+        "final_logit_softcapping": float(config.final_logit_softcapping),
+    }
+
+
+def _gemma2_problem(config: Any) -> str | None:
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if not getattr(config, name):
+            return f"{name} is not set"
+    if not config.tie_word_embeddings:
+        return "its head is not its embedding (tie_word_embeddings)"
+    if _period(config) != 2:
+        return "its layers do not alternate between a sliding window and full attention"
+    return _gemma_problem(config)
+
+
+def _gemma3_problem(config: Any) -> str | None:
     if config.attn_logit_softcapping is not None:
         return "attn_logit_softcapping is set"
-    if config.use_bidirectional_attention:
-        return "its attention looks ahead (use_bidirectional_attention)"
+    if problem := _gemma_problem(config):
+        return problem
     if config.rope_parameters["sliding_attention"].get("rope_type", "default") != "default":
         return "positions of its layers with a sliding window are scaled"
     return "its layers with full attention do not follow at equal distances" if _period(config) is None else None
@@ -224,6 +249,13 @@ ARCHITECTURES = {
         "phi3",
         partial_rotary=True,
         absent=frozenset({MODEL_TENSOR.ATTN_Q, MODEL_TENSOR.ATTN_K, MODEL_TENSOR.ATTN_V}),
+    ),
+    "gemma2": Architecture(
+        "gemma2",
+        activation="gelu_pytorch_tanh",
+        offset_norms=True,
+        settings=_gemma2_settings,
+        problem=_gemma2_problem,
     ),
     "gemma3_text": Architecture(
         "gemma3",

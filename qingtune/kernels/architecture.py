@@ -16,11 +16,12 @@ ALL = "all"  # the name of the rotary table where layers share one
 
 # Architectures checked (tests/invariant) to give here what Transformers gives, and what a head's rows are called by.
 MODEL_TYPES = frozenset({
-    "qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "ministral", "ministral3", "gemma3_text", "phi3", "qwen3_5_text",
-    "qwen3_5_moe_text",
+    "qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "ministral", "ministral3", "gemma2", "gemma3_text", "phi3",
+    "qwen3_5_text", "qwen3_5_moe_text",
 })  # fmt: skip
 _WINDOW_EVERYWHERE = frozenset({"mistral", "ministral3", "phi3"})  # whatever layer types the configuration lists
-_OFFSET_NORMS = frozenset({"gemma3_text", "qwen3_5_text", "qwen3_5_moe_text"})
+_GEMMA = frozenset({"gemma2", "gemma3_text"})  # which scale embeddings and norm what mixer and MLP give
+_OFFSET_NORMS = _GEMMA | {"qwen3_5_text", "qwen3_5_moe_text"}
 _NORMED_HEADS = frozenset({"qwen3", "qwen3_moe", "gemma3_text", "qwen3_5_text", "qwen3_5_moe_text"})
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -41,6 +42,7 @@ class Attention:
         gated: whether q_proj gives each head its queries and then a gate, the sigmoid of which multiplies what the
             head attended.
         fused: whether one layer, qkv_proj, gives queries, keys and values.
+        cap: c of c tanh(score / c), taken of scores before a row's softmax; None for scores as they are.
     """
 
     queries: int
@@ -53,6 +55,7 @@ class Attention:
     normed: bool = False
     gated: bool = False
     fused: bool = False
+    cap: float | None = None
 
     @property
     def group(self) -> int:
@@ -153,8 +156,8 @@ def why_not(config: Any) -> str | None:
     for rotary in _rotary_parameters(config):
         if rotary.get("rope_type") == "dynamic":
             return 'its rotary embedding ("dynamic") changes with the longest sample'
-    if getattr(config, "attn_logit_softcapping", None):
-        return "the model caps its scores"
+    if getattr(config, "attn_logit_softcapping", None) and config.model_type != "gemma2":
+        return "the model caps its scores"  # a setting that Transformers reads, but computes nothing with
     if len(_rotary_parameters(config)) > 1 and any(r["rope_type"] == "longrope" for r in _rotary_parameters(config)):
         return "one of its rotary embeddings is LongRoPE, which is known here where layers share one"
     if _activation(config) not in _ACTIVATIONS:
@@ -182,7 +185,7 @@ def describe(config: Any) -> Architecture:
         epsilon=float(config.rms_norm_eps),
         context=config.max_position_embeddings,
         norm_offset=float(kind in _OFFSET_NORMS),
-        embedding_scale=config.hidden_size**0.5 if kind == "gemma3_text" else 1.0,
+        embedding_scale=config.hidden_size**0.5 if kind in _GEMMA else 1.0,
         logit_cap=getattr(config, "final_logit_softcapping", None),
         short_context=rotary["original_max_position_embeddings"] if rotary["rope_type"] == "longrope" else None,
         query_scaling=(beta, rotary["original_max_position_embeddings"]) if beta else None,
@@ -193,7 +196,7 @@ def _layer(config: Any, number: int) -> Layer:
     kinds: Sequence[str] = getattr(config, "layer_types", None) or ()
     kind = kinds[number] if kinds else "full_attention"
     mixer = _delta_net(config) if kind == "linear_attention" else _attention(config, kind)
-    return Layer(mixer, _mlp(config, number), normed_outputs=config.model_type == "gemma3_text")
+    return Layer(mixer, _mlp(config, number), normed_outputs=config.model_type in _GEMMA)
 
 
 def _attention(config: Any, kind: str) -> Attention:
@@ -213,6 +216,7 @@ def _attention(config: Any, kind: str) -> Attention:
         normed=config.model_type in _NORMED_HEADS,
         gated=config.model_type in ("qwen3_5_text", "qwen3_5_moe_text"),
         fused=config.model_type == "phi3",
+        cap=getattr(config, "attn_logit_softcapping", None),
     )
 
 

@@ -10,6 +10,7 @@ Products of 16-bit numbers are rounded to 16 bits, and scores are large where ke
 Qwen2's biases give them. A softmax does not see what is common to all scores of a row, so each segment's mean key is
 taken off its keys (as SageAttention does, Zhang et al. 2024, https://arxiv.org/abs/2410.02367): exact in theory, and
 16-bit scores then are as good as 32-bit ones. Gradients stay the same, as those of a row's scores sum to zero.
+None of that holds of scores that are capped: these keep their keys as they are.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 import torch
 
 from qingtune.kernels.architecture import Attention
+from qingtune.kernels.elementwise import cap_in_place
 from qingtune.kernels.layout import Block, Blocks, Segment
 from qingtune.kernels.native.elementwise import native
 from qingtune.kernels.workspace import Workspace
@@ -41,7 +43,7 @@ class BlockAttention:
         """
         packed_q = self._take(name + ".q", len(q) * self.heads.queries, q.dtype)
         keys, values = (self._pack_segments(name + end, blocks, x) for end, x in ((".k", k), (".v", v)))
-        for key in keys:
+        for key in keys if self.heads.cap is None else ():
             wide = torch.promote_types(key.dtype, torch.float32)
             torch.sub(key, key.mean(1, keepdim=True, dtype=wide), out=key)
         for (_, segment_blocks), key, value in zip(blocks, keys, values, strict=True):
@@ -79,6 +81,8 @@ class BlockAttention:
                 torch.bmm(grad_out, value[:, block.seen].transpose(1, 2), out=grad_shares)
                 grad_scores = take("attention.grad_scores", shares.shape, dtype)
                 aten._softmax_backward_data.out(grad_shares, shares, -1, dtype, grad_input=grad_scores)
+                if heads.cap is not None:
+                    grad_scores.mul_(take("attention.slopes", shares.shape, dtype))
                 key_part = torch.bmm(grad_scores.transpose(1, 2), query)
                 self._add_rows(grad_k, segment, block, key_part, scale=heads.scale)
                 torch.baddbmm(grad_out, grad_scores, key[:, block.seen], beta=0, alpha=heads.scale, out=grad_out)
@@ -90,6 +94,8 @@ class BlockAttention:
         shape = (query.shape[0], query.shape[1], block.end - block.start)
         scores = self.workspace.take("attention.scores", shape, query.dtype)
         torch.baddbmm(scores, query, key[:, block.seen].transpose(1, 2), beta=0, alpha=self.heads.scale, out=scores)
+        if (cap := self.heads.cap) is not None:
+            cap_in_place(scores, cap, self.workspace.take("attention.slopes", shape, query.dtype))
         shares = self.workspace.take("attention.shares", shape, query.dtype)
         if c := native(scores):
             c.softmax(scores, block.spans, shares)

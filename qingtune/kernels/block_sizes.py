@@ -68,13 +68,14 @@ class AttentionSizes:
             tally.backward(hidden, "attention.grad_normed", *["attention.grad_x"] * rows.last)
             apart = rows.last and not self.this.fused
             tally.backward(rows.asking * self.qkv.reads * apart, "attention.grad_rows")
-        if tally.how.on_cpu:
+        if tally.how.on_cpu or self.this.cap is not None:
             block = -(-rows.longest // max(1, -(-rows.longest // QUERY_BLOCK)))
             window, seen = self.this.window, rows.longest
             if window is not None and not rows.last:  # there rows that ask may lie far apart
                 seen = min(seen, window + block - 1)
             tally.forward(block * self.o.reads, "attention.attended")
             tally.forward(self.this.queries * block * seen, "attention.scores", "attention.shares")
+            tally.forward(self.this.queries * block * seen * (self.this.cap is not None), "attention.slopes")
             tally.backward(self.this.queries * block * seen, "attention.grad_scores")
 
     def _numbers(self, rows: Rows) -> tuple[int, int]:

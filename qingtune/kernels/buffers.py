@@ -41,7 +41,7 @@ class Arithmetic:
         dropout: whether adapters' inputs are dropped.
         recompute: layers of which nothing but the input is kept.
         gradient_below: whether even the lowest layer's input gets a gradient.
-        on_cpu: otherwise on a GPU, where attention never holds its scores.
+        on_cpu: otherwise on a GPU, where attention holds its scores only if it caps them.
     """
 
     itemsize: int
@@ -165,11 +165,13 @@ class ModelSizes:
         layers: mixer and MLP of each.
         hidden: size of a token between layers.
         vocabulary: rows of the head.
+        capped: whether its logits are.
     """
 
     layers: tuple[_Blocks, ...]
     hidden: int
     vocabulary: int
+    capped: bool = False
 
 
 def buffers(sizes: ModelSizes, how: Arithmetic, work: PassTokens, evaluation: PassTokens | None = None) -> Buffers:
@@ -250,7 +252,7 @@ def _head(sizes: ModelSizes, work: PassTokens, tally: Tally) -> None:
     tally.forward(work.predicting * hidden, "norm.out")
     tally.backward(work.predicting * hidden, "grad_hidden")
     logits = logit_numbers(sizes.vocabulary, work.predicting)
-    tally.forward(logits, "head.logits")
+    tally.forward(logits, "head.logits", *["head.slopes"] * sizes.capped)
     rows = logits // sizes.vocabulary
     in_fp32 = min(ROWS_AT_A_TIME, rows) if how.on_cpu else rows
     tally.forward(in_fp32 * sizes.vocabulary, "head.rows", itemsize=how.wide)

@@ -43,9 +43,7 @@ def why_not(model: Any) -> str | None:
     """The reason why a model cannot be computed here; None if it can."""
     if reason := architecture.why_not(model.config):
         return reason
-    if model.get_output_embeddings().bias is not None:
-        return "the head has a bias"
-    return "the model caps its logits" if getattr(model.config, "final_logit_softcapping", None) else None
+    return "the head has a bias" if model.get_output_embeddings().bias is not None else None
 
 
 class TrainingDecoder:
@@ -96,7 +94,11 @@ class TrainingDecoder:
             if isinstance(kind.mixer, DeltaNet):
                 self.mixers.append(DeltaNetBlock(layer, number, kind.mixer, parts))
             else:
-                flash = number < count - 1 and flash_attention.fits(device, dtype, kind.mixer.size)
+                flash = (
+                    number < count - 1
+                    and kind.mixer.cap is None
+                    and flash_attention.fits(device, dtype, kind.mixer.size)
+                )
                 self.mixers.append(
                     AttentionBlock(layer, number, kind.mixer, parts, norm=norms[0], out_norm=norms[1], flash=flash)
                 )
@@ -126,7 +128,7 @@ class TrainingDecoder:
         """What its memory depends on."""
         blocks = zip(self.mixers, self.mlps, strict=True)
         layers = tuple((mixer.sizes, mlp.sizes) for mixer, mlp in blocks)
-        return ModelSizes(layers, hidden=self.embedding.shape[1], vocabulary=self.head.shape[0])
+        return ModelSizes(layers, self.embedding.shape[1], self.head.shape[0], capped=self.this.logit_cap is not None)
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -198,6 +200,7 @@ class TrainingDecoder:
             layout.targets,
             self.workspace,
             scale=scale,
+            cap=self.this.logit_cap,
             grad_hidden=grad,
             grad_weight=gradient(self.head) if grad is not None and self.head.requires_grad else None,
         )

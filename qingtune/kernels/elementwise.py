@@ -144,3 +144,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Ten
     if 2 * half < x.shape[-1]:
         out[..., 2 * half :].copy_(x[..., 2 * half :])
     return out
+
+
+def cap_in_place(x: torch.Tensor, cap: float, slopes: torch.Tensor) -> torch.Tensor:
+    """Put c tanh(x / c), as Gemma 2 caps scores and logits (https://arxiv.org/abs/2408.00118), in the place of x.
+
+    Returns:
+        slopes, which get the derivative 1 - tanh(x / c)^2.
+    """
+    torch.square(x.div_(cap).tanh_(), out=slopes)
+    x.mul_(cap)
+    return slopes.neg_().add_(1)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from qingtune.data.batch import Batch
+from qingtune.kernels.elementwise import cap_in_place
 from qingtune.kernels.footprint import CHUNK_ELEMENTS, ROWS_AT_A_TIME, VOCABULARY_TILE
 from qingtune.kernels.native.elementwise import native
 from qingtune.kernels.native.products import reads_as_stored
@@ -59,6 +60,7 @@ def chunked_head_loss(
     workspace: Workspace,
     *,
     scale: torch.Tensor | None = None,
+    cap: float | None = None,
     grad_hidden: torch.Tensor | None = None,
     grad_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -72,6 +74,7 @@ def chunked_head_loss(
         targets: int64 [N].
         workspace: holds one chunk of logits, in hidden's dtype, and a few rows of them in fp32.
         scale: scalar; None for 1.
+        cap: c of c tanh(logit / c), which are the logits then; None for logits as they are.
         grad_hidden: [N, D], overwritten.
         grad_weight: [V, D], added to; a tile of rows at a time if its dtype is not hidden's.
 
@@ -92,7 +95,14 @@ def chunked_head_loss(
                 logits[:, a:b].copy_(workspace.product(rows, part.t(), hidden.dtype))
         else:
             workspace.multiply(rows, weight.t(), logits)
+        slopes = (
+            None
+            if cap is None
+            else cap_in_place(logits, cap, workspace.take("head.slopes", logits.shape, logits.dtype))
+        )
         loss += _softmax_minus_one_hot(logits, targets[start:end], scale, workspace)
+        if slopes is not None:
+            logits.mul_(slopes)
         if grad_hidden is not None and converts:
             total = torch.zeros(rows.shape, dtype=wide, device=rows.device)
             for a, b in tiles:

@@ -23,7 +23,7 @@ _CACHE = "Free disk space, or choose another folder with --cache_dir or the envi
 _AS_PUBLISHED = ("head_dim", "moe_intermediate_size")
 _UNREAD = (
     "rope_parameters", "original_max_position_embeddings", "query_pre_attn_scalar", "layer_types",
-    "final_logit_softcapping", "attention_bias", "mlp_bias",
+    "attn_logit_softcapping", "final_logit_softcapping", "attention_bias", "mlp_bias",
 )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-_GEMMA_27B_LAYERS = 62  # by which llama.cpp knows the one Gemma 3 whose scores are scaled by hidden_size / heads
+# By which llama.cpp knows the largest Gemma of each kind, the scores of which are scaled by hidden_size / heads.
+_GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 
 class GGUFSettings:
@@ -31,6 +32,8 @@ class GGUFSettings:
 
     def config(self) -> dict[str, Any]:
         """The settings; of architectures that are not known here, none."""
+        if self._kind == "gemma2":
+            return self._gemma2()
         if self._kind == "gemma3":
             return self._gemma3()
         if self._kind in ("qwen35", "qwen35moe"):
@@ -86,17 +89,36 @@ class GGUFSettings:
         linear = kind == "linear" and factor not in (0.0, 1.0)
         return {"rope_type": "linear", "factor": factor} if linear else {"rope_type": "default"}
 
-    def _gemma3(self) -> dict[str, Any]:
-        layers, window = self._value("block_count"), self._value("attention.sliding_window", 0)
-        pattern = self._value("attention.sliding_window_pattern", 6)
-        if not isinstance(pattern, list):  # every n-th layer has full attention
+    def _gemma(self, period: int, window: int) -> dict[str, Any]:
+        """What Gemma 2 and 3 have in common.
+
+        Args:
+            period: every n-th layer has full attention; where the file does not say which.
+            window: where the file does not say how many tokens the others see.
+        """
+        layers, window = self._value("block_count"), self._value("attention.sliding_window", window)
+        pattern = self._value("attention.sliding_window_pattern", period)
+        if not isinstance(pattern, list):
             pattern = [pattern == 0 or (layer + 1) % pattern != 0 for layer in range(layers)]
-        scaled_by_width = layers == _GEMMA_27B_LAYERS
+        scaled_by_width = layers == _GEMMA_27B_LAYERS[self._kind]
         width = self._value("embedding_length") // self._value("attention.head_count")
-        sliding = {"rope_type": "default", "rope_theta": self._value("rope.freq_base_swa", 10000.0)}
         return {
             "query_pre_attn_scalar": width if scaled_by_width else self._head_dim,
             "layer_types": ["sliding_attention" if window and one else "full_attention" for one in pattern],
+        }
+
+    def _gemma2(self) -> dict[str, Any]:
+        return {
+            **self._gemma(2, 4096),
+            "attn_logit_softcapping": self._value("attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": self._value("final_logit_softcapping", 30.0),
+            "rope_parameters": self._rope(),
+        }
+
+    def _gemma3(self) -> dict[str, Any]:
+        sliding = {"rope_type": "default", "rope_theta": self._value("rope.freq_base_swa", 10000.0)}
+        return {
+            **self._gemma(6, 0),
             "final_logit_softcapping": self._value("final_logit_softcapping"),
             "rope_parameters": {"full_attention": self._rope(), "sliding_attention": sliding},
         }

@@ -126,9 +126,7 @@ class Chunk(Joining):
             for x in (keys, values)
         )
         mask = _mask(rows, keys.shape[2], attention.window, q.device)
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, scale=attention.scale
-        )
+        out = _attend(q.transpose(0, 1)[None], k, v, mask, attention, causal=mask is None)
         return out[0].transpose(0, 1).reshape(rows, -1)
 
     def recur(
@@ -214,5 +212,31 @@ def _attend_rows(
         [S, H * d].
     """
     stacked = q.view(len(q), attention.keys, -1, attention.size)
-    out = F.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=attention.scale)
+    out = _attend(stacked, keys, values, mask, attention)
     return out.reshape(len(q), -1)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    attention: Attention,
+    *,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Rows of heads, q [S, heads, rows, d], k and v [S, heads, n, d] -> [S, heads, rows, d].
+
+    PyTorch's fused attention, which does not cap scores: with a cap they are all held.
+
+    Args:
+        mask: bool, True where a row sees a key; None for everywhere, with causal up to its own place.
+    """
+    if attention.cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=attention.scale)
+    scores = (q @ k.transpose(2, 3)).mul_(attention.scale / attention.cap).tanh_().mul_(attention.cap)
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril_()
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    return scores.softmax(3) @ v

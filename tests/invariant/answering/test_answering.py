@@ -202,7 +202,7 @@ def test_context_ends(tmp_path: Path) -> None:
         decoder.step([1])
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("gpt2", None), ("gemma2", None), ("gemma2", 8), ("gemma2", 4)])
+@pytest.mark.parametrize(("kind", "bits"), [("gpt2", None), ("vaultgemma", None), ("vaultgemma", 8), ("vaultgemma", 4)])
 def test_other_models_are_answered_by_their_modules(
     kind: str, bits: int | None, tmp_path: Path, reported: Callable[[], list[str]]
 ) -> None:

@@ -57,6 +57,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral window": ("MistralConfig", {"sliding_window": 5, "tie_word_embeddings": True}),
     "ministral": ("MinistralConfig", {"sliding_window": 5, "layer_types": MIXED}),
     "ministral 3": ("Ministral3Config", {"sliding_window": None, "rope_parameters": LLAMA_4_SCALING}),
+    "gemma 2": (
+        "Gemma2Config",
+        {
+            "sliding_window": 5, "layer_types": MIXED, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
     "gemma 3": (
         "Gemma3TextConfig",
         {
@@ -290,7 +297,9 @@ WIDE = {
     not has_native_units() or isinstance(native_library(), str), reason="there are no kernels in C here"
 )
 @pytest.mark.parametrize("bits", [None, 8, 4])
-@pytest.mark.parametrize("name", ["mistral window", "gemma 3", "phi 4 longrope", "qwen3 moe", "qwen3.5", "qwen3.5 moe"])
+@pytest.mark.parametrize(
+    "name", ["mistral window", "gemma 2", "gemma 3", "phi 4 longrope", "qwen3 moe", "qwen3.5", "qwen3.5 moe"]
+)
 def test_matrices_in_c(name: str, bits: int | None, tmp_path: Path) -> None:
     kind, changes = FAMILIES[name]
     config = getattr(transformers, kind)

@@ -71,7 +71,7 @@ def plain_loss(model: Any, rows: Sequence[dict[str, Any]], *turns: dict[str, str
     return total / count
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gemma2"])
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "vaultgemma"])
 def test_loss_and_answers_are_transformers(kind: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", kind)
     found = run(tmp_path, base_model=str(folder))

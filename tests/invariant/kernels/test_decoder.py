@@ -91,6 +91,12 @@ def test_same_as_transformers_with_flash_attention(kind: str, trained: str) -> N
             assert TrainingDecoder(model, torch.float32, member).mixers[0].flash
 
 
+def test_capped_scores_do_without_flash_attention() -> None:
+    model = make_decodable("gemma2")
+    with flash_kernels_of_plain_pytorch():
+        assert_same(model, batches()["many samples"], "many samples", recompute=1)
+
+
 @pytest.mark.parametrize(
     ("kind", "trained"),
     [

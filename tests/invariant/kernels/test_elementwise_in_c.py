@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(isinstance(FOUND, str), reason=str(FOUND))
 
 
 @pytest.mark.parametrize("trained", ["full", "lora"])
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma3", "phi3"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
 @pytest.mark.parametrize("batch", ["common beginning of several blocks", "many samples"])
 def test_losses_and_gradients_are_those_of_pytorch(
     batch: str, kind: str, trained: str, monkeypatch: pytest.MonkeyPatch

@@ -74,7 +74,7 @@ GENERAL: dict[str, tuple[str | None, bool, dict[str, Any]]] = {
     "starcoder2": (None, True, {"sliding_window": 4}),
     "granite": (LOGITS, False, {"logits_scaling": 3.0}),
     "cohere": (LOGITS, False, {}),
-    "gemma2": (LOGITS, False, {"head_dim": 8}),
+    "vaultgemma": (LOGITS, False, {"head_dim": 8}),
     "opt": ("change each other's logits", True, {"word_embed_proj_dim": 32, "ffn_dim": 48, "enable_bias": False}),
     "bloom": ("takes no positions", True, {}),
     "qwen3_next": ("not attention (linear_attention)", True, {**DELTA, "num_experts": 0}),
@@ -148,7 +148,7 @@ def general_engine(model: Any, **settings: Any) -> Engine:
 
 
 def test_a_general_model_holds_the_graph_of_one_sample_and_the_logits_of_its_predicting_rows() -> None:
-    model, events = lively_model("gemma2"), list[str]()
+    model, events = lively_model("vaultgemma"), list[str]()
     assert model.config.final_logit_softcapping == 30.0
     engine, batch = general_engine(model), collate(make_samples())
 
@@ -162,7 +162,7 @@ def test_a_general_model_holds_the_graph_of_one_sample_and_the_logits_of_its_pre
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", ["olmo2", "gemma2"])
+@pytest.mark.parametrize("kind", ["olmo2", "vaultgemma"])
 def test_gradients_of_a_general_model_are_those_of_the_padded_batch(kind: str, checkpointing: bool) -> None:
     model, samples = lively_model(kind), make_samples()
     plain = copy.deepcopy(model)
@@ -185,7 +185,7 @@ def test_a_model_whose_forward_takes_no_rows_gives_all_logits() -> None:
         def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
             return self.inner(input_ids=input_ids, use_cache=use_cache)
 
-    model, sample = lively_model("gemma2"), collate(make_samples()[:1])
+    model, sample = lively_model("vaultgemma"), collate(make_samples()[:1])
     with torch.no_grad():
         losses = [float(summed_loss(one, sample, plain_head=False)) for one in (model, Plain(model))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -111,6 +111,6 @@ def test_first_step_of_adapter_is_that_of_base(tmp_path: Path, data_file: Path) 
 
 
 def test_one_by_one_is_told(tmp_path: Path, data_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(tmp_path / "output", save_model(tmp_path / "model", "gemma2"), data_file, max_steps=1, **LORA)
+    train(tmp_path / "output", save_model(tmp_path / "model", "vaultgemma"), data_file, max_steps=1, **LORA)
     assert "one by one: its logits are more than a product with its head." in capsys.readouterr().err
     assert json.loads((tmp_path / "output" / "qingtune.json").read_text())["results"]["steps"] == 1

@@ -113,7 +113,7 @@ def test_a_resumed_run_has_each_line_once(tmp_path: Path, data: dict[str, str], 
 
 
 def test_models_that_go_one_by_one(tmp_path: Path, data: dict[str, str]) -> None:
-    other_model("gemma2").save_pretrained(tmp_path / "model")
+    other_model("vaultgemma").save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     assert start(tmp_path, "run", data, **LORA, eval_samples=1, max_steps=2)
     assert [line["step"] for line in lines(tmp_path / "run")] == [0, 2]

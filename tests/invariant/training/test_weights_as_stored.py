@@ -28,7 +28,7 @@ KINDS = {
     "qwen2": ("qwen2", LORA, torch.bfloat16),
     "llama in fp16": ("llama", LORA, torch.float16),
     "llama, head apart": ("llama untied", LORA, torch.bfloat16),
-    "general path": ("gemma2", LORA, torch.bfloat16),
+    "general path": ("vaultgemma", LORA, torch.bfloat16),
     "dora": ("qwen2", {**LORA, "use_dora": True}, torch.bfloat16),
     "head trained": ("qwen2", {**LORA, "modules_to_save": ["lm_head"]}, torch.bfloat16),
     "adapters taken out of the weights": ("qwen2", {**LORA, "init_lora_weights": "pissa"}, torch.bfloat16),
@@ -64,7 +64,7 @@ def test_runs_are_the_same(kind: str, tmp_path: Path) -> None:
     [
         ({}, "qwen2", torch.bfloat16),
         ({"init_lora_weights": "pissa"}, "qwen2", torch.float32),
-        ({}, "gemma2", torch.float32),
+        ({}, "vaultgemma", torch.float32),
         ({"use_qlora": True, "quantization_bit": 8}, "qwen2", torch.float32),
     ],
 )

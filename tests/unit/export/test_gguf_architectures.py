@@ -32,6 +32,10 @@ LINEAR = {
     "head_dim": 64, "num_hidden_layers": 4,
 }  # fmt: skip
 GEMMA = {**HEADS, "query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 7}
+GEMMA2 = {
+    **GEMMA, "num_hidden_layers": 3, "tie_word_embeddings": True, "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 7.0,
+}  # fmt: skip
 YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16, "mscale": 1.0,
     "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
@@ -72,6 +76,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256, "max_position_embeddings": 512},
     ),
     "phi3 longrope, a long text": ("Phi3Config", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
+    "gemma2": ("Gemma2Config", GEMMA2),
     "gemma3": ("Gemma3TextConfig", GEMMA),
     "gemma3 linear": (
         "Gemma3TextConfig",
@@ -90,7 +95,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 48}),
 }  # fmt: skip
-READ_BY_TRANSFORMERS = ["qwen3_moe", "phi3", "gemma3"]
+READ_BY_TRANSFORMERS = ["qwen3_moe", "phi3", "gemma2", "gemma3"]
 IDS = list(range(3, 60))
 
 
@@ -219,6 +224,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "phi3.rope.scaling.attn_factor": float(np.float32(np.sqrt(1 + np.log(2) / np.log(256)))),
     },
     "phi3 tied, partial rotary": {"phi3.rope.dimension_count": 4, "phi3.context_length": 256},
+    "gemma2": {
+        "gemma2.attention.sliding_window": 8, "gemma2.attn_logit_softcapping": 5.0,
+        "gemma2.final_logit_softcapping": 7.0, "gemma2.attention.key_length": 16,
+    },
     "gemma3 linear": {
         "gemma3.attention.sliding_window": 8, "gemma3.attention.sliding_window_pattern": 6,
         "gemma3.rope.freq_base": 1e6, "gemma3.rope.freq_base_swa": 1e4,
@@ -277,6 +286,11 @@ def test_tensors_of_qwen3_5_are_those_that_llama_cpp_reads(tmp_path: Path) -> No
     [
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is false"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"model.layers.1.mlp.*_proj.weight has no place"),
+        ("gemma2", {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar is 256, not 16"),
+        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping is not set"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping is not set"),
+        ("gemma2", {"tie_word_embeddings": False}, "its head is not its embedding"),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, "do not alternate"),
         ("gemma3", {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar is 256, not 16"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("gemma3", {"layer_types": ["sliding_attention", *["full_attention"] * 6]}, "equal distances"),
