@@ -121,7 +121,6 @@ class Assembly:
 
     Attributes:
         library: the kernels in C, where they are used: for matrices, and for whole steps of the models they know.
-        no_library: why they are not, on a machine that they are for; empty otherwise.
     """
 
     def __init__(
@@ -141,7 +140,7 @@ class Assembly:
         self.dtype, self.device = hardware.dtype, hardware.device
         self.workspace = Workspace(self.device)
         found = "" if lazy else native_kernels(model, hardware)
-        self.library, self.no_library = (None, found) if isinstance(found, str) else (found, "")
+        self.library = None if isinstance(found, str) else found
         if weights.adapter:
             weights.adapter.check_names(weights.shapes)
 

@@ -89,8 +89,6 @@ def load_decoder(
                 # Dense weights keep their own 16 bits in C, or the upper 24 of what is merged in fp32.
                 kept = 16 if adapter is None and stored_dtype(folder).itemsize == 2 else 24
             check_memory(folder, hardware.dtype, kept, hardware.device)
-            if assembly.no_library:
-                say(f"Using PyTorch kernels (slower): {assembly.no_library}.")
             return assembly.decoder(slots)
     say(f"Using general kernels (slower): {reason}.")
     model = load_base(folder, hardware.dtype, bits, hardware.device, cache_dir)

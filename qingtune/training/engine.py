@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -98,8 +97,8 @@ def make_engine(
     if reason := why_general(model, hardware.device.type):
         say(f"Using general kernels (slower, more memory): {reason}.")
         return _general_engine(config, model, hardware, most_tokens)
-    if on_cpu and sys.platform == "linux" and isinstance(missing := elementwise_library(), str):
-        say(f"Using PyTorch for elementwise work (slower): {missing}.")
+    if on_cpu:
+        elementwise_library()  # compiled before the first step, not within it
     decoder = TrainingDecoder(
         model,
         hardware.dtype,

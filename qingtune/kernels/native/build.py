@@ -18,6 +18,7 @@ from pathlib import Path
 from qingtune.errors import UserError
 from qingtune.files.paths import default_cache
 from qingtune.machine.resources import cpu_flags, hidden_cpu_flags
+from qingtune.output.console import say
 
 FLAGS = ("-O3", "-march=native", "-std=c11", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("cc", "gcc", "clang")
@@ -25,13 +26,20 @@ HEADERS = Path(__file__).parent  # what kernels of other rooms include as well
 SECONDS = 120  # that a compiler may take
 # What kernels ask the compiler for, by Linux's name and by the compiler's.
 UNITS = {"avx512f": "avx512f", "avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16", "avx_vnni": "avxvnni"}
+# What PyTorch does where a file is not compiled; of others their name says it.
+WORK = {
+    "elementwise": "elementwise work", "nf4": "unpacking weights of 4 bits", "products": "products in fp32",
+    "delta": "gated delta nets", "delta_rule": "gated delta nets", "delta_step": "gated delta nets' new tokens",
+    "answer_step": "new tokens",
+}  # fmt: skip
 
 
 @functools.cache
 def compiled_library(
     source: Path, declare: Callable[[ctypes.CDLL], None], flags: tuple[str, ...] = ()
 ) -> ctypes.CDLL | str:
-    """The library that a file of C makes on this machine, compiled at the first call; or the reason why there is none.
+    """The library that a file of C makes on this machine, compiled at the first call; or the reason why there is none,
+    which is reported once.
 
     What was compiled is kept in the user's own cache folder, and loaded only if nobody else can write there or wrote
     the file: a cache shared with others must not be a way to run their code. Processes that compile at the same time
@@ -41,23 +49,28 @@ def compiled_library(
         declare: called once with the library, to say what its functions take and return.
         flags: for the compiler, after FLAGS.
     """
-    if os.environ.get("QINGTUNE_NATIVE") == "0":
-        return "QINGTUNE_NATIVE is 0"
-    try:
-        compiler = _compiler()
-    except ValueError as error:
-        return f"CC is not a valid command: {error}"
-    if compiler is None:
-        return "there is no C compiler (cc, gcc or clang)"
+    compiler = _compiler_or_reason()
+    if isinstance(compiler, str):  # the same for all files
+        _report("instead of kernels in C", compiler)
+        return compiler
     try:
         library = _loaded(compiler, source, (*FLAGS, *flags))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["no reason given"]
-        return f"{shlex.join(compiler)} failed: {lines[-1]}"
+        reason = f"{shlex.join(compiler)} failed: {lines[-1]}"
     except (OSError, UserError, subprocess.TimeoutExpired) as error:
-        return f"the compiled kernels cannot be used: {error}"
-    declare(library)
-    return library
+        reason = f"the compiled kernels cannot be used: {error}"
+    else:
+        declare(library)
+        return library
+    _report(f"for {WORK.get(source.stem, source.stem)}", reason)
+    return reason
+
+
+@functools.cache
+def _report(where: str, reason: str) -> None:
+    """Once in a process, though delta nets have several files, and options for the compiler vary."""
+    say(f"Using PyTorch {where} (slower): {reason}.")
 
 
 def flags_of_hidden_units() -> tuple[str, ...]:
@@ -66,13 +79,18 @@ def flags_of_hidden_units() -> tuple[str, ...]:
     return tuple(f"-mno-{option}" for name, option in UNITS.items() if name in hidden)
 
 
-def _compiler() -> list[str] | None:
-    """The user's own choice in CC, or the first one found; a ValueError where CC is no command line."""
-    chosen = shlex.split(os.environ.get("CC", ""))
+def _compiler_or_reason() -> list[str] | str:
+    """The user's own choice in CC, or the first one found; or why nothing is compiled."""
+    if os.environ.get("QINGTUNE_NATIVE") == "0":
+        return "QINGTUNE_NATIVE is 0"
+    try:
+        chosen = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        return f"CC is not a valid command: {error}"
     for words in (chosen, *([name] for name in COMPILERS)):
         if words and shutil.which(words[0]):
             return words
-    return None
+    return "there is no C compiler (cc, gcc or clang)"
 
 
 def _loaded(compiler: list[str], source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -308,12 +307,9 @@ def test_4_bits_need_no_kernels_of_pytorch(tmp_path: Path, monkeypatch: pytest.M
     assert reason == "this machine's PyTorch packs 4 bits in a layout not known here, and there is no C compiler"
 
 
-def test_without_a_compiler_pytorch_answers(
-    tmp_path: Path, reported: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_compiler_pytorch_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, folder = saved(tmp_path, "llama", None)
     wanted = opened(folder, None).start(IDS)
     monkeypatch.setattr(assembly, "native_library", lambda: "there is no C compiler")
     decoder = load_decoder(folder, None, None, BF16, None, 1)
-    assert reported() == ["Using PyTorch kernels (slower): there is no C compiler."]
     assert apart(decoder.start(IDS).float(), wanted.float()) < 0.02

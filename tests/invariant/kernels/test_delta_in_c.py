@@ -22,7 +22,9 @@ from qingtune.machine.resources import cpu_flags
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 HIDDEN = os.environ.get("QINGTUNE_NATIVE") == "0" or not {"avx2", "fma"} <= cpu_flags()
-pytestmark = pytest.mark.skipif(COMPILER is None or HIDDEN, reason="no C compiler, or a CPU without AVX2")
+pytestmark = pytest.mark.skipif(
+    COMPILER is None or HIDDEN, reason="no C compiler, QINGTUNE_NATIVE=0, or a CPU without AVX2"
+)
 
 
 def outputs(this: DeltaNet, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from tiny_runs import QLORA4, save_model, train
 
+from qingtune.answering.decoder.native import build as native_answers
+from qingtune.kernels.native import build, nf4
 from qingtune.kernels.native.build import compiled_library, flags_of_hidden_units
 from qingtune.machine.resources import cpu_flags
 
@@ -26,9 +29,12 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("QINGTUNE_NATIVE", raising=False)
     (tmp_path / "small.c").write_text(SMALL, encoding="utf-8")
-    compiled_library.cache_clear()
+    caches = compiled_library, build._report, nf4._library
+    for cached in caches:
+        cached.cache_clear()
     yield tmp_path / "cache" / "native"
-    compiled_library.cache_clear()  # what comes after is to find the real ones
+    for cached in caches:  # what comes after is to find the real ones
+        cached.cache_clear()
 
 
 def declare(library: ctypes.CDLL) -> None:
@@ -48,20 +54,42 @@ def substitute(folder: Path, script: str) -> str:
     return str(path)
 
 
-def test_no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_compiler(
+    source: Path, reported: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert compiled_library(source, declare) == "there is no C compiler (cc, gcc or clang)"
+    for file in (source, source.with_name("other.c")):
+        assert compiled_library(file, declare) == "there is no C compiler (cc, gcc or clang)"
+    line = "Using PyTorch instead of kernels in C (slower): there is no C compiler (cc, gcc or clang)."
+    assert reported() == [line]  # for all files at once
 
 
 def test_a_compiler_that_fails_leaves_nothing(
-    source: Path, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, fresh: Path, tmp_path: Path, reported: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = substitute(
         tmp_path, '[ "$1" = --version ] && echo 1 && exit 0\necho one >&2\necho "no such option" >&2\nexit 1'
     )
     monkeypatch.setenv("CC", compiler)
     assert compiled_library(source, declare) == f"{compiler} failed: no such option"
+    assert compiled_library(source, declare, ("-O0",)) == f"{compiler} failed: no such option"
     assert list(fresh.iterdir()) == []
+    assert reported() == [f"Using PyTorch for small (slower): {compiler} failed: no such option."]
+
+
+def test_training_says_what_is_slower_as_a_file_does_not_compile(
+    tmp_path: Path, data_file: Path, reported: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse = 'case "$*" in *nf4.c*) echo "nf4.c:1: wrong" >&2; exit 1;; esac\nexec cc "$@"'
+    monkeypatch.setenv("CC", substitute(tmp_path, refuse))
+    train(tmp_path / "output", save_model(tmp_path / "model"), data_file, max_steps=2, **QLORA4)
+    line = f"Using PyTorch for unpacking weights of 4 bits (slower): {tmp_path / 'compiler'} failed: nf4.c:1: wrong."
+    assert [one for one in reported() if "Using" in one] == [line]
+
+
+def test_no_work_is_named_that_has_no_file() -> None:
+    folders = build.HEADERS, native_answers.SOURCE.parent
+    assert set(build.WORK) <= {file.stem for folder in folders for file in folder.glob("*.c")}
 
 
 def test_what_was_compiled_is_no_library(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -111,19 +110,6 @@ def test_other_devices_than_cpu_and_cuda_take_the_general_kernels(reported: Call
     made = make_engine(config_of(), make_model("qwen2"), apple, TOKENS)
     assert not isinstance(getattr(made.add_gradients, "__self__", None), TrainingDecoder)
     assert reported()[0] == "Using general kernels (slower, more memory): the fast ones were not tested on mps."
-
-
-@pytest.mark.parametrize("missing", [True, False])
-def test_a_missing_compiler_is_a_reason_for_slower_work(
-    missing: bool, reported: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if sys.platform != "linux":
-        pytest.skip("nothing is compiled elsewhere")
-    found = "there is no C compiler (cc, gcc or clang)" if missing else object()
-    monkeypatch.setattr(engine, "elementwise_library", lambda: found)
-    make_engine(config_of(), make_model("qwen2"), CPU, TOKENS)
-    line = "Using PyTorch for elementwise work (slower): there is no C compiler (cc, gcc or clang)."
-    assert (line in reported()) is missing
 
 
 def test_dropout_of_adapters_is_not_full_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
