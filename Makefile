@@ -9,7 +9,7 @@ help:
 	@echo "make test   install what tests need, check and test everything"
 	@echo "make check  format, lint, types, import order, generated docs"
 	@echo "make docs   write the generated docs anew"
-	@echo "make bench  train beside TRL, LLaMA-Factory and ms-swift: two to three hours, several GB of environments"
+	@echo "make bench  train beside TRL, LLaMA-Factory and ms-swift: about two hours on 2 cores (after a round it says how long), several GB of environments"
 	@echo "make bench-inference  answer beside Transformers and llama.cpp: half an hour"
 	@echo "make faults break things for real and write docs/faults.md: half an hour"
 	@echo "make attacks attack the commands with strangers' files and settings: ten minutes"

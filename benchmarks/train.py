@@ -103,6 +103,7 @@ def compare(model: Path, arguments: argparse.Namespace, scratch: Path) -> None:
         if isinstance(python, str):
             _say(f"{name}: skipped, {python}")
     runs: list[Run] = []
+    started = time.perf_counter()
     for repeat in range(arguments.repeats):
         for system in arguments.systems:
             if isinstance(pythons.get(system), str):
@@ -126,6 +127,9 @@ def compare(model: Path, arguments: argparse.Namespace, scratch: Path) -> None:
             )
             if arguments.output:
                 _write(Path(arguments.output), model, runs, facts)
+        if more := arguments.repeats - repeat - 1:
+            round_minutes = (time.perf_counter() - started) / 60 / (repeat + 1)
+            _say(f"A round takes {round_minutes:.0f} min; {more} more, {more * round_minutes:.0f} min.")
     print(table(runs, work_of(model, RANK), facts), flush=True)
 
 
