@@ -255,7 +255,8 @@ def _train(run: _Run, model: PreTrainedModel, start: Start, plan: Report | None,
     """Train from where the run starts, evaluating before the first step too, so that the gain can be reported."""
     processes = run.processes
     taken = run.base.bytes_taken(run.config, model)
-    work, limits, progress = set_up(run.config, model, run.data, run.hardware, start, processes, taken)
+    size = run.base.result_bytes(run.config, model)
+    work, limits, progress = set_up(run.config, model, run.data, run.hardware, start, processes, size)
     if taken is not None:
         say(f"The result takes all that is not text from {run.folder}: keep it there until the run is finished.")
     evaluations: list[Evaluated] = []

@@ -14,6 +14,7 @@ from qingtune.output.invocation import command_line
 from qingtune.output.units import counted, duration
 from qingtune.planning.advice import Advice, advise
 from qingtune.planning.blueprint import Blueprint
+from qingtune.planning.disk import DiskPlan, plan_disk
 from qingtune.planning.planner import (
     CONTEXT_ON_GPU,
     LARGEST_BATCH_TRIED,
@@ -51,7 +52,7 @@ class MethodPlan:
     """One method: its memory, the longest sample and largest micro-batch that fit, and its speed if it is known.
 
     `least`: bytes at the peak with every layer recomputed. `recomputing`: whether length and batch fit only so.
-    `flops`: operations a token.
+    `flops`: operations a token. `disk`: what it writes.
     """
 
     memory: MemoryPlan
@@ -61,6 +62,7 @@ class MethodPlan:
     recomputing: bool
     flops: float
     speed: Estimate | None
+    disk: DiskPlan
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ def make_report(
         speed = estimate_speed(speeds, machine.name, machine.dtype, method, flops)
         longest, batch = planner.longest_that_fits(samples), planner.largest_batch_that_fits(samples)
         recomputing = planner.has_to_recompute(samples, batch, longest)
-        methods[method] = MethodPlan(memory, planner.least_for(samples), longest, batch, recomputing, flops, speed)
+        disk = _disk(planner, memory, samples)
+        least = planner.least_for(samples)
+        methods[method] = MethodPlan(memory, least, longest, batch, recomputing, flops, speed, disk)
     own, notices = Planner(blueprint, config, machine), [*blueprint.notices]
     if blueprint.experts and not blueprint.reaches_experts:
         notices.append(
@@ -131,6 +135,14 @@ def make_report(
             "This model is trained by the general kernels: its activations are an estimate, within a third or so."
         )
     return Report(name, blueprint, config, machine, samples, chosen, methods, advise(own, samples), notices)
+
+
+def _disk(planner: Planner, memory: MemoryPlan, samples: Samples) -> DiskPlan:
+    """A model is written as it was stored, adapters as they are trained."""
+    trained, blueprint = memory.parts["gradients"], planner.blueprint
+    result = blueprint.parameters * blueprint.stored_itemsize if planner.full else trained
+    checkpoint = trained + memory.parts["optimizer_states"]
+    return plan_disk(planner.config, result, checkpoint, samples.count, here=not planner.machine.supposed)
 
 
 # --- Text ------------------------------------------------------------------------------------------------------------
@@ -157,6 +169,7 @@ def as_lines(report: Report) -> list[str]:
         _verdict(report),
         _room(report),
         *_advice(report.advice),
+        _disk_line(report),
         _time(report),
     ]
     return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ") or [""]]
@@ -218,6 +231,23 @@ def _advice(advice: Sequence[Advice]) -> Iterator[str]:
         yield f"  {one.change} saves {_gb(one.saves)} GB ({one.price}{fitting})"
 
 
+def _disk_line(report: Report) -> str:
+    disk, each = report.own.disk, _gb(report.own.disk.checkpoint)
+    parts = f"Disk: the result {_gb(disk.result)} GB"
+    if disk.checkpoints is None:
+        parts += f", each checkpoint {each} GB"
+    elif disk.checkpoints:
+        parts += f", up to {counted(disk.checkpoints, 'checkpoint')} of {each} GB"
+    if disk.free is None:
+        return f"{parts}."
+    if disk.fits:
+        return f"{parts}; {_gb(disk.free)} GB are free."
+    change = "Choose another output_dir"
+    if disk.result <= disk.free:
+        change += ", or have save_total_limit remove old checkpoints"
+    return f"{parts}; that may not fit: {_gb(disk.free)} GB are free. {change}."
+
+
 def _time(report: Report) -> str:
     speed, samples = report.own.speed, report.samples
     if speed is None and report.machine.supposed:
@@ -247,6 +277,7 @@ def short_lines(report: Report) -> list[str]:
         lines.append(f"It may not fit: {_gb(free)} GB are free. {change[:1].upper()}{change[1:]}{'.' * bool(change)}")
     elif free is not None:
         lines.append(f"It fits: {_gb(free)} GB are free.")
+    lines.append(_disk_line(report))
     if report.own.speed is not None:
         lines.append(_time(report))
     return lines
@@ -291,6 +322,13 @@ def _method_json(report: Report, method: str) -> dict[str, Any]:
         "least_bytes": plan.least,
         "parts": plan.memory.parts,
         "fits": plan.memory.fits(report.machine),
+        "disk": {
+            "result_bytes": plan.disk.result,
+            "checkpoint_bytes": plan.disk.checkpoint,
+            "checkpoints": plan.disk.checkpoints,
+            "free_bytes": plan.disk.free,
+            "fits": plan.disk.fits,
+        },
         "trainable_parameters": plan.memory.trainable,
         "tokens_a_pass": plan.memory.tokens,
         "layers_recomputed": plan.memory.recompute,

@@ -53,6 +53,14 @@ class Base:
         takes = config.method == "full" and self.multimodal and holds_all_of(model, self.folder)
         return bytes_of_whole(self.folder) if takes else None
 
+    def result_bytes(self, config: TrainConfig, model: Any) -> int:
+        """Bytes of the result's weights: of adapters as they are trained, of a model as its base is stored."""
+        if (taken := self.bytes_taken(config, model)) is not None:
+            return taken
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        full = config.method == "full"
+        return sum(p.numel() * (self.dtype.itemsize if full else p.element_size()) for p in trained)
+
 
 def keep_run_without_base(base: Base, output_dir: Path, processes: Processes, work: Work, progress: Progress) -> None:
     """At the end of a run whose result takes from the base what is not text: if that is gone, save the last step.

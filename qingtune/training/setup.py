@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from qingtune.errors import UserError, is_out_of_memory
 from qingtune.kernels.device import Hardware, peak_bytes
 from qingtune.output.console import say
 from qingtune.output.units import counted
+from qingtune.planning.disk import free_on_disk, most_checkpoints
 from qingtune.runs.record import versions, without_secrets
 from qingtune.training.checkpoint import load_checkpoint, parse_state, prune, save_checkpoint
 from qingtune.training.engine import Engine, make_engine, trained_bytes
@@ -38,11 +38,11 @@ def set_up(
     hardware: Hardware,
     start: Start,
     processes: Processes,
-    result_bytes: int | None = None,
+    result_bytes: int,
 ) -> tuple[Work, Limits, Progress]:
     """What the loop works with, when things happen, and the progress of the run; reports its length.
 
-    result_bytes: of the result on disk; None where it is what is trained.
+    result_bytes: of the result on disk.
 
     Raises:
         UserError: in one of the processes there is no memory for the longest sample, or the checkpoint cannot be
@@ -140,16 +140,11 @@ def _make_work(
     return work, progress
 
 
-def _check_room(
-    config: TrainConfig, trained: Sequence[torch.nn.Parameter], limits: Limits, result_bytes: int | None
-) -> None:
+def _check_room(config: TrainConfig, trained: Sequence[torch.nn.Parameter], limits: Limits, result: int) -> None:
     """Look at the disk before hours of work."""
-    numbers, states = trained_bytes(config, trained)
-    result, checkpoint = numbers if result_bytes is None else result_bytes, numbers + states
-    count = limits.total_steps // limits.save_every if limits.save_every else 0
-    if config.save_total_limit:
-        count = min(count, config.save_total_limit + 2)  # the best one, and the next one before an old one goes
-    free = shutil.disk_usage(config.output_dir).free
+    checkpoint = sum(trained_bytes(config, trained))
+    count = most_checkpoints(config, limits.total_steps, limits.steps_per_epoch) or 0
+    free = free_on_disk(Path(config.output_dir))
     if free < result:
         raise UserError(
             f"the disk has {free / 1e9:.2f} GB left, and the result needs about {result / 1e9:.2f} GB",
@@ -158,8 +153,8 @@ def _check_room(
         )
     if free < result + count * checkpoint:
         say(
-            f"Warning: the disk has {free / 1e9:.2f} GB left; {count} checkpoints of about {checkpoint / 1e9:.2f} GB "
-            "and the result need more. save_total_limit removes old ones."
+            f"Warning: the disk has {free / 1e9:.2f} GB left; {counted(count, 'checkpoint')} of about "
+            f"{checkpoint / 1e9:.2f} GB and the result need more. save_total_limit removes old ones."
         )
 
 

@@ -407,7 +407,7 @@ def test_the_report_fits_a_terminal_and_says_whether_it_fits(free: int | None) -
             assert ("Time: unknown" in text) == (not speeds)
             marked = [line for line in lines if line.startswith("> ")]
             assert [line.split()[1] for line in marked] == ["LoRA"]
-            assert len(short_lines(report)) <= 3
+            assert len(short_lines(report)) <= 4
 
 
 def test_the_json_is_whole() -> None:
