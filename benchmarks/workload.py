@@ -93,6 +93,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    # Its published shape, with 16 of 128 experts and 32,768 of 151,936 tokens.
+    "qwen3-30b-a3b": (
+        "qwen3_moe",
+        {
+            "vocab_size": 32768, "hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+            "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 16,
+            "num_experts_per_tok": 8, "norm_topk_prob": True, "rope_theta": 1e6,
+        },
+    ),
     # Of an architecture without kernels of ours; its published shape, with 8 of 16 layers.
     "olmo-2-1b": (
         "olmo2",
