@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qingtune.kernels.native import products
+from qingtune.kernels.native import few_rows, products
 from qingtune.kernels.native.elementwise import native
 
 
@@ -68,20 +68,25 @@ class Workspace:
             out: [T, N], overwritten, or added to if `add` says so.
             bias: [N], without `add` only.
         """
-        if products.fits(x, weight, out):
-            if bias is not None:
-                out.copy_(bias)
-            products.multiply(x, weight, out, add=add or bias is not None)
-            return
-        across = not weight.is_contiguous()  # converted as it lies in memory
-        same = self.cast("weight", weight.t() if across else weight, x.dtype)
-        same = same.t() if across else same
+        same = weight if products.fits(x, weight, out) else self._like(x, weight)
+        for kernels in (products, few_rows):
+            if kernels.fits(x, same, out):
+                if bias is not None:
+                    out.copy_(bias)
+                kernels.multiply(x, same, out, add=add or bias is not None)
+                return
         if add:
             out.addmm_(x, same)
         elif bias is not None:
             torch.addmm(bias.to(x.dtype), x, same, out=out)
         else:
             torch.mm(x, same, out=out)
+
+    def _like(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """A weight, [K, N], in x's dtype, converted as it lies in memory."""
+        if weight.is_contiguous():
+            return self.cast("weight", weight, x.dtype)
+        return self.cast("weight", weight.t(), x.dtype).t()
 
     def product(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """left @ right, [m, n], in a dtype, until the next one."""
