@@ -17,6 +17,19 @@ LINEAR = (nn.Linear, Conv1D, QuantizedLinear)
 MIXTURES = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text"})
 # Those of which nothing but the experts has other names in files than in the model.
 JOINED = MIXTURES - {"mixtral"}
+BALANCE = (
+    "config.json asks for the load-balancing loss of the experts' router (output_router_logits), which is not added "
+    "here: the loss is that of the tokens alone."
+)
+
+
+def wants_balance(config: Any) -> bool:
+    """Whether a model's configuration, or what it says of the text, adds a load-balancing loss to Transformers' own."""
+    text = config.get_text_config(decoder=True)
+    return any(
+        getattr(part, "output_router_logits", False) and getattr(part, "router_aux_loss_coef", 0.0)
+        for part in (config, text)
+    )
 
 
 def linear_layers(model: Any) -> dict[str, nn.Module]:

@@ -27,7 +27,7 @@ from qingtune.kernels.linear import QuantizedLinear
 from qingtune.machine.resources import Machine
 from qingtune.models.config_file import CONFIG, check_config, read_model_config
 from qingtune.models.gguf_header import config_of_gguf
-from qingtune.models.layers import JOINED, expert_modules
+from qingtune.models.layers import BALANCE, JOINED, expert_modules, wants_balance
 from qingtune.models.load import check_architecture, make_config, model_on_meta
 from qingtune.models.multimodal import FAMILIES
 from qingtune.models.quantize import quantize_model
@@ -141,6 +141,8 @@ class Blueprint:
         self.renamed = not plain
         if type(model.config) is not type(config):
             self.notices += (ONLY_TEXT,)
+        if wants_balance(config):
+            self.notices += (BALANCE,)
 
     def _model(self, dtype: torch.dtype | None) -> PreTrainedModel:
         return model_on_meta(copy.deepcopy(self._config), dtype, self._where)  # models change their configuration

@@ -23,6 +23,7 @@ from qingtune.kernels.footprint import (
 )
 from qingtune.kernels.loss import summed_loss
 from qingtune.kernels.native.elementwise import elementwise_library
+from qingtune.models.layers import BALANCE, wants_balance
 from qingtune.output.console import say
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def make_engine(
     """
     on_cpu = hardware.device.type == "cpu"
     most_tokens = TOKENS_PER_PASS_ON_CPU if on_cpu else ALL
+    if wants_balance(model.config):
+        say(BALANCE)
     if reason := why_general(model, hardware.device.type):
         say(f"Using general kernels (slower, more memory): {reason}.")
         return _general_engine(config, model, hardware, most_tokens)

@@ -17,6 +17,7 @@ from qingtune.config.training import TrainConfig
 from qingtune.errors import UserError
 from qingtune.kernels.linear import QuantizedLinear, quantized_class
 from qingtune.machine.resources import Machine
+from qingtune.models.layers import BALANCE
 from qingtune.models.multimodal import FAMILIES
 from qingtune.models.quantize import quantize_model
 from qingtune.planning.blueprint import Blueprint, make_blueprint
@@ -247,3 +248,16 @@ def test_experts_are_counted_apart() -> None:
     dense: Blueprint = make_blueprint({"model_type": "qwen3", **BASE}, WHERE)
     assert (dense.experts, dense.renamed) == (0, False)
     assert not make_blueprint({"model_type": "qwen3_5_text", **BASE, **DELTA}, WHERE).renamed  # only in what they begin
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"output_router_logits": True}, True),
+        ({}, False),
+        ({"output_router_logits": True, "router_aux_loss_coef": 0.0}, False),
+    ],
+)
+def test_a_load_balancing_loss_that_is_not_trained_is_named(settings: dict[str, Any], named: bool) -> None:
+    content = {"model_type": "qwen3_moe", **BASE, **KINDS["qwen3_moe"], **settings}
+    assert make_blueprint(content, WHERE).notices == ((BALANCE,) if named else ())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, reporting
+from mixtures import make_mixture
 
 from qingtune.adapters.lora import add_lora, member
 from qingtune.adapters.variants import Variant
@@ -20,6 +21,7 @@ from qingtune.kernels.decoder import TrainingDecoder, why_not
 from qingtune.kernels.device import Hardware
 from qingtune.kernels.end_to_end import why_samples_would_mix
 from qingtune.kernels.native import elementwise as in_c
+from qingtune.models.layers import BALANCE
 from qingtune.training import engine
 from qingtune.training.engine import make_engine
 
@@ -49,6 +51,12 @@ def test_each_reason_for_general_kernels_is_told(
     made = make_engine(config_of(), model, CPU, TOKENS)
     assert reported()[0] == f"Using general kernels (slower, more memory): {reason}."
     assert not isinstance(getattr(made.add_gradients, "__self__", None), TrainingDecoder)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_load_balancing_loss_that_is_not_trained_is_named(asked: bool, reported: Callable[[], list[str]]) -> None:
+    make_engine(config_of(), make_mixture(output_router_logits=asked), CPU, TOKENS)
+    assert (BALANCE in reported()) is asked
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
