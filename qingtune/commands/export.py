@@ -25,7 +25,16 @@ from qingtune.export.gguf_architectures import Value
 from qingtune.export.gguf_file import K_QUANTS, GGUFPlan, check_gguf, write_gguf
 from qingtune.export.gguf_layout import GGUFLayout, Read, layout_of
 from qingtune.export.gguf_lora import LORA_FORMS, lora_layout
-from qingtune.export.gguf_vocab import MOST_ENDS, Ending, cuts_by_capitals, normalizes, spares_a_space, vocabulary_of
+from qingtune.export.gguf_vocab import (
+    MOST_ENDS,
+    Ending,
+    cuts_by_capitals,
+    name_in_file,
+    normalizes,
+    spares_a_space,
+    swallows_spaces,
+    vocabulary_of,
+)
 from qingtune.export.kquants import quantize_gguf, require_quantizer
 from qingtune.export.model_card import CARD, ExportedFile, Origin, shown_name, write_card
 from qingtune.export.modelfile import GO_PLAIN, TemplateNotExpressible, find_turns, left_out, modelfile
@@ -223,7 +232,8 @@ def _check_names(adapter: StoredAdapter, layout: GGUFLayout) -> None:
 def _metadata(name: str, layout: GGUFLayout, speech: Speech) -> dict[str, Value]:
     """The content of a file except tensors and its type."""
     tokenizer = speech.template.tokenizer
-    metadata: dict[str, Value] = {"general.type": "model", "general.name": name, **layout.metadata}
+    shown_as = name_in_file(tokenizer, name)
+    metadata: dict[str, Value] = {"general.type": "model", "general.name": shown_as, **layout.metadata}
     metadata |= vocabulary_of(tokenizer, layout.embeddings, speech.ending)
     if not speech.plain:
         metadata["tokenizer.chat_template"] = tokenizer.get_chat_template()
@@ -328,6 +338,11 @@ def _limits(base: Path, speech: Speech, quantize: Sequence[str]) -> list[str]:
         )
     if spares_a_space(speech.template.tokenizer):
         limits.append("A text that begins with a space, also after a special token, gets a second one in llama.cpp.")
+    if swallows_spaces(speech.template.tokenizer):
+        limits.append(
+            "Special tokens swallow the spaces after them: in llama.cpp ASCII's alone, with this tokenizer all others "
+            "too, such as U+3000. llama.cpp does so if the name in the file (general.name) holds Phi-3: leave it there."
+        )
     if len(speech.ending.others) > MOST_ENDS - 1:
         limits.append(f"GGUF holds {MOST_ENDS} ids that end an answer, this model has {len(speech.ending.others) + 1}.")
     return limits

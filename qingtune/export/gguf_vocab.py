@@ -54,6 +54,10 @@ _PREFIX = {"type": "Prepend", "prepend": "▁"}
 _NO_CUT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
 _WAYS = [([_PREFIX, _SPACES], None), ([_SPACES], None), ([_SPACES], _NO_CUT), ([], _METASPACE)]
+# Where a file's name holds one of these, llama.cpp has the added tokens swallow the spaces after them, but for three.
+_PHI3 = re.compile("phi-?3", re.IGNORECASE)
+_PHI3_KEEPS = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+_PHI3_NEEDS = _PHI3_KEEPS | {"</s>"}  # without which it does not open such a file
 MOST_ENDS = 3  # ids that end an answer: eos, eot, eom
 
 
@@ -118,6 +122,26 @@ def spares_a_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     return _content(tokenizer)["pre_tokenizer"] == _METASPACE
 
 
+def swallows_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether special tokens swallow spaces after them, of which llama.cpp takes ASCII's alone."""
+    return _is_phi3(_content(tokenizer))
+
+
+def name_in_file(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """A model's name so that llama.cpp, which has rules for the name Phi-3, takes the tokenizer as it is."""
+    if not _is_phi3(_content(tokenizer)):
+        return _PHI3.sub("phi 3", name)
+    return name if _PHI3.search(name) else f"{name} (Phi-3)"
+
+
+def _is_phi3(content: dict[str, Any]) -> bool:
+    """Whether added tokens swallow spaces after them just as llama.cpp has it of Phi-3."""
+    swallowing = {token["content"]: token["rstrip"] for token in content["added_tokens"]}
+    return swallowing.keys() >= _PHI3_NEEDS and all(
+        swallows != (text in _PHI3_KEEPS) for text, swallows in swallowing.items()
+    )
+
+
 def _is_sentencepiece(content: dict[str, Any]) -> bool:
     """Whether a tokenizer.json is SentencePiece's BPE, in which letters it does not know become bytes."""
     return content["model"]["type"] == "BPE" and bool(content["model"].get("byte_fallback"))
@@ -139,7 +163,7 @@ def _content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         f"{name} of {token['content']}"
         for token in content["added_tokens"]
         for name in ("single_word", "lstrip", "rstrip")
-        if token[name]
+        if token[name] and not (name == "rstrip" and _is_phi3(content))
     ]
     if odd:
         raise _refusal(f"llama.cpp has no {', '.join(odd[:3])}")

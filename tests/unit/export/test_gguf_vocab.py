@@ -21,7 +21,15 @@ from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX a
 from qingtune.commands.export import export
 from qingtune.config.commands import ExportConfig
 from qingtune.errors import UserError
-from qingtune.export.gguf_vocab import Ending, cuts_by_capitals, normalizes, spares_a_space, vocabulary_of
+from qingtune.export.gguf_vocab import (
+    Ending,
+    cuts_by_capitals,
+    name_in_file,
+    normalizes,
+    spares_a_space,
+    swallows_spaces,
+    vocabulary_of,
+)
 from qingtune.models.find import find_model
 from qingtune.models.load import load_tokenizer, local_folder
 
@@ -194,6 +202,43 @@ def test_tokens_that_swallow_spaces_are_refused(flag: str) -> None:
 
 # --- SentencePiece's BPE ---------------------------------------------------------------------------------------------
 
+PHI3 = ["<|user|>", "<|end|>", "<|assistant|>"]
+
+
+def phi3(change: Callable[[list[AddedToken]], None] = lambda _: None) -> Any:
+    """As Phi-3-mini's: added tokens swallow the spaces after them, but for three."""
+    tokenizer = pieces(normalizer=PREPEND)
+    added = [AddedToken("</s>", rstrip=True, normalized=False), AddedToken("<|endoftext|>", special=True)]
+    added += [AddedToken(text, rstrip=True, special=True) for text in PHI3]
+    added += [AddedToken("<tool>", rstrip=True, normalized=False)]
+    change(added)
+    tokenizer.backend_tokenizer.add_tokens(added)
+    return tokenizer
+
+
+def test_llama_cpp_is_given_the_name_by_which_it_knows_phi3() -> None:
+    assert swallows_spaces(phi3())
+    assert vocabulary_of(phi3(), len(phi3()), Ending(2, [], 1, add_bos=True))
+    for name, wanted in (("shop", "shop (Phi-3)"), ("my-Phi-3.5", "my-Phi-3.5"), ("phi3", "phi3")):
+        assert name_in_file(phi3(), name) == wanted
+    plain = pieces(normalizer=PREPEND)
+    assert not swallows_spaces(plain)
+    for name, wanted in (("shop", "shop"), ("not-Phi-3", "not-phi 3"), ("PHI3-phi-3", "phi 3-phi 3")):
+        assert name_in_file(plain, name) == wanted
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda added: added.pop(1),  # without <|endoftext|>, llama.cpp does not open the file
+        lambda added: added.append(AddedToken("<|other|>", special=True)),  # which llama.cpp would have swallow
+    ],
+)
+def test_other_tokens_that_swallow_spaces_are_refused_still(change: Callable[[list[AddedToken]], None]) -> None:
+    with pytest.raises(UserError, match=r"llama\.cpp has no rstrip of"):
+        vocabulary_of(phi3(change), 500, Ending(2, [], 1, add_bos=True))
+
+
 PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 METASPACE = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=False)
 WAYS: dict[str, dict[str, Any]] = {
@@ -308,15 +353,16 @@ def test_pieces_that_llama_cpp_would_put_together_otherwise_are_refused(
         vocabulary_of(made, len(made) + 1, Ending(2, [], 1, add_bos=True))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "Phi-3"])
 def test_llama_cpp_finds_the_same_tokens(way: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    tokenizer = pieces(**WAYS[way])
+    tokenizer = phi3() if way == "Phi-3" else pieces(**WAYS[way])
     model = make_model("llama", vocab_size=len(tokenizer))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     export(ExportConfig(base_model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), quantize=["f32"]))
     theirs = llama_cpp.Llama(str(tmp_path / "out" / "out-f32.gguf"), vocab_only=True, verbose=False)
-    for text in [*TEXTS, "two  spaces 🥖\n\n", "<s>a b</s>c <tool>d", "x"]:
+    swallowed = ["<s> a<|user|>\n  b <|end|>\n<|assistant|> \t c</s> d", "<|user|>  ", "<tool> <|end|> <|endoftext|> x"]
+    for text in [*TEXTS, "two  spaces 🥖\n\n", "<s>a b</s>c <tool>d", "x", *swallowed * (way == "Phi-3")]:
         found = theirs.tokenize(text.encode(), add_bos=False, special=True)
         assert found == tokenizer(text, add_special_tokens=False)["input_ids"], text
