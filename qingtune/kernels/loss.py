@@ -95,14 +95,7 @@ def chunked_head_loss(
                 logits[:, a:b].copy_(workspace.product(rows, part.t(), hidden.dtype))
         else:
             workspace.multiply(rows, weight.t(), logits)
-        slopes = (
-            None
-            if cap is None
-            else cap_in_place(logits, cap, workspace.take("head.slopes", logits.shape, logits.dtype))
-        )
-        loss += _softmax_minus_one_hot(logits, targets[start:end], scale, workspace)
-        if slopes is not None:
-            logits.mul_(slopes)
+        loss += _loss_and_gradient(logits, targets[start:end], scale, cap, workspace)
         if grad_hidden is not None and converts:
             total = torch.zeros(rows.shape, dtype=wide, device=rows.device)
             for a, b in tiles:
@@ -119,6 +112,18 @@ def chunked_head_loss(
 
 def _tiles(count: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, count)) for start in range(0, count, max(size, 1))]
+
+
+def _loss_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | None, cap: float | None, workspace: Workspace
+) -> torch.Tensor:
+    """Put the scaled gradient in the place of the logits, [n, V], before they are capped; returns the summed loss."""
+    if cap is None:
+        return _softmax_minus_one_hot(logits, targets, scale, workspace)
+    slopes = cap_in_place(logits, cap, workspace.take("head.slopes", logits.shape, logits.dtype))
+    loss = _softmax_minus_one_hot(logits, targets, scale, workspace)
+    logits.mul_(slopes)
+    return loss
 
 
 def _softmax_minus_one_hot(
