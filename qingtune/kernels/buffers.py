@@ -11,7 +11,7 @@ w = max(4, b) bytes of the one that sums are held in.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +37,7 @@ class Arithmetic:
         trains_weights: whether the linear layers are trained themselves; likewise trains_head.
         reads_stored: whether weights of another dtype than activations' are multiplied without a copy of them.
         int8_units: whether int8 weights are multiplied as such.
+        int8_room: rows and the numbers of each -> bytes of room for a product in C; None where PyTorch multiplies.
         dora: whether adapters have magnitudes.
         dropout: whether adapters' inputs are dropped.
         recompute: layers of which nothing but the input is kept.
@@ -51,6 +52,7 @@ class Arithmetic:
     trains_head: bool = False
     reads_stored: bool = False
     int8_units: bool = False
+    int8_room: Callable[[int, int], int] | None = None
     dora: bool = False
     dropout: bool = False
     recompute: int = 0
@@ -297,8 +299,12 @@ def product_buffers(group: GroupSizes, rows: int, tally: Tally) -> None:
         tally.backward(rows, "projection.grad.scales", itemsize=4)
         tally.forward(min(INT8_TILE, rows) * reads, "int8.tile", itemsize=4)
         tally.backward(min(INT8_TILE, rows) * out, "int8.tile", itemsize=4)
-        tally.forward(rows * out, "int8.sums", "int8.wide", itemsize=4)
-        tally.backward(rows * reads, "int8.sums", "int8.wide", itemsize=4)
+        if how.int8_room:
+            tally.forward(how.int8_room(rows, reads), "int8.room", itemsize=1)
+            tally.backward(how.int8_room(rows, out), "int8.room", itemsize=1)
+        else:
+            tally.forward(rows * out, "int8.sums", "int8.wide", itemsize=4)
+            tally.backward(rows * reads, "int8.sums", "int8.wide", itemsize=4)
     if how.dora and sum(ranks):
         if how.weight_itemsize != how.wide:
             tally.forward(reads * out, "weight", itemsize=how.wide)

@@ -34,6 +34,7 @@ from qingtune.kernels.layout import Layout, fill_up, lay_out
 from qingtune.kernels.linear import Int8Linear, QuantizedLinear
 from qingtune.kernels.loss import chunked_head_loss
 from qingtune.kernels.mlp_block import MLPBlock
+from qingtune.kernels.native import int8_products
 from qingtune.kernels.native.products import reads_as_stored
 from qingtune.kernels.projection import Member, Projection, gradient
 from qingtune.kernels.workspace import Workspace
@@ -135,6 +136,7 @@ class TrainingDecoder:
         """What the sizes of its buffers depend on in addition to `sizes`."""
         members = self.members
         quantized = any(isinstance(m.base, QuantizedLinear) for m in members)
+        in_int8 = self.int8_units and any(isinstance(m.base, Int8Linear) for m in members)
         return Arithmetic(
             itemsize=self.dtype.itemsize,
             weight_itemsize=None if quantized else self.embedding.dtype.itemsize,
@@ -142,7 +144,8 @@ class TrainingDecoder:
             trains_weights=not quantized and any(m.base.weight.requires_grad for m in members),
             trains_head=self.head.requires_grad,
             reads_stored=reads_as_stored(self.dtype, self.embedding.device),
-            int8_units=self.int8_units and any(isinstance(m.base, Int8Linear) for m in members),
+            int8_units=in_int8,
+            int8_room=int8_products.room_bytes if in_int8 and int8_products.in_c() else None,
             dora=any(m.magnitude is not None for m in members),
             dropout=self.dropout > 0,
             recompute=self.recompute,

@@ -60,7 +60,7 @@ def find_machine(bf16: bool | None = None, fp16: bool | None = None) -> Machine:
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return Machine("mps", "Apple GPU", 4 if wide else 2, free_ram_bytes(), ram)
     itemsize = 2 if cpu_has_bf16() and bf16 is not False else 4
-    return Machine("cpu", cpu_name(), itemsize, free_ram_bytes(), ram, free_ram_bytes(swap=True), cpu_has_int8_units())
+    return Machine("cpu", cpu_name(), itemsize, free_ram_bytes(), ram, free_ram_bytes(swap=True), cpu_multiplies_int8())
 
 
 def supposed_gpu(memory_gib: float) -> Machine:
@@ -137,6 +137,14 @@ def cpu_has_bf16() -> bool:
 def cpu_has_int8_units() -> bool:
     """Whether torch multiplies int8 matrices on this CPU at a multiple of the rate of 16-bit ones."""
     return _is_x86() and bool(cpu_flags() & {"avx512_vnni", "amx_int8"})
+
+
+def cpu_multiplies_int8() -> bool:
+    """Whether training multiplies int8 weights as such on this CPU: by its int8 units, or in C where it has AVX2 alone.
+
+    With AVX-512 but without VNNI, products in fp32 are as fast.
+    """
+    return cpu_has_int8_units() or (_is_x86() and "avx2" in cpu_flags() and "avx512f" not in cpu_flags())
 
 
 def _is_x86() -> bool:

@@ -15,7 +15,7 @@ from qingtune.data.tokenize import Sample
 from qingtune.kernels.device import Hardware, free_bytes
 from qingtune.kernels.footprint import PassTokens
 from qingtune.kernels.layout import fill_up, lay_out
-from qingtune.machine.resources import Machine, cpu_has_int8_units, cpu_name, free_ram_bytes
+from qingtune.machine.resources import Machine, cpu_multiplies_int8, cpu_name, free_ram_bytes
 from qingtune.models.find import cache_folder
 from qingtune.output.console import say
 from qingtune.planning.blueprint import read_blueprint
@@ -53,7 +53,7 @@ def machine_of(hardware: Hardware) -> Machine:
         taken = psutil.Process().memory_info().rss
         swap = free_ram_bytes(swap=True) + taken
         total = psutil.virtual_memory().total
-        return Machine("cpu", cpu_name(), itemsize, (free or 0) + taken, total, swap, cpu_has_int8_units())
+        return Machine("cpu", cpu_name(), itemsize, (free or 0) + taken, total, swap, cpu_multiplies_int8())
     name = hardware.reason.partition(",")[0].removeprefix("GPU ")
     return Machine(kind, name, itemsize, free, None)
 

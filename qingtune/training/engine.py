@@ -13,7 +13,7 @@ from qingtune.config.training import TrainConfig
 from qingtune.data.batch import Batch
 from qingtune.errors import UserError
 from qingtune.kernels.decoder import TrainingDecoder
-from qingtune.kernels.device import Hardware, free_bytes, has_int8_units
+from qingtune.kernels.device import Hardware, free_bytes
 from qingtune.kernels.end_to_end import try_ways
 from qingtune.kernels.footprint import (
     BUFFERS_OF_FREE,
@@ -21,6 +21,7 @@ from qingtune.kernels.footprint import (
     layers_to_recompute,
     optimizer_bytes,
 )
+from qingtune.kernels.int8 import multiplies_int8
 from qingtune.kernels.loss import summed_loss
 from qingtune.kernels.native.elementwise import elementwise_library
 from qingtune.models.layers import BALANCE, wants_balance
@@ -107,7 +108,7 @@ def make_engine(
         hardware.dtype,
         member,
         dropout=0.0 if config.method == "full" else config.lora_dropout,
-        int8_units=has_int8_units(hardware.device),
+        int8_units=config.quantization_bit == 8 and multiplies_int8(hardware.device),
     )
     sizes = config.per_device_train_batch_size, config.per_device_eval_batch_size
     tokens, evaluated = (max(longest, most_tokens) if on_cpu else longest * size for size in sizes)

@@ -32,8 +32,8 @@ from qingtune.adapters.lora import member
 from qingtune.data.batch import Batch, collate
 from qingtune.kernels.attention_block import AttentionBlock
 from qingtune.kernels.decoder import TrainingDecoder
+from qingtune.kernels.int8 import multiplies_int8
 from qingtune.kernels.mlp_block import MLPBlock
-from qingtune.machine.resources import cpu_has_int8_units
 
 # Relative, on loss and gradients. Transformers takes norms and rotary tables in fp32 even in an fp64 model.
 # Measured: 3e-7 and 9e-6 in fp32, 2e-7 and 3e-6 in fp64.
@@ -122,7 +122,7 @@ def test_quantised_bases_are_their_dequantised_weights(bits: int, kind: str) -> 
                 assert_same(model, batch, name, recompute=number % 3, int8_units=bits == 4)  # of no account at 4 bits
 
 
-@pytest.mark.skipif(not cpu_has_int8_units(), reason="torch's int8 products saturate on a CPU without int8 units")
+@pytest.mark.skipif(not multiplies_int8(torch.device("cpu")), reason="there are no int8 products that are right")
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama biases linear"])
 def test_int8_units_are_near_the_dequantised_weights(kind: str) -> None:
     model = make_decodable(kind, bits=8)

@@ -19,7 +19,7 @@ from qingtune.kernels.footprint import PassTokens
 from qingtune.kernels.native import delta as delta_in_c
 from qingtune.kernels.native import delta_rule as delta_rule_in_c
 from qingtune.kernels.native import elementwise as in_c
-from qingtune.kernels.native import products
+from qingtune.kernels.native import int8_products, products
 
 LENGTH, SAMPLES = 40, 2
 LONGER = 136  # the sample that is evaluated
@@ -64,6 +64,7 @@ def test_every_buffer_has_its_planned_size(
         monkeypatch.setattr(in_c, "elementwise", lambda: None)
         monkeypatch.setattr(delta_in_c, "compiled", lambda: None)
         monkeypatch.setattr(delta_rule_in_c, "compiled", lambda: None)
+        monkeypatch.setattr(int8_products, "_library", lambda: None)
     trained, bits, dropout = METHODS[method]
     for dtype, recompute, evaluates in itertools.product((torch.float32, torch.bfloat16), (0, 1, 2), (False, True)):
         model: Any = make_decodable(kind, trained, bits=bits)
@@ -86,6 +87,7 @@ def test_every_buffer_has_its_planned_size(
             trains_head=trained == "full",
             reads_stored=products.reads_as_stored(dtype, torch.device("cpu")),
             int8_units=bits == 8,
+            int8_room=int8_products.room_bytes if int8_products.in_c() else None,
             dora=trained == "dora",
             dropout=dropout > 0,
             recompute=recompute,

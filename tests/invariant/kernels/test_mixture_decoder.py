@@ -19,8 +19,9 @@ from qingtune.kernels.decoder import TrainingDecoder, why_not
 from qingtune.kernels.experts.block import ExpertsBlock
 from qingtune.kernels.experts.buffers import filled_up
 from qingtune.kernels.footprint import PassTokens
+from qingtune.kernels.int8 import multiplies_int8
 from qingtune.kernels.native import elementwise as in_c
-from qingtune.machine.resources import cpu_has_int8_units
+from qingtune.kernels.native import int8_products
 from qingtune.models.quantize import quantize_model
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -79,7 +80,7 @@ def test_quantised_experts_are_those_of_transformers_modules(bits: int) -> None:
         assert_same(model, batch, number % 3)
 
 
-@pytest.mark.skipif(not cpu_has_int8_units(), reason="torch's int8 products saturate on a CPU without int8 units")
+@pytest.mark.skipif(not multiplies_int8(torch.device("cpu")), reason="there are no int8 products that are right")
 def test_int8_units_are_near_the_dequantised_weights() -> None:
     """Tokens whose experts change by the rounding make more of a difference than in a dense model: all are chosen."""
     model = make_decodable("qwen3 moe", bits=8, num_experts_per_tok=6)
@@ -133,6 +134,7 @@ def test_there_are_few_numbers_of_rows(rows: int, wanted: int) -> None:
 @pytest.mark.parametrize("name", ["qwen3 moe", "a dense layer"])
 def test_every_buffer_has_its_planned_size(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_c, "elementwise", lambda: None)
+    monkeypatch.setattr(int8_products, "_library", lambda: None)
     trained, bits = ("lora", int(method[-1])) if method.startswith("qlora") else (method, None)
     for dtype, recompute, evaluates in itertools.product((torch.float32, torch.bfloat16), (0, 1, 2), (False, True)):
         model = make_decodable(name, trained, bits=bits, moe_intermediate_size=16)

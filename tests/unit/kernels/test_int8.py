@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,11 +11,33 @@ from hypothesis import strategies as st
 
 from qingtune.kernels.device import has_int8_units
 from qingtune.kernels.int8 import TILE, int8_product, quantize_rows
+from qingtune.kernels.native import int8_products
 from qingtune.kernels.workspace import Workspace
 
 CPU = torch.device("cpu")
-# PyTorch multiplies int8 rightly only where the CPU has units for it; nothing of ours asks it to elsewhere.
-needs_int8_units = pytest.mark.skipif(not has_int8_units(CPU), reason="needs int8 units")
+# Who multiplies. PyTorch does it rightly only where the CPU has units for it; nothing of ours asks it to elsewhere.
+in_each_way = pytest.mark.parametrize(
+    "in_c",
+    [
+        pytest.param(True, id="C", marks=pytest.mark.skipif(not int8_products.in_c(), reason="needs AVX2, no AMX")),
+        pytest.param(False, id="PyTorch", marks=pytest.mark.skipif(not has_int8_units(CPU), reason="needs int8 units")),
+    ],
+)
+
+
+def multiplied(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    columns: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    in_c: bool,
+    add: bool,
+) -> None:
+    """int8_product, in C or by PyTorch."""
+    with patch.object(int8_products, "fits", lambda *_: in_c):
+        int8_product(packed, scales, weight, columns, out, Workspace(CPU), add=add)
 
 
 def quantized(x: torch.Tensor, columns: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +96,7 @@ def test_values_near_the_smallest_number_do_not_blow_up(tiny: float) -> None:
     assert (packed * scales.double() - tiny).abs().max() <= 1.2e-38
 
 
-@needs_int8_units
+@in_each_way
 @settings(max_examples=30, deadline=None)
 @given(
     shape=st.tuples(st.integers(0, 40), st.integers(2, 200), st.integers(1, 40)),
@@ -81,7 +105,7 @@ def test_values_near_the_smallest_number_do_not_blow_up(tiny: float) -> None:
     transposed=st.booleans(),
 )
 def test_a_product_is_that_of_the_integers(
-    shape: tuple[int, int, int], columns: bool, add: bool, transposed: bool
+    shape: tuple[int, int, int], columns: bool, add: bool, transposed: bool, in_c: bool
 ) -> None:
     torch.manual_seed(sum(shape))
     t, k, n = shape
@@ -89,33 +113,33 @@ def test_a_product_is_that_of_the_integers(
     weight = random_int8(n, k).t() if transposed else random_int8(k, n)
     before = torch.randn(t, n)
     out = before.clone() if add else torch.full((t, n), torch.nan)
-    int8_product(packed, scales, weight, factors, out, Workspace(CPU), add=add)
+    multiplied(packed, scales, weight, factors, out, in_c=in_c, add=add)
     sums = packed.double() @ weight.double()
     product = sums * scales.double() * (1 if factors is None else factors.double())
     wanted = product + before.double() if add else product
     torch.testing.assert_close(out.double(), wanted, rtol=1e-6, atol=1e-6)
     if factors is None and not add:  # below 2^24 the sums are whole numbers of fp32
         exact = torch.empty(t, n)
-        int8_product(packed, torch.ones(t, 1), weight, None, exact, Workspace(CPU), add=False)
+        multiplied(packed, torch.ones(t, 1), weight, None, exact, in_c=in_c, add=False)
         assert exact.double().equal(sums)
 
 
-@needs_int8_units
+@in_each_way
 @pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, -1)])
-def test_the_largest_sums_do_not_saturate(signs: tuple[int, int]) -> None:
+def test_the_largest_sums_do_not_saturate(signs: tuple[int, int], in_c: bool) -> None:
     width = 4864
     shapes = [(3, width), (width, 5)]
     packed, weight = (
         torch.full(shape, 127 * sign, dtype=torch.int8) for shape, sign in zip(shapes, signs, strict=True)
     )
     out = torch.empty(3, 5)
-    int8_product(packed, torch.ones(3, 1), weight, None, out, Workspace(CPU), add=False)
+    multiplied(packed, torch.ones(3, 1), weight, None, out, in_c=in_c, add=False)
     assert (out == float(width * 127**2 * signs[0] * signs[1])).all()
 
 
-@needs_int8_units
+@in_each_way
 @pytest.mark.parametrize("add", [False, True])
-def test_bf16_results_are_rounded_once(add: bool) -> None:
+def test_bf16_results_are_rounded_once(add: bool, in_c: bool) -> None:
     packed, scales, weight, before = (
         random_int8(9, 64),
         torch.rand(9, 1),
@@ -123,21 +147,22 @@ def test_bf16_results_are_rounded_once(add: bool) -> None:
         torch.randn(9, 7).bfloat16(),
     )
     out = before.clone()
-    int8_product(packed, scales, weight, None, out, Workspace(CPU), add=add)
+    multiplied(packed, scales, weight, None, out, in_c=in_c, add=add)
     product = (packed.double() @ weight.double()) * scales.double()
     wanted = product + before.double() if add else product
     torch.testing.assert_close(out.double(), wanted, rtol=2**-8, atol=1e-6)
 
 
+@in_each_way
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("add", [False, True])
-def test_what_is_not_finite_stays_so(bad: float, columns: bool, add: bool) -> None:
+def test_what_is_not_finite_stays_so(bad: float, columns: bool, add: bool, in_c: bool) -> None:
     x = torch.randn(TILE + 3, 16)
     x[1, 3] = x[TILE + 1, 0] = bad
     packed, scales = quantized(x, torch.rand(16) + 0.1 if columns else None)
     out = torch.zeros(TILE + 3, 6)
-    int8_product(packed, scales, random_int8(16, 6), torch.ones(6), out, Workspace(CPU), add=add)
+    multiplied(packed, scales, random_int8(16, 6), torch.ones(6), out, in_c=in_c, add=add)
     hurt = ~out.isfinite()
     assert hurt[[1, TILE + 1]].all()
     assert hurt.sum() == 2 * 6

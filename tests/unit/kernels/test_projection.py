@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from projection_twin import CPU, Call, check, close, make_base, make_member
 
-from qingtune.kernels.device import has_int8_units
+from qingtune.kernels.int8 import multiplies_int8
 from qingtune.kernels.projection import Member
 from qingtune.kernels.workspace import Workspace
 
-UNITS = has_int8_units(CPU)  # without them PyTorch's int8 products are wrong, and nothing of ours asks for them
+UNITS = multiplies_int8(CPU)  # elsewhere PyTorch's int8 products are wrong, and nothing of ours asks for them
 needs_int8_units = pytest.mark.skipif(not UNITS, reason="needs int8 units")
 WITH_UNITS = pytest.param("int8", True, marks=needs_int8_units)
 

@@ -114,6 +114,23 @@ def test_a_lesser_cpu_can_be_tried(without: str, has_bf16: bool, monkeypatch: py
     assert resources.cpu_has_int8_units()
 
 
+@pytest.mark.parametrize(
+    ("flags", "multiplies"),
+    [
+        ("avx2 avx512f avx512_vnni", True),
+        ("avx2 amx_int8 avx512f", True),
+        ("avx2 avx_vnni", True),
+        ("avx2", True),
+        ("avx2 avx512f", False),
+        ("sse2", False),
+    ],
+)
+def test_int8_is_multiplied_where_it_is_faster(flags: str, multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(resources, "cpu_flags", lambda: set(flags.split()))
+    assert resources.cpu_multiplies_int8() is multiplies
+
+
 def test_other_systems_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources.sys, "platform", "win32")
     assert resources.cpu_has_bf16() is False
