@@ -92,8 +92,11 @@ def suppose_samples(config: PlanConfig, context: int | None, machine: Machine, m
     left_out = len(reading.faults) + len(all_tokens) - len(kept)
     basis += f"; {counted(left_out, 'row')} skipped" * bool(left_out)
     lengths = [min(n, limit) for n in kept]
-    group = fullest_group(lengths, training_batches(len(lengths), config), most_tokens_of(machine))
+    batches, most_tokens = training_batches(len(lengths), config), most_tokens_of(machine)
+    group = fullest_group(lengths, batches, most_tokens)
     tokens = sum(lengths[number] for number in group)
+    if config.method == "full" or not config.lora_dropout:  # beginnings that are computed once leave room for others
+        tokens = max(tokens, min(most_tokens, max(sum(lengths[number] for number in batch) for batch in batches)))
     return Samples(
         longest=max(lengths),
         mean=sum(lengths) / len(lengths),

@@ -20,27 +20,36 @@ if TYPE_CHECKING:
     from qingtune.config.training import TrainConfig
 
 
-def sizes_of_groups(lengths: Sequence[int], most_tokens: int) -> list[int]:
+def tokens_computed(lengths: Sequence[int], shared: Sequence[int]) -> int:
+    """Tokens of samples laid end to end, what all of them begin with counted once; arguments as in sizes_of_groups."""
+    return sum(lengths) - (len(lengths) - 1) * min(shared[1:], default=0)
+
+
+def sizes_of_groups(lengths: Sequence[int], most_tokens: int, shared: Sequence[int] | None = None) -> list[int]:
     """How many samples go into each of the fewest groups of about equal length, in order.
 
     Args:
         lengths: of the samples, in tokens.
         most_tokens: of a group; single samples may be longer.
+        shared: tokens with which each sample begins like the one before it, and which count once in a group; what a
+            group shares is the least of them. The first one is not looked at. None where nothing is shared.
     """
-    fewest = len(_filled(lengths, most_tokens))
-    even = bisect_left(range(most_tokens), -fewest, key=lambda limit: -len(_filled(lengths, limit)))
-    return _filled(lengths, even)
+    shared = shared or [0] * len(lengths)
+    fewest = len(_filled(lengths, most_tokens, shared))
+    even = bisect_left(range(most_tokens), -fewest, key=lambda limit: -len(_filled(lengths, limit, shared)))
+    return _filled(lengths, even, shared)
 
 
-def _filled(lengths: Sequence[int], limit: int) -> list[int]:
-    """Sizes of groups filled one after another as far as the limit lets them, which gives the fewest."""
+def _filled(lengths: Sequence[int], limit: int, shared: Sequence[int]) -> list[int]:
+    """Sizes of groups filled one after another as far as the limit lets them, which gives the fewest, as no group gets
+    shorter by another sample."""
     sizes: list[int] = []
-    room = 0
-    for length in lengths:
-        room -= length
-        if room < 0 or not sizes:
+    apart = common = 0
+    for length, alike in zip(lengths, shared, strict=True):
+        apart, common = apart + length, min(common, alike)
+        if not sizes or apart - sizes[-1] * common > limit:
             sizes.append(0)
-            room = limit - length
+            apart = common = length
         sizes[-1] += 1
     return sizes
 

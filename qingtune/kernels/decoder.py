@@ -251,6 +251,10 @@ class TrainingDecoder:
         name = f"layer{number}.input" if keep else f"input{number % 2}"
         return self.workspace.take(name, (rows, self.embedding.shape[1]), self.dtype)
 
+    def shares(self, longest: int) -> bool:
+        """Whether samples of up to `longest` tokens may share their beginning: not if some take long rotary factors."""
+        return self.this.short_context is None or longest <= self.this.short_context
+
     def _lay_out(self, batch: Batch, *, share_prefix: bool) -> Layout:
         """The batch's layout; samples with long and with short rotary factors share nothing."""
         if share_prefix and (limit := self.this.short_context) is not None:

@@ -179,8 +179,8 @@ def make_blocks(
 def lay_out(batch: Batch, *, share_prefix: bool) -> Layout:
     """Lay a micro-batch out; with share_prefix what all samples begin with is held once."""
     bounds = list(pairwise(batch.starts.tolist()))
-    shared = _shared_prefix(batch, bounds) if share_prefix and len(bounds) > 1 else 0
-    if not shared:
+    shared = batch.shared
+    if not (shared and share_prefix):
         segments = tuple(Segment(start, end, 0) for start, end in bounds)
         return Layout(batch.token_ids, batch.positions, segments, batch.predicting, batch.targets)
     kept = torch.cat([torch.arange(shared), *(torch.arange(start + shared, end) for start, end in bounds)])
@@ -209,18 +209,3 @@ def fill_up(layout: Layout) -> Layout:
         positions=F.pad(layout.positions, (0, filler)),
         segments=(*layout.segments, Segment(end, end + filler, 0)),
     )
-
-
-def _shared_prefix(batch: Batch, bounds: list[tuple[int, int]]) -> int:
-    """Tokens with which all samples begin, short of any whose next token is trained and of a whole sample."""
-    ids = batch.token_ids.cpu().numpy()
-    predicting, starts = batch.predicting.cpu().numpy(), np.array([start for start, _ in bounds])
-    limit = min(end - start for start, end in bounds) - 1
-    if len(predicting):
-        owner = np.searchsorted(starts, predicting, side="right") - 1
-        limit = min(limit, int((predicting - starts[owner]).min()))
-    first = ids[starts[0] : starts[0] + limit]
-    for start in starts[1:]:
-        differs = np.flatnonzero(ids[start : start + len(first)] != first)
-        first = first[: differs[0]] if len(differs) else first
-    return len(first)

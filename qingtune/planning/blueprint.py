@@ -60,6 +60,7 @@ class Built:
             compute.
         one_by_one: whether these get the samples of a pass one by one.
         plain_head: whether they need not hold all logits of a sample at once.
+        short_context: of the fast kernels' architecture.
     """
 
     weights: int
@@ -74,6 +75,7 @@ class Built:
     kernels: tuple[ModelSizes, Arithmetic] | None
     one_by_one: bool
     plain_head: bool
+    short_context: int | None = None
 
 
 class Blueprint:
@@ -179,11 +181,12 @@ class Blueprint:
         taken = [matrix for adapter in lora_layers(model).values() for matrix in adapter.taken or ()]
         adapters = [*lora_layers(model).values(), *expert_adapters(model).values()]
         width = sum(adapter.r for adapter in adapters) // self.layers
-        kernels = None
+        kernels = short_context = None
         if why_general(model, machine.kind) is None:
             dropout = 0.0 if full else config.lora_dropout
             decoder = TrainingDecoder(model, dtype, member, dropout=dropout, int8_units=machine.int8_units)
             kernels = decoder.sizes, replace(decoder.arithmetic, on_cpu=machine.kind == "cpu")
+            short_context = decoder.this.short_context
         plain_head = not changes_logits(model.config)
         return Built(
             weights=_bytes(trained if full else frozen),
@@ -198,6 +201,7 @@ class Blueprint:
             kernels=kernels,
             one_by_one=not plain_head or why_samples_would_mix(model.config) is not None,
             plain_head=plain_head,
+            short_context=short_context,
         )
 
     @property

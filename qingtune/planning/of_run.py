@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from qingtune.config.training import TrainConfig
-from qingtune.data.batch import collate
+from qingtune.data.batch import collate, shared_beginnings
 from qingtune.data.prepare import Data
 from qingtune.data.tokenize import Sample
 from qingtune.kernels.device import Hardware, free_bytes
@@ -63,14 +63,13 @@ def _samples(planner: Planner, data: Data, processes: int) -> Samples:
     lengths = [len(sample.token_ids) for sample in data.train]
     trained = sum(sample.trained_tokens for sample in data.train)
     most_tokens = most_tokens_of(planner.machine)
-    group = fullest_group(lengths, training_batches(len(lengths), config, processes), most_tokens)
-    shares = planner.fast and (planner.full or not config.lora_dropout)
+    loss_shares = planner.shares(max(len(sample.token_ids) for sample in [*data.train, *data.evaluation]))
+    shares = loss_shares and (planner.full or not config.lora_dropout)
     evaluation = None
     if data.evaluation:
         size, numbers = config.per_device_eval_batch_size, range(len(data.evaluation))
         batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-        chosen = fullest_group([len(sample.token_ids) for sample in data.evaluation], batches, most_tokens)
-        evaluation = _as_laid_out([data.evaluation[number] for number in chosen], share_prefix=planner.fast)
+        evaluation = _fullest(data.evaluation, batches, most_tokens, shares=loss_shares)
     return Samples(
         longest=max(lengths),
         mean=sum(lengths) / len(lengths),
@@ -79,15 +78,22 @@ def _samples(planner: Planner, data: Data, processes: int) -> Samples:
         evaluates=bool(data.evaluation),
         basis="the samples themselves",
         lengths=tuple(lengths),
-        fullest=_as_laid_out([data.train[number] for number in group], share_prefix=shares),
+        fullest=_fullest(data.train, training_batches(len(lengths), config, processes), most_tokens, shares=shares),
         evaluation=evaluation,
     )
 
 
-def _as_laid_out(samples: Sequence[Sample], *, share_prefix: bool) -> PassTokens:
-    """A pass as the decoder lays it out, with a common beginning held once."""
-    batch = collate(samples)
-    layout = fill_up(lay_out(batch, share_prefix=share_prefix))
+def _fullest(
+    samples: Sequence[Sample], batches: Iterable[Sequence[int]], most_tokens: int, *, shares: bool
+) -> PassTokens:
+    """The fullest pass, as the decoder lays it out; shares: whether a common beginning is held once."""
+
+    def shared(numbers: Sequence[int]) -> list[int]:
+        return shared_beginnings([samples[number] for number in numbers])
+
+    lengths = [len(sample.token_ids) for sample in samples]
+    group = fullest_group(lengths, batches, most_tokens, shared if shares else None)
+    layout = fill_up(lay_out(collate([samples[number] for number in group]), share_prefix=shares))
     longest = max(segment.end - segment.start for segment in layout.segments)
     return PassTokens(len(layout.token_ids), len(layout.targets), longest)
 

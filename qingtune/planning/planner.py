@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from qingtune.adapters.variants import TAKEN
 from qingtune.config.methods import METHOD_SETTINGS
 from qingtune.config.training import TrainConfig
-from qingtune.data.order import Plan, sizes_of_groups
+from qingtune.data.order import Plan, sizes_of_groups, tokens_computed
 from qingtune.errors import UserError
 from qingtune.kernels.buffers import buffer_bytes
 from qingtune.kernels.footprint import (
@@ -158,6 +158,11 @@ class Planner:
     def fast(self) -> bool:
         """Whether kernels of our own compute it; otherwise activations are a rougher estimate."""
         return self.built.kernels is not None
+
+    def shares(self, longest: int) -> bool:
+        """Whether samples of up to `longest` tokens may share their beginning, as decoder.TrainingDecoder has it."""
+        limit = self.built.short_context
+        return self.fast and (limit is None or longest <= limit)
 
     @cached_property
     def fixed(self) -> dict[str, int]:
@@ -306,19 +311,28 @@ def training_batches(count: int, config: TrainConfig, processes: int = 1) -> lis
     return [share.tolist() for step in steps for share in order.micro_batches(step, 0)]
 
 
-def fullest_group(lengths: Sequence[int], batches: Iterable[Sequence[int]], most_tokens: int) -> list[int]:
+def fullest_group(
+    lengths: Sequence[int],
+    batches: Iterable[Sequence[int]],
+    most_tokens: int,
+    shared: Callable[[Sequence[int]], Sequence[int]] | None = None,
+) -> list[int]:
     """The numbers of the samples that make up the pass of most tokens.
 
     Args:
         lengths: of the samples, in tokens.
         batches: the numbers of the samples of each micro-batch.
         most_tokens: of a pass.
+        shared: numbers of samples -> what each begins with like the one before it; None where nothing is shared.
     """
-    found: list[int] = []
+    found, most = list[int](), 0
     for numbers in batches:
-        sizes = sizes_of_groups([lengths[number] for number in numbers], most_tokens)
-        groups = [list(numbers[end - size : end]) for end, size in zip(accumulate(sizes), sizes, strict=True)]
-        found = max(found, *groups, key=lambda group: sum(lengths[number] for number in group))
+        sizes = [lengths[number] for number in numbers]
+        alike = [0] * len(numbers) if shared is None else shared(numbers)
+        for start, end in pairwise(accumulate(sizes_of_groups(sizes, most_tokens, alike), initial=0)):
+            tokens = tokens_computed(sizes[start:end], alike[start:end])
+            if tokens > most:
+                found, most = list(numbers[start:end]), tokens
     return found
 
 

@@ -42,9 +42,11 @@ class Engine:
     Attributes:
         loss: summed loss of a micro-batch, fp32 scalar without a graph.
         add_gradients: micro-batch, scale -> summed loss; adds scale times its gradient to the parameters'.
-        most_tokens: to be given at a time; longer micro-batches are to be split between samples.
+        most_tokens: to be computed at a time; longer micro-batches are to be split between samples.
         release: gives back what is held between passes, which will have no more than this many tokens from then on.
         recompute_all: keeps nothing but inputs for the backward pass; False if that was so already.
+        shares: whether a pass with gradients computes once what its samples begin with.
+        loss_shares: whether one without gradients does.
     """
 
     loss: Callable[[Batch], torch.Tensor]
@@ -52,6 +54,8 @@ class Engine:
     most_tokens: int
     release: Callable[[int], None]
     recompute_all: Callable[[], bool]
+    shares: bool = False
+    loss_shares: bool = False
 
     def shrink(self, batch: Batch) -> str:
         """Make do with less after a pass ran out of memory: half of it at a time, then more computed again.
@@ -65,7 +69,7 @@ class Engine:
         Raises:
             UserError: a single sample does not fit.
         """
-        tokens, samples = len(batch.token_ids), len(batch.starts) - 1
+        tokens, samples = batch.computed, len(batch.starts) - 1
         self.release(tokens // 2 if samples > 1 else tokens)
         if samples > 1:
             self.most_tokens = tokens // 2
@@ -126,7 +130,15 @@ def make_engine(
         before, decoder.recompute = decoder.recompute, len(decoder.mlps)
         return before < decoder.recompute
 
-    return Engine(decoder.loss, decoder.add_gradients, most_tokens, release, recompute_all)
+    return Engine(
+        loss=decoder.loss,
+        add_gradients=decoder.add_gradients,
+        most_tokens=most_tokens,
+        release=release,
+        recompute_all=recompute_all,
+        shares=decoder.shares(longest) and not decoder.dropout,
+        loss_shares=decoder.shares(longest),
+    )
 
 
 def _tokens_that_fit(

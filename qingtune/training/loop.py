@@ -170,7 +170,7 @@ def _within_memory(
                 raise
         # Not in the handler, as the error would keep what the failed pass held.
         work.optimizer.zero_grad(set_to_none=False)
-        emit(Noted(work.shrink(max(batches, key=lambda batch: len(batch.token_ids)))))
+        emit(Noted(work.shrink(max(batches, key=lambda batch: batch.computed))))
         _, step, _ = seed
         batches = work.fetch(step)
 

@@ -106,9 +106,9 @@ def _make_work(
     def fetch(step: int) -> list[Batch]:
         """This process's micro-batches of a step, as large as the engine takes at a time."""
         return [
-            collate(group).to(device)
+            collate(group, shares=engine.shares).to(device)
             for share in plan.micro_batches(step, processes.index)
-            for group in split_evenly([data.train[i] for i in share], engine.most_tokens)
+            for group in split_evenly([data.train[i] for i in share], engine.most_tokens, shares=engine.shares)
         ]
 
     def save(now: Progress) -> None:
@@ -185,10 +185,11 @@ def _evaluator(
 def _sums_within_memory(samples: list[Sample], engine: Engine, device: torch.device) -> tuple[float, int]:
     """The summed loss and the trained tokens of samples, in smaller passes when memory runs out."""
     while True:
-        batches = [collate(group).to(device) for group in split_evenly(samples, engine.most_tokens)]
+        groups = split_evenly(samples, engine.most_tokens, shares=engine.loss_shares)
+        batches = [collate(group, shares=engine.loss_shares).to(device) for group in groups]
         try:
             return sum(float(engine.loss(batch)) for batch in batches), sum(len(batch.targets) for batch in batches)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        say(engine.shrink(max(batches, key=lambda batch: len(batch.token_ids))))
+        say(engine.shrink(max(batches, key=lambda batch: batch.computed)))

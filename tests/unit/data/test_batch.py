@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,51 @@ def test_groups_are_about_equally_long() -> None:
     assert split_lengths([9, 1, 1, 1], 5) == [[9], [1, 1, 1]]
     assert split_lengths([], 5) == []
     assert split_lengths([9, 9], 1) == [[9], [9]]
+
+
+# Samples of few different tokens, some of them trained, so that many begin alike.
+ALIKE = st.lists(
+    st.lists(st.tuples(st.sampled_from([1, 1, 1, 2]), st.sampled_from([False, False, True])), min_size=1, max_size=12),
+    max_size=8,
+)
+
+
+def computed(samples: Sequence[Sample]) -> int:
+    """Tokens of a pass, what all samples begin with counted once; token by token, as it is written."""
+    rows = [list(zip(one.token_ids.tolist(), [*one.trained.tolist()[1:], False], strict=True)) for one in samples]
+    common = 0
+    if len(rows) > 1:
+        while all(common < len(row) - 1 and row[common] == (rows[0][common][0], False) for row in rows):
+            common += 1
+    return sum(map(len, rows)) - (len(rows) - 1) * common
+
+
+@settings(max_examples=300, deadline=None)
+@given(texts=ALIKE, most_tokens=st.integers(1, 40))
+def test_groups_count_what_their_samples_begin_with_once(texts: list[list[tuple[int, bool]]], most_tokens: int) -> None:
+    samples = [sample(*text, origin=str(number)) for number, text in enumerate(texts)]
+    groups = split_evenly(samples, most_tokens, shares=True)
+    assert [one.origin for group in groups for one in group] == [one.origin for one in samples]
+    for group in groups:
+        assert collate(group).computed == computed(group)
+        assert len(group) == 1 or computed(group) <= most_tokens
+        assert collate(group, shares=False).computed == sum(len(one.token_ids) for one in group)
+    fewest, group = 0, list[Sample]()
+    for one in samples:
+        group = [*group, one]
+        if len(group) == 1 or computed(group) > most_tokens:
+            fewest, group = fewest + 1, [one]
+    assert len(groups) == fewest
+    assert split_evenly(samples, most_tokens, shares=True) == groups
+
+
+def test_a_common_beginning_leaves_room_for_another_sample() -> None:
+    prompt, answers = [(7, False)] * 10, [[(8 + n, True)] * 3 for n in range(4)]
+    samples = [sample(*prompt, *answer) for answer in answers]
+    assert [len(group) for group in split_evenly(samples, 26)] == [2, 2]
+    assert [len(group) for group in split_evenly(samples, 26, shares=True)] == [4]  # 9 + 4 * 4 tokens
+    assert [len(group) for group in split_evenly(samples, 24, shares=True)] == [2, 2]
+    assert [collate(samples, shares=shares).computed for shares in (True, False)] == [25, 52]
 
 
 # --- The plan --------------------------------------------------------------------------------------------------------

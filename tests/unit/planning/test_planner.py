@@ -284,6 +284,14 @@ def test_the_fullest_pass_is_found_among_the_steps() -> None:
     assert sum(lengths[n] for n in group) == max(sum(lengths[n] for n in numbers) for numbers in groups)
 
 
+def test_the_fullest_pass_counts_what_its_samples_share_once() -> None:
+    lengths, batches = [300, 300, 300, 500, 250], [[0, 1, 2], [3, 4]]
+    assert fullest_group(lengths, batches, 768) == [3, 4]
+    shared = {0: 100, 1: 100, 2: 100, 3: 0, 4: 200}
+    assert fullest_group(lengths, batches, 768, lambda numbers: [shared[n] for n in numbers]) == [0, 1, 2]  # 700 tokens
+    assert fullest_group(lengths, batches, 650, lambda numbers: [shared[n] for n in numbers]) == [3, 4]  # 550
+
+
 # --- Advice and text -------------------------------------------------------------------------------------------------
 
 

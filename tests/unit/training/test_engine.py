@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, reporting
+from decoders import LONGROPE
 from mixtures import make_mixture
 
 from qingtune.adapters.lora import add_lora, member
 from qingtune.adapters.variants import Variant
 from qingtune.config.training import TrainConfig
-from qingtune.data.batch import collate
+from qingtune.data.batch import Batch, collate, split_evenly
 from qingtune.data.tokenize import Sample
 from qingtune.errors import UserError
 from qingtune.kernels.decoder import TrainingDecoder, why_not
@@ -208,6 +209,43 @@ def test_passes_are_made_as_small_as_the_memory_demands(
     monkeypatch.setattr(engine, "free_bytes", lambda *_, **__: gradients // 2)
     with pytest.raises(UserError, match=r"training needs more memory .* Use less memory: LoRA"):
         make_engine(config, model, CPU, TOKENS)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_passes_are_counted_as_they_are_computed_and_shrink_by_that(dropout: float) -> None:
+    model = make_model("qwen2")
+    add_lora(model, None, 2, 4.0, dropout)
+    config = config_of(use_lora=True, lora_dropout=dropout, gradient_checkpointing=False)
+    made = make_engine(config, model, CPU, TOKENS)
+    assert (made.shares, made.loss_shares) == (not dropout, True)
+    ids, trained = np.full(101, 3, dtype=np.int32), np.arange(101) == 100
+    samples = [Sample(np.append(ids[:100], 4 + n).astype(np.int32), trained, f"row:{n}") for n in range(12)]
+
+    def passes() -> list[Batch]:
+        groups = split_evenly(samples, made.most_tokens, shares=made.shares)
+        return [collate(group, shares=made.shares) for group in groups]
+
+    decoder: Any = made.loss.__self__  # pyright: ignore[reportFunctionMemberAccess]
+    sizes: list[int] = []
+    for batch in passes():
+        made.add_gradients(batch, torch.tensor(1.0))
+        tokens = decoder._lay_out(batch, share_prefix=made.shares).token_ids
+        assert batch.computed == len(tokens) - (-batch.computed % 8)
+        sizes.append(len(batch.starts) - 1)
+    assert sizes == ([6, 6] if dropout else [12])
+    while max(sizes) > 1:  # each time half of what was computed, until a pass is one sample
+        before, largest = len(passes()), max(passes(), key=lambda batch: batch.computed)
+        assert f"in a pass of {largest.computed:,} tokens" in made.shrink(largest)
+        assert made.most_tokens == largest.computed // 2
+        sizes = [len(batch.starts) - 1 for batch in passes()]
+        assert len(sizes) > before
+
+
+def test_rows_with_short_and_long_rotary_factors_share_nothing() -> None:
+    model = make_model("phi3", pad_token_id=0, original_max_position_embeddings=9, rope_parameters=dict(LONGROPE))
+    for longest, shares in ((9, True), (10, False)):
+        made = make_engine(config_of(gradient_checkpointing=False), model, CPU, longest)
+        assert (made.shares, made.loss_shares) == (shares, shares)
 
 
 def test_after_a_pass_that_did_not_fit_smaller_ones_are_planned_and_memory_is_given_back() -> None:
