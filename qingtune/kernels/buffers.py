@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from qingtune.kernels.footprint import (
+    HEAD_TILE,
     INT8_TILE,
     ROWS_AT_A_TIME,
     VOCABULARY_TILE,
@@ -253,19 +254,23 @@ def _head(sizes: ModelSizes, work: PassTokens, tally: Tally) -> None:
     tally.norm(work.predicting * hidden)
     tally.forward(work.predicting * hidden, "norm.out")
     tally.backward(work.predicting * hidden, "grad_hidden")
-    logits = logit_numbers(sizes.vocabulary, work.predicting)
+    converted, in_chunks = how.converts(how.head_itemsize), how.trains_head and tally.trains
+    logits = logit_numbers(sizes.vocabulary, work.predicting, trains_head=in_chunks)
+    width = sizes.vocabulary if in_chunks else min(sizes.vocabulary, HEAD_TILE)
+    rows, tile = logits // width, min(VOCABULARY_TILE if in_chunks else HEAD_TILE, sizes.vocabulary)
     tally.forward(logits, "head.logits", *["head.slopes"] * sizes.capped)
-    rows = logits // sizes.vocabulary
-    in_fp32 = min(ROWS_AT_A_TIME, rows) if how.on_cpu else rows
-    tally.forward(in_fp32 * sizes.vocabulary, "head.rows", itemsize=how.wide)
-    converted = how.converts(how.head_itemsize)
-    tile = min(VOCABULARY_TILE, sizes.vocabulary)  # rows of a head in another dtype
-    if converted:
-        tally.forward(tile * hidden, "weight")
+    tally.forward((min(ROWS_AT_A_TIME, rows) if how.on_cpu else rows) * width, "head.rows", itemsize=how.wide)
+    tally.forward(tile * hidden * converted, "weight")
+    if not in_chunks:
+        tally.forward(rows * hidden, "head.hidden")
+        tally.backward(rows * hidden, "head.part")
+        tally.backward(rows * hidden, "head.total", itemsize=how.wide)
+        tally.backward(rows * hidden, "head.targets", itemsize=how.head_itemsize)
+    elif converted:
         tally.forward(rows * tile, "product")
         for itemsize in {how.itemsize, how.wide}:
             tally.backward(rows * hidden, "product", itemsize=itemsize)
-    if how.trains_head and how.head_itemsize != how.itemsize:
+    if in_chunks and how.head_itemsize != how.itemsize:
         for itemsize in (how.itemsize, how.head_itemsize):
             tally.backward(tile * hidden, "product", itemsize=itemsize)
 

@@ -32,7 +32,7 @@ from qingtune.kernels.experts.block import ExpertsBlock
 from qingtune.kernels.footprint import PassTokens
 from qingtune.kernels.layout import Layout, fill_up, lay_out
 from qingtune.kernels.linear import Int8Linear, QuantizedLinear
-from qingtune.kernels.loss import chunked_head_loss
+from qingtune.kernels.loss import head_loss_and_gradients
 from qingtune.kernels.mlp_block import MLPBlock
 from qingtune.kernels.native import int8_products
 from qingtune.kernels.native.products import reads_as_stored
@@ -197,7 +197,7 @@ class TrainingDecoder:
             x = self._input(number + 1, len(middle), keep=keep)
             self.mlps[number].forward(middle, now, x, slot)
         grad = None if scale is None else self.workspace.take("grad_hidden", x.shape, self.dtype)
-        loss = chunked_head_loss(
+        loss = head_loss_and_gradients(
             self.norm.forward(x),
             self.head,
             layout.targets,

@@ -12,11 +12,16 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
-CHUNK_ELEMENTS = 2**25 + 2**23  # logits held at a time: 84 MB in bf16, 276 rows of Qwen's vocabulary
+# Of a head that is trained, logits held at a time: 84 MB in bf16, 276 rows of Qwen's vocabulary.
+CHUNK_ELEMENTS = 2**25 + 2**23
+# Of one that is not, rows of the head taken at a time, so that they stay in the cache, and rows of hidden states.
+HEAD_TILE, HEAD_ROWS = 4096, 4096
 ROWS_AT_A_TIME = 8  # rows of which the softmax is taken in fp32 at a time on a CPU, so that they stay in its cache
-VOCABULARY_TILE = 2048  # rows of a head in another dtype, or one that is trained, taken at a time
+VOCABULARY_TILE = 2048  # rows of a head that is trained, where some of it has another dtype, taken at a time
 QUERY_BLOCK = 256  # rows of a block of attention scores, at most
-ROWS_MULTIPLE = 8  # passes are filled up to it: products of 577 or 583 rows were seen to take 5 to 12 % longer than 584
+# Passes, and rows that the head takes, are filled up to it: products of 577 or 583 rows were seen to take 5 to 12 %
+# longer than of 584, of 435 rows 4 % longer than of 436.
+ROWS_MULTIPLE = 8
 INT8_TILE = 128  # rows quantised at a time, so that their fp32 copy stays in the cache
 # Matrix products on a CPU are nearly as fast at 700 tokens as at more; activations grow with each one.
 TOKENS_PER_PASS_ON_CPU = 768
@@ -52,8 +57,16 @@ class PassTokens:
     longest: int
 
 
-def logit_numbers(vocabulary: int, predicting: int) -> int:
-    """Logits held at a time, of N rows that predict: rows of V, in as few even chunks as there may be."""
+def filled_up(rows: int) -> int:
+    """Rows as products take them."""
+    return -(-rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
+
+
+def logit_numbers(vocabulary: int, predicting: int, *, trains_head: bool) -> int:
+    """Logits held at a time, of N rows that predict: a tile of the head's, or rows of V where it is trained, in as few
+    even chunks as there may be."""
+    if not trains_head:
+        return filled_up(min(predicting, HEAD_ROWS)) * min(vocabulary, HEAD_TILE)
     chunks = max(1, -(-predicting * vocabulary // CHUNK_ELEMENTS))
     return -(-predicting // chunks) * vocabulary
 

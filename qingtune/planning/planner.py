@@ -17,11 +17,11 @@ from qingtune.kernels.buffers import buffer_bytes
 from qingtune.kernels.footprint import (
     BUFFERS_OF_FREE,
     EIGHT_BITS,
-    ROWS_MULTIPLE,
     TOKENS_PER_PASS_ON_CPU,
     PassTokens,
     autograd_bytes,
     autograd_logit_bytes,
+    filled_up,
     layers_to_recompute,
     logit_numbers,
     optimizer_bytes,
@@ -252,7 +252,8 @@ class Planner:
             return buffer_bytes(sizes, replace(how, recompute=recompute), work, evaluation)
         if built.one_by_one:
             work = PassTokens(work.longest, min(work.predicting, work.longest - 1), work.longest)
-        logits = itemsize * logit_numbers(vocabulary, work.predicting)
+        trains_head = self.full or bool(self.config.modules_to_save)
+        logits = itemsize * logit_numbers(vocabulary, work.predicting, trains_head=trains_head)
         if not built.plain_head:
             logits = autograd_logit_bytes(vocabulary, work.predicting, itemsize)
         sizes = self.blueprint.general_sizes
@@ -337,7 +338,7 @@ def fullest_group(
 
 
 def _filled_up(work: PassTokens) -> PassTokens:
-    return replace(work, tokens=-(-work.tokens // ROWS_MULTIPLE) * ROWS_MULTIPLE)
+    return replace(work, tokens=filled_up(work.tokens))
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

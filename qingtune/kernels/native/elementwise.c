@@ -248,6 +248,52 @@ void cross_entropy(char *logits, const int64_t *targets, double *losses, int64_t
         BY_KIND(cross_entropy_row, kind, logits + bytes(t, width, kind), targets[t], losses + t, width, scale);
 }
 
+/* The target's logit gives way to -inf, so that it is in no sum. */
+INLINE void running_softmax_row(void *row, int64_t target, float *largest, float *rest, float *wanted, float *factor,
+                                int64_t width, int kind) {
+    const float here = largest_of(row, 0, width, kind), before = *largest;
+    *largest = here > before ? here : before;
+    if (target >= 0 && target < width) {
+        *wanted = get(row, target, kind);
+        put(row, target, -INFINITY, kind);
+    }
+    const float base = finite_base(*largest);
+    *factor = exponential(before - base);
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; i++) {
+        const float share = exponential(get(row, i, kind) - base);
+        sum += share;
+        put(row, i, share, kind);
+    }
+    *rest = *rest * *factor + sum;
+}
+
+/* The next columns, from `first` on, of a softmax over more of them than are there at a time: puts e^(x - largest) in the
+   place of logits, [rows, width], 0 in that of a row's target. Of each row: the largest logit so far, the sum of
+   e^(x - largest) without its target, the target's logit once it was there, and the factor by which what came before has
+   to be multiplied, as its largest was another. At first largest is -inf and rest 0. */
+void running_softmax(char *logits, const int64_t *targets, float *largest, float *rest, float *wanted, float *factors,
+                     int64_t rows, int64_t width, int64_t first, int64_t kind, int64_t threads) {
+    PARALLEL
+    for (int64_t t = 0; t < rows; t++)
+        BY_KIND(running_softmax_row, kind, logits + bytes(t, width, kind), targets[t] - first, largest + t, rest + t,
+                wanted + t, factors + t, width);
+}
+
+INLINE void add_to_row(const void *part, float *total, float factor, int64_t width, int kind) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) total[i] = total[i] * factor + get(part, i, kind);
+}
+
+/* total = total * its row's factor + part; total, fp32, is [rows, width]. */
+void accumulate_rows(const char *part, const float *factors, float *total, int64_t rows, int64_t width, int64_t kind,
+                     int64_t threads) {
+    PARALLEL
+    for (int64_t t = 0; t < rows; t++)
+        BY_KIND(add_to_row, kind, part + bytes(t, width, kind), total + t * width, factors[t], width);
+}
+
 /* --- Softmax of attention ----------------------------------------------------------------------------------------- */
 
 /* Of the columns from begin to end; kept: room for a row. */

@@ -33,6 +33,8 @@ _ARGUMENTS = {
     "gated_backward": [_P, _P, _P, _P, _I, _I],
     "rotate": [_P, _P, _P, _P, *[_I] * 6],
     "cross_entropy": [_P, _P, _P, _I, _I, _F],
+    "running_softmax": [*[_P] * 6, _I, _I, _I],
+    "accumulate_rows": [_P, _P, _P, _I, _I],
     "softmax": [*[_P] * 5, _I, _I, _I],
     "quantize_rows": [_P, _P, _P, _P, _I, _I],
     "scale_sums": [_P, _P, _P, _P, _I, _I, _I],
@@ -159,6 +161,24 @@ class Elementwise:
         places = (_at(tensor) for tensor in (logits, targets.contiguous(), losses))
         self._library.cross_entropy(*places, *_rows(logits), scale, *_how(logits))
         return losses
+
+    def running_softmax(
+        self, logits: torch.Tensor, targets: torch.Tensor, first: int, state: Sequence[torch.Tensor]
+    ) -> None:
+        """Put e^(logit - largest) in the place of the next columns of logits, [n, w], and 0 in those of targets.
+
+        Args:
+            targets: int64 [n].
+            first: the first column's number.
+            state: largest logit, sum without targets, targets' logits, and factors on what came before; fp32 [n] each.
+        """
+        places = (_at(tensor) for tensor in (logits, targets, *state))
+        self._library.running_softmax(*places, *_rows(logits), first, *_how(logits))
+
+    def accumulate_rows(self, part: torch.Tensor, factors: torch.Tensor, total: torch.Tensor) -> None:
+        """total = total * factors + part; part and total [n, D], total and factors, [n], in fp32."""
+        places = (_at(tensor) for tensor in (part, factors, total))
+        self._library.accumulate_rows(*places, *_rows(part), *_how(part))
 
     def softmax(self, scores: torch.Tensor, spans: torch.Tensor, out: torch.Tensor) -> None:
         """out = softmax(scores), [..., n, keys], of the keys that a row sees and 0 for others; out may be scores.

@@ -83,7 +83,7 @@ GENERAL: dict[str, tuple[str | None, bool, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", GENERAL)
 def test_losses_of_a_general_model_are_those_of_the_padded_batch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 320 * 7)  # the head's loss in chunks of 7 trained tokens
+    monkeypatch.setattr(loss, "HEAD_TILE", 70)
     one_by_one, plain_head, changes = GENERAL[kind]
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **{**SIZES, **changes})

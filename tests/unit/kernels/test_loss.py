@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qingtune.kernels import loss as kernel
+from qingtune.kernels.native import elementwise as in_c
 from qingtune.kernels.workspace import Workspace
 
 
@@ -38,6 +39,7 @@ def both(rows: int, weight_trained: bool, dtype: torch.dtype, autocast: bool = F
 @pytest.mark.parametrize("weight_trained", [False, True])
 def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, rows: int, weight_trained: bool) -> None:
     monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", 50 * 5)  # chunks of five rows, the last one smaller
+    monkeypatch.setattr(kernel, "HEAD_TILE", 20)
     ours, plain = both(rows, weight_trained, torch.float32)
     for one, two in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
@@ -56,7 +58,7 @@ def test_evaluation_keeps_no_gradient() -> None:
     assert not kernel.head_loss(hidden, weight, torch.tensor([0, 1, 2])).requires_grad
 
 
-# --- chunked_head_loss -----------------------------------------------------------------------------------------------
+# --- head_loss_and_gradients -----------------------------------------------------------------------------------------
 
 VOCABULARY = 50
 CHUNKED_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.02}  # of the largest value of a tensor
@@ -65,6 +67,8 @@ CHUNKED_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.02
 def small_chunks(monkeypatch: pytest.MonkeyPatch, tile: int = 16) -> None:
     """Several chunks, rows and tiles, none of which divides what it cuts."""
     monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", VOCABULARY * 5)
+    monkeypatch.setattr(kernel, "HEAD_TILE", tile)
+    monkeypatch.setattr(kernel, "HEAD_ROWS", 6)
     monkeypatch.setattr(kernel, "ROWS_AT_A_TIME", 2)
     monkeypatch.setattr(kernel, "VOCABULARY_TILE", tile)
 
@@ -86,7 +90,7 @@ def check_chunked(
     before = torch.randn_like(weight)
     grad_weight = before.clone() if weight_wanted else None
     kept = hidden.clone(), weight.clone()
-    loss = kernel.chunked_head_loss(
+    loss = kernel.head_loss_and_gradients(
         hidden,
         weight,
         targets,
@@ -134,7 +138,13 @@ def test_any_sizes_of_chunks_and_tiles(
     rows: int, vocabulary: int, chunk: int, at_a_time: int, tile: int, weight_wanted: bool
 ) -> None:
     torch.manual_seed(rows)
-    sizes = {"CHUNK_ELEMENTS": chunk, "ROWS_AT_A_TIME": at_a_time, "VOCABULARY_TILE": tile}
+    sizes = {
+        "CHUNK_ELEMENTS": chunk,
+        "ROWS_AT_A_TIME": at_a_time,
+        "VOCABULARY_TILE": tile,
+        "HEAD_TILE": tile,
+        "HEAD_ROWS": chunk,
+    }
     with mock.patch.multiple(kernel, **sizes):
         check_chunked(normal(rows, 8), normal(vocabulary, 8), 0.5, True, weight_wanted)
 
@@ -159,6 +169,42 @@ def test_heads_of_another_format_or_trained_are_taken_in_tiles(
     check_chunked(normal(13, 24, dtype=dtype), normal(VOCABULARY, 24, dtype=weight_dtype), 0.5, True, weight_wanted)
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
+def test_tiles_hold_for_rising_logits_in_c_and_in_pytorch(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, weight_dtype: torch.dtype, native: bool
+) -> None:
+    if not native:
+        monkeypatch.setattr(in_c, "elementwise", lambda: None)
+    small_chunks(monkeypatch)
+    torch.manual_seed(0)
+    weight = normal(VOCABULARY, 24) * torch.linspace(0.1, 3, VOCABULARY)[:, None]  # each tile has a larger one
+    check_chunked(normal(13, 24, dtype=dtype), weight.to(weight_dtype), 0.5)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_gradients_of_tokens_that_are_nearly_certain_keep_their_digits_in_16_bits(
+    monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    if not native:
+        monkeypatch.setattr(in_c, "elementwise", lambda: None)
+    small_chunks(monkeypatch)
+    torch.manual_seed(0)
+    weight, targets = normal(VOCABULARY, 24, dtype=torch.bfloat16), torch.arange(5) * 11
+    hidden = weight[targets] * 0.4
+    wide = hidden.double().requires_grad_()
+    loss = F.cross_entropy(wide @ weight.double().t(), targets, reduction="sum")
+    (twin,) = torch.autograd.grad(loss, wide)
+    assert 1e-4 < loss.item() < 0.5  # a share of 16 bits would lose more than half of some gradients
+    grad = torch.empty_like(hidden)
+    kernel.head_loss_and_gradients(hidden, weight, targets, Workspace(torch.device("cpu")), grad_hidden=grad)
+    assert ((grad.double() - twin).norm(dim=1) <= 0.06 * twin.norm(dim=1)).all()  # of which logits lose 0.03
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_of_ten_thousand_do_not_overflow(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     small_chunks(monkeypatch)
@@ -171,7 +217,9 @@ def test_logits_of_ten_thousand_do_not_overflow(monkeypatch: pytest.MonkeyPatch,
 def test_a_loss_near_zero_keeps_its_digits() -> None:
     hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[8.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
     grad = torch.empty(1, 2)
-    loss = kernel.chunked_head_loss(hidden, weight, torch.tensor([0]), Workspace(torch.device("cpu")), grad_hidden=grad)
+    loss = kernel.head_loss_and_gradients(
+        hidden, weight, torch.tensor([0]), Workspace(torch.device("cpu")), grad_hidden=grad
+    )
     torch.testing.assert_close(loss.item(), 2 * math.exp(-8), rtol=1e-3, atol=0)
     torch.testing.assert_close(grad[0, 0].item(), -16 * math.exp(-8), rtol=1e-3, atol=0)
 
@@ -183,7 +231,7 @@ def test_nan_is_not_hidden_and_does_not_stay_in_the_buffers(monkeypatch: pytest.
     hidden, weight = normal(13, 24), normal(VOCABULARY, 24)
     broken, grad = hidden.clone(), torch.zeros(13, 24, dtype=torch.float64)
     broken[4, 2] = torch.nan
-    loss = kernel.chunked_head_loss(broken, weight, torch.arange(13), workspace, grad_hidden=grad)
+    loss = kernel.head_loss_and_gradients(broken, weight, torch.arange(13), workspace, grad_hidden=grad)
     assert loss.isnan()
     assert grad.isnan().all(1).nonzero().tolist() == [[4]]
     for weight_wanted in (False, True):
