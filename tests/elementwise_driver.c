@@ -47,7 +47,7 @@ static void try_rows(int64_t rows, int64_t width, int64_t kind) {
         ends[t] = width - t % ((width + 1) / 2);
     }
     char *normed[2], *grads[2], *sums[2], *weights[2], *logits[2], *losses[2], *shares[2], *hidden[2], *gates[2];
-    char *totals[2];
+    char *totals[2], *running[2], *rest[2], *wanted[2], *added[2];
     for (int i = 0; i < 2; i++) {
         const int64_t threads = i ? 3 : 1;
         char *rates = room(rows * 4), *kept = room(threads * width * 4);
@@ -57,6 +57,14 @@ static void try_rows(int64_t rows, int64_t width, int64_t kind) {
         norm_add_backward(grad, x, weight, sums[i] = copy(total, size), rows, width, 1e-6f, 0.0f, kind, threads);
         cross_entropy(logits[i] = copy(x, size), targets, (double *)(losses[i] = room(rows * 8)), rows, width, 0.5f, kind,
                       threads);
+        float *largest = room(rows * 4), *factors = room(rows * 4);
+        for (int64_t t = 0; t < rows; t++) largest[t] = -INFINITY;
+        running_softmax(running[i] = copy(x, size), targets, largest, (float *)memset(rest[i] = room(rows * 4), 0, rows * 4),
+                        (float *)memset(wanted[i] = room(rows * 4), 0, rows * 4), factors, rows, width, 0, kind, threads);
+        accumulate_rows(running[i], factors, (float *)(added[i] = copy(grads[i], rows * width * 4)), rows, width, kind,
+                        threads);
+        free(largest);
+        free(factors);
         softmax(x, shares[i] = room(size), begins, ends, (float *)kept, rows, width, rows, kind, threads);
         gated(x, grad, hidden[i] = room(size), rows * width, GELU_TANH, kind, threads);
         gates[i] = copy(x, size);
@@ -73,6 +81,10 @@ static void try_rows(int64_t rows, int64_t width, int64_t kind) {
     compare(sums[0], sums[1], size, "norm_add_backward");
     compare(logits[0], logits[1], size, "cross_entropy");
     compare(losses[0], losses[1], rows * 8, "losses");
+    compare(running[0], running[1], size, "running_softmax");
+    compare(rest[0], rest[1], rows * 4, "the sums of running_softmax");
+    compare(wanted[0], wanted[1], rows * 4, "the targets of running_softmax");
+    compare(added[0], added[1], rows * width * 4, "accumulate_rows");
     compare(shares[0], shares[1], size, "softmax");
     compare(hidden[0], hidden[1], size, "gated");
     compare(gates[0], gates[1], size, "gated_backward");

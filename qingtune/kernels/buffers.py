@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from qingtune.kernels.footprint import (
-    HEAD_TILE,
+    HEAD_ROWS,
     INT8_TILE,
     ROWS_AT_A_TIME,
     VOCABULARY_TILE,
     PassTokens,
+    filled_up,
+    head_tile,
     logit_numbers,
 )
 
@@ -255,9 +257,13 @@ def _head(sizes: ModelSizes, work: PassTokens, tally: Tally) -> None:
     tally.forward(work.predicting * hidden, "norm.out")
     tally.backward(work.predicting * hidden, "grad_hidden")
     converted, in_chunks = how.converts(how.head_itemsize), how.trains_head and tally.trains
-    logits = logit_numbers(sizes.vocabulary, work.predicting, trains_head=in_chunks)
-    width = sizes.vocabulary if in_chunks else min(sizes.vocabulary, HEAD_TILE)
-    rows, tile = logits // width, min(VOCABULARY_TILE if in_chunks else HEAD_TILE, sizes.vocabulary)
+    large = not how.on_cpu and not converted
+    logits = logit_numbers(sizes.vocabulary, work.predicting, trains_head=in_chunks, large=large)
+    rows = filled_up(min(work.predicting, HEAD_ROWS))
+    tile = head_tile(sizes.vocabulary, rows, large=large)
+    if in_chunks:
+        rows, tile = logits // sizes.vocabulary, min(VOCABULARY_TILE, sizes.vocabulary)
+    width = sizes.vocabulary if in_chunks else tile
     tally.forward(logits, "head.logits", *["head.slopes"] * sizes.capped)
     tally.forward((min(ROWS_AT_A_TIME, rows) if how.on_cpu else rows) * width, "head.rows", itemsize=how.wide)
     tally.forward(tile * hidden * converted, "weight")

@@ -12,9 +12,9 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Of a head that is trained, logits held at a time: 84 MB in bf16, 276 rows of Qwen's vocabulary.
+# Logits held at a time where the head is trained, or on a GPU: 84 MB in bf16, 276 rows of Qwen's vocabulary.
 CHUNK_ELEMENTS = 2**25 + 2**23
-# Of one that is not, rows of the head taken at a time, so that they stay in the cache, and rows of hidden states.
+# Otherwise rows of the head taken at a time, which stay in the cache, and rows of hidden states.
 HEAD_TILE, HEAD_ROWS = 4096, 4096
 ROWS_AT_A_TIME = 8  # rows of which the softmax is taken in fp32 at a time on a CPU, so that they stay in its cache
 VOCABULARY_TILE = 2048  # rows of a head that is trained, where some of it has another dtype, taken at a time
@@ -62,11 +62,17 @@ def filled_up(rows: int) -> int:
     return -(-rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
-def logit_numbers(vocabulary: int, predicting: int, *, trains_head: bool) -> int:
+def head_tile(vocabulary: int, rows: int, *, large: bool) -> int:
+    """Rows of the head taken at a time, where it is not trained; large: for as few calls as logits allow."""
+    return min(vocabulary, max(HEAD_TILE, CHUNK_ELEMENTS // max(rows, 1)) if large else HEAD_TILE)
+
+
+def logit_numbers(vocabulary: int, predicting: int, *, trains_head: bool, large: bool) -> int:
     """Logits held at a time, of N rows that predict: a tile of the head's, or rows of V where it is trained, in as few
     even chunks as there may be."""
     if not trains_head:
-        return filled_up(min(predicting, HEAD_ROWS)) * min(vocabulary, HEAD_TILE)
+        rows = filled_up(min(predicting, HEAD_ROWS))
+        return rows * head_tile(vocabulary, rows, large=large)
     chunks = max(1, -(-predicting * vocabulary // CHUNK_ELEMENTS))
     return -(-predicting // chunks) * vocabulary
 

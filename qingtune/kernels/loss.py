@@ -18,10 +18,10 @@ from qingtune.kernels.elementwise import cap_in_place
 from qingtune.kernels.footprint import (
     CHUNK_ELEMENTS,
     HEAD_ROWS,
-    HEAD_TILE,
     ROWS_AT_A_TIME,
     ROWS_MULTIPLE,
     VOCABULARY_TILE,
+    head_tile,
 )
 from qingtune.kernels.native.elementwise import native
 from qingtune.kernels.native.products import reads_as_stored
@@ -116,7 +116,8 @@ def _in_tiles(
         rows[end - start :] = 0
         running = _RunningSoftmax(wanted, wide, workspace)
         total = None if grad_hidden is None else workspace.take("head.total", rows.shape, wide).zero_()
-        for a, b in _tiles(len(weight), HEAD_TILE):
+        large = hidden.device.type != "cpu" and not converts
+        for a, b in _tiles(len(weight), head_tile(len(weight), len(rows), large=large)):
             tile = workspace.cast("weight", weight[a:b], hidden.dtype) if converts else weight[a:b]
             logits = workspace.take("head.logits", (len(rows), b - a), hidden.dtype)
             workspace.multiply(rows, tile.t(), logits)

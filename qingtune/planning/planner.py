@@ -253,7 +253,9 @@ class Planner:
         if built.one_by_one:
             work = PassTokens(work.longest, min(work.predicting, work.longest - 1), work.longest)
         trains_head = self.full or bool(self.config.modules_to_save)
-        logits = itemsize * logit_numbers(vocabulary, work.predicting, trains_head=trains_head)
+        logits = itemsize * logit_numbers(
+            vocabulary, work.predicting, trains_head=trains_head, large=self.machine.kind != "cpu"
+        )
         if not built.plain_head:
             logits = autograd_logit_bytes(vocabulary, work.predicting, itemsize)
         sizes = self.blueprint.general_sizes

@@ -16,7 +16,7 @@ from tiny_runs import assert_close, lively, lively_model, make_samples
 from qingtune.config.training import TrainConfig
 from qingtune.data.batch import collate
 from qingtune.data.tokenize import Sample
-from qingtune.kernels import loss
+from qingtune.kernels import footprint
 from qingtune.kernels.device import Hardware
 from qingtune.kernels.end_to_end import changes_logits, try_ways
 from qingtune.kernels.loss import summed_loss
@@ -83,7 +83,7 @@ GENERAL: dict[str, tuple[str | None, bool, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", GENERAL)
 def test_losses_of_a_general_model_are_those_of_the_padded_batch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "HEAD_TILE", 70)
+    monkeypatch.setattr(footprint, "HEAD_TILE", 70)
     one_by_one, plain_head, changes = GENERAL[kind]
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **{**SIZES, **changes})

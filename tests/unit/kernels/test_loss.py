@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qingtune.kernels import footprint
 from qingtune.kernels import loss as kernel
 from qingtune.kernels.native import elementwise as in_c
 from qingtune.kernels.workspace import Workspace
@@ -39,7 +40,7 @@ def both(rows: int, weight_trained: bool, dtype: torch.dtype, autocast: bool = F
 @pytest.mark.parametrize("weight_trained", [False, True])
 def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, rows: int, weight_trained: bool) -> None:
     monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", 50 * 5)  # chunks of five rows, the last one smaller
-    monkeypatch.setattr(kernel, "HEAD_TILE", 20)
+    monkeypatch.setattr(footprint, "HEAD_TILE", 20)
     ours, plain = both(rows, weight_trained, torch.float32)
     for one, two in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
@@ -67,7 +68,7 @@ CHUNKED_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.02
 def small_chunks(monkeypatch: pytest.MonkeyPatch, tile: int = 16) -> None:
     """Several chunks, rows and tiles, none of which divides what it cuts."""
     monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", VOCABULARY * 5)
-    monkeypatch.setattr(kernel, "HEAD_TILE", tile)
+    monkeypatch.setattr(footprint, "HEAD_TILE", tile)
     monkeypatch.setattr(kernel, "HEAD_ROWS", 6)
     monkeypatch.setattr(kernel, "ROWS_AT_A_TIME", 2)
     monkeypatch.setattr(kernel, "VOCABULARY_TILE", tile)
@@ -203,6 +204,16 @@ def test_gradients_of_tokens_that_are_nearly_certain_keep_their_digits_in_16_bit
     grad = torch.empty_like(hidden)
     kernel.head_loss_and_gradients(hidden, weight, targets, Workspace(torch.device("cpu")), grad_hidden=grad)
     assert ((grad.double() - twin).norm(dim=1) <= 0.06 * twin.norm(dim=1)).all()  # of which logits lose 0.03
+
+
+def test_tiles_stay_in_a_cache_and_are_few_on_a_gpu() -> None:
+    assert footprint.head_tile(151_936, 440, large=False) == 4096
+    assert footprint.head_tile(151_936, 200, large=True) == 151_936
+    for rows in (8, 440, 4096):
+        tile = footprint.head_tile(151_936, rows, large=True)
+        assert tile * rows == footprint.logit_numbers(151_936, rows, trains_head=False, large=True)
+        assert tile * rows <= footprint.CHUNK_ELEMENTS < (tile + 1) * rows or tile == 151_936
+    assert footprint.logit_numbers(300, 435, trains_head=False, large=False) == 300 * 440
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from qingtune.kernels.elementwise import Norm, rotate, swiglu, swiglu_backward
 from qingtune.kernels.int8 import quantize_rows
 from qingtune.kernels.linear import Int8Linear
-from qingtune.kernels.loss import _softmax_minus_one_hot
+from qingtune.kernels.loss import _RunningSoftmax, _softmax_minus_one_hot
 from qingtune.kernels.native import elementwise as in_c
 from qingtune.kernels.workspace import Workspace
 
@@ -206,6 +206,30 @@ def test_cross_entropy(shape: tuple[int, int], scale: float | None, dtype: torch
     torch.testing.assert_close(together, work()[1], rtol=0, atol=0, equal_nan=True)
 
 
+@DTYPES
+@pytest.mark.parametrize("tile", [1, 7, 4096])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (9, 4097)])
+def test_a_running_softmax(shape: tuple[int, int], tile: int, dtype: torch.dtype, threads: int) -> None:
+    tile = max(tile, shape[1] // 40)
+    logits, targets = hard(shape, dtype) * 4, torch.arange(shape[0]) * 7 % shape[1]
+
+    def work() -> Result:
+        running = _RunningSoftmax(targets, torch.float32, Workspace(logits.device))
+        total = torch.zeros(shape[0], 3)
+        for first in range(0, shape[1], tile):
+            part = logits[:, first : first + tile].contiguous()
+            running.take(part, first)
+            running.accumulate(total, part.float().sum(1, keepdim=True).expand(-1, 3).to(dtype).contiguous())
+        return *running.result(), running.rest, total
+
+    compare(work, torch.float32 if tile == 1 else dtype)  # sums of several numbers are rounded
+    losses = work()[1]
+    assert losses.shape == (shape[0],)
+    torch.testing.assert_close(
+        losses, F.cross_entropy(logits.float(), targets, reduction="none"), rtol=1e-5, atol=1e-5, equal_nan=True
+    )
+
+
 @pytest.mark.parametrize("size", [1, 12288])
 def test_a_probability_of_one_and_far_logits(size: int) -> None:
     logits = torch.full((2, size + 1), -3e4)
@@ -302,8 +326,11 @@ def test_threads_do_not_change_results(dtype: torch.dtype) -> None:
         c.norm(x, weight, EPSILON, out)
         grad_weight = c.norm_backward(grad, x, weight, EPSILON, grad_x, trained=True)
         losses = c.cross_entropy(logits, torch.arange(640) % 67, 1.0)
+        shares, state = x.clone(), [torch.full((640,), fill) for fill in (-torch.inf, 0.0, 0.0, 0.0)]
+        c.running_softmax(shares, torch.arange(640) % 67, 0, state)
+        c.accumulate_rows(shares, state[0], grad_x)
         assert grad_weight is not None
-        found.append((out, grad_x, grad_weight, losses, logits))
+        found.append((out, grad_x, grad_weight, losses, logits, shares, *state))
     torch.set_num_threads(before)
     for other in found[1:]:
         for one, many in zip(found[0], other, strict=True):
