@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -139,14 +140,9 @@ def test_any_sizes_of_chunks_and_tiles(
     rows: int, vocabulary: int, chunk: int, at_a_time: int, tile: int, weight_wanted: bool
 ) -> None:
     torch.manual_seed(rows)
-    sizes = {
-        "CHUNK_ELEMENTS": chunk,
-        "ROWS_AT_A_TIME": at_a_time,
-        "VOCABULARY_TILE": tile,
-        "HEAD_TILE": tile,
-        "HEAD_ROWS": chunk,
-    }
-    with mock.patch.multiple(kernel, **sizes):
+    sizes: dict[str, Any] = {"CHUNK_ELEMENTS": chunk, "ROWS_AT_A_TIME": at_a_time, "VOCABULARY_TILE": tile}
+    sizes["HEAD_ROWS"] = chunk
+    with mock.patch.multiple(kernel, **sizes), mock.patch.object(footprint, "HEAD_TILE", tile):
         check_chunked(normal(rows, 8), normal(vocabulary, 8), 0.5, True, weight_wanted)
 
 

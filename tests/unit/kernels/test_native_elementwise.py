@@ -217,7 +217,7 @@ def test_a_running_softmax(shape: tuple[int, int], tile: int, dtype: torch.dtype
         running = _RunningSoftmax(targets, torch.float32, Workspace(logits.device))
         total = torch.zeros(shape[0], 3)
         for first in range(0, shape[1], tile):
-            part = logits[:, first : first + tile].contiguous()
+            part = logits[:, first : first + tile].clone(memory_format=torch.contiguous_format)
             running.take(part, first)
             running.accumulate(total, part.float().sum(1, keepdim=True).expand(-1, 3).to(dtype).contiguous())
         return *running.result(), running.rest, total
