@@ -27,12 +27,15 @@ Read = Callable[[str], torch.Tensor]  # gives a tensor of the model by its name 
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<part>\w+\.weight)")
 _EXPERTS = re.compile(rf"(?P<experts>.+\.experts)\.(?P<matrix>{'|'.join(PARTS_OF_EXPERTS)})")
 # Multimodal models, of which the text part is exported.
-_MULTIMODAL = ("qwen3_5", "qwen3_5_moe", "gemma3")
+_MULTIMODAL = (
+    "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen2_5_vl", "qwen2_vl", "gemma3", "mistral3", "internvl", "llava",
+)  # fmt: skip
 _VISION = "the vision tower"
 _NOT_TEXT = {
     **dict.fromkeys(
         (
             "model.visual.",
+            "visual.",
             "model.vision_tower.",
             "vision_tower.",
             "model.multi_modal_projector.",

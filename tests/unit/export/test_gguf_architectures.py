@@ -11,126 +11,22 @@ import torch
 import transformers
 from conftest import make_tokenizer
 from gguf import GGUFReader
+from gguf_models import HEADS, LONGROPE, MODELS, SIZES, YARN, assert_llama_cpp_answers, export_f32, logits_of, save
 from safetensors.torch import load_file, save_file
-from tiny_runs import lively
 
-from qingtune.commands.export import export
-from qingtune.config.commands import ExportConfig
 from qingtune.errors import UserError
 from qingtune.export.gguf_architectures import ARCHITECTURES
 from qingtune.models.find import find_model
 from qingtune.models.load import load_model, local_folder
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-HEADS = {"head_dim": 16}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
-LINEAR = {
-    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "head_dim": 64, "num_hidden_layers": 4,
-}  # fmt: skip
-GEMMA = {**HEADS, "query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 7}
-GEMMA2 = {
-    **GEMMA, "num_hidden_layers": 3, "tie_word_embeddings": True, "attn_logit_softcapping": 5.0,
-    "final_logit_softcapping": 7.0,
-}  # fmt: skip
-YARN = {
-    "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16, "mscale": 1.0,
-    "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
-}  # fmt: skip
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0, 1.2, 2.0, 3.0],
-    "long_factor": [1.0, 4.0, 9.0, 9.5],
-}
-# By a name of their own: the class of the configuration, and its settings.
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2, another factor of yarn": (
-        "Qwen2Config", {"rope_parameters": {**YARN, "attention_factor": 1.5}, "tie_word_embeddings": True}
-    ),
-    "mistral": ("MistralConfig", {**HEADS, "sliding_window": None}),
-    "ministral": (
-        "MinistralConfig", {**HEADS, "sliding_window": 100, "layer_types": ["sliding_attention", "full_attention"]}
-    ),
-    "ministral3": ("Ministral3Config", {**HEADS, "rope_parameters": YARN}),
-    "ministral3, other settings of yarn": (
-        "Ministral3Config", {"head_dim": 32, "rope_parameters": YARN | {"mscale_all_dim": 0.7, "beta_fast": 8.0}}
-    ),
-    "ministral3 without yarn": (
-        "Ministral3Config", {**HEADS, "rope_parameters": YARN | {"rope_type": "default"}}
-    ),
-    "qwen3_moe": ("Qwen3MoeConfig", {**HEADS, **EXPERTS}),
-    "phi3": ("Phi3Config", {}),
-    "phi3 tied, partial rotary": (
-        "Phi3Config",
-        {
-            "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-        },
-    ),
-    "phi3 longrope": (
-        "Phi3Config",
-        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256, "max_position_embeddings": 512},
-    ),
-    "phi3 longrope, a long text": ("Phi3Config", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
-    "gemma2": ("Gemma2Config", GEMMA2),
-    "gemma3": ("Gemma3TextConfig", GEMMA),
-    "gemma3 linear": (
-        "Gemma3TextConfig",
-        {
-            **GEMMA,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
-        },
-    ),
-    "qwen3_5": ("Qwen3_5TextConfig", LINEAR),
-    "qwen3_5 tied, as many values as keys": (
-        "Qwen3_5TextConfig",
-        {**LINEAR, "linear_num_value_heads": 2, "tie_word_embeddings": True},
-    ),
-    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 48}),
-}  # fmt: skip
 READ_BY_TRANSFORMERS = ["qwen3_moe", "phi3", "gemma2", "gemma3"]
-IDS = list(range(3, 60))
-
-
-def save(folder: Path, name: str, **changes: Any) -> Any:
-    """Save a lively model of MODELS and its tokenizer."""
-    config, settings = MODELS[name]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**SIZES | settings | changes))
-    lively(model).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return model
-
-
-def export_f32(folder: Path, output: Path) -> Path:
-    export(ExportConfig(base_model=str(folder), output_dir=str(output), quantize=["f32"]))
-    return output / f"{output.name}-f32.gguf"
-
-
-def logits_of(model: Any) -> Any:
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor([IDS]), use_cache=False).logits[0].numpy()
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_answers_alike(name: str, tmp_path: Path) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp")
+    pytest.importorskip("llama_cpp")
     model = save(tmp_path / "model", name)
-    path = export_f32(tmp_path / "model", tmp_path / "out")
-    theirs = llama_cpp.Llama(str(path), n_ctx=128, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0)
-    theirs.eval(IDS)
-    wanted = logits_of(model)
-    found = theirs.scores[: len(IDS)]
-    # ggml takes GELU from a table in fp16.
-    assert np.abs(found - wanted).max() < (0.02 if "gemma" in name else 1e-3) * wanted.std()
-    assert (found.argmax(1) == wanted.argmax(1)).mean() >= (0.95 if "gemma" in name else 1)
+    assert_llama_cpp_answers(export_f32(tmp_path / "model", tmp_path / "out"), model, gemma="gemma" in name)
 
 
 def read_by_transformers(path: Path, config: Any) -> Any:
@@ -338,56 +234,6 @@ def test_a_window_of_all_layers_bounds_what_the_file_says_it_reads(
     save(tmp_path / "wide", name, sliding_window=256)
     fields = GGUFReader(export_f32(tmp_path / "wide", tmp_path / "other")).fields
     assert fields[f"{kind}.context_length"].contents() == 256
-
-
-VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
-SIGLIP = {
-    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
-    "patch_size": 14,
-}  # fmt: skip
-MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3_5 tied, as many values as keys": ("Qwen3_5", {"vision_config": VISION}),
-    "qwen3_5_moe": ("Qwen3_5Moe", {"vision_config": VISION}),
-    "gemma3": ("Gemma3", {"vision_config": SIGLIP, "mm_tokens_per_image": 4}),
-}
-
-
-@pytest.mark.parametrize("name", MULTIMODAL)
-def test_of_a_multimodal_model_the_text_part_is_exported(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = save(tmp_path / "text", name)
-    kind, settings = MULTIMODAL[name]
-    tied = bool(text.config.tie_word_embeddings)
-    config = getattr(transformers, f"{kind}Config")(
-        text_config=text.config.to_dict() | {"tie_word_embeddings": False}, tie_word_embeddings=tied, **settings
-    )
-    whole = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
-    whole.model.language_model.load_state_dict(text.model.state_dict())
-    whole.lm_head.load_state_dict(text.lm_head.state_dict())
-    whole.save_pretrained(tmp_path / "whole")
-    make_tokenizer().save_pretrained(tmp_path / "whole")
-    stored = load_file(tmp_path / "whole" / "model.safetensors")
-    more = {"mtp.fc.weight": torch.zeros(32, 64)}
-    save_file(stored | more, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
-    found = GGUFReader(export_f32(tmp_path / "whole", tmp_path / "a"))
-    reported = capsys.readouterr().err
-    assert "Note: The file does not hold the vision tower." in reported
-    assert "Note: The file does not hold the layers that predict several tokens (mtp)." in reported
-    alone = GGUFReader(export_f32(tmp_path / "text", tmp_path / "b"))
-    wanted = {tensor.name: tensor.data for tensor in alone.tensors}
-    assert {tensor.name for tensor in found.tensors} == set(wanted)
-    assert all(np.array_equal(tensor.data, wanted[tensor.name]) for tensor in found.tensors)
-    first, second = (
-        {
-            key: field.contents()
-            for key, field in one.fields.items()
-            if key.startswith(f"{one.fields['general.architecture'].contents()}.") or key.endswith("bos_token_id")
-        }
-        for one in (found, alone)
-    )
-    assert first == second
-    assert first["tokenizer.ggml.bos_token_id"] == 0
 
 
 def test_experts_stored_together_and_one_by_one_make_the_same_file(tmp_path: Path) -> None:
