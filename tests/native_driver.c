@@ -48,7 +48,7 @@ static void *make(void *argument) {
     const Call *c = argument;
     if (c->what == STEP) answer_step(c->model, c->cache, c->x, c->count, c->threads, c->memory, c->y);
     if (c->what == PRODUCT) multiply_rows(c->matrix, c->x, c->count, c->threads, c->memory, c->y);
-    if (c->what == MIXTURE) add_mixture(c->mixture, c->x, c->y, c->threads, c->memory);
+    if (c->what == MIXTURE) apply_mixture(c->mixture, c->x, c->count, c->threads, c->memory, c->y);
     if (c->what == UNPACK) unpack(c->matrix, c->out, c->threads);
     if (c->what == TO_24_BITS) to_24_bits(c->x, c->out, c->count, c->threads);
     return NULL;
@@ -117,10 +117,10 @@ static uint16_t *halves(int64_t count, int64_t kind) {
 }
 
 static uint8_t *blocks(int64_t rows, int64_t columns, int64_t kind) {
-    const int64_t bytes = kind == INT8 ? BYTES_OF_INT8 : BYTES_OF_INT4, count = rows / BLOCK * (columns / GROUP);
+    const int64_t bytes = kind == OF_INT8 ? BYTES_OF_INT8 : BYTES_OF_INT4, count = rows / BLOCK * (columns / GROUP);
     uint8_t *packed = room(count * bytes);
     for (int64_t i = 0; i < count * bytes; i++) packed[i] = (uint8_t)(256.0f * (drawn() + 0.5f));
-    for (int64_t i = 0; i < count && kind == INT4; i++)
+    for (int64_t i = 0; i < count && kind == OF_INT4; i++)
         for (int k = 0; k < 32; k++) { /* scales, then offsets */
             const uint16_t part = upper_half(k < 16 ? 0.02f : -0.15f);
             memcpy(packed + i * bytes + 2 * k, &part, 2);
@@ -130,7 +130,7 @@ static uint8_t *blocks(int64_t rows, int64_t columns, int64_t kind) {
 
 static Matrix matrix_of(int64_t kind, int64_t rows, int64_t columns, int biased) {
     Matrix m = {NULL, NULL, biased ? floats(rows, 0.1f) : NULL, kind, rows, columns};
-    if (kind == INT8 || kind == INT4) m.weight = blocks(rows, columns, kind);
+    if (kind == OF_INT8 || kind == OF_INT4) m.weight = blocks(rows, columns, kind);
     else if (kind == EXACT_24_BITS) {
         float *wide = floats(rows * columns, 0.3f);
         uint8_t *one = room(rows * columns * 3), *many = room(rows * columns * 3);
@@ -141,7 +141,7 @@ static Matrix matrix_of(int64_t kind, int64_t rows, int64_t columns, int biased)
         free(one);
         m.weight = many;
     } else m.weight = halves(rows * columns, kind);
-    if (kind == INT8) {
+    if (kind == OF_INT8) {
         float *scale = floats(rows, 0.002f);
         m.scale = scale;
     }
@@ -179,7 +179,7 @@ static void try_product(int64_t kind, int64_t rows, int64_t columns, int64_t cou
     compare(results[0], results[1], count * rows * 4, "product");
     for (int64_t i = 0; i < count * rows; i++)
         if (!isfinite(results[0][i])) exit(4);
-    if (kind == INT8 || kind == INT4) {
+    if (kind == OF_INT8 || kind == OF_INT4) {
         uint16_t *one = room(rows * columns * 2), *many = room(rows * columns * 2);
         run((Call){.what = UNPACK, .matrix = &m, .out = one, .threads = 1});
         run((Call){.what = UNPACK, .matrix = &m, .out = many, .threads = 3});
@@ -193,107 +193,170 @@ static void try_product(int64_t kind, int64_t rows, int64_t columns, int64_t cou
     free_matrix(m);
 }
 
+static MLP mlp_of(int64_t kind, int64_t hidden, int64_t inner, int64_t activation) {
+    return (MLP){matrix_of(kind, 2 * inner, hidden, 0), matrix_of(kind, hidden, inner, 0), activation};
+}
+
+static void free_mlp(MLP mlp) {
+    free_matrix(mlp.gate_up);
+    free_matrix(mlp.down);
+}
+
 /* Each row is sent to two of three experts. */
-static void try_mixture(int64_t kind, int64_t hidden, int64_t inner, int64_t count) {
-    Matrix gate_up[3], down[3];
-    for (int e = 0; e < 3; e++) {
-        gate_up[e] = matrix_of(kind, 2 * inner, hidden, 0);
-        down[e] = matrix_of(kind, hidden, inner, 0);
-    }
-    int64_t *rows = room(2 * count * 8), *experts = room(2 * count * 8);
-    for (int64_t p = 0; p < 2 * count; p++) rows[p] = p / 2, experts[p] = (p + p / 2) % 3;
-    float *shares = floats(2 * count, 1.0f), *x = floats(count * hidden, 2.0f), *results[2];
-    const Mixture mixture = {gate_up, down, rows, experts, shares, count, 2 * count};
+static Mixture *mixture_of(int64_t kind, int64_t hidden, int64_t inner, int64_t shared) {
+    const int64_t dense = kind == OF_INT8 || kind == OF_INT4 ? OF_BF16 : kind;
+    MLP *experts = room(3 * sizeof(MLP)), *common = shared ? room(sizeof(MLP)) : NULL;
+    for (int e = 0; e < 3; e++) experts[e] = mlp_of(kind, hidden, inner, SILU);
+    if (shared) *common = mlp_of(kind, hidden, shared, SILU);
+    const Matrix gate = shared ? matrix_of(dense, 16, hidden, 0) : (Matrix){0};
+    const Mixture mixture = {matrix_of(dense, 16, hidden, 0), experts, common, gate, 3, 2, shared > 0};
+    return copy_of(&mixture, sizeof(mixture));
+}
+
+static void free_mixture(const Mixture *mixture) {
+    for (int e = 0; e < 3; e++) free_mlp(mixture->experts[e]);
+    if (mixture->shared) free_mlp(*mixture->shared);
+    free_matrix(mixture->router);
+    free_matrix(mixture->shared_gate);
+    free((void *)mixture->experts);
+    free((void *)mixture->shared);
+    free((void *)mixture);
+}
+
+static void try_mixture(int64_t kind, int64_t hidden, int64_t inner, int64_t shared, int64_t count) {
+    Mixture *mixture = mixture_of(kind, hidden, inner, shared);
+    float *x = floats(count * hidden, 2.0f), *results[2];
     for (int several = 0; several < 2; several++) {
-        char *memory = room(mixture_scratch_bytes(&mixture));
+        const int64_t threads = several ? 3 : 1;
+        char *memory = room(mixture_scratch_bytes(mixture, count, threads));
         results[several] = room(count * hidden * 4);
-        memset(results[several], 0, (size_t)(count * hidden * 4));
-        run((Call){.what = MIXTURE, .mixture = &mixture, .x = x, .y = results[several], .threads = several ? 3 : 1,
-                   .memory = memory});
+        run((Call){.what = MIXTURE, .mixture = mixture, .x = x, .y = results[several], .count = count,
+                   .threads = threads, .memory = memory});
         free(memory);
     }
     compare(results[0], results[1], count * hidden * 4, "mixture");
     for (int64_t i = 0; i < count * hidden; i++)
         if (!isfinite(results[0][i])) exit(4);
-    for (int e = 0; e < 3; e++) {
-        free_matrix(gate_up[e]);
-        free_matrix(down[e]);
-    }
     for (int i = 0; i < 2; i++) free(results[i]);
-    free(rows);
-    free(experts);
-    free(shares);
     free(x);
+    free_mixture(mixture);
 }
 
+/* gated: queries with gates, norms on outputs, a window, partly turned heads, a mixture and a delta net, all at once. */
 typedef struct {
     int64_t hidden, inner, queries, keys, size, vocabulary, capacity;
-    int head_norms, wide;
+    int head_norms, wide, gated;
 } Shape;
 
-static Layer layer_of(const Shape *s, int64_t kind) {
-    const int64_t width = s->queries * s->size, all = (s->queries + 2 * s->keys) * s->size;
-    return (Layer){matrix_of(kind, all, s->hidden, 1),
-                   matrix_of(kind, s->hidden, width, 0),
-                   matrix_of(kind, 2 * s->inner, s->hidden, 0),
-                   matrix_of(kind, s->hidden, s->inner, 0),
-                   floats(s->hidden, 1.0f),
-                   s->head_norms ? floats(s->size, 1.0f) : NULL,
-                   s->head_norms ? floats(s->size, 1.0f) : NULL,
-                   floats(s->hidden, 1.0f)};
+enum { KEY_HEADS = 2, VALUE_HEADS = 4, KEY_SIZE = 8, VALUE_SIZE = 16, SEEN = 3 };
+enum { CHANNELS = 2 * KEY_HEADS * KEY_SIZE + VALUE_HEADS * VALUE_SIZE };
+
+static Layer layer_of(const Shape *s, int64_t kind, int delta) {
+    const int64_t width = s->queries * s->size, dense = kind == OF_INT8 || kind == OF_INT4 ? OF_BF16 : kind;
+    Layer layer = {.input_norm = floats(s->hidden, 1.0f), .mlp_norm = floats(s->hidden, 1.0f)};
+    if (s->gated) {
+        layer.mixer_output_norm = floats(s->hidden, 1.0f);
+        layer.mlp_output_norm = floats(s->hidden, 1.0f);
+    }
+    if (delta) {
+        const int64_t read = VALUE_HEADS * VALUE_SIZE;
+        const DeltaNet net = {matrix_of(kind, CHANNELS + read, s->hidden, 0),
+                              matrix_of(dense, 16, s->hidden, 0),
+                              matrix_of(kind, s->hidden, read, 0),
+                              floats(SEEN * CHANNELS, 1.0f), floats(VALUE_HEADS, 1.0f), floats(VALUE_HEADS, 1.0f),
+                              floats(VALUE_SIZE, 1.0f)};
+        layer.net = copy_of(&net, sizeof(net));
+        layer.mixture = mixture_of(kind, s->hidden, s->inner, 32);
+    } else {
+        const int64_t all = (s->queries * (1 + s->gated) + 2 * s->keys) * s->size;
+        const Attention attention = {matrix_of(kind, all, s->hidden, 1), matrix_of(kind, s->hidden, width, 0),
+                                     s->head_norms ? floats(s->size, 1.0f) : NULL,
+                                     s->head_norms ? floats(s->size, 1.0f) : NULL,
+                                     s->gated ? 3 : s->capacity, s->gated};
+        const MLP mlp = mlp_of(kind, s->hidden, s->inner, s->gated ? GELU_TANH : SILU);
+        layer.attention = copy_of(&attention, sizeof(attention));
+        layer.mlp = copy_of(&mlp, sizeof(mlp));
+    }
+    return layer;
 }
 
 static void free_layer(const Layer *l) {
-    free_matrix(l->qkv);
-    free_matrix(l->o);
-    free_matrix(l->gate_up);
-    free_matrix(l->down);
-    free((void *)l->input_norm);
-    free((void *)l->q_norm);
-    free((void *)l->k_norm);
-    free((void *)l->mlp_norm);
+    const float *norms[] = {l->input_norm, l->mlp_norm, l->mixer_output_norm, l->mlp_output_norm};
+    for (int i = 0; i < 4; i++) free((void *)norms[i]);
+    if (l->attention) {
+        free_matrix(l->attention->qkv);
+        free_matrix(l->attention->o);
+        free((void *)l->attention->q_norm);
+        free((void *)l->attention->k_norm);
+        free_mlp(*l->mlp);
+    } else {
+        const float *parts[] = {l->net->taps, l->net->rate, l->net->bias, l->net->weight};
+        free_matrix(l->net->qkv_z);
+        free_matrix(l->net->b_a);
+        free_matrix(l->net->out);
+        for (int i = 0; i < 4; i++) free((void *)parts[i]);
+        free_mixture(l->mixture);
+    }
+    free((void *)l->attention);
+    free((void *)l->net);
+    free((void *)l->mlp);
+}
+
+enum { KEPT = 4 }; /* keys, values, a delta net's rows and its states */
+
+static Cache cache_of(const Shape *s, void *const kept[KEPT], const int64_t *places, const Turns *turns,
+                      const float *factors) {
+    return (Cache){kept[0], kept[1], s->wide, SLOTS, s->capacity, places, kept[2], kept[3], turns, factors};
 }
 
 /* A step of sequences of which one holds nothing, one all but the last place, the others something between. */
 static void try_step(Shape s, int64_t kind, int64_t count) {
-    Layer layers[2] = {layer_of(&s, kind), layer_of(&s, kind)};
-    const int64_t half = s.capacity * s.size / 2, kept = 2 * SLOTS * s.keys * s.capacity * s.size;
-    const int64_t bytes = kept * (s.wide ? 4 : 2);
-    float *norm = floats(s.hidden, 1.0f), *cosines = floats(half, 2.0f), *sines = floats(half, 2.0f);
-    Model model = {layers, matrix_of(kind, s.vocabulary, s.hidden, 0), norm, cosines, sines,
-                   2, s.hidden, s.inner, s.queries, s.keys, s.size, 0.2f, 1e-6f, 1e-6f};
+    Layer layers[3] = {layer_of(&s, kind, 0), layer_of(&s, kind, 0)};
+    if (s.gated) layers[2] = layer_of(&s, kind, 1);
+    layers[1].number = 1;
+    const int64_t half = s.size / 2, numbers = 2 * SLOTS * s.keys * s.capacity * s.size;
+    const int64_t bytes_of_keys = numbers * (s.wide ? 4 : 2), rows = SLOTS * (SEEN - 1) * CHANNELS;
+    const int64_t states = SLOTS * VALUE_HEADS * KEY_SIZE * VALUE_SIZE;
+    const int64_t sizes[KEPT] = {bytes_of_keys, bytes_of_keys, rows * 4, states * 4};
+    float *norm = floats(s.hidden, 1.0f), *parts[4], *factors = s.gated ? floats(count, 1.0f) : NULL;
+    for (int i = 0; i < 4; i++) parts[i] = floats(count * (i < 2 ? half : half - 3), 2.0f);
+    const Turns turns[2] = {{parts[0], parts[1], half}, {parts[2], parts[3], half - 3}};
+    Model model = {layers, matrix_of(kind, s.vocabulary, s.hidden, 0), norm,
+                   s.gated ? 3 : 2, s.hidden, s.queries, s.keys, s.size, s.gated,
+                   KEY_HEADS, VALUE_HEADS, KEY_SIZE, VALUE_SIZE, SEEN, 0.2f, 1e-6f, 1e-6f};
     int64_t *places = room(count * 8);
     for (int64_t t = 0; t < count; t++) places[t] = (s.capacity - 1) * t / (count > 1 ? count - 1 : 1);
-    void *before[2] = {s.wide ? (void *)floats(kept, 1.0f) : (void *)halves(kept, BF16), NULL}, *after[2][2];
-    before[1] = copy_of(before[0], bytes);
+    void *before[KEPT], *after[2][KEPT];
+    before[0] = s.wide ? (void *)floats(numbers, 1.0f) : (void *)halves(numbers, OF_BF16);
+    before[1] = copy_of(before[0], bytes_of_keys);
+    before[2] = floats(rows, 1.0f);
+    before[3] = floats(states, 1.0f);
     float *embedded = floats(count * s.hidden, 2.0f), *logits[2];
     for (int several = 0; several < 2; several++) {
-        for (int i = 0; i < 2; i++) after[several][i] = copy_of(before[i], bytes);
-        Cache cache = {after[several][0], after[several][1], s.wide, SLOTS, s.capacity, places};
-        float *x = copy_of(embedded, count * s.hidden * 4);
+        for (int i = 0; i < KEPT; i++) after[several][i] = copy_of(before[i], sizes[i]);
+        const Cache cache = cache_of(&s, after[several], places, turns, factors);
         const int64_t threads = several ? 3 : 1;
         char *memory = room(scratch_bytes(&model, &cache, count, threads));
         logits[several] = room(count * s.vocabulary * 4);
-        run((Call){.what = STEP, .model = &model, .cache = &cache, .x = x, .y = logits[several], .count = count,
+        run((Call){.what = STEP, .model = &model, .cache = &cache, .x = embedded, .y = logits[several], .count = count,
                    .threads = threads, .memory = memory});
         free(memory);
-        free(x);
     }
     compare(logits[0], logits[1], count * s.vocabulary * 4, "logits");
-    for (int i = 0; i < 2; i++) compare(after[0][i], after[1][i], bytes, "the cache");
+    for (int i = 0; i < KEPT; i++) compare(after[0][i], after[1][i], sizes[i], "the cache");
     for (int64_t i = 0; i < count * s.vocabulary; i++)
         if (!isfinite(logits[0][i])) exit(4);
-    for (int i = 0; i < 2; i++) {
-        free(logits[i]);
+    for (int i = 0; i < KEPT; i++) {
         free(before[i]);
         free(after[0][i]);
         free(after[1][i]);
-        free_layer(&layers[i]);
+        free(parts[i]);
     }
+    for (int64_t i = 0; i < model.count; i++) free_layer(&layers[i]);
+    for (int i = 0; i < 2; i++) free(logits[i]);
     free_matrix(model.head);
     free(norm);
-    free(cosines);
-    free(sines);
+    free(factors);
     free(places);
     free(embedded);
 }
@@ -301,23 +364,23 @@ static void try_step(Shape s, int64_t kind, int64_t count) {
 int main(int count, char **arguments) {
 #ifdef TEAM
     if (count > 1) left_out = atoi(arguments[1]);
-    const int64_t counts[] = {3, 50}, kinds[] = {BF16, INT4, EXACT_24_BITS};
+    const int64_t counts[] = {3, 50}, kinds[] = {OF_BF16, OF_INT4, EXACT_24_BITS};
 #else
     (void)count, (void)arguments;
-    const int64_t counts[] = {1, 2, 3, 4, 7, 13, 50}, kinds[] = {BF16, INT8, INT4, EXACT_BF16, EXACT_FP16, EXACT_24_BITS};
+    const int64_t counts[] = {1, 2, 3, 4, 7, 13, 50}, kinds[] = {OF_BF16, OF_INT8, OF_INT4, EXACT_BF16, EXACT_FP16, EXACT_24_BITS};
 #endif
     const Shape shapes[] = {
-        {32, 32, 1, 1, 32, 16, 1, 0, 1},     /* the smallest: fewer blocks of rows than threads, nothing held */
-        {96, 160, 3, 1, 32, 80, 19, 1, 0},   /* three heads that share a key */
-        {64, 32, 4, 2, 80, 336, 33, 0, 0},   /* heads wider than 64, one block more than a panel */
-        {1056, 64, 2, 2, 16, 48, 5, 1, 1},   /* more columns than a panel is deep */
+        {32, 32, 1, 1, 32, 16, 1, 0, 1, 0},   /* the smallest: fewer blocks of rows than threads, nothing held */
+        {96, 160, 3, 1, 32, 80, 19, 1, 0, 1}, /* three heads that share a key */
+        {64, 32, 4, 2, 80, 336, 33, 0, 0, 0}, /* heads wider than 64, one block more than a panel */
+        {1056, 64, 2, 2, 16, 48, 5, 1, 1, 1}, /* more columns than a panel is deep */
     };
     for (size_t k = 0; k < sizeof(kinds) / sizeof(*kinds); k++)
         for (size_t c = 0; c < sizeof(counts) / sizeof(*counts); c++) {
             try_product(kinds[k], 16, 32, counts[c]);
             try_product(kinds[k], 80, 1056, counts[c]);
-            try_mixture(kinds[k], 32, 32, counts[c]);
-            try_mixture(kinds[k], 80 * 2, 96, counts[c]);
+            try_mixture(kinds[k], 32, 32, 0, counts[c]);
+            try_mixture(kinds[k], 80 * 2, 96, 64, counts[c]);
             for (size_t i = 0; i < sizeof(shapes) / sizeof(*shapes); i++) try_step(shapes[i], kinds[k], counts[c]);
         }
     puts("done");

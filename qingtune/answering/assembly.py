@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ import torch.nn.functional as F
 from qingtune.adapters.merge_stored import EMBEDDING, HEAD, MergedWeights
 from qingtune.adapters.variants import LowRank
 from qingtune.answering.decoder.cached import CachedDecoder
-from qingtune.answering.decoder.joining import Rotary, Table
 from qingtune.answering.decoder.layer import (
     AnswerLayer,
     AnswerNorm,
@@ -33,9 +33,11 @@ from qingtune.answering.decoder.packed import (
     pack,
     plus,
 )
+from qingtune.answering.decoder.rotary import Rotary, Table
 from qingtune.kernels.architecture import ALL, MLP, Architecture, Attention, DeltaNet, Experts, Layer, describe
 from qingtune.kernels.delta.answer import DeltaCore
 from qingtune.kernels.device import Hardware, give_back_memory, has_int8_units
+from qingtune.kernels.native.delta_step import LARGEST_HEAD
 from qingtune.kernels.workspace import Workspace
 from qingtune.models.layers import stored_tensors
 from qingtune.models.multimodal import text_name
@@ -57,6 +59,7 @@ MODEL_TYPES = frozenset(
         "qwen3_5_moe_text",
     }
 )
+HEAD_NUMBERS = 16  # of which the kernels in C take heads of attention
 LEAST_HIDDEN = 256  # in a smaller model calling C costs more than a matrix's product, unless it computes whole steps
 _LANGUAGE_MODEL = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
 
@@ -223,21 +226,25 @@ class Assembly:
             (self._of_expert(name, "gate_up", number), self._of_expert(name, "down", number))
             for number in range(experts.count)
         ]
-        shared = MLP(experts.shared) if experts.shared else None
-        return ExpertsBlock(
+        shared = self._mlp(f"{name}.shared_expert", MLP(experts.shared)) if experts.shared else None
+        block = ExpertsBlock(
             experts,
             self._joined(f"{name}.gate", dense=True),
             [MLPBlock(gate_up, down, "silu") for gate_up, down in pairs],
-            self._mlp(f"{name}.shared_expert", shared) if shared else None,
+            shared,
             self._joined(f"{name}.shared_expert_gate", dense=True) if shared else None,
-            self._native_experts(pairs),
         )
+        return replace(block, native=self._native_experts(block))
 
-    def _native_experts(self, pairs: Sequence[tuple[Matrix, Matrix]]) -> NativeExperts | None:
-        gate_up, down = ([one for one in part if isinstance(one, NativeMatrix)] for part in zip(*pairs, strict=True))
-        if self.library is None or not len(gate_up) == len(down) == len(pairs):
+    def _native_experts(self, block: ExpertsBlock) -> NativeExperts | None:
+        """The mixture in C, if all its matrices are."""
+        router, gate = block.router, block.shared_gate
+        pairs = [(mlp.gate_up, mlp.down) for mlp in (*block.mlps, *([block.shared] if block.shared else []))]
+        native = [(one, two) for one, two in pairs if isinstance(one, NativeMatrix) and isinstance(two, NativeMatrix)]
+        if self.library is None or len(native) < len(pairs) or not isinstance(router, NativeMatrix):
             return None
-        return NativeExperts(self.library, gate_up, down)
+        shared = (native[-1], gate) if isinstance(gate, NativeMatrix) else None
+        return NativeExperts(self.library, block.experts, router, native[: len(block.mlps)], shared)
 
     def _of_expert(self, name: str, kind: str, number: int) -> Matrix:
         """One expert's matrix, of a tensor of all experts or of a file with those of each apart."""
@@ -283,34 +290,30 @@ class Assembly:
         return weight, low.on_unchanged_base(weight, name)
 
     def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> Matrix:
-        if self.library and fits_native(*weight.shape):
+        if self.library and fits_native(weight.shape[1]):
             return NativeMatrix(self.library, weight, bias, bits, self.dtype, self.workspace)
         bits = 8 if bits == 4 and not has_int4_kernels() else bits
         bias, units = None if bias is None else bias.to(self.device), has_int8_units(self.device)
         return pack(weight.to(self.device), bias, bits, self.dtype, self.workspace, int8_units=units)
 
     def _rotary(self) -> Rotary:
-        """cos and sin of every position."""
-        config = self.config
         module = dict(self.model.named_modules())
         (rotary,) = (one for name, one in module.items() if text_name(name) == "model.rotary_emb")
         names = {mixer.rotary for layer in self.architecture.layers if isinstance(mixer := layer.mixer, Attention)}
+        return Rotary(
+            functools.partial(_table, rotary, self.dtype, self.device),
+            names,
+            stretched_from=self.architecture.short_context,
+            query_scaling=self.architecture.query_scaling,
+        )
 
-        def tables(length: int) -> dict[str, Table]:
-            return {name: self._table(rotary, name, length) for name in sorted(names)}
 
-        own, stretched, stretched_from = tables(config.max_position_embeddings), None, None
-        if "longrope" in _rope_types(config):
-            stretched_from = config.rope_parameters["original_max_position_embeddings"]
-            own, stretched = tables(stretched_from), own
-        return Rotary(own, stretched, stretched_from, self.architecture.query_scaling)
-
-    def _table(self, rotary: Any, name: str, length: int) -> Table:
-        """The model's own table of some positions, which repeats it for the second half of what is turned."""
-        which = {} if name == ALL else {"layer_type": name}
-        cos, sin = rotary(torch.empty(0, dtype=self.dtype), torch.arange(length)[None], **which)
-        half = cos.shape[-1] // 2
-        return cos[0, :, :half].contiguous().to(self.device), sin[0, :, :half].contiguous().to(self.device)
+def _table(rotary: Any, dtype: torch.dtype, device: torch.device, name: str, length: int) -> Table:
+    """The model's own table of some positions, which repeats it for the second half of what is turned."""
+    which = {} if name == ALL else {"layer_type": name}
+    cos, sin = rotary(torch.empty(0, dtype=dtype), torch.arange(length)[None], **which)
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].contiguous().to(device), sin[0, :, :half].contiguous().to(device)
 
 
 def native_kernels(model: Any, hardware: Hardware) -> ctypes.CDLL | str:
@@ -322,35 +325,19 @@ def native_kernels(model: Any, hardware: Hardware) -> ctypes.CDLL | str:
 
 
 def _steps_in_c(architecture: Architecture) -> bool:
-    """Whether the kernels in C compute a model's new tokens as a whole: it is of blocks that they know, and every
-    matrix a multiple of theirs."""
-    first = architecture.layers[0]
-    if not isinstance(first.mixer, Attention) or not isinstance(first.mlp, MLP):
-        return False
-    plain = Attention(
-        first.mixer.queries,
-        first.mixer.keys,
-        first.mixer.size,
-        first.mixer.size**-0.5,
-        rotary_size=first.mixer.size,
-        normed=first.mixer.normed,
-        fused=first.mixer.fused,
-    )
-    known = Layer(plain, MLP(first.mlp.size, fused=first.mlp.fused))
-    scales = (
-        architecture.norm_offset,
-        architecture.embedding_scale,
-        architecture.logit_cap,
-        architecture.query_scaling,
-    )
-    widths = (architecture.hidden, first.mlp.size, plain.queries * plain.size)
-    return (
-        all(layer == known for layer in architecture.layers)
-        and scales == (0.0, 1.0, None, None)
-        and plain.size % 32 == 0
-        and all(fits_native(width, width) for width in widths)
-        and fits_native(architecture.vocabulary, architecture.hidden)
-    )
+    """Whether the kernels in C compute a model's new tokens as a whole: its sizes are multiples of theirs."""
+    widths, heads = {architecture.hidden}, {HEAD_NUMBERS}
+    for layer in architecture.layers:
+        mixer, mlp = layer.mixer, layer.mlp
+        if isinstance(mixer, Attention):
+            widths.add(mixer.queries * mixer.size)
+            heads.add(mixer.size)
+        else:
+            widths.add(mixer.value_heads * mixer.value_size)
+            if max(mixer.key_size, mixer.value_size) > LARGEST_HEAD:
+                return False
+        widths |= {mlp.size, mlp.shared} if isinstance(mlp, Experts) else {mlp.size}
+    return all(map(fits_native, widths)) and not any(size % HEAD_NUMBERS for size in heads)
 
 
 @dataclass(frozen=True)

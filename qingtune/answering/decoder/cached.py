@@ -18,12 +18,13 @@ from typing import cast
 import torch
 
 from qingtune.answering.decoder.cache import AnswerCache, AnswerShape
-from qingtune.answering.decoder.joining import Chunk, Joining, Rotary, TokenEach
+from qingtune.answering.decoder.joining import Chunk, Joining, TokenEach
 from qingtune.answering.decoder.layer import AnswerLayer, AnswerNorm
 from qingtune.answering.decoder.native.answer_step import AnswerStep
 from qingtune.answering.decoder.native.matrices import NativeMatrix
 from qingtune.answering.decoder.packed import Matrix
-from qingtune.kernels.architecture import ALL, Architecture
+from qingtune.answering.decoder.rotary import Rotary
+from qingtune.kernels.architecture import Architecture
 
 CHUNK = 512  # tokens of a prompt computed at a time
 PLACES_AT_A_TIME = 128  # of a text, with logits in memory at once: 39 MB in bf16 with Qwen's vocabulary
@@ -56,7 +57,7 @@ class CachedDecoder:
         self._step = None
         if self.library:
             layers, head = list(self.layers), cast("NativeMatrix", self.head)
-            self._step = AnswerStep(self.library, self.shape, layers, self.norm, head, self.rotary.tables[ALL])
+            self._step = AnswerStep(self.library, self.shape, layers, self.norm, head, self.rotary)
 
     def slot_bytes(self, length: int) -> int:
         """The bytes of a slot that holds a sequence of this many tokens."""
@@ -69,14 +70,20 @@ class CachedDecoder:
         self._cache = self._empty_cache(length)
 
     def _empty_cache(self, length: int = 0) -> AnswerCache:
+        self.rotary.reserve(length)
         return AnswerCache(
             self.shape, self.slots, self.dtype, self.device, length, stretched_from=self.rotary.stretched_from
         )
 
+    def _reserve(self, length: int) -> None:
+        """Make room for this many tokens a slot."""
+        self._cache.reserve(length)
+        self.rotary.reserve(self._cache.keys.shape[3])
+
     @torch.inference_mode()
     def start(self, ids: Sequence[int], slot: int = 0) -> torch.Tensor:
         """Let a slot hold these ids, at least one, and give the logits [V] of the next one."""
-        self._cache.reserve(len(ids))
+        self._reserve(len(ids))
         place, stops = self._cache.keep_common(ids, slot)
         last = None
         for end in (*stops, len(ids)):
@@ -92,11 +99,11 @@ class CachedDecoder:
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """One more token for each of the first S slots; gives the logits [S, V] of the next ones."""
         held = self._cache.ids[: len(tokens)]
-        self._cache.reserve(max(map(len, held)) + 1)
+        self._reserve(max(map(len, held)) + 1)
         self._stretch(held)
         x = self._embedded(tokens)
         if self._step:
-            logits = self._step.logits(x, self._cache)
+            logits = self._capped(self._step.logits(x, self._cache))
         else:
             one = len(x) == 1
             joining = Chunk(self._cache, self.rotary, 0, 1) if one else TokenEach(self._cache, self.rotary, len(x))
@@ -164,5 +171,8 @@ class CachedDecoder:
 
     def logits_of(self, states: torch.Tensor) -> torch.Tensor:
         """What the head makes of normed states: [T, D] -> [T, V]."""
-        logits, cap = self.head.multiply(states), self.architecture.logit_cap
+        return self._capped(self.head.multiply(states))
+
+    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+        cap = self.architecture.logit_cap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

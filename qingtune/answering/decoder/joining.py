@@ -8,45 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from qingtune.answering.decoder.cache import AnswerCache
+from qingtune.answering.decoder.rotary import Rotary, Table
 from qingtune.kernels.architecture import Attention
 from qingtune.kernels.delta.answer import DeltaCore
-
-Table = tuple[torch.Tensor, torch.Tensor]  # cos and sin of every position, each [context, rotary size / 2]
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864), the halves of a head as coordinates.
-
-    Attributes:
-        tables: by the names that layers call them by.
-        stretched: the same for sequences longer than `stretched_from`, where those have tables of their own (LongRoPE,
-            Ding et al. 2024, https://arxiv.org/abs/2402.13753).
-        query_scaling: (beta, n): queries at position p are multiplied by 1 + beta ln(1 + floor(p / n)).
-    """
-
-    tables: Mapping[str, Table]
-    stretched: Mapping[str, Table] | None = None
-    stretched_from: int | None = None
-    query_scaling: tuple[float, int] | None = None
-
-    @property
-    def any(self) -> torch.Tensor:
-        """One of the tables' parts, for its dtype and device."""
-        return next(iter(self.tables.values()))[0]
-
-    def query_factor(self, places: torch.Tensor) -> torch.Tensor | None:
-        """Of queries at places [T]: fp32 [T, 1, 1]; None where all are 1."""
-        if self.query_scaling is None:
-            return None
-        beta, n = self.query_scaling
-        return (1 + beta * torch.log1p(places // n)).view(-1, 1, 1)
 
 
 class Joining(ABC):
@@ -154,13 +123,7 @@ class TokenEach(Joining):
     def __init__(self, cache: AnswerCache, rotary: Rotary, count: int) -> None:
         lengths = [len(ids) for ids in cache.ids[:count]]
         places = torch.tensor(lengths, device=cache.device)
-        tables = {name: _rows(table, places) for name, table in rotary.tables.items()}
-        if rotary.stretched and any(cache.stretched[:count]):
-            long = torch.tensor(cache.stretched[:count], device=cache.device)[:, None, None]
-            for name, (cos, sin) in tables.items():
-                others = _rows(rotary.stretched[name], places)
-                tables[name] = torch.where(long, others[0], cos), torch.where(long, others[1], sin)
-        super().__init__(tables, rotary.query_factor(places))
+        super().__init__(rotary.at(lengths, cache.stretched[:count]), rotary.query_factor(places))
         self._cache, self._places, self._end, self._least = cache, places, max(lengths) + 1, min(lengths)
         self._slots = torch.arange(count, device=cache.device)
         self._masks: dict[int | None, torch.Tensor] = {}
@@ -190,12 +153,6 @@ class TokenEach(Joining):
         """[S, H e]."""
         rows, states = (part[number, : len(qkv)] for part in (self._cache.rows, self._cache.states))
         return core.step(qkv, z, b, a, rows, states)
-
-
-def _rows(table: Table, places: torch.Tensor) -> Table:
-    """A table's rows at places [T], each [T, 1, rotary size / 2]; its last one where it ends before."""
-    places = places.clamp(max=len(table[0]) - 1)
-    return table[0][places, None], table[1][places, None]
 
 
 def _attend_rows(

@@ -140,7 +140,7 @@ class ExpertsBlock:
     Attributes:
         router: gives each expert's logit.
         shared: the expert of all rows; `shared_gate` gives the logit of its share.
-        native: the same experts for a few rows, in C.
+        native: the same for a few rows, in C.
     """
 
     experts: Experts
@@ -152,13 +152,12 @@ class ExpertsBlock:
 
     def forward(self, x: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
         """Normed rows [T, D] -> [T, D]."""
+        if self.native and len(x) <= FEW_ROWS:
+            return plus(self.native.forward(x).to(x.dtype), added)
         shares, chosen = self.router.multiply(x).float().softmax(1).topk(self.experts.chosen, dim=1)
         if self.experts.normalised:
             shares /= shares.sum(1, keepdim=True)
-        if self.native and len(x) <= FEW_ROWS:
-            y = self.native.forward(x, chosen, shares).to(x.dtype)
-        else:
-            y = self._grouped(x, chosen, shares)
+        y = self._grouped(x, chosen, shares)
         if self.shared and self.shared_gate:
             y.add_(self.shared.forward(x, None).mul_(self.shared_gate.multiply(x).sigmoid()))
         return plus(y, added)

@@ -17,10 +17,12 @@ from tiny_runs import lively, move_adapters
 
 from qingtune.adapters.lora import add_lora, lora_layers, merge_lora
 from qingtune.adapters.peft_files import save_adapter
+from qingtune.answering import assembly
 from qingtune.answering.assembly import MODEL_TYPES
 from qingtune.answering.decoder import cache, cached, packed
 from qingtune.answering.decoder.cached import CachedDecoder
 from qingtune.answering.decoder.layer import DeltaBlock
+from qingtune.answering.decoder.native.answer_step import AnswerStep
 from qingtune.answering.decoder.native.build import has_native_units, native_library
 from qingtune.answering.decoder.native.matrices import NativeMatrix
 from qingtune.answering.decoder.packed import has_int4_kernels
@@ -28,6 +30,9 @@ from qingtune.answering.generate import Decoding, generate, generate_many
 from qingtune.answering.load import load_decoder
 from qingtune.kernels.device import Hardware
 
+needs_c = pytest.mark.skipif(
+    not has_native_units() or isinstance(native_library(), str), reason="there are no kernels in C here"
+)
 FP32 = Hardware(torch.device("cpu"), torch.float32, "")
 NEVER: frozenset[int] = frozenset()
 IDS = [5, 17, 200, 3, 42, 42, 99, 310, 7, 11, 250, 12, 64, 8, 301, 9, 77, 23, 150, 31]
@@ -78,8 +83,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi 4 longrope": (
         "Phi3Config",
         {
-            "head_dim": 8, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 12, "rope_scaling": LONG,
-            "sliding_window": None,
+            "hidden_size": 64, "head_dim": 16, "partial_rotary_factor": 0.25, "rope_scaling": LONG,
+            "original_max_position_embeddings": 12, "sliding_window": None,
         },
     ),
 }  # fmt: skip
@@ -102,11 +107,14 @@ FAMILIES |= {
 
 
 def made(name: str) -> Any:
-    """A lively model of a family."""
+    """A lively model of a family, of weights that bf16 holds: so they are exact in all ways to keep them."""
     kind, changes = FAMILIES[name]
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     config = getattr(transformers, kind)(**(SIZES | changes))
-    return lively(transformers.AutoModelForCausalLM.from_config(config))
+    model = lively(transformers.AutoModelForCausalLM.from_config(config))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    return model
 
 
 @pytest.fixture
@@ -123,6 +131,23 @@ def saved(tmp_path: Path) -> Callable[[str], tuple[Any, Path]]:
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the cache grow within a sequence."""
     monkeypatch.setattr(cache, "CACHE_STEP", 8)
+
+
+@pytest.fixture(params=["PyTorch", pytest.param("C", marks=needs_c)])
+def in_c(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether new tokens are computed in C; otherwise nothing is."""
+    if request.param == "PyTorch":
+        request.getfixturevalue("without_c")
+    return request.param == "C"
+
+
+@pytest.fixture
+def without_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "native_library", lambda: "there is no C compiler")
+
+
+def steps_in_c(decoder: CachedDecoder) -> bool:
+    return decoder._step is not None  # pyright: ignore[reportPrivateUsage]
 
 
 def opened(folder: Path, adapter: Path | None = None, bits: int | None = None, slots: int = 1) -> CachedDecoder:
@@ -166,15 +191,20 @@ def test_every_architecture_is_tested() -> None:
     assert tested | {"llama"} == MODEL_TYPES  # test_answering.py has Llama
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize(
+    ("chunk", "in_c"),
+    [(1, "PyTorch"), (4, "PyTorch"), (100, "PyTorch"), pytest.param(4, "C", marks=needs_c)],
+    indirect=["in_c"],
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_transformers(
-    name: str, chunk: int, saved: Callable[[str], tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
+    name: str, chunk: int, in_c: bool, saved: Callable[[str], tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cached, "CHUNK", chunk)
     model, folder = saved(name)
     wanted = logits_of(model, IDS)
     decoder = opened(folder)
+    assert steps_in_c(decoder) == in_c
     assert apart(decoder.start(IDS[:9]), wanted[8]) < 1e-4
     for place in range(9, len(IDS)):
         assert apart(decoder.step([IDS[place]])[0], wanted[place]) < 1e-4
@@ -192,26 +222,28 @@ def test_logits_at_places_are_transformers(name: str, saved: Callable[[str], tup
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.usefixtures("in_c")
 def test_slots_beginnings_and_moves_change_nothing(name: str, saved: Callable[[str], tuple[Any, Path]]) -> None:
     model, folder = saved(name)
     sequences = [IDS[:3], [*IDS[:8], 77, 78, 79], IDS[:18], [9, 9]]
     decoder = opened(folder, slots=4)
     for slot, ids in enumerate(sequences):
-        assert apart(decoder.start(ids, slot), last_logits(model, ids)) < 1e-4
+        assert apart(decoder.start(ids, slot), last_logits(model, ids)) < 2e-4
     for token in range(40, 50):
         logits = decoder.step([token + slot for slot in range(len(sequences))])
         sequences = [[*ids, token + slot] for slot, ids in enumerate(sequences)]
         for found, ids in zip(logits, sequences, strict=True):
-            assert apart(found, last_logits(model, ids)) < 1e-4
+            assert apart(found, last_logits(model, ids)) < 2e-4
     decoder.move(3, 0)
     other = [*sequences[1][:-2], 5, 6]
-    assert apart(decoder.start(other, 2), last_logits(model, other)) < 1e-4
+    assert apart(decoder.start(other, 2), last_logits(model, other)) < 2e-4
     logits = decoder.step([1, 2, 3])
     for found, ids in zip(logits, ([*sequences[3], 1], [*sequences[1], 2], [*other, 3]), strict=True):
-        assert apart(found, last_logits(model, ids)) < 1e-4
+        assert apart(found, last_logits(model, ids)) < 2e-4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.usefixtures("in_c")
 def test_many_answers_are_those_of_one_at_a_time(name: str, saved: Callable[[str], tuple[Any, Path]]) -> None:
     _, folder = saved(name)
     prompts = [[*IDS[: 1 + 7 * number % 11], number] for number in range(6)]
@@ -223,13 +255,13 @@ def test_many_answers_are_those_of_one_at_a_time(name: str, saved: Callable[[str
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_was_broken_off_is_read_again(
-    name: str, saved: Callable[[str], tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
+    name: str, in_c: bool, saved: Callable[[str], tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder = saved(name)
     decoder = opened(folder)
     decoder.start(IDS[:4])
     calls: list[int] = []
-    right = cached.AnswerLayer.forward
+    right, step = cached.AnswerLayer.forward, AnswerStep.logits
 
     def broken_off(*arguments: Any, **settings: Any) -> torch.Tensor:
         calls.append(1)
@@ -237,15 +269,21 @@ def test_what_was_broken_off_is_read_again(
             raise KeyboardInterrupt
         return right(*arguments, **settings)
 
+    def broken_off_behind_c(*arguments: Any) -> torch.Tensor:
+        step(*arguments)
+        raise KeyboardInterrupt
+
     for run in (lambda: decoder.start(IDS[:9]), lambda: decoder.step([8])):
         calls.clear()
         with monkeypatch.context() as context:
             context.setattr(cached.AnswerLayer, "forward", broken_off)
+            context.setattr(AnswerStep, "logits", broken_off_behind_c)
             with pytest.raises(KeyboardInterrupt):
                 run()
         assert apart(decoder.start(IDS[:6]), last_logits(model, IDS[:6])) < 1e-4
 
 
+@pytest.mark.usefixtures("without_c")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_adapter_is_merged(name: str, tmp_path: Path, saved: Callable[[str], tuple[Any, Path]]) -> None:
     base, folder = saved(name)
@@ -267,6 +305,7 @@ def test_adapter_is_merged(name: str, tmp_path: Path, saved: Callable[[str], tup
     "bits",
     [8, pytest.param(4, marks=pytest.mark.skipif(not has_int4_kernels(), reason="PyTorch has no such kernels here"))],
 )
+@pytest.mark.usefixtures("without_c")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_weights_stand_for_rounded_ones(
     name: str, bits: int, saved: Callable[[str], tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
@@ -293,9 +332,15 @@ WIDE = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(
-    not has_native_units() or isinstance(native_library(), str), reason="there are no kernels in C here"
-)
+def test_positions_are_computed_as_far_as_the_cache_reaches(saved: Callable[[str], tuple[Any, Path]]) -> None:
+    _, folder = saved("gemma 3")
+    decoder = opened(folder)
+    for length, positions in ((1, 8), (7, 8), (9, 16), (20, 32)):
+        decoder.start(IDS[:length])
+        assert {len(part) for table in decoder.rotary.tables.values() for part in table} == {positions}
+
+
+@needs_c
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize(
     "name", ["mistral window", "gemma 2", "gemma 3", "phi 4 longrope", "qwen3 moe", "qwen3.5", "qwen3.5 moe"]
@@ -306,7 +351,7 @@ def test_matrices_in_c(name: str, bits: int | None, tmp_path: Path) -> None:
     known = set(inspect.signature(config).parameters)
     settings = {**SIZES, **changes, **{size: value for size, value in WIDE.items() if size in known}}
     if name == "phi 4 longrope":  # whose heads are as large as its hidden size says
-        settings |= {"num_attention_heads": 32, "num_key_value_heads": 16}
+        settings |= {"num_attention_heads": 16, "num_key_value_heads": 8}
     if "layer_types" in settings:
         settings["layer_types"] = settings["layer_types"][:2]
     torch.manual_seed(0)
@@ -318,6 +363,7 @@ def test_matrices_in_c(name: str, bits: int | None, tmp_path: Path) -> None:
     mixer = next(iter(decoder.layers)).mixer
     matrices = (decoder.head, mixer.qkv_z if isinstance(mixer, DeltaBlock) else mixer.qkv)
     assert all(isinstance(matrix, NativeMatrix) for matrix in matrices)
+    assert steps_in_c(decoder)
     wanted = logits_of(model, IDS)
     bound = 0.05 if bits else 1e-4  # what few bits are multiplied with is rounded to int8
     assert distance(decoder.start(IDS[:9]), wanted[8]) < bound

@@ -114,7 +114,7 @@ def check_products(
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 3, 4, 7, 13, 16])
 @pytest.mark.parametrize("bits", [None, 8, 4])
-@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (48, 96), (80, 64)])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (41, 96), (80, 64)])
 def test_products_of_few_rows(
     library: ctypes.CDLL, rows: int, columns: int, bits: int | None, count: int, threads: int
 ) -> None:
@@ -125,7 +125,7 @@ def test_products_of_few_rows(
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 17, 48, 77])
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16, torch.float32, 8, 4])
-@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (144, 96), (80, 2080)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (144, 96), (80, 2080)])
 def test_products_beside_fp32(
     library: ctypes.CDLL, rows: int, columns: int, kept: torch.dtype | int, count: int, threads: int
 ) -> None:
@@ -146,7 +146,7 @@ def test_24_bits_are_256_times_as_exact_as_bf16(library: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_products_of_many_rows(library: ctypes.CDLL, bits: int | None) -> None:
-    weight, bias, x = random(48, 96), random(48, seed=1), random(FEW_ROWS + 4, 96, seed=2).bfloat16()
+    weight, bias, x = random(43, 96), random(43, seed=1), random(FEW_ROWS + 4, 96, seed=2).bfloat16()
     found = NativeMatrix(library, weight, bias, bits, torch.bfloat16, Workspace(CPU)).multiply(x)
     wanted = product(weight, bits, x.float(), torch.bfloat16) + bias  # in 8 and 4 bits some CPUs do not round x
     assert apart(found.float(), wanted) < 1e-2

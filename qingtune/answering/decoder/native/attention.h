@@ -3,28 +3,7 @@
 #ifndef ATTENTION_H
 #define ATTENTION_H
 
-#include "matrices.h"
-
-typedef struct {
-    Matrix qkv, o, gate_up, down;
-    const float *input_norm, *q_norm, *k_norm, *mlp_norm; /* those of heads may be NULL */
-} Layer;
-
-typedef struct {
-    const Layer *layers;
-    Matrix head;
-    const float *norm;
-    const float *cos, *sin; /* [context, d / 2] */
-    int64_t count, hidden, inner, queries, keys, size;
-    float scale, epsilon, head_epsilon;
-} Model;
-
-typedef struct {
-    void *keys, *values;       /* bf16 or fp32 [layers, slots, G, capacity, d] */
-    int64_t wide;              /* whether they are fp32 */
-    int64_t slots, capacity;
-    const int64_t *places;     /* [T]: tokens that each of the first slots holds */
-} Cache;
+#include "model.h"
 
 /* RMSNorm (Zhang & Sennrich 2019) of n numbers, a multiple of 16; in place is fine. */
 static void normalise(const float *x, const float *weight, float epsilon, int64_t n, float *out) {
@@ -34,18 +13,25 @@ static void normalise(const float *x, const float *weight, float epsilon, int64_
     for (int64_t i = 0; i < n; i += LANES) store(out + i, times(times(load(x + i), rate), load(weight + i)));
 }
 
-/* A head's norm, where there is one, and its rotary position (Su et al. 2021), the halves of a head as coordinates. */
-static void place_head(const Model *model, const float *head, const float *norm, float epsilon, int64_t place,
+/* A head's norm, where there is one, and its rotary position (Su et al. 2021), the halves of what is turned as
+   coordinates. */
+static void place_head(const Model *model, const float *head, const float *norm, const Turns *turns, int64_t slot,
                        float *out) {
-    const int64_t half = model->size / 2;
-    const float *cos = model->cos + place * half, *sin = model->sin + place * half;
+    const int64_t half = turns->half, rest = model->size - 2 * half;
+    const float *cos = turns->cos + slot * half, *sin = turns->sin + slot * half;
     float normed[model->size];
-    if (norm) normalise(head, norm, epsilon, model->size, normed);
+    if (norm) normalise(head, norm, model->epsilon, model->size, normed);
     else memcpy(normed, head, sizeof(normed));
     for (int64_t i = 0; i < half; i++) {
         out[i] = normed[i] * cos[i] - normed[i + half] * sin[i];
         out[i + half] = normed[i + half] * cos[i] + normed[i] * sin[i];
     }
+    memcpy(out + 2 * half, normed + 2 * half, (size_t)rest * sizeof(float));
+}
+
+/* 1 / (1 + e^-x); of NaN a number, so that what it multiplies has to be NaN, too. */
+SIMD Floats sigmoid_of(Floats x) {
+    return over(every(1.0f), plus(exponential_of(smaller(minus(zeros(), x), every(87.0f))), every(1.0f)));
 }
 
 /* Kept numbers, from the i-th on. */
@@ -103,30 +89,37 @@ SIMD void weigh(const float *scores, int64_t n, float rate, const void *values, 
     }
 }
 
-/* One head of one sequence attends to all that its slot holds and to the new token, whose key and value the first head
-   of a group puts into the cache. heads: the sequence's queries, keys and values; out: [d]. */
-SIMD void attend_in(const Model *model, const Layer *layer, const Cache *cache, int64_t number, int64_t slot, int64_t h,
+/* One head of one sequence attends to what its slot holds, as far as the window reaches, and to the new token, whose key
+   and value the first head of a group puts into the cache. heads: the sequence's queries, keys and values; out: [d]. */
+SIMD void attend_in(const Model *model, const Layer *layer, const Cache *cache, int64_t slot, int64_t h,
                     const float *heads, float *scores, float *out, const int wide) {
+    const Attention *attention = layer->attention;
     const int64_t size = model->size, shared = model->queries / model->keys, g = h / shared;
-    const int64_t n = cache->places[slot];
-    const int64_t at = (((number * cache->slots) + slot) * model->keys + g) * cache->capacity * size;
+    const int64_t each = model->gated ? 2 * size : size, held = cache->places[slot];
+    const int64_t first = held >= attention->window ? held + 1 - attention->window : 0, n = held - first;
+    const int64_t start = ((layer->number * cache->slots + slot) * model->keys + g) * cache->capacity * size;
+    const int64_t at = start + first * size, newest = start + held * size;
+    const float *query = heads + h * each, *keys = heads + model->queries * each;
+    const Turns *turns = cache->turns + attention->rotary;
+    const float scale = model->scale * (cache->factors ? cache->factors[slot] : 1.0f);
     const int writes = h == g * shared; /* no other thread reads this place in this step */
     float q[size], key[size], value[size];
-    place_head(model, heads + h * size, layer->q_norm, model->head_epsilon, n, q);
-    place_head(model, heads + (model->queries + g) * size, layer->k_norm, model->head_epsilon, n, key);
-    memcpy(value, heads + (model->queries + model->keys + g) * size, sizeof(value));
-    keep(cache->keys, at + n * size, key, size, wide, writes);
-    keep(cache->values, at + n * size, value, size, wide, writes);
-    for (int64_t i = 0; i < n; i++)
-        scores[i] = model->scale * dot_with_key(q, cache->keys, at + i * size, size, wide);
-    scores[n] = model->scale * dot_with_key(q, key, 0, size, 1);
+    place_head(model, query, attention->q_norm, turns, slot, q);
+    place_head(model, keys + g * size, attention->k_norm, turns, slot, key);
+    memcpy(value, keys + (model->keys + g) * size, sizeof(value));
+    keep(cache->keys, newest, key, size, wide, writes);
+    keep(cache->values, newest, value, size, wide, writes);
+    for (int64_t i = 0; i < n; i++) scores[i] = scale * dot_with_key(q, cache->keys, at + i * size, size, wide);
+    scores[n] = scale * dot_with_key(q, key, 0, size, 1);
     weigh(scores, n, exponentials(scores, n + 1), cache->values, at, value, size, out, wide);
+    for (int64_t i = 0; i < size && model->gated; i += LANES)
+        store(out + i, times(load(out + i), sigmoid_of(load(query + size + i))));
 }
 
-static void attend(const Model *model, const Layer *layer, const Cache *cache, int64_t number, int64_t slot, int64_t h,
+static void attend(const Model *model, const Layer *layer, const Cache *cache, int64_t slot, int64_t h,
                    const float *heads, float *scores, float *out) {
-    if (cache->wide) attend_in(model, layer, cache, number, slot, h, heads, scores, out, 1);
-    else attend_in(model, layer, cache, number, slot, h, heads, scores, out, 0);
+    if (cache->wide) attend_in(model, layer, cache, slot, h, heads, scores, out, 1);
+    else attend_in(model, layer, cache, slot, h, heads, scores, out, 0);
 }
 
 #endif

@@ -32,12 +32,12 @@
 #define BYTES_OF_INT8 512
 #define BYTES_OF_24_BITS 96 /* of 32 columns: first their upper 16 bits, then the next 8 of each */
 
-/* The exact ones are multiplied by fp32 as they are; beside BF16, many sequences are rounded to bf16. */
-enum { BF16, INT8, INT4, EXACT_BF16, EXACT_FP16, EXACT_24_BITS, FP32 /* of a panel */ };
+/* The exact ones are multiplied by fp32 as they are; beside OF_BF16, many sequences are rounded to bf16. */
+enum { OF_BF16, OF_INT8, OF_INT4, EXACT_BF16, EXACT_FP16, EXACT_24_BITS, OF_FP32 /* of a panel */ };
 
 typedef struct {
     const void *weight; /* [rows, columns], or blocks [rows / 16, columns / 32] */
-    const float *scale; /* INT8: [rows] */
+    const float *scale; /* OF_INT8: [rows] */
     const float *bias;  /* [rows], or NULL */
     int64_t kind, rows, columns;
 } Matrix;
@@ -111,7 +111,7 @@ static inline void put_dense(const Matrix *m, const Target *to, int64_t row, int
     *y = sum_of(sum) + (m->bias ? m->bias[row] : 0.0f) + (to->add ? *y : 0.0f);
 }
 
-static inline int64_t bytes_of(int64_t kind) { return kind == EXACT_24_BITS ? 3 : kind == FP32 ? 4 : 2; }
+static inline int64_t bytes_of(int64_t kind) { return kind == EXACT_24_BITS ? 3 : kind == OF_FP32 ? 4 : 2; }
 
 /* Where a row of dense weights begins. */
 static inline const char *dense_at(const Matrix *m, int64_t row) {
@@ -120,7 +120,7 @@ static inline const char *dense_at(const Matrix *m, int64_t row) {
 
 /* Dense weights of a row from column k on, which is a multiple of LANES. */
 SIMD Floats widened(const char *row, int64_t k, const int64_t kind) {
-    if (kind == FP32) return load((const float *)row + k);
+    if (kind == OF_FP32) return load((const float *)row + k);
     if (kind == EXACT_FP16) return from_fp16(row + 2 * k);
     if (kind != EXACT_24_BITS) return from_bf16(row + 2 * k);
     const char *block = row + k / GROUP * BYTES_OF_24_BITS;
@@ -178,7 +178,7 @@ static void bf16_panel(const Matrix *m, const Rows *rows, const Target *to, int6
 #endif
     for (; row < until; row += BLOCK)
         for (int64_t t = 0; t < count; t++)
-            for (int64_t r = row; r < row + BLOCK; r++) dense_row(m, rows, to, r, t, BF16);
+            for (int64_t r = row; r < row + BLOCK; r++) dense_row(m, rows, to, r, t, OF_BF16);
 }
 
 /* 4 rows of w, `bytes` apart, by up to 6 sequences of x, `columns` apart, over `depth` columns; gives their sums. */
@@ -194,7 +194,7 @@ SIMD void exact_tile(const char *w, int64_t bytes, int64_t depth, const float *x
             __asm__("" : "+v"(right[t])); /* stays in its register: compilers else load it again for each of the 4 */
         }
         for (int r = 0; r < 4; r++) {
-            if (kind != FP32) _mm_prefetch(w + (r + 4) * bytes + k * bytes_of(kind), _MM_HINT_T0); /* the next 4 rows */
+            if (kind != OF_FP32) _mm_prefetch(w + (r + 4) * bytes + k * bytes_of(kind), _MM_HINT_T0); /* the next 4 rows */
             Floats left = widened(w + r * bytes, k, kind);
             __asm__("" : "+v"(left));
             for (int t = 0; t < count; t++) sum[r][t] = times_plus(left, right[t], sum[r][t]);
@@ -240,9 +240,9 @@ static void panel_rows(const Matrix *m, const Rows *rows, const Target *to, int6
     for (int64_t tile = 0, t = 0, end; tile < tiles; tile++, t = end) {
         end = count * (tile + 1) / tiles;
         const char *w = (const char *)rows->panel;
-        for (int64_t r = row; r < until; r += 4, w += 4 * depth * bytes_of(FP32)) {
+        for (int64_t r = row; r < until; r += 4, w += 4 * depth * bytes_of(OF_FP32)) {
             __m128 sums[6];
-            exact_tiles(w, depth * bytes_of(FP32), depth, rows->x + t * n + from, n, end - t, FP32, sums);
+            exact_tiles(w, depth * bytes_of(OF_FP32), depth, rows->x + t * n + from, n, end - t, OF_FP32, sums);
             put_sums(m, to, r, t, end - t, from == 0, sums);
         }
     }
@@ -343,9 +343,9 @@ static void multiply(const Matrix *m, const Rows *rows, int64_t count, int64_t f
     for (int64_t row = from * BLOCK, end; row < until * BLOCK; row = end) {
         end = row + PANEL < until * BLOCK ? row + PANEL : until * BLOCK;
         switch (m->kind) {
-        case INT4: packed_panel(m, rows, &to, row, end, count, 4); break;
-        case INT8: packed_panel(m, rows, &to, row, end, count, 8); break;
-        case BF16: bf16_panel(m, rows, &to, row, end, count); break;
+        case OF_INT4: packed_panel(m, rows, &to, row, end, count, 4); break;
+        case OF_INT8: packed_panel(m, rows, &to, row, end, count, 8); break;
+        case OF_BF16: bf16_panel(m, rows, &to, row, end, count); break;
         case EXACT_BF16: exact_rows(m, rows, &to, row, end, count, EXACT_BF16); break;
         case EXACT_FP16: exact_rows(m, rows, &to, row, end, count, EXACT_FP16); break;
         default: exact_rows(m, rows, &to, row, end, count, EXACT_24_BITS);
@@ -356,9 +356,9 @@ static void multiply(const Matrix *m, const Rows *rows, int64_t count, int64_t f
 /* Have sequences [from, until) of count as a matrix wants them. */
 static void prepare(const Matrix *m, Rows *rows, int64_t from, int64_t until, int64_t count) {
     const int64_t n = m->columns;
-    if (m->kind == INT8 || m->kind == INT4)
+    if (m->kind == OF_INT8 || m->kind == OF_INT4)
         round_rows(rows, from, until, n);
-    else if (m->kind == BF16 && rounds_to_bf16(count))
+    else if (m->kind == OF_BF16 && rounds_to_bf16(count))
         for (int64_t i = from * n; i < until * n; i += LANES)
             to_bf16((uint16_t *)rows->q + i, load(rows->x + i));
 }

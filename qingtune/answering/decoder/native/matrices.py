@@ -1,4 +1,5 @@
-"""Matrices as the kernels in C read them: dense ones row by row, 4 and 8 bits in blocks of 16 rows by 32 columns.
+"""Matrices as the kernels in C read them: dense ones row by row, 4 and 8 bits in blocks of 16 rows by 32 columns. Rows
+are filled up with zeros to a multiple of 16.
 
 Rows of activations in fp32 are multiplied in C. So are those in bf16 by weights in 8 and 4 bits, where the CPU's units
 for bytes are its fastest ones; by dense weights only a few are, and many, as of a prompt, by PyTorch.
@@ -22,7 +23,7 @@ FEW_ROWS = 16  # up to which C is faster than PyTorch in bf16, whose products of
 
 
 class MatrixStruct(ctypes.Structure):
-    """`Matrix` of answer_step.c."""
+    """`Matrix` of matrices.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
@@ -30,13 +31,13 @@ class MatrixStruct(ctypes.Structure):
     ]
 
 
-def fits_native(rows: int, columns: int) -> bool:
-    """Whether a weight has a shape that the kernels multiply."""
-    return rows % BLOCK_ROWS == 0 and columns % GROUP_SIZE == 0
+def fits_native(columns: int) -> bool:
+    """Whether a weight has so many columns that the kernels multiply it."""
+    return columns % GROUP_SIZE == 0
 
 
 class NativeMatrix:
-    """A weight [N, K] as the kernels multiply it; `fits_native` says of which shapes.
+    """A weight [N, K] as the kernels multiply it, for K that `fits_native`; F: N filled up.
 
     Args:
         library: the compiled kernels.
@@ -47,11 +48,13 @@ class NativeMatrix:
         workspace: holds 4 and 8 bits unpacked for as long as a product of many rows in bf16 by PyTorch takes.
 
     Attributes:
+        rows: N.
+        shape: [F, K].
         kind: how the weight is kept. EXACT: fp32 is multiplied by it as it is stored, in bf16 or fp16; of fp32 the
             upper 24 bits are kept: 2^-16 at most of a weight is lost, of a product 6e-6. In bf16 it would be 256 times
             as much, and what a short training has added to a weight could vanish.
-        weight: [N, K], or as `_to_24_bits`, `_int8_blocks` and `_int4_blocks` give it.
-        scale: in 8 bits of each row, fp32 [N].
+        weight: [F, K], or as `_to_24_bits`, `_int8_blocks` and `_int4_blocks` give it.
+        scale: in 8 bits of each row, fp32 [F].
     """
 
     def __init__(
@@ -63,8 +66,11 @@ class NativeMatrix:
         dtype: torch.dtype,
         workspace: Workspace,
     ) -> None:
-        self._library, self.workspace, self.shape = library, workspace, weight.shape
-        self.bias = None if bias is None else bias.float().contiguous()
+        self._library, self.workspace, self.rows = library, workspace, len(weight)
+        if missing := -len(weight) % BLOCK_ROWS:
+            weight = F.pad(weight, (0, 0, 0, missing))
+            bias = None if bias is None else F.pad(bias, (0, missing))
+        self.shape, self.bias = weight.shape, None if bias is None else bias.float().contiguous()
         self.scale: torch.Tensor | None = None
         self._of_bytes = bits is not None and _bytes_are_fastest()
         parts = weight.split(ROWS_AT_A_TIME)
@@ -90,20 +96,22 @@ class NativeMatrix:
     def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """[T, K] -> [T, N], in x's dtype; what is added is [T, N] too."""
         if x.dtype == torch.float32 or self._of_bytes or len(x) <= FEW_ROWS:
-            return plus(self._multiply_in_c(x.float().contiguous()).to(x.dtype), added)
-        if self.kind == BF16:
-            return plus(F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype)), added)
-        return plus(x @ self.dense(), self.bias, added)
+            y = self._multiply_in_c(x.float().contiguous()).to(x.dtype)
+        elif self.kind == BF16:
+            y = F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+        else:
+            y = plus(x @ self.dense(), self.bias)
+        return plus(y[:, : self.rows], added)
 
     def dense(self) -> torch.Tensor:
-        """A weight in 4 or 8 bits, unpacked and transposed: bf16 [K, N], until the next matrix is unpacked."""
+        """A weight in 4 or 8 bits, unpacked and transposed: bf16 [K, F], until the next matrix is unpacked."""
         assert self.kind in (INT4, INT8)
         out = self.workspace.take("unpacked", (self.shape[1], self.shape[0]), torch.bfloat16)
         self._library.unpack(ctypes.byref(self.struct()), ctypes.c_void_p(out.data_ptr()), _threads())
         return out
 
     def _multiply_in_c(self, x: torch.Tensor) -> torch.Tensor:
-        """fp32 [T, K] -> [T, N], with the bias; for 4 and 8 bits x is rounded as the kernels do."""
+        """fp32 [T, K] -> [T, F], with the bias; for 4 and 8 bits x is rounded as the kernels do."""
         matrix, count, threads = ctypes.byref(self.struct()), ctypes.c_int64(len(x)), _threads()
         scratch = torch.empty(self._library.product_scratch_bytes(matrix, count, threads), dtype=torch.uint8)
         y = torch.empty(len(x), self.shape[0])
