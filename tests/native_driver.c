@@ -242,7 +242,8 @@ static void try_mixture(int64_t kind, int64_t hidden, int64_t inner, int64_t sha
     free_mixture(mixture);
 }
 
-/* gated: queries with gates, norms on outputs, a window, partly turned heads, a mixture and a delta net, all at once. */
+/* gated: queries with gates, capped scores, norms on outputs, a window, partly turned heads, a mixture and a delta net,
+   all at once. */
 typedef struct {
     int64_t hidden, inner, queries, keys, size, vocabulary, capacity;
     int head_norms, wide, gated;
@@ -323,7 +324,7 @@ static void try_step(Shape s, int64_t kind, int64_t count) {
     const Turns turns[2] = {{parts[0], parts[1], half}, {parts[2], parts[3], half - 3}};
     Model model = {layers, matrix_of(kind, s.vocabulary, s.hidden, 0), norm,
                    s.gated ? 3 : 2, s.hidden, s.queries, s.keys, s.size, s.gated,
-                   KEY_HEADS, VALUE_HEADS, KEY_SIZE, VALUE_SIZE, SEEN, 0.2f, 1e-6f, 1e-6f};
+                   KEY_HEADS, VALUE_HEADS, KEY_SIZE, VALUE_SIZE, SEEN, 0.2f, 1e-6f, 1e-6f, s.gated ? 2.0f : 0.0f};
     int64_t *places = room(count * 8);
     for (int64_t t = 0; t < count; t++) places[t] = (s.capacity - 1) * t / (count > 1 ? count - 1 : 1);
     void *before[KEPT], *after[2][KEPT];

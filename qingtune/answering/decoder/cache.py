@@ -30,14 +30,15 @@ States = tuple[torch.Tensor, torch.Tensor]  # of all delta nets: [layers, w - 1,
 @dataclass(frozen=True)
 class AnswerShape:
     """Of what a model keeps: layers with attention, heads of queries and of keys and values, their size, the factor on
-    scores, whether queries come with gates, and the longest sequence; gated delta nets, and their sizes if there are
-    any."""
+    scores and their cap, whether queries come with gates, and the longest sequence; gated delta nets, and their sizes
+    if there are any."""
 
     layers: int
     queries: int
     keys: int
     size: int
     scale: float
+    cap: float | None
     gated: bool
     context_length: int
     delta_layers: int = 0
@@ -50,7 +51,7 @@ class AnswerShape:
         attending = [mixer for mixer in mixers if isinstance(mixer, Attention)]
         nets = [mixer for mixer in mixers if isinstance(mixer, DeltaNet)]
         one = attending[0]
-        sizes = (one.queries, one.keys, one.size, one.scale, one.gated, architecture.context)
+        sizes = (one.queries, one.keys, one.size, one.scale, one.cap, one.gated, architecture.context)
         return cls(len(attending), *sizes, len(nets), nets[0] if nets else None)
 
     @property

@@ -58,7 +58,7 @@ class _ModelStruct(ctypes.Structure):
         *_pointers("norm"),
         *_numbers("count", "hidden", "queries", "keys", "size", "gated"),
         *_numbers("key_heads", "value_heads", "key_size", "value_size", "seen"),
-        *((name, ctypes.c_float) for name in ("scale", "epsilon", "length_epsilon")),
+        *((name, ctypes.c_float) for name in ("scale", "epsilon", "length_epsilon", "cap")),
     ]
 
 
@@ -102,7 +102,7 @@ class AnswerStep:
         sizes = (net.key_heads, net.value_heads, net.key_size, net.value_size, net.kernel) if net else (0,) * 5
         self._model = _ModelStruct(
             structs, head.struct(), self._wide(norm.weight), len(layers), len(norm.weight), shape.queries, shape.keys,
-            shape.size, shape.gated, *sizes, shape.scale, norm.epsilon, EPSILON,
+            shape.size, shape.gated, *sizes, shape.scale, norm.epsilon, EPSILON, shape.cap or 0.0,
         )  # fmt: skip
         self._scratch = torch.empty(0, dtype=torch.uint8)
 

@@ -73,6 +73,15 @@ static float exponentials(float *scores, int64_t n) {
     return 1.0f / sum_of(sum);
 }
 
+/* c tanh(score / c) of n scores, by tanh(z) = 2 s(2 z) - 1; what is not finite becomes NaN. Up to 15 places behind them are
+   written to. */
+static void cap_scores(float *scores, int64_t n, float cap) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        const Floats score = load(scores + i), part = sigmoid_of(times(score, every(2.0f / cap)));
+        store(scores + i, times_plus(every(2.0f * cap), part, minus(times(score, zeros()), every(cap))));
+    }
+}
+
 /* Shares of n kept values, from the at-th number on, and of a new one: out [d]. */
 SIMD void weigh(const float *scores, int64_t n, float rate, const void *values, int64_t at, const float *newest,
                 int64_t size, float *out, const int wide) {
@@ -111,6 +120,7 @@ SIMD void attend_in(const Model *model, const Layer *layer, const Cache *cache, 
     keep(cache->values, newest, value, size, wide, writes);
     for (int64_t i = 0; i < n; i++) scores[i] = scale * dot_with_key(q, cache->keys, at + i * size, size, wide);
     scores[n] = scale * dot_with_key(q, key, 0, size, 1);
+    if (model->cap > 0) cap_scores(scores, n + 1, model->cap);
     weigh(scores, n, exponentials(scores, n + 1), cache->values, at, value, size, out, wide);
     for (int64_t i = 0; i < size && model->gated; i += LANES)
         store(out + i, times(load(out + i), sigmoid_of(load(query + size + i))));

@@ -22,9 +22,12 @@ static void gated(const MLP *mlp, const Rows *rows, int64_t count, int64_t threa
     for (int64_t t = 0; t < count; t++)
         for (int64_t i = from * BLOCK; i < until * BLOCK; i += LANES) {
             float *gate = both + t * 2 * inner + i;
-            const Floats g = load(gate), cube = times(times(g, g), g);
-            const Floats wide = times(every(1.5957691216f), times_plus(every(0.044715f), cube, g)); /* 2 sqrt(2 / pi) */
-            const Floats z = mlp->activation == SILU ? g : wide;
+            const Floats g = load(gate);
+            Floats z = g;
+            if (mlp->activation == GELU_TANH) {
+                const Floats factor = every(1.5957691216f); /* 2 sqrt(2 / pi) */
+                z = times(factor, times_plus(times(every(0.044715f), g), times(g, g), g));
+            }
             store(gate, times(times(g, sigmoid_of(z)), load(gate + inner)));
         }
 }

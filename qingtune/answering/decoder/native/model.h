@@ -53,6 +53,7 @@ typedef struct {
     int64_t count, hidden, queries, keys, size, gated;
     int64_t key_heads, value_heads, key_size, value_size, seen; /* of delta nets: k, e and w last */
     float scale, epsilon, length_epsilon; /* of scores, of norms, of a delta net's queries and keys */
+    float cap;                            /* c of c tanh(score / c), 0 for scores as they are */
 } Model;
 
 /* Rotary positions of new tokens: cos and sin, [T, half]; of a head's numbers the first 2 half are turned. */
