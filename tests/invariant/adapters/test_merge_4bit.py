@@ -89,7 +89,8 @@ def test_transformers_reads_nf4_of_the_merged_weights(kind: str, trained: Traine
     with torch.inference_mode():  # not in evaluation, in which bitsandbytes may round to bf16 on a CPU
         theirs = model.train()(input_ids=torch.arange(3, 60)[None], use_cache=False).logits[0]
     assert float((logits_of(dense)[0] - theirs).abs().max()) < 1e-5 * float(theirs.abs().max())
-    assert float((decoder.start(list(range(3, 60))) - theirs[-1]).abs().max()) < 1e-5 * float(theirs.abs().max())
+    # In C the upper 24 bits of fp32 weights are multiplied.
+    assert float((decoder.start(list(range(3, 60))) - theirs[-1]).abs().max()) < 1e-4 * float(theirs.abs().max())
 
 
 def test_what_is_lost_is_told(
