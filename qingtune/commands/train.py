@@ -110,7 +110,7 @@ def train(config: TrainConfig, *, notices: Sequence[str] = (), command: str = ""
         )
         processes.by_first(lambda: _check_output(config))
         processes.by_first(lambda: stack.enter_context(only_run_in(output_dir)))
-        for notice in filter(None, [*notices, describe_processes(processes.count)]):
+        for notice in filter(None, [*notices, describe_processes(processes.count, sharded=config.shard != "none")]):
             say(notice)
         again = command if command and processes.count == 1 else "run the same command again"
         try:
@@ -276,6 +276,8 @@ def _train(run: _Run, model: PreTrainedModel, start: Start, plan: Report | None,
         keep_run_without_base(run.base, run.output_dir, processes, work, progress)
     after = [event.eval_loss for event in evaluations if event.step > 0]
     trained, parameters = count_parameters(model)
+    if finished:
+        work.gather()
     return Result(
         finished=finished,
         steps=progress.step,

@@ -29,6 +29,12 @@ def conflicts(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], str, str]]
     if config.samples_per_step and config.gradient_accumulation_steps != 1:
         what = "samples_per_step and gradient_accumulation_steps both say how many samples a step has"
         yield ("gradient_accumulation_steps", "samples_per_step"), what, "Remove gradient_accumulation_steps."
+    if config.shard != "none" and config.eval_samples:
+        what = "eval_samples answers in one process, and shard leaves each with a part of the model"
+        yield ("eval_samples", "shard"), what, "Remove eval_samples, or set shard none."
+    if config.shard != "none" and config.fp16:
+        what = "fp16 scales losses, which each process of a sharded run would do by itself"
+        yield ("fp16", "shard"), what, "Use bf16, or set shard none."
     if config.max_steps == 0:
         yield ("max_steps",), "max_steps is 0", "Set a number of steps, or -1 to use num_train_epochs."
     if config.optim != "sgd" and _peak(config) > _MOST_LEARNING_RATE:

@@ -253,6 +253,12 @@ class TrainConfig(Settings):
         "false: in none; auto: in as many as the free memory requires (with general kernels: in none, and in all once "
         "memory runs out).",
     )
+    shard: Literal["none", "layers"] = setting(
+        "none",
+        "Hardware",
+        "With several processes: none (each holds the whole model), or layers (each holds a part of every layer, and "
+        "all of one only while it computes with it).",
+    )
     bf16: bool | None = setting(None, "Hardware", "Train in bfloat16 (default: if the hardware supports it).")
     fp16: bool | None = setting(None, "Hardware", "Train in float16; GPUs only.")
 

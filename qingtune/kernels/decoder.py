@@ -37,6 +37,7 @@ from qingtune.kernels.mlp_block import MLPBlock
 from qingtune.kernels.native import int8_products
 from qingtune.kernels.native.products import reads_as_stored
 from qingtune.kernels.projection import Member, Projection, gradient
+from qingtune.kernels.units import EMBEDDING, Units, Whole
 from qingtune.kernels.workspace import Workspace
 
 
@@ -58,6 +59,7 @@ class TrainingDecoder:
         int8_units: whether int8 weights are multiplied as such.
         recompute: of how many layers, counted from the first, nothing but the input is kept.
         most_tokens: in a pass, as far as known; buffers are made for that many at once.
+        units: whose weights are there. What is held here of the model are modules, and vectors that are never sharded.
     """
 
     def __init__(
@@ -70,11 +72,12 @@ class TrainingDecoder:
         int8_units: bool = False,
         recompute: int = 0,
         most_tokens: int = 0,
+        units: Units | None = None,
     ) -> None:
+        self.units = units or Whole()
         self.dtype, self.dropout, self.int8_units = dtype, dropout, int8_units
         self.recompute, self.most_tokens = recompute, most_tokens
-        self.embedding: torch.Tensor = model.get_input_embeddings().weight
-        self.head: torch.Tensor = model.get_output_embeddings().weight
+        self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
         self.workspace = workspace = Workspace(self.embedding.device)
 
         self.members: list[Member] = []
@@ -113,6 +116,16 @@ class TrainingDecoder:
         self.embedding_scale = float(torch.tensor(this.embedding_scale).to(self.embedding.dtype))
         trains = [any(p.requires_grad for p in layer.parameters()) for layer, _ in layers]
         self.lowest_trained = trains.index(True) if any(trains) else count
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """Its weight, [V, D]."""
+        return self._embedding.weight
+
+    @property
+    def head(self) -> torch.Tensor:
+        """Its weight, [V, D]."""
+        return self._head.weight
 
     def _norm(self, module: Any) -> Norm:
         return Norm(module.weight, self.this.epsilon, self.workspace, self.this.norm_offset)
@@ -187,26 +200,32 @@ class TrainingDecoder:
         self.workspace.headroom = max(1.0, self.most_tokens / len(layout.token_ids))
         keep = scale is not None
         x = self._input(0, len(layout.token_ids), keep=keep)
-        x.copy_(F.embedding(layout.token_ids, self.embedding))
+        with self.units.held(EMBEDDING, then=0):
+            x.copy_(F.embedding(layout.token_ids, self.embedding))
         if self.embedding_scale != 1:
             x.mul_(self.embedding_scale)
         now = Pass(layout, self._rotary_tables(x, layout), seed)
         for number in range(len(self.mlps)):
             slot, rows, middle = self._layer(number, x, now, keep=keep)
-            self.mixers[number].forward(x, now, middle, slot, rows)
-            x = self._input(number + 1, len(middle), keep=keep)
-            self.mlps[number].forward(middle, now, x, slot)
+            out = self._input(number + 1, len(middle), keep=keep)
+            with self.units.held(number, then=number + 1):
+                self.mixers[number].forward(x, now, middle, slot, rows)
+                self.mlps[number].forward(middle, now, out, slot)
+            x = out
         grad = None if scale is None else self.workspace.take("grad_hidden", x.shape, self.dtype)
-        loss = head_loss_and_gradients(
-            self.norm.forward(x),
-            self.head,
-            layout.targets,
-            self.workspace,
-            scale=scale,
-            cap=self.this.logit_cap,
-            grad_hidden=grad,
-            grad_weight=gradient(self.head) if grad is not None and self.head.requires_grad else None,
-        )
+        trains_head = keep and self.head.requires_grad
+        below = len(self.mlps) - 1 if keep else None
+        with self.units.held(len(self.mlps), then=below, trains=trains_head):
+            loss = head_loss_and_gradients(
+                self.norm.forward(x),
+                self.head,
+                layout.targets,
+                self.workspace,
+                scale=scale,
+                cap=self.this.logit_cap,
+                grad_hidden=grad,
+                grad_weight=gradient(self.head) if trains_head else None,
+            )
         if grad is not None:
             self._backward(grad, x, now)
         return loss
@@ -215,24 +234,34 @@ class TrainingDecoder:
         """From the gradient of the normed final rows to those of all trained parameters; x: those rows, [N, D]."""
         grad.copy_(self.norm.backward(grad, x))
         trains_embedding = self.embedding.requires_grad
-        for number in range(len(self.mlps) - 1, (-1 if trains_embedding else self.lowest_trained - 1), -1):
+        lowest = 0 if trains_embedding else self.lowest_trained
+        for number in range(len(self.mlps) - 1, lowest - 1, -1):
             x = self._input(number, len(now.layout.token_ids), keep=True)
-            slot, rows, middle = self._layer(number, x, now, keep=True)
-            if number < self.recompute:
-                self.mixers[number].forward(x, now, middle, slot, rows)
-                self.mlps[number].forward_again(middle, now, slot)
-            grad = self.mlps[number].backward(grad, middle, now, slot)
-            # A norm that is trained gets its gradient on the way to that of the layer's input.
-            trains_norm = self.mixers[number].norm.weight.requires_grad
-            wanted = number > self.lowest_trained or trains_embedding or trains_norm
-            below = self.mixers[number].backward(grad, x, now, slot, rows, wanted=wanted)
-            if below is None:
+            below = number - 1 if number > lowest else EMBEDDING if trains_embedding else None
+            with self.units.held(number, then=below, trains=True):
+                grad_x = self._layer_backward(number, grad, x, now, trains_embedding=trains_embedding)
+            if grad_x is None:
                 return
-            grad = below
+            grad = grad_x
         if not trains_embedding:
             return
-        of_tokens = gradient(self.embedding)
-        of_tokens.index_add_(0, now.layout.token_ids, grad.to(of_tokens.dtype), alpha=self.embedding_scale)
+        with self.units.held(EMBEDDING, trains=True):
+            of_tokens = gradient(self.embedding)
+            of_tokens.index_add_(0, now.layout.token_ids, grad.to(of_tokens.dtype), alpha=self.embedding_scale)
+
+    def _layer_backward(
+        self, number: int, grad: torch.Tensor, x: torch.Tensor, now: Pass, *, trains_embedding: bool
+    ) -> torch.Tensor | None:
+        """From the gradient of a layer's output to that of its input x; None where nobody wants it."""
+        slot, rows, middle = self._layer(number, x, now, keep=True)
+        if number < self.recompute:
+            self.mixers[number].forward(x, now, middle, slot, rows)
+            self.mlps[number].forward_again(middle, now, slot)
+        grad = self.mlps[number].backward(grad, middle, now, slot)
+        # A norm that is trained gets its gradient on the way to that of the layer's input.
+        trains_norm = self.mixers[number].norm.weight.requires_grad
+        wanted = number > self.lowest_trained or trains_embedding or trains_norm
+        return self.mixers[number].backward(grad, x, now, slot, rows, wanted=wanted)
 
     def _layer(
         self, number: int, x: torch.Tensor, now: Pass, *, keep: bool

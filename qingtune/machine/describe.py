@@ -68,9 +68,10 @@ def _refuse_sharding() -> None:
         asked |= {name: kind for name, kind in _SIZES.items() if os.environ.get(name, "1") not in ("", "0", "1")}
     for name, kind in asked.items():
         raise UserError(
-            f"{kind} is not supported: each process holds the whole model and trains on its share of the samples",
+            f"{kind} is not supported: each process trains on its share of the samples",
             where=f"the environment variable {name}",
-            fix=f"Turn {kind} off in Accelerate's configuration, or start the run with {TORCHRUN}.",
+            fix=f"Turn {kind} off in Accelerate's configuration, or start the run with {TORCHRUN}; "
+            "shard layers divides the model among the processes.",
         )
 
 
@@ -79,14 +80,18 @@ def _is_on(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on")
 
 
-def describe_processes(count: int) -> str | None:
-    """A line on the processes that came: several, or fewer than a launcher was asked for; None for an ordinary one."""
+def describe_processes(count: int, *, sharded: bool = False) -> str | None:
+    """A line on the processes that came: several, or fewer than a launcher was asked for; None for an ordinary one.
+
+    sharded: whether the settings divide the model among them.
+    """
     names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
     asked = max(int(value) if (value := os.environ.get(name, "")).isdecimal() else 1 for name in names)
     if asked > count:
         return f"Warning: the launcher asked for {asked} processes, but this run has {count}. Use {TORCHRUN}."
     if count > 1:
-        return f"Processes: {count}. Each holds the whole model and trains on its share of the samples."
+        holds = "a part of each layer" if sharded else "the whole model"
+        return f"Processes: {count}. Each holds {holds} and trains on its share of the samples."
     # With fewer than two GPUs, `accelerate launch --num_processes 2` sets an address to meet at and starts one process.
     if "MASTER_PORT" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
         return (

@@ -51,8 +51,8 @@ _MAY_CHANGE = {
     "report_to", "eval_strategy", "eval_steps", "eval_samples", "per_device_eval_batch_size", "save_strategy",
     "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     "gradient_checkpointing", "dataloader_num_workers", "deepspeed", "remove_unused_columns",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "samples_per_step", "ignore_fields", "max_row_mb",
-    "max_row_turns", "max_data_gb",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "samples_per_step", "shard", "ignore_fields",
+    "max_row_mb", "max_row_turns", "max_data_gb",
 }  # fmt: skip
 
 

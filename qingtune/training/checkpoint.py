@@ -2,8 +2,8 @@
 
 Layout of `checkpoint-<step>/`: weights.safetensors (what is trained), optimizer.safetensors (its states, named
 `parameter::state`), state.json (progress, settings, versions), metrics.jsonl (so far), manifest.json (size and SHA-256
-of each). Nothing is pickled. Random states and the place in the data need no saving: they are functions of seed and
-step.
+of each). A sharded run has the first two in parts, one for each process (part_files.py). Nothing is pickled. Random
+states and the place in the data need no saving: they are functions of seed and step.
 
 A checkpoint is written to a temporary folder, flushed, hashed into its manifest and renamed into place; then
 latest_checkpoint.json is moved to it; only then are old ones removed. A process killed anywhere in between leaves
@@ -16,24 +16,27 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from qingtune.errors import UserError
 from qingtune.files.digests import why_not_whole, write_manifest
 from qingtune.files.foreign import foreign_files
 from qingtune.files.json_files import INDEX_BYTES, OBJECT, check_fields, list_of, number, read_object, whole
 from qingtune.files.staging import move_into_place, staging_folder
-from qingtune.files.weights_file import read_header
 from qingtune.files.write import copy_file, disk_errors, write_json
 from qingtune.runs.record import LATEST, METRICS
 from qingtune.training.events import Stepped
 from qingtune.training.loop import Progress
+from qingtune.training.part_files import PartFiles, Rows, check_parts, part_name
+from qingtune.training.processes import Processes
 
+WEIGHTS, OPTIMIZER = "weights", "optimizer"  # stems of the files of tensors
 _NAME = "checkpoint-"
 _COUNT = whole(0)
 _PAGED = ("state1", "state2")  # of bitsandbytes' optimizers
@@ -82,25 +85,84 @@ def save_checkpoint(
         UserError: the disk does not take it; what was there before is as it was.
     """
     folder = output_dir / f"{_NAME}{progress.step}"
-    with (
-        disk_errors(folder.name, output_dir, "Free disk space; earlier checkpoints are intact."),
-        staging_folder(folder) as half_done,
-    ):
-        save_file({name: _plain(parameter) for name, parameter in trained.items()}, half_done / "weights.safetensors")
+    with _disk_errors(folder), staging_folder(folder) as half_done:
+        save_file(
+            {name: _plain(parameter) for name, parameter in trained.items()}, half_done / f"{WEIGHTS}.safetensors"
+        )
         tensors, scalars = _optimizer_state(trained, optimizer)
-        save_file(tensors, half_done / "optimizer.safetensors")
+        save_file(tensors, half_done / f"{OPTIMIZER}.safetensors")
         state = {
             "progress": _progress_to_json(progress), "optimizer_scalars": scalars, "settings": dict(settings),
             "versions": dict(versions), "scaler": scaler.state_dict() if scaler else {},
         }  # fmt: skip
-        write_json(half_done / "state.json", state)
-        if (output_dir / METRICS).exists():
-            copy_file(output_dir / METRICS, half_done / METRICS)
-        write_manifest(half_done)
-        remove(folder)  # broken, or of a way that the run left
-        move_into_place(half_done, folder)
-        write_json(output_dir / LATEST, {"folder": folder.name})
+        _finish(half_done, folder, state)
     return folder
+
+
+def save_parts(
+    output_dir: Path,
+    trained: Mapping[str, torch.nn.Parameter],
+    rows: Mapping[str, Rows],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    settings: Mapping[str, Any],
+    versions: Mapping[str, str],
+    processes: Processes,
+) -> None:
+    """Write a checkpoint of a sharded run, each process its part, and move the pointer to it; all processes call this.
+
+    Args:
+        trained: what is trained, as far as this process holds it.
+        rows: which rows it holds of what is sharded; all else is written by the first process.
+
+    Raises:
+        UserError: the disk does not take it, or not all processes write to the same one; in all processes.
+    """
+    folder = output_dir / f"{_NAME}{progress.step}"
+
+    def write(half_done: Path) -> dict[str, Any]:
+        mine = {name: parameter for name, parameter in trained.items() if name in rows or processes.index == 0}
+        tensors, scalars = _optimizer_state(mine, optimizer)
+        if processes.index:  # such as the number of steps, which is the same in all of them
+            tensors = {name: tensor for name, tensor in tensors.items() if tensor.ndim}
+        weights = {name: _plain(parameter) for name, parameter in mine.items()}
+        with _disk_errors(folder):
+            for stem, content in ((WEIGHTS, weights), (OPTIMIZER, tensors)):
+                save_file(content, half_done / part_name(stem, processes.index, processes.count))
+        return scalars
+
+    def finish(half_done: Path, scalars: dict[str, Any]) -> None:
+        check_parts(half_done, (WEIGHTS, OPTIMIZER), processes.count)
+        state = {
+            "progress": _progress_to_json(progress), "optimizer_scalars": scalars, "settings": dict(settings),
+            "versions": dict(versions), "scaler": {},
+        }  # fmt: skip
+        with _disk_errors(folder):
+            _finish(half_done, folder, state)
+
+    def begin() -> Path:
+        with _disk_errors(folder):
+            return stack.enter_context(staging_folder(folder))
+
+    with ExitStack() as stack:
+        half_done = processes.by_first(begin)
+        scalars = processes.by_all(lambda: write(half_done))
+        processes.by_first(lambda: finish(half_done, scalars))
+
+
+def _disk_errors(folder: Path) -> AbstractContextManager[None]:
+    return disk_errors(folder.name, folder.parent, "Free disk space; earlier checkpoints are intact.")
+
+
+def _finish(half_done: Path, folder: Path, state: dict[str, Any]) -> None:
+    """Put a checkpoint whose tensors are written into its place, and move the pointer to it."""
+    write_json(half_done / "state.json", state)
+    if (folder.parent / METRICS).exists():
+        copy_file(folder.parent / METRICS, half_done / METRICS)
+    write_manifest(half_done)
+    remove(folder)  # broken, or of a way that the run left
+    move_into_place(half_done, folder)
+    write_json(folder.parent / LATEST, {"folder": folder.name})
 
 
 def remove(folder: Path) -> None:
@@ -187,26 +249,32 @@ def load_checkpoint(
     trained: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer | None,
     scaler: torch.amp.GradScaler | None = None,
+    rows: Mapping[str, Rows] | None = None,
 ) -> None:
-    """Load weights, and the optimizer's and the scaler's states if these are given, in place."""
+    """Load weights, and the optimizer's and the scaler's states if these are given, in place.
+
+    rows: which rows this process holds of what is sharded, by name.
+    """
     others = UserError("the checkpoint has different parameters than this run trains", where=str(folder))
-    weights = _read_tensors(folder / "weights.safetensors")
-    if {name: tensor.shape for name, tensor in weights.items()} != {name: p.shape for name, p in trained.items()}:
+    rows = rows or {}
+    shapes = {name: _whole_shape(parameter, rows.get(name)) for name, parameter in trained.items()}
+    weights = PartFiles(folder, WEIGHTS)
+    if weights.shapes != shapes:
         raise others
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(weights.read(name, rows.get(name)))
     if optimizer is None:
         return
-    state = _read_state_file(folder)
-    values: dict[str, Any] = _read_tensors(folder / "optimizer.safetensors")
-    values |= state.get("optimizer_scalars") or {}
+    state, tensors = _read_state_file(folder), PartFiles(folder, OPTIMIZER)
+    scalars: dict[str, Any] = state.get("optimizer_scalars") or {}
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    for name, value in values.items():
+    for name in (*tensors.shapes, *scalars):
         parameter, _, key = name.partition("::")
         if parameter not in trained:
             raise others
         owner = trained[parameter]
+        value = scalars[name] if name in scalars else tensors.read_state(name, shapes[parameter], rows.get(parameter))
         optimizer.state[owner][key] = _in_its_place(key, value, owner, optimizer, groups[owner])
     if scaler and scaler.is_enabled() and (scale := state.get("scaler")):  # none in checkpoints of 0.1.0
         where = folder / "state.json"
@@ -233,10 +301,8 @@ def _in_its_place(
     return value.to(owner.device)
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    read_header(path)
-    with foreign_files("the checkpoint cannot be loaded", path):
-        return load_file(path)
+def _whole_shape(parameter: torch.Tensor, rows: Rows | None) -> tuple[int, ...]:
+    return tuple(parameter.shape) if rows is None else (rows.count, *parameter.shape[1:])
 
 
 def _read_state_file(folder: Path) -> dict[str, Any]:

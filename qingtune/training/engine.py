@@ -24,8 +24,10 @@ from qingtune.kernels.footprint import (
 from qingtune.kernels.int8 import multiplies_int8
 from qingtune.kernels.loss import summed_loss
 from qingtune.kernels.native.elementwise import elementwise_library
+from qingtune.kernels.units import Units
 from qingtune.models.layers import BALANCE, wants_balance
 from qingtune.output.console import say
+from qingtune.training.shards import local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +49,7 @@ class Engine:
         recompute_all: keeps nothing but inputs for the backward pass; False if that was so already.
         shares: whether a pass with gradients computes once what its samples begin with.
         loss_shares: whether one without gradients does.
+        in_step: whether all processes make each pass together, so that none can repeat one in smaller parts.
     """
 
     loss: Callable[[Batch], torch.Tensor]
@@ -56,6 +59,7 @@ class Engine:
     recompute_all: Callable[[], bool]
     shares: bool = False
     loss_shares: bool = False
+    in_step: bool = False
 
     def shrink(self, batch: Batch) -> str:
         """Make do with less after a pass ran out of memory: half of it at a time, then more computed again.
@@ -67,9 +71,16 @@ class Engine:
             a line for the user.
 
         Raises:
-            UserError: a single sample does not fit.
+            UserError: a single sample does not fit, or other processes are in the same pass.
         """
         tokens, samples = batch.computed, len(batch.starts) - 1
+        if self.in_step:
+            raise UserError(
+                f"out of memory in a pass of {tokens:,} tokens, which sharded processes make together (shard)",
+                where=batch.origins[0],
+                fix="Set per_device_train_batch_size lower (with samples_per_step, the result is the same), set "
+                "gradient_checkpointing true, or run more processes.",
+            )
         self.release(tokens // 2 if samples > 1 else tokens)
         if samples > 1:
             self.most_tokens = tokens // 2
@@ -90,13 +101,20 @@ LEANER = "use less memory: LoRA or QLoRA, a smaller lora_r, optim adamw_8bit, a 
 
 
 def make_engine(
-    config: TrainConfig, model: PreTrainedModel, hardware: Hardware, longest: int, *, evaluates: bool = False
+    config: TrainConfig,
+    model: PreTrainedModel,
+    hardware: Hardware,
+    longest: int,
+    *,
+    evaluates: bool = False,
+    units: Units | None = None,
 ) -> Engine:
     """The fastest engine that is right for the model.
 
     Args:
         longest: tokens of the longest sample.
         evaluates: whether passes over evaluation data come between those of training.
+        units: of a sharded model.
     """
     on_cpu = hardware.device.type == "cpu"
     most_tokens = TOKENS_PER_PASS_ON_CPU if on_cpu else ALL
@@ -113,6 +131,7 @@ def make_engine(
         member,
         dropout=0.0 if config.method == "full" else config.lora_dropout,
         int8_units=config.quantization_bit == 8 and multiplies_int8(hardware.device),
+        units=units,
     )
     sizes = config.per_device_train_batch_size, config.per_device_eval_batch_size
     tokens, evaluated = (max(longest, most_tokens) if on_cpu else longest * size for size in sizes)
@@ -138,6 +157,7 @@ def make_engine(
         recompute_all=recompute_all,
         shares=decoder.shares(longest) and not decoder.dropout,
         loss_shares=decoder.shares(longest),
+        in_step=units is not None,
     )
 
 
@@ -167,7 +187,7 @@ def _tokens_that_fit(
 
 def trained_bytes(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
     """Bytes of what is trained, which are those of its gradients too, and of the optimizer's states."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [local(parameter) for parameter in parameters if parameter.requires_grad]
     size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     return size, optimizer_bytes(config.optim, sum(parameter.numel() for parameter in trained))
 

@@ -45,6 +45,10 @@ class Work:
         save: writes a checkpoint; a UserError if the disk does not take it.
         peak_bytes: -> the most memory held so far.
         scaler: loss scaling for fp16; disabled otherwise.
+        parts: those of the parameters that are this process's part of a sharded one, as its gradient then is.
+        filler: a tiny micro-batch for passes that a process makes only because sharded ones make each pass together;
+            None where they do not.
+        gather: makes a sharded model whole in the first process, for the result; all processes call it.
     """
 
     parameters: Sequence[torch.nn.Parameter]
@@ -57,6 +61,9 @@ class Work:
     save: Callable[[Progress], None]
     peak_bytes: Callable[[], int]
     scaler: torch.amp.GradScaler
+    parts: Sequence[torch.nn.Parameter] = ()
+    filler: Batch | None = None
+    gather: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -129,15 +136,20 @@ def _step(work: Work, limits: Limits, processes: Processes, emit: Sink, progress
     step = progress.step
     batches = work.fetch(step)
     counts = [sum(len(batch.targets) for batch in batches), sum(len(batch.token_ids) for batch in batches)]
-    trained, tokens = (int(count) for count in processes.sum(torch.tensor(counts, device=work.parameters[0].device)))
+    counts += [len(batches) * (index == processes.index) for index in range(processes.count)]
+    counts = processes.sum(torch.tensor(counts, device=work.parameters[0].device)).tolist()
+    trained, tokens, passes = *counts[:2], max(counts[2:])
     if not trained:
         origins = ", ".join(origin for batch in batches for origin in batch.origins)
         raise UserError("the samples of a step have no trained token", where=origins)
     batches, losses = _within_memory(work, batches, trained, [limits.seed, step, processes.index], emit)
+    if work.filler:
+        for _ in range(passes - len(batches)):
+            work.add_gradients(work.filler, torch.zeros_like(losses.sum()))
     loss = processes.sum(losses.sum())
-    _sum_gradients(work.parameters, processes)
+    _sum_gradients(_whole(work), processes)
     work.scaler.unscale_(work.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(work.parameters, limits.max_grad_norm or math.inf)
+    norm = _clip(work, limits.max_grad_norm or math.inf, processes)
     mean_loss, grad_norm = (float(value) for value in torch.stack([loss / trained, norm]))
     rate = work.learning_rate(step)
     _update(work, rate, math.isfinite(mean_loss) and math.isfinite(grad_norm), progress)
@@ -183,6 +195,8 @@ def _backward(work: Work, batches: Sequence[Batch], trained: int, seed: list[int
         torch.manual_seed(hash((*seed, number)) % 2**63)  # dropout: the same whether or not the run was interrupted
         if len(batch.targets):
             losses[number] = work.add_gradients(batch, scale)
+        elif work.filler:
+            work.add_gradients(work.filler, torch.zeros_like(scale))
     return losses
 
 
@@ -204,6 +218,25 @@ def _sum_gradients(parameters: Sequence[torch.nn.Parameter], processes: Processe
         flat = processes.sum(torch.cat([grad.reshape(-1) for grad in grads]))
         for grad, piece in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(piece.view_as(grad))
+
+
+def _whole(work: Work) -> list[torch.nn.Parameter]:
+    """The parameters that every process holds in full."""
+    parts = set(work.parts)
+    return [parameter for parameter in work.parameters if parameter not in parts]
+
+
+def _clip(work: Work, most: float, processes: Processes) -> torch.Tensor:
+    """Scale the gradients so that their norm over all processes' parts is at most this; returns what it was."""
+    if not work.parts:
+        return torch.nn.utils.clip_grad_norm_(work.parameters, most)
+    of_parts, of_whole = (
+        torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])
+        for some in (work.parts, _whole(work))
+    )
+    norm = (processes.sum(of_parts.square()) + of_whole.square()).sqrt()
+    torch.nn.utils.clip_grads_with_norm_(work.parameters, most, norm)
+    return norm
 
 
 def _update(work: Work, rate: float, finite: bool, progress: Progress) -> None:

@@ -42,7 +42,8 @@ def load_adapted_model(config: TrainConfig, folder: Path, hardware: Hardware) ->
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """Trained parameters, and all of them; packed weights count with their original size."""
+    """Trained parameters, and all of them; packed weights, parameters where they are sharded, count with their
+    original size."""
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, packed + sum(p.numel() for p in model.parameters())
+    return trained, packed + sum(p.numel() for p in model.parameters() if p.is_floating_point())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import instruction_rows, write_jsonl
 from fork_server import ForkServer
+from ranks import ENVIRONMENT, free_port
 from tiny_runs import LORA, assert_close, losses, metrics, save_model, train, weights
 
 # Windows of 8 from 18 rows: 8, 8 and 2, the last one too small for the second process to get any.
@@ -24,14 +24,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def torchrun() -> list[str]:

@@ -153,6 +153,8 @@ def test_wrong_value_is_one_problem_that_shows_it(file: Path, name: str, value: 
         ({"load_best_model_at_end": True, "val_size": 5, "eval_strategy": "no"}, 'eval_strategy is "no"'),
         ({"greater_is_better": True}, "greater_is_better is true"),
         ({"max_steps": 0}, "max_steps is 0"),
+        ({"shard": "layers", "fp16": True}, "fp16 scales losses"),
+        ({"shard": "layers", "val_size": 5, "eval_samples": 2}, "eval_samples answers in one process"),
         ({"samples_per_step": 8, "gradient_accumulation_steps": 2}, "Remove gradient_accumulation_steps."),
         ({"learning_rate": 5}, "learning_rate 5 moves every weight by about that much in each AdamW step"),
         ({"learning_rate": 0.1, "use_lora": True, "loraplus_lr_ratio": 16}, "0.1 times loraplus_lr_ratio 16 moves"),

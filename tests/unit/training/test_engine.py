@@ -22,9 +22,11 @@ from qingtune.kernels.decoder import TrainingDecoder, why_not
 from qingtune.kernels.device import Hardware
 from qingtune.kernels.end_to_end import why_samples_would_mix
 from qingtune.kernels.native import elementwise as in_c
+from qingtune.kernels.units import Whole
 from qingtune.models.layers import BALANCE
 from qingtune.training import engine
 from qingtune.training.engine import make_engine
+from qingtune.training.shards import why_not_sharded
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "for tests")
 LAYERS, TOKENS = 4, 100
@@ -262,3 +264,15 @@ def test_after_a_pass_that_did_not_fit_smaller_ones_are_planned_and_memory_is_gi
         UserError, match=r"row:0: out of memory with a single sample of 57 tokens\. Set max_seq_length to 28"
     ):
         made.shrink(collate(samples[:1]))
+
+
+def test_a_pass_that_processes_make_together_is_not_made_smaller() -> None:
+    made = make_engine(config_of(), make_model("qwen2"), CPU, TOKENS, units=Whole())
+    samples = [Sample(np.arange(3, 60, dtype=np.int32), np.ones(57, dtype=np.bool_), f"row:{n}") for n in range(4)]
+    with pytest.raises(UserError, match="row:0: out of memory in a pass of 228 tokens, which sharded processes make"):
+        made.shrink(collate(samples))
+
+
+def test_mixtures_are_not_sharded() -> None:
+    assert why_not_sharded(make_model("qwen3_moe")) == "mixtures of experts are not sharded yet"
+    assert why_not_sharded(make_model("qwen3")) is None
