@@ -142,7 +142,7 @@ Gradients = dict[str, torch.Tensor]
 
 
 def make_decodable(
-    name: str, trained: str = "lora", dtype: torch.dtype = torch.float32, bits: int | None = None
+    name: str, trained: str = "lora", dtype: torch.dtype = torch.float32, bits: int | None = None, rank: int = 3
 ) -> Any:
     """A lively model of MODELS with adapters that have moved, where `trained` wants them."""
     kind, changes = MODELS[name]
@@ -152,7 +152,7 @@ def make_decodable(
         quantize_model(model, bits, torch.device("cpu"))
     if (layers := TRAINED[trained]) is not None:
         layers = [end for end in layers if any(f".{name}".endswith(f".{end}") for name, _ in model.named_modules())]
-        add_lora(model, layers, r=3, alpha=6, dropout=0.0, variant=Variant(use_dora=trained.startswith("dora")))
+        add_lora(model, layers, r=rank, alpha=6, dropout=0.0, variant=Variant(use_dora=trained.startswith("dora")))
         move_adapters(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

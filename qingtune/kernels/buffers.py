@@ -18,12 +18,14 @@ from typing import Protocol
 from qingtune.kernels.footprint import (
     HEAD_ROWS,
     INT8_TILE,
+    MOST_RANK_BYTES,
     ROWS_AT_A_TIME,
     VOCABULARY_TILE,
     PassTokens,
     filled_up,
     head_tile,
     logit_numbers,
+    low_rank_room,
 )
 
 Buffers = dict[tuple[str, int], int]  # name and bytes a number -> bytes
@@ -39,6 +41,7 @@ class Arithmetic:
         head_itemsize: bytes a number of the head.
         trains_weights: whether the linear layers are trained themselves; likewise trains_head.
         reads_stored: whether weights of another dtype than activations' are multiplied without a copy of them.
+        low_rank_in_c: whether adapters' products are those in C.
         int8_units: whether int8 weights are multiplied as such.
         int8_room: rows and the numbers of each -> bytes of room for a product in C; None where PyTorch multiplies.
         dora: whether adapters have magnitudes.
@@ -54,6 +57,7 @@ class Arithmetic:
     trains_weights: bool = False
     trains_head: bool = False
     reads_stored: bool = False
+    low_rank_in_c: bool = False
     int8_units: bool = False
     int8_room: Callable[[int, int], int] | None = None
     dora: bool = False
@@ -137,6 +141,11 @@ class GroupSizes:
     def part(self, start: int, end: int | None = None) -> GroupSizes:
         """Some of its layers as a group of their own."""
         return GroupSizes(self.reads, self.outs[start:end], self.ranks[start:end])
+
+    def fit_words(self, itemsize: int) -> bool:
+        """Whether adapters' products in C take these sizes (native/low_rank.c), for numbers of so many bytes."""
+        even = itemsize == 4 or not any(size % 2 for size in (self.reads, *self.outs, *self.ranks))
+        return even and sum(self.ranks) * itemsize <= MOST_RANK_BYTES
 
 
 # A group, the name under which it keeps its part of a slot, and the rows that it reads.
@@ -291,18 +300,7 @@ def product_buffers(group: GroupSizes, rows: int, tally: Tally) -> None:
         for itemsize in (how.itemsize, how.weight_itemsize):
             tally.backward(reads * out, "product", itemsize=itemsize)
     if sum(ranks):
-        small = max(out * rank for out, rank in zip(group.outs, ranks, strict=True))
-        tally.forward(reads * sum(ranks), "projection.a")
-        tally.forward(small, "projection.b")
-        tally.backward(rows * sum(ranks), "projection.grad_low")
-        tally.backward(rows * max(ranks), "projection.grad_mine")
-        if how.itemsize == how.wide:  # gradients of B are added where they belong, those of A are one product
-            tally.backward(reads * sum(ranks), "product")
-        else:
-            tally.backward(max(small, reads * sum(ranks)), "product")
-            tally.backward(max(small, reads * max(ranks)), "product", itemsize=how.wide)
-        if how.dropout:
-            tally.backward(rows * reads, "projection.dropped")
+        _adapter_buffers(group, rows, tally)
     if how.int8_units:
         tally.forward(rows * reads, "projection.x.packed", itemsize=1)
         tally.backward(rows * out, "projection.grad.packed", itemsize=1)
@@ -323,3 +321,25 @@ def product_buffers(group: GroupSizes, rows: int, tally: Tally) -> None:
         tally.forward(rows * out, "projection.direction")
         for number, (mine, rank) in enumerate(zip(group.outs, ranks, strict=True)):
             tally.backward(rows * mine * (rank > 0), f"projection.scaled{number}")
+
+
+def _adapter_buffers(group: GroupSizes, rows: int, tally: Tally) -> None:
+    """What products with a group's adapters take."""
+    how, reads, outs, ranks = tally.how, group.reads, group.outs, group.ranks
+    tally.backward(rows * sum(ranks), "projection.grad_low")
+    if how.dropout:
+        tally.backward(rows * reads, "projection.dropped")
+    if how.low_rank_in_c and group.fit_words(how.itemsize):
+        tally.forward(low_rank_room(reads, sum(ranks), how.itemsize), "projection.room", itemsize=4)
+        for out, rank in zip(outs, ranks, strict=True):
+            tally.backward(low_rank_room(out, rank, how.itemsize), "projection.room", itemsize=4)
+        return
+    small = max(out * rank for out, rank in zip(outs, ranks, strict=True))
+    tally.forward(reads * sum(ranks), "projection.a")
+    tally.forward(small, "projection.b")
+    tally.backward(rows * max(ranks), "projection.grad_mine")
+    if how.itemsize == how.wide:  # gradients of B are added where they belong, those of A are one product
+        tally.backward(reads * sum(ranks), "product")
+    else:
+        tally.backward(max(small, reads * sum(ranks)), "product")
+        tally.backward(max(small, reads * max(ranks)), "product", itemsize=how.wide)

@@ -22,6 +22,7 @@ QUERY_BLOCK = 256  # rows of a block of attention scores, at most
 # Passes, and rows that the head takes, are filled up to it: products of 577 or 583 rows were seen to take 5 to 12 %
 # longer than of 584, of 435 rows 4 % longer than of 436.
 ROWS_MULTIPLE = 8
+MOST_RANK_BYTES = 12_288  # of a row of A x that adapters' products in C take
 INT8_TILE = 128  # rows quantised at a time, so that their fp32 copy stays in the cache
 # Matrix products on a CPU are nearly as fast at 700 tokens as at more; activations grow with each one.
 TOKENS_PER_PASS_ON_CPU = 768
@@ -55,6 +56,11 @@ class PassTokens:
     tokens: int
     predicting: int
     longest: int
+
+
+def low_rank_room(deep: int, wide: int, itemsize: int) -> int:
+    """fp32 numbers that a product in C lays out an adapter's matrix in: K of so many bytes by N in whole panels."""
+    return deep * itemsize // 4 * (-(-wide // 32) * 32)
 
 
 def filled_up(rows: int) -> int:

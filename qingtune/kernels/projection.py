@@ -18,8 +18,10 @@ from torch import nn
 
 from qingtune.kernels.buffers import GroupSizes
 from qingtune.kernels.dropout import keep_mask
+from qingtune.kernels.footprint import low_rank_room
 from qingtune.kernels.int8 import int8_product, quantize_rows
 from qingtune.kernels.linear import Int8Linear, QuantizedLinear
+from qingtune.kernels.native.low_rank import LowRankProducts, native_low_rank
 from qingtune.kernels.workspace import Workspace
 
 
@@ -74,6 +76,7 @@ class Projection:
         self.members, self.dropout, self.workspace = tuple(members), dropout, workspace
         self.int8_units = int8_units
         self.ranks = [member.rank for member in members]
+        self.fit_words = {itemsize: self.sizes.fit_words(itemsize) for itemsize in (2, 4)}
         self.dora = any(member.magnitude is not None for member in members)
         if self.dora and dropout:
             raise ValueError("DoRA with dropout multiplies by each weight twice, which is not done here")
@@ -154,15 +157,22 @@ class Projection:
             self.workspace.multiply(x, self._stored(base, x.dtype).t(), out, add=add, bias=first)
         if bias is not None:
             out.add_(bias)
-        if member.adapter:
-            out.addmm_(low, self._b(member.adapter, x.dtype).t(), alpha=member.adapter.scaling)
+        if adapter := member.adapter:
+            if c := self._in_c(x):
+                c.expand(low, [adapter.b], out, transposed=True, scale=adapter.scaling)
+            else:
+                out.addmm_(low, self._b(adapter, x.dtype).t(), alpha=adapter.scaling)
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
     def keep_low(self, name: str, x: torch.Tensor, seed: int | None) -> None:
         """Keep what backward needs in addition to the input."""
         if any(self.ranks):
-            torch.mm(self._dropped(x, seed), self._all_a(x.dtype).t(), out=self._all_low(name, x))
+            dropped, low = self._dropped(x, seed), self._all_low(name, x)
+            if c := self._in_c(x):
+                c.reduce(dropped, self._each_a(), low, self._room(x, low), transposed=True)
+            else:
+                torch.mm(dropped, self._all_a(x.dtype).t(), out=low)
         for number, member in enumerate(self.members):
             if member.adapter and member.magnitude is not None:
                 self._norms(name, number).copy_(self._row_norms(member.base, member.adapter))
@@ -178,26 +188,59 @@ class Projection:
     def _adapter_gradients(
         self, name: str, x: torch.Tensor, grads: Sequence[torch.Tensor], grad_x: torch.Tensor | None, seed: int | None
     ) -> None:
+        c, dropped = self._in_c(x), self._dropped(x, seed)
         grad_low = self.workspace.take("projection.grad_low", (len(x), sum(self.ranks)), x.dtype)
         parts = zip(self.members, grads, self._low(name, x), grad_low.split_with_sizes(self.ranks, 1), strict=True)
         for member, grad, low, grad_mine in parts:
             if adapter := member.adapter:
-                self.workspace.add_product(gradient(adapter.b), grad.t(), low, adapter.scaling)
-                product = self.workspace.take("projection.grad_mine", grad_mine.shape, x.dtype)
-                torch.mm(grad, self._b(adapter, x.dtype), out=product)
-                grad_mine.copy_(product.mul_(adapter.scaling))
-        adapters = [member.adapter for member in self.members if member.adapter]
-        grad_a = self.workspace.product(grad_low.t(), self._dropped(x, seed), x.dtype)
-        parts = grad_a.split_with_sizes([member.rank for member in self.members if member.adapter])
-        for adapter, part in zip(adapters, parts, strict=True):
-            self.workspace.accumulate(gradient(adapter.a), part)
+                self._b_gradients(c, adapter, grad, low, grad_mine)
+        if c:
+            c.outer(grad_low, dropped, [gradient(a) for a in self._each_a()])
+        else:
+            grad_a = self.workspace.product(grad_low.t(), dropped, x.dtype)
+            ranks = [rank for rank in self.ranks if rank]
+            for a, part in zip(self._each_a(), grad_a.split_with_sizes(ranks), strict=True):
+                self.workspace.accumulate(gradient(a), part)
         if grad_x is None:
             return
         if seed is None:
-            grad_x.addmm_(grad_low, self._all_a(x.dtype))
+            self._add_low(c, grad_low, grad_x)
         else:
             mask, factor = keep_mask(x.shape, self.dropout, seed, x.device)
-            grad_x.addcmul_(grad_low @ self._all_a(x.dtype), mask.to(x.dtype), value=factor)
+            grad_x.addcmul_(self._add_low(c, grad_low, torch.zeros_like(x)), mask.to(x.dtype), value=factor)
+
+    def _b_gradients(
+        self, c: LowRankProducts | None, adapter: Adapter, grad: torch.Tensor, low: torch.Tensor, grad_low: torch.Tensor
+    ) -> None:
+        """Add to the gradient of B, and write that of A dropout(x)."""
+        if c:
+            grad = grad if grad.stride(1) == 1 else grad.contiguous()  # of a delta net's gates they lie across
+            c.outer(grad, low, [gradient(adapter.b)], adapter.scaling)
+            room = self._room(grad, grad_low)
+            c.reduce(grad, [adapter.b], grad_low, room, transposed=False, scale=adapter.scaling)
+            return
+        self.workspace.add_product(gradient(adapter.b), grad.t(), low, adapter.scaling)
+        product = self.workspace.take("projection.grad_mine", grad_low.shape, grad.dtype)
+        torch.mm(grad, self._b(adapter, grad.dtype), out=product)
+        grad_low.copy_(product.mul_(adapter.scaling))
+
+    def _add_low(self, c: LowRankProducts | None, grad_low: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """total += the gradient of A's inputs, [T, in]; returns total."""
+        if c:
+            c.expand(grad_low, self._each_a(), total, transposed=False)
+            return total
+        return total.addmm_(grad_low, self._all_a(total.dtype))
+
+    def _in_c(self, x: torch.Tensor) -> LowRankProducts | None:
+        """The adapters' products in C, where they take these activations and sizes; otherwise PyTorch multiplies."""
+        c = native_low_rank(x.dtype, x.device)
+        fp32 = all(m.adapter is None or m.adapter.a.dtype == m.adapter.b.dtype == torch.float32 for m in self.members)
+        return c if c and fp32 and self.fit_words[x.dtype.itemsize] else None
+
+    def _room(self, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        """For a matrix of adapters as products lay it out."""
+        size = low_rank_room(x.shape[1], low.shape[1], x.dtype.itemsize)
+        return self.workspace.take("projection.room", (size,), torch.float32)
 
     def _dropped(self, x: torch.Tensor, seed: int | None) -> torch.Tensor:
         if seed is None:
@@ -205,6 +248,9 @@ class Projection:
         mask, factor = keep_mask(x.shape, self.dropout, seed, x.device)
         dropped = self.workspace.take("projection.dropped", x.shape, x.dtype)
         return torch.mul(x, mask, out=dropped).mul_(factor)
+
+    def _each_a(self) -> list[nn.Parameter]:
+        return [member.adapter.a for member in self.members if member.adapter]
 
     def _all_a(self, dtype: torch.dtype) -> torch.Tensor:
         """All A_i, one below the other, [sum of ranks, in]."""

@@ -29,9 +29,9 @@ UNITS = {"avx512f": "avx512f", "avx512_vnni": "avx512vnni", "avx512_bf16": "avx5
 # What PyTorch does where a file is not compiled; of others their name says it.
 WORK = {
     "elementwise": "elementwise work", "nf4": "unpacking weights of 4 bits", "products": "products in fp32",
-    "few_rows": "products of few rows in bf16", "int8_products": "products in 8 bits",
-    "delta": "gated delta nets", "delta_rule": "gated delta nets", "delta_step": "gated delta nets' new tokens",
-    "answer_step": "new tokens",
+    "low_rank": "adapters' products", "few_rows": "products of few rows in bf16",
+    "int8_products": "products in 8 bits", "delta": "gated delta nets",
+    "delta_rule": "gated delta nets", "delta_step": "gated delta nets' new tokens", "answer_step": "new tokens",
 }  # fmt: skip
 
 

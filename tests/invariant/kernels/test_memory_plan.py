@@ -19,7 +19,7 @@ from qingtune.kernels.footprint import PassTokens
 from qingtune.kernels.native import delta as delta_in_c
 from qingtune.kernels.native import delta_rule as delta_rule_in_c
 from qingtune.kernels.native import elementwise as in_c
-from qingtune.kernels.native import int8_products, products
+from qingtune.kernels.native import int8_products, low_rank, products
 
 LENGTH, SAMPLES = 40, 2
 LONGER = 136  # the sample that is evaluated
@@ -32,6 +32,11 @@ METHODS: dict[str, tuple[str, int | None, float]] = {
     "qlora 4": ("lora", 4, 0.0),
     "qlora 8": ("lora", 8, 0.0),
     "dora on 8 bits": ("dora", 8, 0.0),
+}
+EVEN_RANKS: dict[str, tuple[str, int | None, float]] = {
+    "lora, even ranks": ("lora", None, 0.0),
+    "lora, dropout, even ranks": ("lora", None, 0.25),
+    "dora on 8 bits, even ranks": ("dora", 8, 0.0),
 }
 _NAMES = [
     (r"layer\d+\.input", "layer.input"),
@@ -53,6 +58,7 @@ def held(decoder: TrainingDecoder) -> Buffers:
     ("kind", "method", "compiled"),
     [
         *itertools.product(OLDER, METHODS, [False]),
+        *itertools.product(["qwen2"], EVEN_RANKS, [False]),
         *itertools.product(["qwen3"], METHODS, [True]),
         *itertools.product(NEWER, ["full", "lora, dropout", "dora", "qlora 4", "qlora 8"], [False]),
     ],
@@ -65,9 +71,9 @@ def test_every_buffer_has_its_planned_size(
         monkeypatch.setattr(delta_in_c, "compiled", lambda: None)
         monkeypatch.setattr(delta_rule_in_c, "compiled", lambda: None)
         monkeypatch.setattr(int8_products, "_library", lambda: None)
-    trained, bits, dropout = METHODS[method]
+    trained, bits, dropout = (METHODS | EVEN_RANKS)[method]
     for dtype, recompute, evaluates in itertools.product((torch.float32, torch.bfloat16), (0, 1, 2), (False, True)):
-        model: Any = make_decodable(kind, trained, bits=bits)
+        model: Any = make_decodable(kind, trained, bits=bits, rank=4 if method in EVEN_RANKS else 3)
         if trained != "full":
             for parameter in model.parameters():
                 kept = torch.bfloat16 if method.endswith("as stored") else dtype
@@ -86,6 +92,7 @@ def test_every_buffer_has_its_planned_size(
             trains_weights=trained == "full",
             trains_head=trained == "full",
             reads_stored=products.reads_as_stored(dtype, torch.device("cpu")),
+            low_rank_in_c=low_rank.native_low_rank(dtype, torch.device("cpu")) is not None,
             int8_units=bits == 8,
             int8_room=int8_products.room_bytes if int8_products.in_c() else None,
             dora=trained == "dora",
@@ -106,4 +113,10 @@ def test_every_buffer_has_its_planned_size(
 @pytest.mark.parametrize("method", ["lora, weights as stored", "full"])
 def test_every_buffer_has_its_planned_size_without_products_in_c(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_library", lambda: None)
+    test_every_buffer_has_its_planned_size("qwen2", method, False, monkeypatch)
+
+
+@pytest.mark.parametrize("method", EVEN_RANKS)
+def test_every_buffer_has_its_planned_size_without_adapters_in_c(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank, "low_rank", lambda: None)
     test_every_buffer_has_its_planned_size("qwen2", method, False, monkeypatch)

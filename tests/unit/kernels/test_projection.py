@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from projection_twin import CPU, Call, check, close, make_base, make_member
 
 from qingtune.kernels.int8 import multiplies_int8
+from qingtune.kernels.native import low_rank
 from qingtune.kernels.projection import Member
 from qingtune.kernels.workspace import Workspace
 
@@ -48,6 +49,29 @@ def test_fp32_adapters_on_frozen_weights_of_the_activations_format(dtype: torch.
         make_member(make_base("dense", out, bias=out > 8, dtype=dtype), rank) for out, rank in ((16, 4), (8, 2), (9, 0))
     ]
     check(Call(members, dtype, rows=50, dropout=dropout))
+
+
+@pytest.mark.parametrize("in_c", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_of_even_ranks(
+    dtype: torch.dtype, dora: bool, dropout: float, in_c: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_c and low_rank.native_low_rank(dtype, CPU) is None:
+        pytest.skip("PyTorch multiplies adapters of these here")
+    if dora and dropout:
+        pytest.skip("refused")
+    if not in_c:
+        monkeypatch.setattr(low_rank, "low_rank", lambda: None)
+    torch.manual_seed(0)
+    members = [
+        make_member(make_base("dense", out, bias=out > 8, dtype=dtype), rank, dora=dora and out > 8)
+        for out, rank in ((16, 4), (40, 34), (8, 2), (6, 0))
+    ]
+    call = Call(members, dtype, rows=51, dropout=dropout)
+    call.grads[0] = call.grads[0].t().contiguous().t()  # as those of a delta net's gates lie
+    check(call)
 
 
 @pytest.mark.parametrize("bias", [False, True])
