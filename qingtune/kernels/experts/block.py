@@ -23,6 +23,7 @@ from qingtune.kernels.blocks import Parts, Pass
 from qingtune.kernels.elementwise import Norm, swiglu, swiglu_backward
 from qingtune.kernels.experts.buffers import ExpertsSizes, filled_up
 from qingtune.kernels.experts.matrices import ExpertMatrices, stacks
+from qingtune.kernels.native import few_rows
 from qingtune.kernels.projection import gradient
 from qingtune.kernels.workspace import Workspace
 
@@ -180,18 +181,29 @@ class Part:
 
     def __init__(self, block: ExpertsBlock, tokens: int, count: int) -> None:
         self._block, self._count = block, count
-        self._most, self._rows = (filled_up(number) if block.fills_up else number for number in (tokens, count))
+        self._most, self._rows = (filled_up(number, block.fills_beyond) for number in (tokens, count))
 
     def take(self, name: str, width: int) -> torch.Tensor:
         """[filled rows, width], undefined but for the rows that were filled up."""
         rows = self._block.workspace.take(f"experts.{name}", (self._most, width), self._block.dtype)[: self._rows]
-        rows[self._count :].zero_()
+        if self._rows > self._count:
+            rows[self._count :].zero_()
         return rows
 
-    def copy(self, name: str, kept: torch.Tensor) -> torch.Tensor:
-        """Rows of this expert, [n, width], filled up."""
-        rows = self.take(name, kept.shape[1])
-        rows[: self._count] = kept
+    def place(self, name: str, kept: torch.Tensor) -> torch.Tensor:
+        """Where to write rows that are kept, [n, width]: there, or where they are filled up, for `keep` to copy."""
+        return kept if self._rows == self._count else self.take(name, kept.shape[1])
+
+    def keep(self, kept: torch.Tensor, written: torch.Tensor) -> None:
+        """Rows that were written to their `place` are kept."""
+        if written is not kept:
+            kept.copy_(written[: self._count])
+
+    def read(self, name: str, kept: torch.Tensor) -> torch.Tensor:
+        """Rows that were kept, [n, width], filled up."""
+        rows = self.place(name, kept)
+        if rows is not kept:
+            rows[: self._count] = kept
         return rows
 
     def gather(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -221,9 +233,14 @@ class ExpertsBlock:
         )
         self.shared = SharedExpert(mlp, number, parts) if kind.shared else None
         self.size = kind.size
-        # On a CPU, code is made for each shape of these products, which takes as long as the product of a few rows.
+        # On a CPU, oneDNN makes code for each shape of products in bf16 and int8, which takes as long as the product
+        # of a few rows.
         on_cpu = mlp.gate.weight.device.type in ("cpu", "meta")
-        self.fills_up = on_cpu and (parts.dtype.itemsize == 2 or self.gate_up.in_int8)
+        self.fills_beyond = 0 if on_cpu and (parts.dtype.itemsize == 2 or self.gate_up.in_int8) else None
+        if all(
+            stack.multiplies_few_rows_in_c(parts.dtype, mlp.gate.weight.device) for stack in (self.gate_up, self.down)
+        ):
+            self.fills_beyond = few_rows.MOST
 
     @property
     def sizes(self) -> ExpertsSizes:
@@ -236,7 +253,7 @@ class ExpertsBlock:
             down=self.down.sizes,
             router_itemsize=weight.dtype.itemsize,
             trains_router=weight.requires_grad,
-            fills_up=self.fills_up,
+            fills_beyond=self.fills_beyond,
             shared=(shared.reads.sizes, shared.down.sizes) if shared else None,
         )
 
@@ -257,21 +274,21 @@ class ExpertsBlock:
         for number, rows, tokens in routing.experts():
             part, count = Part(self, len(x), len(tokens)), len(tokens)
             both = part.take("gate_up", 2 * self.size)
-            low = part.take("rank", self.gate_up.rank)
+            low = part.place("rank", kept_low := lows[rows])
             self.gate_up.forward(number, part.gather(normed, tokens), low, both)
-            lows[rows] = low[:count]
+            part.keep(kept_low, low)
             gate, up, hidden = gates[rows], ups[rows], part.take("hidden", self.size)
             for kept, mine in zip((gate, up), both[:count].chunk(2, 1), strict=True):
                 kept.copy_(mine)
             swiglu(gate, up, hidden[:count], hidden[:count]).mul_(shares[rows])
-            low = part.take("rank", self.down.rank)
+            low = part.place("rank", kept_low := down_lows[rows])
             if out is None:
                 self.down.keep_low(number, hidden, low)
             else:
-                product = part.take("output", x.shape[1])
+                product = part.place("output", kept_out := outs[rows])
                 self.down.forward(number, hidden, low, product)
-                outs[rows] = product[:count]
-            down_lows[rows] = low[:count]
+                part.keep(kept_out, product)
+            part.keep(kept_low, low)
         if out is not None:
             torch.add(x, F.embedding_bag(routing.places, outs, mode="sum"), out=out)
         if self.shared:
@@ -306,16 +323,16 @@ class ExpertsBlock:
             gate, up, product = gates[rows], ups[rows], scaled[:count]
             torch.mul(swiglu(gate, up, activated, hidden), shares[rows], out=product)
             self.down.backward(
-                number, scaled, part.copy("rank", down_lows[rows]), part.gather(grad, tokens), grad_hidden
+                number, scaled, part.read("rank", down_lows[rows]), part.gather(grad, tokens), grad_hidden
             )
             torch.mul(grad_hidden[:count], hidden, out=product)
             grad_shares[routing.order[rows]] = product.sum(-1, dtype=grad_shares.dtype)
             grad_up = swiglu_backward(grad_hidden[:count].mul_(shares[rows]), gate, up, activated)
-            both, grad_x = part.take("gate_up", 2 * self.size), part.take("output", normed.shape[1])
+            both, grad_x = part.take("gate_up", 2 * self.size), part.place("output", kept := rows_grad[rows])
             torch.cat([gate, grad_up], 1, out=both[:count])
-            low = part.copy("rank", lows[rows])
+            low = part.read("rank", lows[rows])
             self.gate_up.backward(number, part.gather(normed, tokens), low, both, grad_x)
-            rows_grad[rows] = grad_x[:count]
+            part.keep(kept, grad_x)
         return rows_grad, grad_shares.view_as(routing.shares)
 
     def _kept(self, routing: Routing, slot: str) -> tuple[torch.Tensor, ...]:

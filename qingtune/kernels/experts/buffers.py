@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from qingtune.kernels.buffers import GroupSizes, Rows, Tally, Use, product_buffers
 
 
-def filled_up(rows: int) -> int:
+def filled_up(rows: int, beyond: int | None = 0) -> int:
     """What an expert's number of rows is filled up to, so that there are few: a multiple of 8, or of an eighth of the
-    next power of two."""
+    next power of two. Up to `beyond` it stays as it is; always if that is None."""
+    if beyond is None or rows <= beyond:
+        return rows
     step = max(8, 1 << (rows - 1).bit_length() >> 3)
     return -(-rows // step) * step
 
@@ -60,7 +62,7 @@ class ExpertsSizes:
         down: what reads the hidden layer.
         router_itemsize: bytes a number of the router's weight.
         trains_router: whether that is trained.
-        fills_up: whether an expert's rows are filled up.
+        fills_beyond: rows of an expert beyond which they are filled up; None if they never are.
         shared: layers that read the shared expert's input, and the one that reads its hidden layer; None without it.
     """
 
@@ -70,7 +72,7 @@ class ExpertsSizes:
     down: StackSizes
     router_itemsize: int
     trains_router: bool
-    fills_up: bool
+    fills_beyond: int | None
     shared: tuple[GroupSizes, GroupSizes] | None
 
     def groups(self, rows: Rows) -> Sequence[Use]:
@@ -94,13 +96,15 @@ class ExpertsSizes:
         """The norm, an expert's rows, and what each token gets from its experts."""
         how, tokens = tally.how, rows.asking
         hidden = tokens * self.gate_up.reads
-        most = filled_up(tokens) if self.fills_up else tokens  # of an expert
+        most = filled_up(tokens, self.fills_beyond)  # of an expert
         inner = max(most * self.down.reads, tokens * self.shared[1].reads if self.shared else 0)
         tally.norm(hidden)
         tally.forward(hidden, "norm.out")
-        tally.forward(most * self.gate_up.reads, "experts.input", "experts.output")
+        tally.forward(most * self.gate_up.reads, "experts.input")
         tally.forward(most * self.gate_up.out, "experts.gate_up")
-        tally.forward(most * max(self.gate_up.rank, self.down.rank), "experts.rank")
+        if self.fills_beyond is not None and tokens > self.fills_beyond:
+            tally.forward(most * self.gate_up.reads, "experts.output")
+            tally.forward(most * max(self.gate_up.rank, self.down.rank), "experts.rank")
         tally.forward(hidden * self.chosen, "experts.rows")
         tally.forward(inner, "experts.hidden")
         tally.backward(inner, "experts.activated", "experts.scaled", "experts.grad_hidden")

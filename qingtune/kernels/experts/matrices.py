@@ -14,6 +14,7 @@ from torch import nn
 from qingtune.kernels.experts.buffers import StackSizes
 from qingtune.kernels.experts.modules import MATRICES, LoRAExperts
 from qingtune.kernels.linear import Int8Linear, QuantizedLinear
+from qingtune.kernels.native import few_rows
 from qingtune.kernels.projection import Adapter, Member, Projection, gradient
 from qingtune.kernels.workspace import Workspace
 
@@ -64,12 +65,19 @@ class _Slice:
 
     bias = None
 
-    def __init__(self, weights: torch.Tensor, number: int, *, backward: bool) -> None:
-        self.weight = weights.detach()[number]
-        self.out_features, self.in_features = self.weight.shape
-        if backward and weights.requires_grad:
-            self.weight.requires_grad_(True)
-            self.weight.grad = gradient(weights)[number]
+    def __init__(self, stack: Stack, number: int, *, backward: bool) -> None:
+        self._stack, self._number, self._backward = stack, number, backward
+        self.out_features, self.in_features = stack.shape
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out, in]."""
+        weights = self._stack.weights
+        weight = weights.detach()[self._number]
+        if self._backward and weights.requires_grad:
+            weight.requires_grad_(True)
+            weight.grad = gradient(weights)[self._number]
+        return weight
 
 
 class ExpertMatrices:
@@ -84,6 +92,7 @@ class ExpertMatrices:
     def __init__(self, stack: Stack, workspace: Workspace, *, int8_units: bool) -> None:
         self.stack, self.workspace, self.int8_units = stack, workspace, int8_units
         self.shape, self.rank = stack.shape, stack.rank
+        self._products: dict[tuple[int, bool], Projection] = {}  # of experts that were asked for
 
     @property
     def sizes(self) -> StackSizes:
@@ -96,6 +105,10 @@ class ExpertMatrices:
     def in_int8(self) -> bool:
         """Whether the weights are multiplied as int8."""
         return self.int8_units and isinstance(self.stack.weights[0], Int8Linear)
+
+    def multiplies_few_rows_in_c(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether up to few_rows.MOST rows of activations of this dtype there need no product by PyTorch."""
+        return few_rows.takes(dtype, device) and not (self.in_int8 or self.rank or self.sizes.trained)
 
     def low(self, name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
         """Where A_e x of all rows is kept from forward to backward, [rows, r]."""
@@ -135,9 +148,15 @@ class ExpertMatrices:
 
     def _product(self, number: int, *, backward: bool = False) -> Projection:
         """The product with an expert's weight alone."""
-        weights = self.stack.weights
-        base = weights[number] if isinstance(weights, nn.ModuleList) else _Slice(weights, number, backward=backward)
-        return Projection([Member(base, None)], 0.0, self.workspace, int8_units=self.int8_units)
+        made = self._products.get((number, backward))
+        if made is None:
+            weights = self.stack.weights
+            base = (
+                weights[number] if isinstance(weights, nn.ModuleList) else _Slice(self.stack, number, backward=backward)
+            )
+            made = Projection([Member(base, None)], 0.0, self.workspace, int8_units=self.int8_units)
+            self._products[number, backward] = made
+        return made
 
     def _cast(self, name: str, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.workspace.cast("experts." + name, matrix.detach(), dtype)

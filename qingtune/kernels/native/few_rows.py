@@ -39,9 +39,14 @@ def _library() -> ctypes.CDLL | None:
     return None if isinstance(found, str) else found
 
 
+def takes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether activations of this dtype there are multiplied so, sizes aside."""
+    return dtype == torch.bfloat16 and device.type in ("cpu", "meta") and _library() is not None
+
+
 def fits(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether `multiply` takes these, and is worth it."""
-    if not (x.dtype == weight.dtype == out.dtype == torch.bfloat16 and x.device.type == "cpu" and 0 < len(x) <= MOST):
+    if not (0 < x.shape[0] <= MOST and x.dtype == weight.dtype == out.dtype and takes(x.dtype, x.device)):
         return False
     deep, wide = weight.shape
     by_columns = weight.is_contiguous()
@@ -49,7 +54,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> bool:
         laid_out = wide % 64 == 0 and deep % 2 == 0
     else:
         laid_out = weight.t().is_contiguous() and wide % 4 == 0 and deep % 32 == 0
-    return laid_out and x.stride(1) == out.stride(1) == 1 and _library() is not None
+    return laid_out and x.stride(1) == out.stride(1) == 1
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, add: bool) -> None:
@@ -66,4 +71,4 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, add: b
     deep, wide = weight.shape
     of_weight = weight.data_ptr(), not weight.is_contiguous(), wide, deep
     of_out = out.data_ptr(), out.stride(0), add, torch.get_num_threads()
-    library.few_rows(x.data_ptr(), x.stride(0), len(x), *of_weight, *of_out)
+    library.few_rows(x.data_ptr(), x.stride(0), x.shape[0], *of_weight, *of_out)

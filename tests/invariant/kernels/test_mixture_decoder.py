@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -21,7 +22,7 @@ from qingtune.kernels.experts.buffers import filled_up
 from qingtune.kernels.footprint import PassTokens
 from qingtune.kernels.int8 import multiplies_int8
 from qingtune.kernels.native import elementwise as in_c
-from qingtune.kernels.native import int8_products, low_rank
+from qingtune.kernels.native import few_rows, int8_products, low_rank
 from qingtune.models.quantize import quantize_model
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -113,8 +114,8 @@ def test_rows_that_are_filled_up_change_nothing(trained: str) -> None:
     filled = TrainingDecoder(model, torch.float32, member, recompute=1)
     for mlp in filled.mlps:
         assert isinstance(mlp, ExpertsBlock)
-        assert not mlp.fills_up
-        mlp.fills_up = True
+        assert mlp.fills_beyond is None
+        mlp.fills_beyond = 0
     for batch in batches().values():
         wanted_loss, wanted = decoded(model, batch)
         for buffer in filled.workspace._held.values():
@@ -122,6 +123,34 @@ def test_rows_that_are_filled_up_change_nothing(trained: str) -> None:
         loss, gradients = decoded(model, batch, decoder=filled)
         assert loss == pytest.approx(wanted_loss, rel=1e-6)
         assert apart(gradients, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("trained", ["full", "lora"])
+def test_products_of_few_rows_in_c_are_as_exact_as_pytorchs(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, where all experts are chosen, as rounding would change which."""
+    if isinstance(found := few_rows.few_rows_library(), str):
+        pytest.skip(found)
+    model = make_decodable("qwen3 moe", trained, hidden_size=64, moe_intermediate_size=64, num_experts_per_tok=6)
+    rounded = copy.deepcopy(model)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.bfloat16().to(torch.float32 if parameter.requires_grad else torch.bfloat16)
+    for parameter, other in zip(model.parameters(), rounded.parameters(), strict=True):
+        parameter.data.copy_(other)
+    differing = 0
+    for batch in batches().values():
+        wanted_loss, wanted = decoded(model, batch)
+        errors: list[float] = []
+        for in_c_too in (True, False):
+            with monkeypatch.context() as context:
+                if not in_c_too:
+                    context.setattr(few_rows, "_library", lambda: None)
+                decoder = TrainingDecoder(rounded, torch.bfloat16, member, recompute=1)
+                loss, gradients = decoded(rounded, batch, decoder=decoder)
+            assert loss == pytest.approx(wanted_loss, rel=0.01)
+            errors.append(apart(gradients, wanted))
+        assert errors[0] < 1.2 * errors[1]
+        differing += errors[0] != errors[1]
+    assert differing
 
 
 @pytest.mark.parametrize(("rows", "wanted"), [(1, 8), (8, 8), (9, 16), (64, 64), (65, 80), (129, 160), (768, 768)])
@@ -135,6 +164,7 @@ def test_there_are_few_numbers_of_rows(rows: int, wanted: int) -> None:
 def test_every_buffer_has_its_planned_size(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_c, "elementwise", lambda: None)
     monkeypatch.setattr(int8_products, "_library", lambda: None)
+    monkeypatch.setattr(few_rows, "_library", lambda: None)  # with it, rows are filled up beyond so many: at most
     trained, bits = ("lora", int(method[-1])) if method.startswith("qlora") else (method, None)
     for dtype, recompute, evaluates in itertools.product((torch.float32, torch.bfloat16), (0, 1, 2), (False, True)):
         model = make_decodable(name, trained, bits=bits, moe_intermediate_size=16)
