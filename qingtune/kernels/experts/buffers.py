@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qingtune.kernels.buffers import GroupSizes, Rows, Tally, Use, product_buffers
+from qingtune.kernels.footprint import low_rank_room
 
 
 def filled_up(rows: int, beyond: int | None = 0) -> int:
@@ -36,16 +37,26 @@ class StackSizes:
     rank: int
     trained: bool
 
+    def fit_words(self, itemsize: int) -> bool:
+        """Whether adapters' products in C take these sizes, for numbers of so many bytes."""
+        return GroupSizes(self.reads, (self.out,), (self.rank,)).fit_words(itemsize)
+
     def passing(self, rows: int, tally: Tally) -> None:
         """What products take in addition to inputs and outputs; rows: of an expert, at most."""
         how = tally.how
         product_buffers(GroupSizes(self.reads, (self.out,), (0,)), rows, tally)
-        small = self.rank * max(self.reads, self.out)
-        if how.itemsize != 4:  # adapters are fp32
-            tally.forward(self.rank * self.reads, "experts.a")
-            tally.forward(self.rank * self.out, "experts.b")
-        for itemsize in {how.itemsize, how.wide}:
-            tally.backward(small, "product", itemsize=itemsize)
+        if how.low_rank_in_c and self.fit_words(how.itemsize):
+            tally.forward(
+                low_rank_room(self.reads, self.rank, how.itemsize) * (self.rank > 0), "experts.room", itemsize=4
+            )
+            tally.backward(
+                low_rank_room(self.out, self.rank, how.itemsize) * (self.rank > 0), "experts.room", itemsize=4
+            )
+        else:
+            if how.itemsize != 4:  # adapters are fp32
+                tally.forward(self.rank * max(self.reads, self.out), "experts.adapter")
+            for itemsize in {how.itemsize, how.wide}:
+                tally.backward(self.rank * max(self.reads, self.out), "product", itemsize=itemsize)
         if self.trained and not how.trains_weights:  # modules_to_save: fp32
             for itemsize in {how.itemsize, how.wide}:
                 tally.backward(self.reads * self.out, "product", itemsize=itemsize)

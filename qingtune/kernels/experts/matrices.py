@@ -13,8 +13,10 @@ from torch import nn
 
 from qingtune.kernels.experts.buffers import StackSizes
 from qingtune.kernels.experts.modules import MATRICES, LoRAExperts
+from qingtune.kernels.footprint import low_rank_room
 from qingtune.kernels.linear import Int8Linear, QuantizedLinear
 from qingtune.kernels.native import few_rows
+from qingtune.kernels.native.low_rank import LowRankProducts, native_low_rank
 from qingtune.kernels.projection import Adapter, Member, Projection, gradient
 from qingtune.kernels.workspace import Workspace
 
@@ -93,6 +95,7 @@ class ExpertMatrices:
         self.stack, self.workspace, self.int8_units = stack, workspace, int8_units
         self.shape, self.rank = stack.shape, stack.rank
         self._products: dict[tuple[int, bool], Projection] = {}  # of experts that were asked for
+        self._fit_words = {itemsize: self.sizes.fit_words(itemsize) for itemsize in (2, 4, 8)}
 
     @property
     def sizes(self) -> StackSizes:
@@ -108,7 +111,8 @@ class ExpertMatrices:
 
     def multiplies_few_rows_in_c(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether up to few_rows.MOST rows of activations of this dtype there need no product by PyTorch."""
-        return few_rows.takes(dtype, device) and not (self.in_int8 or self.rank or self.sizes.trained)
+        adapters = not self.rank or self._low_rank(dtype, device) is not None
+        return few_rows.takes(dtype, device) and adapters and not (self.in_int8 or self.sizes.trained)
 
     def low(self, name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
         """Where A_e x of all rows is kept from forward to backward, [rows, r]."""
@@ -119,12 +123,12 @@ class ExpertMatrices:
         self._product(number).forward("experts", x, [out], None)
         self.keep_low(number, x, low)
         if adapter := self.stack.adapter:
-            out.addmm_(low, self._cast("b", adapter.b[number], x.dtype).t(), alpha=adapter.scaling)
+            self._add_low(low, adapter.b[number], out, adapter.scaling, transposed=True)
 
     def keep_low(self, number: int, x: torch.Tensor, low: torch.Tensor) -> None:
         """Keep what backward needs in addition to the input."""
         if adapter := self.stack.adapter:
-            torch.mm(x, self._cast("a", adapter.a[number], x.dtype).t(), out=low)
+            self._lower(x, adapter.a[number], low, 1.0, transposed=True)
 
     def backward(
         self, number: int, x: torch.Tensor, low: torch.Tensor, grad: torch.Tensor, grad_x: torch.Tensor
@@ -140,11 +144,50 @@ class ExpertMatrices:
         self._product(number, backward=True).backward("experts", x, [grad], grad_x, None)
         if not (adapter := self.stack.adapter):
             return
-        grad_b, grad_a = gradient(adapter.b)[number], gradient(adapter.a)[number]
-        grad_b.add_(self.workspace.product(grad.t(), low, grad_b.dtype), alpha=adapter.scaling)
-        torch.mm(grad, self._cast("b", adapter.b[number], x.dtype), out=low).mul_(adapter.scaling)
-        grad_a.add_(self.workspace.product(low.t(), x, grad_a.dtype))
-        grad_x.addmm_(low, self._cast("a", adapter.a[number], x.dtype))
+        self._add_outer(grad, low, gradient(adapter.b)[number], adapter.scaling)
+        self._lower(grad, adapter.b[number], low, adapter.scaling, transposed=False)
+        self._add_outer(low, x, gradient(adapter.a)[number], 1.0)
+        self._add_low(low, adapter.a[number], grad_x, 1.0, transposed=False)
+
+    # --- Products with an adapter's matrix, [out, r] or [r, in], or its transpose -----------------------------------
+
+    def _lower(
+        self, x: torch.Tensor, matrix: torch.Tensor, low: torch.Tensor, scale: float, *, transposed: bool
+    ) -> None:
+        """low = scale * x @ matrix."""
+        if c := self._low_rank(x.dtype, x.device):
+            size = low_rank_room(x.shape[1], self.rank, x.dtype.itemsize)
+            room = self.workspace.take("experts.room", (size,), torch.float32)
+            c.reduce(x, [matrix], low, room, transposed=transposed, scale=scale)
+        else:
+            torch.mm(x, self._cast(matrix, x.dtype, transposed=transposed), out=low).mul_(scale)
+
+    def _add_low(
+        self, low: torch.Tensor, matrix: torch.Tensor, total: torch.Tensor, scale: float, *, transposed: bool
+    ) -> None:
+        """total += scale * low @ matrix."""
+        if c := self._low_rank(low.dtype, low.device):
+            c.expand(low, [matrix], total, transposed=transposed, scale=scale)
+        else:
+            total.addmm_(low, self._cast(matrix, low.dtype, transposed=transposed), alpha=scale)
+
+    def _add_outer(self, left: torch.Tensor, right: torch.Tensor, total: torch.Tensor, scale: float) -> None:
+        """total += scale * left^T @ right."""
+        if c := self._low_rank(left.dtype, left.device):
+            c.outer(left, right, [total], scale)
+        else:
+            total.add_(self.workspace.product(left.t(), right, total.dtype), alpha=scale)
+
+    def _low_rank(self, dtype: torch.dtype, device: torch.device) -> LowRankProducts | None:
+        """The functions in C, where they take the adapter and activations of this dtype there."""
+        adapter = self.stack.adapter
+        assert adapter is not None
+        fp32 = adapter.a.dtype == adapter.b.dtype == torch.float32
+        return native_low_rank(dtype, device) if fp32 and self._fit_words[dtype.itemsize] else None
+
+    def _cast(self, matrix: torch.Tensor, dtype: torch.dtype, *, transposed: bool) -> torch.Tensor:
+        same = self.workspace.cast("experts.adapter", matrix.detach(), dtype)
+        return same.t() if transposed else same
 
     def _product(self, number: int, *, backward: bool = False) -> Projection:
         """The product with an expert's weight alone."""
@@ -157,6 +200,3 @@ class ExpertMatrices:
             made = Projection([Member(base, None)], 0.0, self.workspace, int8_units=self.int8_units)
             self._products[number, backward] = made
         return made
-
-    def _cast(self, name: str, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self.workspace.cast("experts." + name, matrix.detach(), dtype)
