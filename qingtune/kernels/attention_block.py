@@ -61,7 +61,8 @@ class AttentionBlock:
     def forward(self, x: torch.Tensor, now: Pass, out: torch.Tensor, slot: str, rows: Rows) -> None:
         """x: [T, D] -> out: [T, D], or [N, D] where rows says which."""
         q, k, v = self._project(self.norm.forward(x), now, slot, rows)
-        q, k = self._rotate(q, k, now, rows)
+        kept = "attention.rotated" if self.flash else slot
+        q, k = self._rotate(q, k, now, rows, kept)
         attended = self._take(slot + ".attended", len(q), self.this.queries * self.this.size)
         self.attention.forward(slot, self._places(now, rows), q, k, v, attended)
         read = self._gated(slot, attended)
@@ -78,8 +79,8 @@ class AttentionBlock:
         if self.this.gated:
             self._gate_backward(slot, grad_attended, attended)
         places = self._places(now, rows)
-        grad_q, grad_k, grad_v = self.attention.backward(slot, places, grad_attended, len(x), self.dtype)
-        grad_q, grad_k = self._rotate(grad_q, grad_k.to(self.dtype), now, rows, back=True)
+        grad_q, grad_k, grad_v = self.attention.backward(slot, places, attended, grad_attended, len(x))
+        grad_q, grad_k = self._rotate(grad_q, grad_k.to(self.dtype), now, rows, "attention.rotated", back=True)
         if self.q_norm and self.k_norm:
             raw_q, raw_k = (
                 self._queries_and_gates(slot, len(grad_q))[:, :, 0],
@@ -128,7 +129,7 @@ class AttentionBlock:
             )
             q = self._take(kept_q + ".raw_q", len(normed if rows is None else rows), widths[0])
             k = self._take(kept_k + ".raw_k", len(normed), widths[1])
-            v = self._take("attention.raw_v", len(normed), widths[2])
+            v = self._take("attention.raw_v" if self.flash else slot + ".v", len(normed), widths[2])
             if rows is None:
                 self.qkv.forward(slot + ".qkv", normed, [q, k, v], seed)
             else:
@@ -198,15 +199,15 @@ class AttentionBlock:
         return self._take("attention.sigmoid", *gate.shape).copy_(gate).sigmoid_().flatten(1)
 
     def _rotate(
-        self, q: torch.Tensor, k: torch.Tensor, now: Pass, rows: torch.Tensor | None, *, back: bool = False
+        self, q: torch.Tensor, k: torch.Tensor, now: Pass, rows: Rows, to: str, *, back: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn queries and keys to their positions; back for their gradients."""
+        """Turn queries and keys to their positions, into buffers of the name `to`; back for their gradients."""
         table = now.rotary[self.this.rotary]
         q_cos, q_sin = table.queries if rows is None else (part[rows] for part in table.queries)
         k_cos, k_sin = table.keys
         if back:
             q_sin, k_sin = -q_sin, -k_sin
         return (
-            rotate(q, q_cos, q_sin, self._take("attention.rotated_q", *q.shape)),
-            rotate(k, k_cos, k_sin, self._take("attention.rotated_k", *k.shape)),
+            rotate(q, q_cos, q_sin, self._take(to + ".q", *q.shape)),
+            rotate(k, k_cos, k_sin, self._take(to + ".k", *k.shape)),
         )

@@ -10,6 +10,11 @@ from qingtune.kernels.buffers import GroupSizes, Rows, Tally, Use
 from qingtune.kernels.footprint import QUERY_BLOCK
 
 
+def gradient_sums(this: Attention, keys: int) -> int:
+    """Numbers of the sums for gradients of all segments' keys and values, which each query head has in C."""
+    return 2 * this.queries * keys * -(-this.size // 32) * 32
+
+
 @dataclass(frozen=True)
 class AttentionSizes:
     """Of attention_block.AttentionBlock.
@@ -33,16 +38,17 @@ class AttentionSizes:
         return (self.qkv, "qkv", rows.tokens), o
 
     def kept(self, rows: Rows, slot: Tally) -> None:
-        """Packed queries, keys and values, what was attended, and queries and keys before their norms."""
+        """Queries, keys and values, what was attended, and queries and keys before their norms."""
         queries, keys = self._numbers(rows)
         slot.forward(rows.asking * self.qkv.reads * self.normed_output, "o.out")
         slot.forward(queries, "q", "attended")
         slot.forward(queries * (1 + self.this.gated) * (self.this.normed or self.this.gated), "raw_q")
         slot.forward(keys, "k", "v", *["raw_k"] * self.this.normed)
+        slot.forward(rows.asking * self.this.queries * self._in_c(slot), "lengths", itemsize=4)
 
     def passing(self, rows: Rows, tally: Tally) -> None:
-        """Its norms, queries and keys on their way, and scores of a block of rows."""
-        wide, hidden = tally.how.wide, rows.tokens * self.qkv.reads
+        """Its norms, queries and keys on their way, and what attention takes itself."""
+        hidden = rows.tokens * self.qkv.reads
         queries, keys = self._numbers(rows)
         tally.norm(hidden)
         tally.forward(hidden, "norm.out")
@@ -50,33 +56,47 @@ class AttentionSizes:
             for numbers, name in ((queries, "norm.q"), (keys, "norm.k")):
                 tally.norm(numbers)
                 tally.forward(numbers, name)
-        tally.forward(queries, "attention.rotated_q")
-        tally.forward(keys, "attention.rotated_k")
+        turned = tally.backward if tally.how.on_cpu else tally.forward  # there they are kept
+        turned(queries, "attention.rotated.q")
+        turned(keys, "attention.rotated.k")
         if self.this.fused:
             tally.forward(rows.tokens * self.qkv.outs[0], "attention.raw_qkv")
             tally.backward(rows.tokens * self.qkv.outs[0], "attention.grad_qkv")
         else:
             tally.forward(queries * (not self.this.normed and not self.this.gated), "attention.raw_q")
             tally.forward(keys * (not self.this.normed), "attention.raw_k")
-            tally.forward(keys, "attention.raw_v")
+            tally.forward(keys * (not tally.how.on_cpu), "attention.raw_v")
         tally.backward(rows.asking * self.qkv.reads * self.normed_output, "residual.grad")
         tally.backward(queries, "attention.grad_q", "attention.grad_out")
         tally.forward(queries * self.this.gated, "attention.gated", "attention.sigmoid")
         tally.backward(queries * 2 * self.this.gated, "attention.grad.raw_q")
-        tally.backward(keys, "attention.grad.k", "attention.grad.v", itemsize=wide)
         if rows.wanted:
             tally.backward(hidden, "attention.grad_normed", *["attention.grad_x"] * rows.last)
             apart = rows.last and not self.this.fused
             tally.backward(rows.asking * self.qkv.reads * apart, "attention.grad_rows")
+        self._attention(rows, tally)
+
+    def _attention(self, rows: Rows, tally: Tally) -> None:
+        """Sums for gradients of keys, and in PyTorch packed keys and values, and scores of a block of rows."""
+        keys = self._numbers(rows)[1]
+        if self._in_c(tally):
+            tally.backward(keys, "attention.grad.k", "attention.grad.v")
+            tally.backward(gradient_sums(self.this, rows.tokens), "attention.sums", itemsize=4)
+            return
+        tally.backward(keys, "attention.grad.k", "attention.grad.v", itemsize=tally.how.wide)
         if tally.how.on_cpu or self.this.cap is not None:
             block = -(-rows.longest // max(1, -(-rows.longest // QUERY_BLOCK)))
             window, seen = self.this.window, rows.longest
             if window is not None and not rows.last:  # there rows that ask may lie far apart
                 seen = min(seen, window + block - 1)
-            tally.forward(block * self.o.reads, "attention.attended")
+            tally.forward(keys, "attention.k", "attention.v")
+            tally.forward(block * self.o.reads, "attention.query", "attention.attended")
             tally.forward(self.this.queries * block * seen, "attention.scores", "attention.shares")
             tally.forward(self.this.queries * block * seen * (self.this.cap is not None), "attention.slopes")
             tally.backward(self.this.queries * block * seen, "attention.grad_scores")
+
+    def _in_c(self, tally: Tally) -> bool:
+        return tally.how.on_cpu and tally.how.attention_in_c and self.this.cap is None
 
     def _numbers(self, rows: Rows) -> tuple[int, int]:
         """Of queries, and of keys."""

@@ -42,6 +42,7 @@ class Arithmetic:
         trains_weights: whether the linear layers are trained themselves; likewise trains_head.
         reads_stored: whether weights of another dtype than activations' are multiplied without a copy of them.
         low_rank_in_c: whether adapters' products are those in C.
+        attention_in_c: whether attention on a CPU is computed in C, which holds no scores.
         int8_units: whether int8 weights are multiplied as such.
         int8_room: rows and the numbers of each -> bytes of room for a product in C; None where PyTorch multiplies.
         dora: whether adapters have magnitudes.
@@ -58,6 +59,7 @@ class Arithmetic:
     trains_head: bool = False
     reads_stored: bool = False
     low_rank_in_c: bool = False
+    attention_in_c: bool = False
     int8_units: bool = False
     int8_room: Callable[[int, int], int] | None = None
     dora: bool = False

@@ -35,6 +35,7 @@ from qingtune.kernels.linear import Int8Linear, QuantizedLinear
 from qingtune.kernels.loss import head_loss_and_gradients
 from qingtune.kernels.mlp_block import MLPBlock
 from qingtune.kernels.native import int8_products
+from qingtune.kernels.native.attention import in_c
 from qingtune.kernels.native.low_rank import native_low_rank
 from qingtune.kernels.native.products import reads_as_stored
 from qingtune.kernels.projection import Member, Projection, gradient
@@ -159,6 +160,7 @@ class TrainingDecoder:
             trains_head=self.head.requires_grad,
             reads_stored=reads_as_stored(self.dtype, self.embedding.device),
             low_rank_in_c=native_low_rank(self.dtype, self.embedding.device) is not None,
+            attention_in_c=in_c(self.dtype, self.embedding.device),
             int8_units=in_int8,
             int8_room=int8_products.room_bytes if in_int8 and int8_products.in_c() else None,
             dora=any(m.magnitude is not None for m in members),

@@ -50,7 +50,7 @@ class FlashAttention:
     ) -> None:
         """Attend: q [T, query heads, d], k and v [T, key-value heads, d] -> out [T, query heads * d].
 
-        Backward finds what it needs under the name; out is to be left as it is until then.
+        Backward finds what it needs under the name.
         """
         query = self.workspace.take(name + ".q", q.shape, q.dtype).copy_(q)
         key, value = (
@@ -60,22 +60,27 @@ class FlashAttention:
         attended, logsumexp, *states, _ = aten._flash_attention_forward(
             query, key, value, *_causal(lengths), False, **self._factor_and_window(lengths)
         )
-        self._kept[name] = (out.view(query.shape).copy_(attended), logsumexp, *states)
+        out.view(query.shape).copy_(attended)
+        self._kept[name] = (logsumexp, *states)
 
     def backward(
-        self, name: str, lengths: Lengths, grad: torch.Tensor, rows: int, dtype: torch.dtype
+        self, name: str, lengths: Lengths, out: torch.Tensor, grad: torch.Tensor, rows: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of q [T, query heads, d], k and v [rows, key-value heads, d] for the gradient [T, query heads * d].
 
         Those of keys and values are added up in fp32 over the segments that share a beginning.
+
+        Args:
+            out: what forward gave.
         """
-        attended, logsumexp, *states = self._kept.pop(name)
+        logsumexp, *states = self._kept.pop(name)
+        dtype, shape = grad.dtype, (len(grad), self.heads.queries, self.heads.size)
         grad_q, *parts = aten._flash_attention_backward(
-            grad.view(attended.shape),
-            self.workspace.take(name + ".q", attended.shape, dtype),
+            grad.view(shape),
+            self.workspace.take(name + ".q", shape, dtype),
             self._keys(name + ".k", lengths, dtype),
             self._keys(name + ".v", lengths, dtype),
-            attended,
+            out.view(shape),
             logsumexp,
             *_causal(lengths),
             *states,

@@ -66,8 +66,31 @@ class Block:
         return torch.stack([self.passed.sum(1), self.end - self.start - self.hidden.sum(1)])
 
 
-# The blocks of each segment.
-Blocks = list[tuple[Segment, list[Block]]]
+@dataclass(frozen=True)
+class Lying:
+    """Where segments and what their rows see lie, as kernels in C take it.
+
+    Attributes:
+        segments: int64 [segments, 5]: shared, start, end of each, the first of its query rows, the one after its last.
+        spans: int64 [2, N], the first key that each row sees, the one after its last; counted in its segment.
+    """
+
+    segments: torch.Tensor
+    spans: torch.Tensor
+
+
+class Blocks(list[tuple[Segment, list[Block]]]):
+    """The blocks of each segment."""
+
+    @cached_property
+    def lying(self) -> Lying:
+        """The same without its division into blocks, made once."""
+        rows, last = list[list[int]](), 0
+        for segment, blocks in self:
+            first, last = last, blocks[-1].last if blocks else last
+            rows.append([segment.shared, segment.start, segment.end, first, last])
+        spans = [block.spans + block.start for _, blocks in self for block in blocks]
+        return Lying(torch.tensor(rows), torch.cat([torch.zeros(2, 0, dtype=torch.int64), *spans], 1))
 
 
 @dataclass(frozen=True)
@@ -156,7 +179,7 @@ def make_blocks(
 ) -> Blocks:
     """Cut the query rows (ascending places in the layout) of each segment into blocks of about equal size; keys that no
     row's window reaches are left out."""
-    result: Blocks = []
+    result = Blocks()
     for segment in segments:
         first, last = (int(place) for place in np.searchsorted(rows, [segment.start, segment.end]))
         visible = rows[first:last] - segment.start + segment.shared + 1

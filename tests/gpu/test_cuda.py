@@ -104,7 +104,7 @@ def test_flash_attention_is_block_attention(dtype: torch.dtype, shared: int, win
         attention: Any = kind(heads, Workspace(device))
         out = torch.empty(edges[-1], 14 * 64, device=device, dtype=dtype)
         attention.forward("a", where, q, k, v, out)
-        grads = attention.backward("a", where, grad.flatten(1), edges[-1], dtype)
+        grads = attention.backward("a", where, out, grad.flatten(1), edges[-1])
         found.append([out, *(x.clone() for x in grads)])
     assert flash_attention.fits(device, dtype, 64)
     for mine, other in zip(*found, strict=True):

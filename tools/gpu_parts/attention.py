@@ -77,4 +77,4 @@ def _run(
         where = Layout(moved, moved, layout.segments, moved, moved).blocks(heads.window)
     out = torch.empty(len(q), heads.queries * heads.size, device=q.device, dtype=q.dtype)
     attention.forward("a", where, q, k, v, out)
-    return [out, *(x.clone() for x in attention.backward("a", where, grad.flatten(1), len(q), q.dtype))]
+    return [out, *(x.clone() for x in attention.backward("a", where, out, grad.flatten(1), len(q)))]

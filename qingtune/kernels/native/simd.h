@@ -175,9 +175,8 @@ SIMD Floats from_24_bits(const void *upper, const void *next) {
     return as_floats(either_bits(high, shifted_left(from_bytes(next), 8)));
 }
 
-/* exp(x) for x in [-87, 87], and exp(-87) below; by a polynomial for 2^f, f in [-0.5, 0.5], to 2e-7 of the value. */
-SIMD Floats exponential_of(Floats x) {
-    const Floats y = times(larger(x, every(-87.0f)), every(1.44269504f));
+/* 2^y for y in [-127, 127], 0 at -127; by a polynomial for 2^f, f in [-0.5, 0.5], to 2e-7 of the value. */
+SIMD Floats power_of_two(Floats y) {
     const Ints whole = to_ints(y);
     const Floats f = minus(y, from_ints(whole));
     Floats p = every(1.54035304e-4f); /* ln(2)^n / n! */
@@ -189,6 +188,9 @@ SIMD Floats exponential_of(Floats x) {
     p = times_plus(p, f, every(1.0f));
     return times(p, as_floats(shifted_left(plus_ints(whole, every_int(127)), 23)));
 }
+
+/* exp(x) for x in [-87, 87], and exp(-87) below. */
+SIMD Floats exponential_of(Floats x) { return power_of_two(times(larger(x, every(-87.0f)), every(1.44269504f))); }
 
 /* --- Products of bytes ------------------------------------------------------------------------------------------- */
 

@@ -16,10 +16,10 @@ from qingtune.data.batch import collate
 from qingtune.kernels.buffers import Arithmetic, Buffers, buffers
 from qingtune.kernels.decoder import TrainingDecoder
 from qingtune.kernels.footprint import PassTokens
+from qingtune.kernels.native import attention, int8_products, low_rank, products
 from qingtune.kernels.native import delta as delta_in_c
 from qingtune.kernels.native import delta_rule as delta_rule_in_c
 from qingtune.kernels.native import elementwise as in_c
-from qingtune.kernels.native import int8_products, low_rank, products
 
 LENGTH, SAMPLES = 40, 2
 LONGER = 136  # the sample that is evaluated
@@ -93,6 +93,7 @@ def test_every_buffer_has_its_planned_size(
             trains_head=trained == "full",
             reads_stored=products.reads_as_stored(dtype, torch.device("cpu")),
             low_rank_in_c=low_rank.native_low_rank(dtype, torch.device("cpu")) is not None,
+            attention_in_c=attention.in_c(dtype, torch.device("cpu")),
             int8_units=bits == 8,
             int8_room=int8_products.room_bytes if int8_products.in_c() else None,
             dora=trained == "dora",
@@ -108,6 +109,12 @@ def test_every_buffer_has_its_planned_size(
             assert all(size <= planned[key] for key, size in found.items()), (dtype, recompute, evaluates)
         else:
             assert planned == found, (dtype, recompute, evaluates)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "phi3"])
+def test_every_buffer_has_its_planned_size_without_attention_in_c(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "compiled", lambda: None)
+    test_every_buffer_has_its_planned_size(kind, "full", False, monkeypatch)
 
 
 @pytest.mark.parametrize("method", ["lora, weights as stored", "full"])

@@ -21,8 +21,8 @@ from qingtune.kernels.experts.block import ExpertsBlock
 from qingtune.kernels.experts.buffers import filled_up
 from qingtune.kernels.footprint import PassTokens
 from qingtune.kernels.int8 import multiplies_int8
+from qingtune.kernels.native import attention, few_rows, int8_products, low_rank
 from qingtune.kernels.native import elementwise as in_c
-from qingtune.kernels.native import few_rows, int8_products, low_rank
 from qingtune.models.quantize import quantize_model
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -184,6 +184,7 @@ def test_every_buffer_has_its_planned_size(name: str, method: str, monkeypatch: 
             trains_weights=trained == "full",
             trains_head=trained == "full",
             low_rank_in_c=low_rank.native_low_rank(dtype, torch.device("cpu")) is not None,
+            attention_in_c=attention.in_c(dtype, torch.device("cpu")),
             int8_units=bits == 8,
             recompute=recompute,
             gradient_below=trained == "full",

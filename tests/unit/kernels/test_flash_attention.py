@@ -41,7 +41,7 @@ def run(case: Case, workspace: Workspace) -> list[torch.Tensor]:
     attention.forward("a", lengths, *given, out)
     for x in given:
         x.fill_(torch.nan)
-    return [out, *attention.backward("a", lengths, case.grad, len(case.k), case.q.dtype)]
+    return [out, *attention.backward("a", lengths, out, case.grad, len(case.k))]
 
 
 @pytest.mark.usefixtures("twin")
@@ -75,8 +75,8 @@ def test_calls_fit_the_operators(shared: int, window: int | None) -> None:
         *(x.to(meta) for x in (lengths.queries, lengths.keys, lengths.places)), lengths.most_queries, lengths.most_keys
     )
     attention = FlashAttention(Attention(4, 2, SIZE, 0.4, window=window), Workspace(meta))
-    attention.forward("a", lengths, q, k, v, torch.empty_like(grad))
-    grads = attention.backward("a", lengths, grad, len(k), torch.bfloat16)
+    attention.forward("a", lengths, q, k, v, out := torch.empty_like(grad))
+    grads = attention.backward("a", lengths, out, grad, len(k))
     assert [tuple(x.shape) for x in grads] == [tuple(x.shape) for x in (q, k, v)]
 
 
