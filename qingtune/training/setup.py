@@ -109,14 +109,6 @@ def _make_work(
     filler = _shortest(data.train).to(device) if units else None
     total = limits_of(config, plan).total_steps
 
-    def fetch(step: int) -> list[Batch]:
-        """This process's micro-batches of a step, as large as the engine takes at a time."""
-        return [
-            collate(group, shares=engine.shares).to(device)
-            for share in plan.micro_batches(step, processes.index)
-            for group in split_evenly([data.train[i] for i in share], engine.most_tokens, shares=engine.shares)
-        ]
-
     def save(now: Progress) -> None:
         """Write a checkpoint, from one process or each its part, and remove those that are too many."""
         if units and units.parts:
@@ -138,7 +130,7 @@ def _make_work(
     work = Work(
         parameters=list(trained.values()),
         add_gradients=engine.add_gradients,
-        fetch=fetch,
+        fetch=_fetcher(data.train, plan, device, processes.index, engine),
         shrink=engine.shrink,
         optimizer=optimizer,
         learning_rate=make_schedule(config.lr_scheduler_type, config.learning_rate, warmup_steps(config, total), total),
@@ -151,6 +143,21 @@ def _make_work(
         gather=(lambda: units.gather(keep=processes.index == 0)) if units and units.parts else (lambda: None),
     )
     return work, progress
+
+
+def _fetcher(
+    samples: list[Sample], plan: Plan, device: torch.device, process: int, engine: Engine
+) -> Callable[[int], list[Batch]]:
+    """A function that gives a process's micro-batches of a step, as large as the engine takes at a time."""
+
+    def fetch(step: int) -> list[Batch]:
+        return [
+            collate(group, shares=engine.shares).to(device)
+            for share in plan.micro_batches(step, process)
+            for group in split_evenly([samples[i] for i in share], engine.most_tokens, shares=engine.shares)
+        ]
+
+    return fetch
 
 
 def _shard(
