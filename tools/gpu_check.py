@@ -90,12 +90,12 @@ def _run(part: Part, scale: Scale, seconds: int) -> dict[str, Any]:
     try:
         with _limited(seconds):
             result = part(scale)
-        told: dict[str, Any] = {"passed": not result.faults, "faults": result.faults, "rows": result.rows}
+        found: dict[str, Any] = {"passed": not result.faults, "faults": result.faults, "rows": result.rows}
     except Exception as error:
         traceback.print_exc()
-        told = {"passed": False, "faults": [f"{type(error).__name__}: {error}"[:400]], "rows": []}
+        found = {"passed": False, "faults": [f"{type(error).__name__}: {error}"[:400]], "rows": []}
     scale.clear()
-    return {**told, "seconds": round(time.perf_counter() - began, 1)}
+    return {**found, "seconds": round(time.perf_counter() - began, 1)}
 
 
 @contextmanager

@@ -6,13 +6,11 @@ That it gives what Transformers gives is in test_delta_net.py.
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from sanitized_driver import COMPILER, check_driver
 
 from qingtune.kernels.architecture import DeltaNet
 from qingtune.kernels.layout import Layout, Segment
@@ -20,7 +18,6 @@ from qingtune.kernels.native import delta_rule
 from qingtune.kernels.native.delta import FLAGS
 from qingtune.machine.resources import cpu_flags
 
-COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 HIDDEN = os.environ.get("QINGTUNE_NATIVE") == "0" or not {"avx2", "fma"} <= cpu_flags()
 pytestmark = pytest.mark.skipif(
     COMPILER is None or HIDDEN, reason="no C compiler, QINGTUNE_NATIVE=0, or a CPU without AVX2"
@@ -76,19 +73,4 @@ def test_which_tensors_it_takes() -> None:
 
 @pytest.mark.parametrize("avx512", [True, False])
 def test_no_access_is_out_of_bounds_and_no_behaviour_undefined(avx512: bool, tmp_path: Path) -> None:
-    if avx512 and "avx512f" not in cpu_flags():
-        pytest.skip("a CPU without AVX-512")
-    assert COMPILER
-    program, trivial = tmp_path / "driver", tmp_path / "trivial.c"
-    trivial.write_text("int main(void) { return 0; }\n", encoding="utf-8")
-    flags = [f'-DSOURCE="{delta_rule.SOURCE}"', "-std=c11", "-g1", "-O1", "-fopenmp", *FLAGS, "-march=native"]
-    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", *["-mno-avx512f"] * (not avx512)]
-    for file in (trivial, ROOT / "tests" / "delta_driver.c"):
-        command = [COMPILER, *flags, str(file), "-o", str(program), "-lm"]
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-        if file == trivial and (made.returncode or subprocess.run([program], check=False).returncode):
-            pytest.skip(f"no such compiler or sanitizer: {made.stderr[-200:]}")
-        assert made.returncode == 0, made.stderr
-    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
-    done = subprocess.run([program], capture_output=True, text=True, check=False, env=environment, timeout=300)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    check_driver("delta_driver.c", delta_rule.SOURCE, FLAGS, tmp_path, avx512=avx512)

@@ -7,14 +7,12 @@ What it has in common with PyTorch's is in test_block_attention.py, which meets 
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from sanitized_driver import COMPILER, check_driver
 from test_block_attention import CPU, Case, backward, check_alone, errors, forward, make_case
 
 from qingtune.kernels.architecture import Attention
@@ -23,9 +21,8 @@ from qingtune.kernels.native.elementwise import FLAGS
 from qingtune.kernels.workspace import Workspace
 from qingtune.machine.resources import cpu_flags
 
-COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 HIDDEN = os.environ.get("QINGTUNE_NATIVE") == "0" or not {"avx2", "fma", "f16c"} <= cpu_flags()
-pytestmark = pytest.mark.skipif(COMPILER is None or HIDDEN, reason="no C compiler, or a CPU without AVX2")
+pytestmark = pytest.mark.skipif(COMPILER is None or HIDDEN, reason="no C compiler, QINGTUNE_NATIVE=0, or no AVX2")
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
@@ -107,19 +104,4 @@ def test_which_layers_and_numbers_it_takes() -> None:
 
 @pytest.mark.parametrize("avx512", [True, False])
 def test_no_access_is_out_of_bounds_and_no_behaviour_undefined(avx512: bool, tmp_path: Path) -> None:
-    if avx512 and "avx512f" not in cpu_flags():
-        pytest.skip("a CPU without AVX-512")
-    assert COMPILER
-    program, trivial = tmp_path / "driver", tmp_path / "trivial.c"
-    trivial.write_text("int main(void) { return 0; }\n", encoding="utf-8")
-    flags = [f'-DSOURCE="{attention.SOURCE}"', "-std=c11", "-g1", "-O1", "-fopenmp", *FLAGS, "-march=native"]
-    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", *["-mno-avx512f"] * (not avx512)]
-    for file in (trivial, ROOT / "tests" / "attention_driver.c"):
-        command = [COMPILER, *flags, str(file), "-o", str(program), "-lm"]
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-        if file == trivial and (made.returncode or subprocess.run([program], check=False).returncode):
-            pytest.skip(f"no such compiler or sanitizer: {made.stderr[-200:]}")
-        assert made.returncode == 0, made.stderr
-    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
-    done = subprocess.run([program], capture_output=True, text=True, check=False, env=environment, timeout=300)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    check_driver("attention_driver.c", attention.SOURCE, FLAGS, tmp_path, avx512=avx512)
